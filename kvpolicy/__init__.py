@@ -1,0 +1,91 @@
+"""kvpolicy: measure which KV heads matter, search per-head budgets, save them as a plan."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kvpolicy.apportion import apportion
+from kvpolicy.errors import (
+    BudgetError,
+    KVPolicyError,
+    ModelError,
+    PlanError,
+    PlanWarning,
+    PluginConflictError,
+    PluginError,
+    PluginWarning,
+    StudyError,
+    TextError,
+)
+from kvpolicy.hookspecs import Register, hookimpl
+from kvpolicy.interfaces import (
+    BudgetAllocator,
+    DecodeStep,
+    EvictionPolicy,
+    ImportanceEstimator,
+    LayerActivations,
+    ModelProbe,
+    Trial,
+)
+from kvpolicy.plan import BudgetPlan, load_plan, save_plan
+from kvpolicy.registry import registry
+from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+    from kvpolicy.tuning import TuneSettings, tune
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "TransformersProbe": "kvpolicy.integrations.transformers",
+    "TuneSettings": "kvpolicy.tuning",
+    "load_model": "kvpolicy.integrations.transformers",
+    "read_corpus": "kvpolicy.integrations.transformers",
+    "tune": "kvpolicy.tuning",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names that need transformers or optuna are imported at first use."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kvpolicy' has no attribute '{name}'")
+
+
+__all__ = [
+    "Budget",
+    "BudgetAllocator",
+    "BudgetError",
+    "BudgetPlan",
+    "DecodeStep",
+    "EvictionPolicy",
+    "Importance",
+    "ImportanceEstimator",
+    "KVPolicyError",
+    "LayerActivations",
+    "LayerSpec",
+    "ModelError",
+    "ModelProbe",
+    "ModelSpec",
+    "PlanError",
+    "PlanWarning",
+    "PluginConflictError",
+    "PluginError",
+    "PluginWarning",
+    "Register",
+    "StudyError",
+    "TextError",
+    "TransformersProbe",
+    "Trial",
+    "TuneSettings",
+    "apportion",
+    "hookimpl",
+    "load_model",
+    "load_plan",
+    "read_corpus",
+    "registry",
+    "save_plan",
+    "tune",
+]

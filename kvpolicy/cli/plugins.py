@@ -1,0 +1,30 @@
+"""`kvpolicy plugins`: what is registered, by whom, what is broken and why."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+
+from kvpolicy.cli import options as opt
+from kvpolicy.errors import PluginWarning
+from kvpolicy.registry import registry
+
+
+def plugins(json: opt.Json = False) -> None:
+    """List every estimator, allocator and policy, and what is wrong with those that are broken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginWarning)  # the rows say it
+        rows = registry.rows()
+    if json:
+        opt.print_json([asdict(row) for row in rows])
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("role", "name", "from", "status", "what it does")
+    for row in rows:
+        status = row.status if row.status == "ok" else f"[red]{row.status}[/red]"
+        said = [escape(x) for x in (row.role, row.name, f"{row.distribution} {row.version}")]
+        table.add_row(*said, status, escape(row.error or row.summary))
+    Console().print(table)

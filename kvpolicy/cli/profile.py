@@ -1,0 +1,71 @@
+"""`kvpolicy profile`: importance alone, without a search."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.files import write_bytes
+from kvpolicy.registry import registry
+
+
+def profile(
+    model: opt.Model = "smollm2-135m",
+    estimator: Annotated[str, typer.Option(help="Who measures importance.")] = "cosine",
+    param: opt.Params = None,
+    text: opt.Text = None,
+    context: opt.Context = opt.DEFAULT_CONTEXT,
+    out: Annotated[Path | None, typer.Option(help="Write the importance as JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a heat map.")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure how much each KV head matters, and show it."""
+    chosen = registry.create("estimator", estimator, opt.parse_params(param))
+    opt.check_context(context)
+    for path in (out, png):
+        if path is not None:
+            opt.check_writable(path)
+    where = opt.pick_device(device)
+
+    from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+
+    progress = watcher(quiet)
+    network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    corpus = read_corpus(tokenizer, text)
+    probe = TransformersProbe(network, corpus.sequences("search", 1, context), corpus.prompts(context))
+    progress.begin("profile", 1)
+    importance = chosen.estimate(probe)
+    progress.advance(f"{len(probe.prompts)} prompts of {min(map(len, probe.prompts))} to {context} tokens")
+    progress.end()
+    layers = probe.spec.budgeted_layers
+    document = {
+        "model": model,
+        "estimator": {"name": estimator, "params": chosen.params()},
+        "text_sha256": corpus.sha256,
+        "budgeted_layers": list(layers),
+        "per_head": importance.per_head.tolist(),
+        "per_layer": None if importance.per_layer is None else importance.per_layer.tolist(),
+    }
+    if out is not None:
+        write_bytes(out, json_module.dumps(document, indent=1, allow_nan=False).encode())
+    if png is not None:
+        from kvpolicy.report.heatmap import importance_png
+
+        write_bytes(png, importance_png(importance.per_head, layers, f"{model}\nimportance by {estimator}"))
+    if json:
+        opt.print_json(document)
+        return
+    from rich.console import Console
+
+    from kvpolicy.report.terminal import importance_heatmap
+
+    Console().print(importance_heatmap(importance.per_head, layers))

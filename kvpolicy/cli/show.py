@@ -1,0 +1,49 @@
+"""`kvpolicy show`: a plan as tables and heat maps, in the terminal and as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.files import write_bytes
+from kvpolicy.plan import load_plan
+
+
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the heat maps as one picture.")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Show what a plan keeps, where, and how it did on text that the search never saw."""
+    loaded = load_plan(plan)
+    for path in (html, png):
+        if path is not None:
+            opt.check_writable(path)
+    if html is not None:
+        from kvpolicy.report.html import plan_html
+
+        write_bytes(html, plan_html(loaded).encode())
+    if png is not None:
+        from kvpolicy.report.heatmap import plan_png
+
+        write_bytes(png, plan_png(loaded))
+    if json:
+        opt.print_json(loaded.to_json())
+        return
+    from rich.console import Console
+
+    from kvpolicy.report.tables import levels_table, summary_table
+    from kvpolicy.report.terminal import budget_heatmap
+
+    console = Console()
+    console.print(summary_table(loaded))
+    console.print(levels_table(loaded))
+    for level in loaded.levels:
+        console.print(budget_heatmap(loaded, level))
+    for path in (html, png):
+        if path is not None:
+            console.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""`kvpolicy tune`: profile, search per retention, check on held-out text, write the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.errors import StudyError
+from kvpolicy.plan import BudgetPlan, save_plan
+from kvpolicy.registry import registry
+
+
+def tune_command(
+    model: opt.Model = "smollm2-135m",
+    estimator: Annotated[str, typer.Option(help="Who measures importance.")] = "cosine",
+    allocator: Annotated[str, typer.Option(help="Who turns importance into budgets.")] = "baklava",
+    policy: Annotated[str, typer.Option(help="Who evicts; a window rule.")] = "streaming",
+    param: opt.Params = None,
+    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
+    text: opt.Text = None,
+    context: opt.Context = opt.DEFAULT_CONTEXT,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Of each level; default: what fits about 200 s.", show_default=False)
+    ] = None,
+    seed: opt.Seed = 0,
+    sampler: Annotated[str, typer.Option(help="tpe (multivariate) or gp.")] = "tpe",
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL or grpc://host:port, shared by several processes.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study beside --out.")] = False,
+    out: Annotated[Path, typer.Option(help="The plan; the study's journal lies beside it.")] = Path("plan.json"),
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    batch_size: opt.BatchSize = 1,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Search per-head budgets for a model on a text, and write them as a plan.
+
+    Profiles the model once, then runs one Optuna study for each --retention (default 0.5, 0.3, 0.1) with perplexity
+    as the objective, and reports the result on a part of the text that the search never saw.
+    """
+    from kvpolicy.integrations.transformers import load_model, read_corpus
+    from kvpolicy.tuning import TuneSettings, tune
+
+    if sampler not in ("tpe", "gp"):
+        raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
+    registry.get("estimator", estimator)  # unknown names fail before the model is loaded
+    registry.get("allocator", allocator)
+    registry.get("policy", policy)
+    opt.check_writable(out)
+    settings = TuneSettings(
+        estimator=estimator,
+        estimator_params=opt.parse_params(param),
+        allocator=allocator,
+        policy=policy,
+        retentions=tuple(retention or (0.5, 0.3, 0.1)),
+        context_length=context,
+        trials=trials,
+        seed=seed,
+        sampler=sampler,  # type: ignore[arg-type]  # checked above
+        batch_size=batch_size,
+        out=out,
+        storage=storage,
+        resume=resume,
+        choose_dtype=dtype == "auto",
+    )
+    where = opt.pick_device(device)
+    progress = watcher(quiet)
+    loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
+    corpus = read_corpus(tokenizer, text)
+    try:
+        plan = tune(loaded, corpus, settings, model_id=model, revision=revision, progress=progress)
+    except KeyboardInterrupt:
+        study = storage or settings.journal
+        progress.note(f"interrupted; the study is kept in {study}: run the same command with --resume to go on")
+        raise
+    save_plan(plan, out)
+    _report(plan, out, json)
+
+
+def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
+    if as_json:
+        levels = [
+            {"retention": x.retention, "perplexity": x.perplexity, "comparison": x.comparison} for x in plan.levels
+        ]
+        opt.print_json({"plan": str(out), "model": plan.model.id, "levels": levels})
+        return
+    from rich.console import Console
+
+    from kvpolicy.report.tables import levels_table
+
+    console = Console()
+    console.print(levels_table(plan))
+    console.print(
+        f"plan written to {out}; look at it with: kvpolicy show {out}", highlight=False, markup=False, soft_wrap=True
+    )

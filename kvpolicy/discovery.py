@@ -1,0 +1,135 @@
+"""Loads plugins one by one, so that a broken one costs one warning and nothing else.
+
+`pluggy.PluginManager.load_setuptools_entrypoints` is not used: one ImportError there takes every plugin down.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+
+import pluggy
+
+from kvpolicy import hookspecs
+from kvpolicy.errors import PluginError
+from kvpolicy.hookspecs import PROJECT, Register, Registration
+from kvpolicy.plugin_check import describe, quoted
+
+ALLOW_VARIABLE = "KVPOLICY_PLUGINS"
+"""Environment variable: comma-separated distributions whose plugins are loaded; unset means all."""
+
+FAILURES = (Exception, SystemExit)
+"""What a plugin may throw at us without taking the others down."""
+
+
+@dataclass(slots=True)
+class Plugin:
+    """One entry point: who it belongs to, what it offers, and what went wrong.
+
+    status:  "ok", "broken" (nothing of it is used) or "disabled" (left out by `KVPOLICY_PLUGINS`)
+    error:   why it is not "ok"
+    unknown: functions that look like hooks and are none; the rest of the plugin works
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: str = "ok"
+    error: str = ""
+    unknown: dict[str, str] = field(default_factory=dict)
+    offers: list[Registration] = field(default_factory=list)
+
+    @property
+    def is_builtin(self) -> bool:
+        return normalized(self.distribution) == PROJECT
+
+    @property
+    def owner(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def normalized(distribution: str) -> str:
+    """The name as package indexes compare it: `My_Plugin` and `my-plugin` are one."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def load_plugins(entry_points: Iterable[EntryPoint]) -> tuple[list[Plugin], list[str]]:
+    """All plugins, built-ins first, and one warning for each that is broken. Never raises for a plugin."""
+    allowed = _allowed()
+    plugins: list[Plugin] = []
+    found = [(_describe_entry(entry), entry) for entry in entry_points]
+    for plugin, entry in sorted(found, key=lambda pair: (not pair[0].is_builtin, pair[0].distribution, pair[0].name)):
+        if plugin.is_builtin or allowed is None or normalized(plugin.distribution) in allowed:
+            _load(plugin, entry, plugins)
+        else:
+            plugin.status, plugin.error = "disabled", f"{ALLOW_VARIABLE} does not name '{plugin.distribution}'"
+        plugins.append(plugin)
+    return plugins, [*_absent(allowed, plugins), *filter(None, map(_warning, plugins))]
+
+
+def _allowed() -> set[str] | None:
+    value = os.environ.get(ALLOW_VARIABLE)
+    return None if value is None else {normalized(name.strip()) for name in value.split(",") if name.strip()}
+
+
+def _describe_entry(entry: EntryPoint) -> Plugin:
+    owner = entry.dist
+    return Plugin(entry.name, owner.name if owner else "unknown", owner.version if owner else "0")
+
+
+def _load(plugin: Plugin, entry: EntryPoint, loaded: list[Plugin]) -> None:
+    try:
+        module = entry.load()
+        # A manager of its own: a plugin is called alone, and one that fails leaves nothing in the others'.
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        manager.register(module, plugin.name)
+        register = Register()
+        manager.hook.kvpolicy_register(register=register)
+        unknown = _unknown_hooks(manager, module)
+        _check_offers(plugin, register, unknown, loaded)
+        plugin.offers, plugin.unknown = list(register.registrations), unknown
+    except FAILURES as error:
+        plugin.status, plugin.error = "broken", describe(error)
+
+
+def _check_offers(plugin: Plugin, register: Register, unknown: dict[str, str], loaded: list[Plugin]) -> None:
+    if not register.registrations:
+        raise PluginError("; ".join(unknown.values()) or "it registers nothing: implement kvpolicy_register(register)")
+    siblings = [other for other in loaded if normalized(other.distribution) == normalized(plugin.distribution)]
+    taken = {(offer.role, offer.name): other for other in siblings for offer in other.offers}
+    for offer in register.registrations:
+        if sibling := taken.get((offer.role, offer.name)):
+            raise PluginError(f"{offer.role} '{offer.name}' is already offered by entry point '{sibling.name}'")
+
+
+def _unknown_hooks(manager: pluggy.PluginManager, module: object) -> dict[str, str]:
+    """Functions that were meant as hooks and are never called, each with the reason. pluggy ignores them."""
+    found = {}
+    for name in dir(module):
+        options = manager.parse_hookimpl_opts(module, name)
+        hook = (options and options["specname"]) or name
+        is_spec = hasattr(hookspecs, hook) and hook.startswith(f"{PROJECT}_")
+        looks_like_one = name.startswith(f"{PROJECT}_") and inspect.isroutine(getattr(module, name, None))
+        if options is None and is_spec and looks_like_one:
+            found[name] = f"{name} is not marked: decorate it with @kvpolicy.hookimpl"
+        elif not is_spec and ((options and not options["optionalhook"]) or looks_like_one):
+            found[name] = f"{name} is no hook of this kvpolicy, which has 'kvpolicy_register', and is never called"
+    return found
+
+
+def _absent(allowed: set[str] | None, plugins: list[Plugin]) -> list[str]:
+    present = {normalized(plugin.distribution) for plugin in plugins}
+    absent = sorted((allowed or set()) - present)
+    return [f"{ALLOW_VARIABLE} names {quoted(absent)}, which offers no kvpolicy plugin here"] if absent else []
+
+
+def _warning(plugin: Plugin) -> str | None:
+    whose = f"plugin '{plugin.name}' of distribution '{plugin.distribution}' {plugin.version}"
+    if plugin.status == "broken":
+        return f"{whose} is left out: {plugin.error}. Everything else works; `kvpolicy plugins` shows what is broken"
+    return f"{whose}: {'; '.join(plugin.unknown.values())}" if plugin.unknown else None

@@ -1,0 +1,1 @@
+"""Bridges to model libraries. transformers is imported nowhere else."""

@@ -1,0 +1,25 @@
+"""A text as one model's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from kvpolicy.text import Corpus, make_corpus
+
+
+def read_corpus(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> Corpus:
+    """The text at `path`, or Python's language reference, without repetitions and split for search and report.
+
+    A model whose tokenizer starts every text with a beginning-of-sequence token gets it in front of each sequence.
+    Raises `TextError`.
+    """
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    start = tokenizer("").input_ids
+    prefix = tuple(start) if start and start == [tokenizer.bos_token_id] else ()
+    return make_corpus(path, tokenize, prefix)

@@ -1,0 +1,148 @@
+"""Handing each layer's activations to a visitor while the model runs.
+
+Everything is only read: the logits stay bit-identical.
+
+The residual stream after attention has a different name in each architecture, or none. It is found by identity:
+after the attention module, the first child of the decoder layer whose input is not what came out of attention (nor
+out of a norm or dropout applied to that) is given the sum. In parallel blocks, where the child is given attention's
+own input, and where no child follows, it is residual + attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.intercept import Stock
+from kvpolicy.interfaces import LayerActivations
+from kvpolicy.spec import ModelSpec
+
+SUPPLIED = frozenset(
+    {
+        "queries",
+        "keys",
+        "values",
+        "output",
+        "hidden_before",
+        "attention_input",
+        "hidden_after",
+        "output_weight",
+        "rope",
+        "module",
+    }
+)
+_HIDDEN = {"hidden_before", "attention_input", "hidden_after", "rope"}
+
+
+class LayerObserver:
+    """Collects one layer's activations during its forward and hands them over when the layer is done."""
+
+    def __init__(
+        self,
+        layer: int,
+        spec: ModelSpec,
+        attention: nn.Module,
+        block: nn.Module,
+        requires: frozenset[str],
+        visit: Callable[[LayerActivations], None],
+    ) -> None:
+        self.layer, self.spec, self.requires, self.visit = layer, spec, requires, visit
+        self.attention, self.block = attention, block
+        self.seen: dict[str, Any] = {}
+        self.chain: list[Tensor] = []
+        self.calls = 0
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
+    ) -> tuple[Tensor, Any]:
+        check_heads(module, self.spec, query, key)
+        result = stock()
+        self.calls += 1
+        # the attention function returns [B, n, heads, dim]
+        self.seen |= {"queries": query, "keys": key, "values": value, "output": result[0].transpose(1, 2)}
+        return result
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Installs the hooks that see the hidden states; removes them again."""
+        handles = [self.block.register_forward_hook(self._block_done)]
+        if self.requires & _HIDDEN:
+            handles += [
+                self.block.register_forward_pre_hook(self._block_begins, with_kwargs=True),
+                self.attention.register_forward_pre_hook(self._attention_begins, with_kwargs=True),
+                self.attention.register_forward_hook(self._attention_done),
+            ]
+            for child in self.block.children():
+                if child is not self.attention:
+                    handles.append(child.register_forward_pre_hook(self._child_begins, with_kwargs=True))
+                    handles.append(child.register_forward_hook(self._child_done))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.seen, self.chain = {}, []
+
+    def _block_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen, self.chain = {"hidden_before": _hidden(args, kwargs)}, []
+
+    def _attention_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen |= {"attention_input": _hidden(args, kwargs), "rope": kwargs.get("position_embeddings")}
+
+    def _attention_done(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+        self.chain = [result[0] if isinstance(result, tuple) else result]
+
+    def _child_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.chain or "hidden_after" in self.seen:
+            return
+        given = _hidden(args, kwargs)
+        if given is self.seen["attention_input"]:
+            self.seen["hidden_after"] = self._sum()
+        elif not any(given is link for link in self.chain):
+            self.seen["hidden_after"] = given
+
+    def _child_done(self, _: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if self.chain and "hidden_after" not in self.seen and args and any(args[0] is link for link in self.chain):
+            self.chain.append(result)
+
+    def _sum(self) -> Tensor:
+        total: Tensor = self.seen["hidden_before"] + self.chain[-1]
+        return total
+
+    def _block_done(self, *_: Any) -> None:
+        if "hidden_after" in self.requires and "hidden_after" not in self.seen:
+            self.seen["hidden_after"] = self._sum()
+        if "output_weight" in self.requires:
+            self.seen["output_weight"] = output_weight(self.attention, self.spec)
+        self.seen["module"] = self.attention
+        given = {name: self.seen[name] for name in self.requires}
+        self.seen, self.chain = {}, []
+        self.visit(LayerActivations(layer=self.layer, **given))
+
+
+def check_heads(module: nn.Module, spec: ModelSpec, query: Tensor, key: Tensor) -> None:
+    """Raises `ModelError` when the attention function is given other heads than the configuration says."""
+    if query.shape[1] != spec.num_q_heads or key.shape[1] != spec.num_kv_heads:
+        raise ModelError(
+            f"{type(module).__name__} gives its attention {query.shape[1]} query and {key.shape[1]} KV heads, its "
+            f"configuration says {spec.num_q_heads} and {spec.num_kv_heads}: this attention cannot be probed"
+        )
+
+
+def output_weight(attention: nn.Module, spec: ModelSpec) -> Tensor:
+    """The output projection [hidden_size, num_q_heads * value_dim]; raises `ModelError` if there is no plain one."""
+    width = spec.num_q_heads * spec.attention.value_dim
+    for name in ("o_proj", "out_proj", "dense", "c_proj", "wo"):
+        child = getattr(attention, name, None)
+        if isinstance(child, nn.Linear) and child.in_features == width:
+            return child.weight
+    raise ModelError(f"{type(attention).__name__} has no linear output projection over {width} inputs")
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden states of a module call: the first positional argument, or the keyword of that name."""
+    return args[0] if args else kwargs.get("hidden_states")

@@ -1,0 +1,194 @@
+"""A transformers model as a `ModelProbe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kvpolicy_kernels.window_attention import window_attention
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import BudgetError, ModelError, PluginError
+from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
+from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
+from kvpolicy.interfaces import LayerActivations, ModelProbe
+from kvpolicy.spec import ModelSpec
+
+_LOSS_ROWS = 256  # rows of logits turned into losses at a time: 50 MB in fp32 for a vocabulary of 49152
+
+
+class TransformersProbe(ModelProbe):
+    """Calibration prompts and sequences run through a transformers model.
+
+    model:           any causal language model whose attention goes through `AttentionInterface`
+    sequences:       int64 [N, T], what `loss` scores; tokens at positions >= T // 4 are scored
+    prompts:         token tensors [n] of different lengths, what `observe` runs
+    num_sink_tokens: of the window rule
+    prefill_length:  tokens at the start that attend densely (`tokens at positions >= max(T // 4, prefill_length)`
+                     are scored then)
+    batch_size:      sequences in one forward
+
+    Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sequences: Tensor,
+        prompts: Sequence[Tensor] = (),
+        *,
+        num_sink_tokens: int = 4,
+        prefill_length: int = 0,
+        batch_size: int = 1,
+    ) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.prompts = list(prompts)
+        self.num_sink_tokens = num_sink_tokens
+        self.prefill_length = prefill_length
+        self.batch_size = batch_size
+        self._spec = ModelSpec.from_config(model.config)
+        budgeted = self._spec.budgeted_layers
+        self._modules = attention_modules(model, budgeted)
+        # layers that reuse a budgeted layer's keys and values see what that layer keeps
+        sharing = {
+            i: budgeted.index(x.shared_with) for i, x in enumerate(self._spec.layers) if x.shared_with in budgeted
+        }
+        followers = attention_modules(model, list(sharing))
+        self._windowed = [(module, row) for row, (module, _) in enumerate(self._modules)]
+        self._windowed += [(module, row) for (module, _), row in zip(followers, sharing.values(), strict=True)]
+        with intercepted(model, {}):  # refuses here what could not be probed later
+            pass
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def context_length(self) -> int:
+        return int(self.sequences.shape[1])
+
+    @property
+    def first_scored(self) -> int:
+        """The position of the first token whose loss counts."""
+        return max(self.context_length // 4, self.prefill_length, 1)
+
+    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
+        missing = requires - SUPPLIED
+        if missing:
+            raise PluginError(
+                f"the profiling run cannot supply {', '.join(sorted(missing))}; it supplies "
+                f"{', '.join(sorted(SUPPLIED))}"
+            )
+        observers = [
+            LayerObserver(index, self._spec, attention, block, requires, visit)
+            for index, (attention, block) in enumerate(self._modules)
+        ]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(intercepted(self.model, {observer.attention: observer for observer in observers}))
+            for observer in observers:
+                stack.enter_context(observer.hooked())
+            for prompt in self.prompts:
+                # one row of logits is enough; the hidden states have been seen by then
+                self.model(prompt[None].to(self.model.device), use_cache=False, logits_to_keep=1)
+        self._check_reached([observer.calls for observer in observers], len(self.prompts))
+
+    def loss(self, capacities: Tensor) -> Tensor:
+        return torch.cat([losses.double().mean(1) for losses in self.token_losses(capacities)])
+
+    def full_loss(self) -> Tensor:
+        """Mean loss of each sequence with nothing evicted, float64 `[num_sequences]`."""
+        return self.loss(torch.full(self._spec.table_shape, self.context_length))
+
+    def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
+        """Losses of the scored tokens, float32 `[batch, T - first_scored]` on the CPU, one batch after another.
+
+        A generator, so that a search can stop after any batch.
+        """
+        handlers = self._window_handlers(capacities)
+        for batch in torch.split(self.sequences, self.batch_size):
+            with torch.no_grad(), intercepted(self.model, {handler.module: handler for handler in handlers}):
+                losses = self.losses_of(batch.to(self.model.device))
+            self._check_reached([handler.calls for handler in handlers], 1)
+            for handler in handlers:
+                handler.calls = 0
+            yield losses.cpu()
+
+    def losses_of(self, ids: Tensor) -> Tensor:
+        """Losses float32 `[B, T - first_scored]` under whatever attention the model has now. ids: `[B, T]`.
+
+        Logits are computed only for the tokens that predict a scored one.
+        """
+        first = self.first_scored
+        logits = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits[
+            :, -(ids.shape[1] - first + 1) : -1
+        ]
+        targets = ids[:, first:].reshape(-1)
+        rows = logits.reshape(-1, logits.shape[-1])
+        losses = [
+            F.cross_entropy(part.float(), target, reduction="none")
+            for part, target in zip(torch.split(rows, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True)
+        ]
+        return torch.cat(losses).reshape(ids.shape[0], -1)
+
+    def _window_handlers(self, capacities: Tensor) -> list[_WindowAttention]:
+        if tuple(capacities.shape) != self._spec.table_shape:
+            raise BudgetError(
+                f"capacities have shape {tuple(capacities.shape)}, this model has (layers, KV heads) = "
+                f"{self._spec.table_shape}"
+            )
+        if int(capacities.min()) <= self.num_sink_tokens:
+            raise BudgetError(
+                f"a KV head needs more than the {self.num_sink_tokens} sink tokens, got a capacity of "
+                f"{int(capacities.min())}"
+            )
+        rows = capacities.tolist()
+        return [
+            _WindowAttention(module, self._spec, rows[row], self.num_sink_tokens, self.prefill_length)
+            for module, row in self._windowed
+        ]
+
+    def _check_reached(self, calls: list[int], expected: int) -> None:
+        """Never silently not applied: every layer's attention that we exchange must have gone through us."""
+        for index, count in enumerate(calls):
+            if count != expected:
+                raise ModelError(
+                    f"{type(self.model).__name__}: the attention of budgeted layer {index} was reached {count} times "
+                    f"in {expected} forwards: this model cannot be probed"
+                )
+
+
+class _WindowAttention:
+    """The window rule in place of one layer's causal attention."""
+
+    def __init__(
+        self, module: nn.Module, spec: ModelSpec, capacities: list[int], num_sink_tokens: int, prefill_length: int
+    ) -> None:
+        self.module, self.spec, self.capacities = module, spec, capacities
+        self.num_sink_tokens, self.prefill_length = num_sink_tokens, prefill_length
+        self.calls = 0
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
+    ) -> tuple[Tensor, Any]:
+        check_heads(module, self.spec, query, key)
+        self.calls += 1
+        if min(self.capacities) >= query.shape[2]:
+            return stock()  # nothing is evicted: the model's own attention is the answer
+        out = window_attention(
+            query,
+            key,
+            value,
+            self.capacities,
+            self.num_sink_tokens,
+            scale=options.get("scaling"),
+            softcap=options.get("softcap"),
+            sink_logits=options.get("s_aux"),
+            prefill_length=self.prefill_length,
+        )
+        return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,213 @@
+"""The three roles a plugin can fill, and the values they are given.
+
+A plugin object is a frozen dataclass whose fields are JSON-able hyper-parameters with defaults. It keeps no
+state between calls. Selection, movement, rounding, sink protection are the core's.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+from torch import Tensor, nn
+
+from kvpolicy.spec import Budget, Importance, ModelSpec
+
+SplitScope = Literal["none", "layer", "model"]
+
+SOURCES = frozenset(
+    {
+        "positions",
+        "keys",
+        "values",
+        "queries",
+        "window_attention",
+        "full_attention",
+        "decode_attention",
+        "hidden_before",
+        "hidden_after",
+        "attention_input",
+        "output",
+        "rope",
+        "output_weight",
+        "module",
+    }
+)
+"""What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerActivations:
+    """One budgeted layer over one batch. A field that nobody asked for is None.
+
+    layer:            index among the budgeted layers, from 0
+    queries:          [B, num_q_heads, n, key_dim], after RoPE; for a later chunk of a prompt, those of the chunk
+    keys, values:     [B, num_kv_heads, n, dim], keys after RoPE
+    output:           [B, num_q_heads, n, value_dim], each head's attention output before the output projection
+    hidden_before:    [B, n, hidden_size], residual stream before attention (before its norm)
+    attention_input:  [B, n, hidden_size], what the attention module is given (after its norm)
+    hidden_after:     [B, n, hidden_size], residual stream after attention was added
+    output_weight:    [hidden_size, num_q_heads * value_dim], the output projection
+    positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
+    window_attention: [B, num_kv_heads, n], attention of the observation window's queries, summed
+    full_attention:   [B, num_kv_heads, n], attention of all queries, summed
+    rope:             (cos, sin) of the layer
+    module:           the attention module
+    """
+
+    layer: int
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    output: Tensor | None = None
+    hidden_before: Tensor | None = None
+    attention_input: Tensor | None = None
+    hidden_after: Tensor | None = None
+    output_weight: Tensor | None = None
+    positions: Tensor | None = None
+    window_attention: Tensor | None = None
+    full_attention: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeStep:
+    """The entries of one layer after one decoding step.
+
+    Segment i belongs to sequence `i // num_kv_heads` and KV head `i % num_kv_heads` and spans
+    `indptr[i]` to `indptr[i + 1]`.
+
+    scores, positions: [num_entries];  indptr: [B * num_kv_heads + 1] int32
+    keys:      [num_entries, key_dim], or None unless "keys" is required
+    attention: [num_entries] mass of this step summed over the query group, or None unless "decode_attention" is
+    """
+
+    layer: int
+    scores: Tensor
+    positions: Tensor
+    indptr: Tensor
+    keys: Tensor | None = None
+    attention: Tensor | None = None
+
+
+class Trial(Protocol):
+    """The part of an Optuna trial that `suggest` uses; the core needs no optuna for it."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class ModelProbe(abc.ABC):
+    """A model and its calibration text, as an estimator or a learning allocator sees them."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> ModelSpec:
+        """The model's layers and heads."""
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int:
+        """Tokens of one sequence that `loss` scores."""
+
+    @abc.abstractmethod
+    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
+        """Runs every calibration prompt and calls `visit` once for each budgeted layer, in order.
+
+        The prompts differ in length. The tensors are valid during the call; one layer is held at a time.
+        Raises `PluginError` for a source that this probe cannot supply, before anything runs.
+        """
+
+    @abc.abstractmethod
+    def loss(self, capacities: Tensor) -> Tensor:
+        """Mean loss of each sequence, float64 `[num_sequences]`, nats per scored token.
+
+        capacities: int `[L, H]`, the entries each KV head may keep under the window rule (sink tokens and
+        the most recent ones). Exact: the loss of token-by-token decoding under these capacities.
+        """
+
+
+class _Role(abc.ABC):  # noqa: B024  # abstract through the roles below
+    """Common to the three roles; subclasses are frozen dataclasses of JSON-able fields with defaults."""
+
+    def params(self) -> dict[str, Any]:
+        """The hyper-parameters, as they go into a plan file."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # the registry admits dataclasses only
+
+
+class ImportanceEstimator(_Role):
+    """Measures how much each KV head matters. Called once per tune or profile.
+
+    Laws, checked by `kvpolicy.testing.check_estimator`: the result is finite, not negative, of shape
+    `[L, H]`, the same for the same probe, and the probe's tensors are left unchanged.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def estimate(self, probe: ModelProbe) -> Importance:
+        """Returns the importance of every KV head of the budgeted layers."""
+
+
+class BudgetAllocator(_Role):
+    """Turns importance into shares of a budget. Rounding, floor and ceiling are `apportion`'s.
+
+    needs_importance: False for an allocator that ignores importance
+    split_scope: "none" for shares fixed in a plan; "layer" or "model" for shares split at run time by `split`
+
+    Laws, checked by `kvpolicy.testing.check_allocator`: shares are finite, >= 0, not all zero, of shape
+    `[L, H]`, the same for the same input; arguments are left unchanged.
+    """
+
+    needs_importance: ClassVar[bool] = True
+    split_scope: ClassVar[SplitScope] = "none"
+
+    @abc.abstractmethod
+    def shares(self, importance: Importance, budget: Budget) -> Tensor:
+        """Returns `[L, H]`, >= 0; only proportions count. Called once per trial and per plan."""
+
+    def fit(self, probe: ModelProbe, importance: Importance, budget: Budget) -> Tensor | None:
+        """Shares `[L, H]` learned from the model for this budget; the default None means: use `shares`."""
+        return None
+
+    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+        """Run-time shares `[B, l + 1, H]` from the kept scores `[B, H, n]` of layers 0 to l.
+
+        Only called when `split_scope` is not "none". Raises `NotImplementedError` unless overridden.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares split_scope but does not implement split")
+
+    @classmethod
+    def suggest(cls, trial: Trial) -> Self:
+        """An instance for one search trial. The default has nothing to search.
+
+        Name each parameter like its field: the search starts from the defaults of the class.
+        """
+        return cls()
+
+
+class EvictionPolicy(_Role):
+    """Says which entries a KV head gives up. Scores only; larger is kept.
+
+    Sink tokens and the recent window are protected by the cache, whatever the score.
+
+    window_rule: True for a policy that keeps exactly the sink tokens and the most recent; it requires "positions"
+    requires:    which of `SOURCES` the policy is given
+    num_sink_tokens: first positions that are never evicted
+    """
+
+    window_rule: ClassVar[bool] = False
+    requires: ClassVar[frozenset[str]] = frozenset()
+    num_sink_tokens: int
+
+    @abc.abstractmethod
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        """Returns `[B, H, n]` float32 over [entries kept so far ; this chunk]. Called after each prefill chunk."""
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        """Returns `[num_entries]` float32. Called after each decoding step; the default keeps the scores."""
+        return step.scores

@@ -1,0 +1,94 @@
+"""A plan as rich tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from kvpolicy.plan import BudgetPlan, PlanLevel
+from kvpolicy.report.figures import (
+    bytes_per_token,
+    choice,
+    excess,
+    interval,
+    model_name,
+    percent,
+    relative_budgets,
+    size,
+    sorted_levels,
+    verdict,
+)
+
+LEVEL_COLUMNS = (
+    ("kept", "kept"),
+    ("KV per token", "per token"),
+    ("perplexity", "heldout"),
+    ("uniform", "heldout_uniform"),
+    ("full", "heldout_full"),
+    ("search text", "search"),
+    ("added / uniform's", "excess"),
+    ("against uniform", "verdict"),
+    ("loss, 95 %", "interval"),
+)
+"""Heading and key of each column that a table of levels can have."""
+_NARROW = {"kept", "heldout", "heldout_uniform", "heldout_full", "verdict", "interval"}  # fits 80 characters
+
+
+def level_rows(plan: BudgetPlan) -> list[dict[str, str]]:
+    """One row per level with the texts of `LEVEL_COLUMNS`, smallest retention first; unmeasured cells are ''."""
+    rows = []
+    for level in sorted_levels(plan):
+        row = {name: f"{value:.3f}" for name, value in level.perplexity.items()}
+        row["kept"] = percent(level.retention)
+        row["per token"] = size(bytes_per_token(plan, level.retention))
+        row["excess"], row["verdict"], row["interval"] = excess(level), verdict(level), interval(level)
+        rows.append(row)
+    return rows
+
+
+def summary_rows(plan: BudgetPlan) -> list[tuple[str, str]]:
+    """Name and text of what identifies a plan."""
+    model, (layers, heads) = plan.model, plan.model.table_shape
+    return [
+        ("model", model_name(plan)),
+        ("budgeted", f"{layers} of {model.num_layers} layers x {heads} KV heads ({model.num_q_heads} query heads)"),
+        ("KV, nothing evicted", f"{size(bytes_per_token(plan, 1.0))} per token in 16-bit numbers"),
+        ("estimator", choice(plan.method.estimator)),
+        ("allocator", choice(plan.method.allocator)),
+        ("policy", choice(plan.method.policy)),
+    ]
+
+
+def summary_table(plan: BudgetPlan) -> Table:
+    """What the plan was made for and by."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in summary_rows(plan):
+        table.add_row(name, Text(said))
+    return table
+
+
+def levels_table(plan: BudgetPlan) -> Table:
+    """One row per retention: perplexities and the comparison with uniform, as far as they were measured."""
+    rows = level_rows(plan)
+    columns = [(head, key) for head, key in LEVEL_COLUMNS if key in _NARROW and any(row.get(key) for row in rows)]
+    table = Table(title="levels")
+    for head, key in columns:
+        table.add_column(head, justify="left" if key == "verdict" else "right", no_wrap=key != "verdict")
+    for row in rows:
+        table.add_row(*(Text(row.get(key, "")) for _, key in columns))
+    return table
+
+
+def budget_table(plan: BudgetPlan, level: PlanLevel) -> Table:
+    """Per budgeted layer: the least, mean and largest budget of its KV heads as multiples of uniform."""
+    relative = relative_budgets(level)
+    table = Table(title=f"budgets at {percent(level.retention)} kept, as multiples of uniform")
+    for head in ("layer", "least", "mean", "most", "kept of the context"):
+        table.add_column(head, justify="right")
+    for row, layer in enumerate(plan.model.budgeted_layers):
+        least, most, mean = float(relative[row].min()), float(relative[row].max()), float(relative[row].mean())
+        kept = percent(float(level.shares[row].mean()))
+        table.add_row(str(layer), f"{least:.2f}", f"{mean:.2f}", f"{most:.2f}", kept)
+    return table

@@ -1,0 +1,164 @@
+"""The laws of a budget allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+
+from kvpolicy.apportion import apportion
+from kvpolicy.interfaces import BudgetAllocator
+from kvpolicy.spec import Budget, Importance
+from kvpolicy.testing.laws import (
+    LawError,
+    call,
+    hold,
+    hold_not_negative,
+    hold_same,
+    hold_tensor,
+    hold_unchanged,
+    instance_of,
+    snapshot,
+)
+
+_SHAPE = (3, 2)
+_CONTEXT = 64
+
+Pick = Literal["low", "high", "default"]
+
+
+def check_allocator(allocator: BudgetAllocator | type[BudgetAllocator]) -> None:
+    """Checks the laws of `BudgetAllocator`: shares, what `suggest` makes, and `split` where `split_scope` asks for it.
+
+    Shares are checked for the given instance and for what `suggest` makes of the lowest, highest and default values.
+    `fit` is not called: what it learns depends on a real model. Raises `LawError`, an `AssertionError`.
+    """
+    instance: BudgetAllocator = instance_of("allocator", allocator)
+    for candidate in [instance, *_suggested(type(instance))]:
+        for label, importance in _importances():
+            for budget in _budgets():
+                given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
+                _check_shares(candidate, given, importance, budget)
+        if candidate.split_scope != "none":
+            _check_split(candidate)
+
+
+def _check_shares(allocator: BudgetAllocator, given: str, importance: Importance, budget: Budget) -> None:
+    arguments = [(record, snapshot(record)) for record in (importance, budget)]
+    shares = call(allocator, "shares", given, allocator.shares, importance, budget)
+    for record, before in arguments:
+        hold_unchanged(allocator, "shares", given, record, before)
+    hold_tensor(allocator, "shares", given, shares, budget.shape, "[L, H]")
+    hold_not_negative(allocator, "shares", given, shares)
+    advice = "give at least one KV head a share; torch.ones(budget.shape) is uniform"
+    hold(bool((shares > 0).any()), allocator, "shares are not all zero", given, shares, advice)
+    hold_same(allocator, "shares", given, shares, allocator.shares(importance, budget))
+    met = int(apportion(shares, budget).sum())
+    advice = "return plain proportions on one scale; rounding and bounds are apportion's"
+    hold(met == budget.total, allocator, f"apportioned shares meet the total {budget.total}", given, met, advice)
+
+
+def _check_split(allocator: BudgetAllocator) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (layers, heads), batch, budget = _SHAPE, 2, _budgets()[0]
+    every = [torch.rand(batch, heads, 20, generator=generator) for _ in range(layers)]
+    for count in range(1, layers + 1):
+        given = f"scores [{batch}, {heads}, 20] of {count} layers"
+        scores = [score.clone() for score in every[:count]]
+        shares = call(allocator, "split", given, allocator.split, scores, budget)
+        untouched = len(scores) == count and all(map(torch.equal, scores, every))
+        law = "split leaves its arguments unchanged, and changed `scores`"
+        hold(untouched, allocator, law, given, scores[0], "work on a copy; avoid methods ending in '_'")
+        hold_tensor(allocator, "split", given, shares, (batch, count, heads), "[B, l + 1, H]")
+        hold_not_negative(allocator, "split", given, shares)
+        positive = bool((shares.flatten(1) > 0).any(1).all())
+        advice = "give at least one KV head of each sequence a share"
+        hold(positive, allocator, "split is not all zero for a sequence", given, shares, advice)
+        hold_same(allocator, "split", given, shares, allocator.split(scores, budget))
+
+
+def _importances() -> Iterator[tuple[str, Importance]]:
+    generator = torch.Generator().manual_seed(0)
+    per_head, per_layer = torch.rand(_SHAPE, generator=generator) + 0.01, torch.rand(3, generator=generator) + 0.01
+    zeros, one_hot = per_head.clone(), torch.zeros(_SHAPE)
+    zeros[0], zeros[1, 1], one_hot[1, 0] = 0, 0, 1
+    yield "of random values with per_layer", Importance(per_head, per_layer)
+    yield "of random values without per_layer", Importance(per_head.flip(0))
+    yield "of equal values", Importance(torch.full(_SHAPE, 0.5), torch.full((3,), 0.5))
+    yield "with zeros, one layer all zero", Importance(zeros, zeros.sum(1))
+    yield "zero but for one KV head, without per_layer", Importance(one_hot)
+    yield "zero but for one KV head, with per_layer", Importance(one_hot, one_hot.sum(1))
+
+
+def _budgets() -> list[Budget]:
+    floor = torch.arange(5, 11).reshape(_SHAPE)
+    return [
+        Budget(total=192, shape=_SHAPE, floor=5, ceiling=_CONTEXT),
+        Budget(total=38, shape=_SHAPE, floor=5, ceiling=_CONTEXT),
+        Budget(total=201, shape=_SHAPE, floor=floor, ceiling=floor + 40),
+        Budget(total=6 * _CONTEXT, shape=_SHAPE, floor=5, ceiling=_CONTEXT),
+    ]
+
+
+class RecordingTrial:
+    """A `Trial` that answers with the low end, the high end or the default, and keeps its answers.
+
+    defaults: the fields of the class with their defaults
+    """
+
+    def __init__(self, pick: Pick, defaults: dict[str, Any]) -> None:
+        self.pick = pick
+        self.defaults = defaults
+        self.answers: dict[str, Any] = {}
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        if log and low <= 0:
+            raise LawError(f"suggest_float('{name}', {low}, {high}, log=True): a logarithmic range needs low > 0")
+        return float(self._number(name, low, high))
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return int(self._number(name, low, high))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        default = self._default(name)
+        if default not in choices:
+            raise LawError(f"the default of '{name}', {default!r}, is not among the choices {list(choices)}; add it")
+        self.answers[name] = {"low": choices[0], "high": choices[-1], "default": default}[self.pick]
+        return self.answers[name]
+
+    def _number(self, name: str, low: float, high: float) -> float:
+        default: float = self._default(name)
+        if not low <= default <= high:
+            raise LawError(
+                f"the default of '{name}', {default!r}, is outside the searched range [{low}, {high}]; the search "
+                "starts from the defaults, so widen the range or move the default"
+            )
+        answer = {"low": low, "high": high, "default": default}[self.pick]
+        self.answers[name] = answer
+        return answer
+
+    def _default(self, name: str) -> Any:
+        if name not in self.defaults:
+            raise LawError(
+                f"suggest asks for '{name}', which is no field (fields: {sorted(self.defaults)}); name each parameter "
+                "like its field, because the search starts from the defaults and a plan stores the fields"
+            )
+        return self.defaults[name]
+
+
+def _suggested(cls: type[BudgetAllocator]) -> Iterator[BudgetAllocator]:
+    default = cls()
+    defaults = {field.name: getattr(default, field.name) for field in fields(cls)}  # type: ignore[arg-type]
+    picks: tuple[Pick, ...] = ("low", "high", "default")
+    for pick in picks:
+        trial = RecordingTrial(pick, defaults)
+        given = f"a trial that answers with {pick} values"
+        made = call(cls, "suggest", given, cls.suggest, trial)
+        advice = "return cls(name=trial.suggest_float('name', ...))"
+        hold(isinstance(made, cls), cls, f"suggest returns a {cls.__name__}", given, type(made).__name__, advice)
+        held = {name: getattr(made, name) for name in trial.answers}
+        law = f"the instance holds the answers of the trial, {trial.answers}"
+        hold(held == trial.answers, cls, law, given, held, "pass each answer unchanged to the field of its name")
+        yield made

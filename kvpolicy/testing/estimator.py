@@ -1,0 +1,52 @@
+"""The laws of an importance estimator."""
+
+from __future__ import annotations
+
+from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
+from kvpolicy.spec import Importance
+from kvpolicy.testing.laws import (
+    call,
+    hold,
+    hold_float32,
+    hold_not_negative,
+    hold_same,
+    hold_tensor,
+    instance_of,
+    tensors_of,
+)
+from kvpolicy.testing.synthetic import SyntheticProbe
+
+
+def check_estimator(
+    estimator: ImportanceEstimator | type[ImportanceEstimator], probe: ModelProbe | None = None
+) -> None:
+    """Checks the laws of `ImportanceEstimator`.
+
+    probe: where activations come from; by default two synthetic models, one with grouped queries and one without.
+    Raises `LawError`, an `AssertionError`.
+    """
+    instance: ImportanceEstimator = instance_of("estimator", estimator)
+    ungrouped = SyntheticProbe(num_layers=2, num_q_heads=4, num_kv_heads=4, lengths=(20,), seed=1)
+    for source in [SyntheticProbe(), ungrouped] if probe is None else [probe]:
+        layers, heads = source.spec.table_shape
+        given = f"a model of {layers} layers with {heads} KV heads, {source.spec.group_size} query heads to each"
+        first = call(instance, "estimate", given, instance.estimate, source)
+        _check_importance(instance, given, first, (layers, heads))
+        second = call(instance, "estimate", given, instance.estimate, source)
+        for (name, a), (_, b) in zip(tensors_of(first), tensors_of(second), strict=True):
+            hold_same(instance, f"importance {name}", given, a, b)
+
+
+def _check_importance(plugin: object, given: str, result: object, shape: tuple[int, int]) -> None:
+    law = "estimate returns an Importance"
+    advice = "return kvpolicy.Importance(per_head=...)"
+    hold(isinstance(result, Importance), plugin, law, given, type(result).__name__, advice)
+    assert isinstance(result, Importance)
+    expected = {"per_head": (shape, "[L, H]"), "per_layer": (shape[:1], "[L]")}
+    if result.curve_capacities is not None:  # Importance has checked the shape itself
+        expected["curves"] = ((*shape, len(result.curve_capacities)), "[L, H, K]")
+    for name, value in tensors_of(result):
+        if name in expected:
+            hold_tensor(plugin, f"importance {name}", given, value, *expected[name])
+            hold_float32(plugin, f"importance {name}", given, value)
+            hold_not_negative(plugin, f"importance {name}", given, value)

@@ -1,0 +1,156 @@
+"""A tiny attention model over random activations: what plugin authors test against without loading a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe
+from kvpolicy.spec import LayerSpec, ModelSpec
+from kvpolicy.testing.laws import LawError, snapshot, tensors_of
+
+_OBSERVATION_WINDOW = 8
+_NUM_SINK_TOKENS = 4
+_LENT = ("output_weight", "rope", "module", "layer")  # belong to the model and outlive the call
+
+
+class SyntheticProbe(ModelProbe):
+    """Real attention over random numbers: every field of `LayerActivations` fits every other.
+
+    The tensors given to `visit` are checked for changes when it returns, and then overwritten with NaN, because a
+    model reuses that memory: what is needed later must be copied or reduced. The same seed gives the same numbers.
+
+    num_layers, num_q_heads, num_kv_heads, head_dim: shape of the model; each layer is budgeted
+    lengths: tokens of each prompt
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 3,
+        num_q_heads: int = 6,
+        num_kv_heads: int = 2,
+        head_dim: int = 8,
+        lengths: tuple[int, ...] = (24, 33),
+        seed: int = 0,
+    ) -> None:
+        layer = LayerSpec("full", num_q_heads, num_kv_heads, head_dim, head_dim)
+        hidden_size = num_q_heads * head_dim + 4  # differs from heads x dim, so that mixing them up shows
+        self._spec = ModelSpec("synthetic", hidden_size, 100, 4096, "default", (layer,) * num_layers)
+        self._lengths = lengths
+        self._seed = seed
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def context_length(self) -> int:
+        return 64
+
+    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
+        """Calls `visit` for each layer of each prompt (batch size 1), with the fields in `requires` alone."""
+        supplied = SOURCES - {"decode_attention"}
+        if missing := sorted(requires - supplied):
+            raise PluginError(f"the synthetic probe cannot supply {missing}; it supplies {sorted(supplied)}")
+        for prompt, length in enumerate(self._lengths):
+            for layer in range(self._spec.num_budgeted_layers):
+                activations = self.activations(layer, length=length, requires=requires, seed=prompt)
+                before = snapshot(activations)
+                visit(activations)
+                _retire(activations, before)
+
+    def activations(
+        self, layer: int, *, requires: frozenset[str], batch_size: int = 1, length: int = 24, seed: int = 0
+    ) -> LayerActivations:
+        """One layer over one batch of `length` tokens; fields outside `requires` are None."""
+        generator = torch.Generator().manual_seed(hash((self._seed, seed, layer)) % 2**31)
+        module = _Attention(self._spec, generator)
+        hidden = torch.randn(batch_size, length, self._spec.hidden_size, generator=generator) + layer
+        with torch.no_grad():
+            known = module(hidden)
+        chosen = {name: value for name, value in known.items() if name in requires}
+        return LayerActivations(layer=layer, **chosen)
+
+    def loss(self, capacities: Tensor) -> Tensor:
+        """float64 `[num_prompts]`: falls as any capacity rises. capacities: int `[L, H]`, each above 4 sink tokens."""
+        if tuple(capacities.shape) != self._spec.table_shape:
+            raise BudgetError(f"capacities have shape {tuple(capacities.shape)}, expected {self._spec.table_shape}")
+        if int(capacities.min()) <= _NUM_SINK_TOKENS:
+            raise BudgetError(
+                f"a KV head needs more than {_NUM_SINK_TOKENS} sink tokens, got a capacity of {int(capacities.min())}"
+            )
+        weight = torch.arange(1, capacities.numel() + 1, dtype=torch.float64).reshape(capacities.shape)
+        excess = (weight / (1 + capacities.double())).mean()
+        return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._lengths))])
+
+
+class _Attention(nn.Module):
+    """Projections and causal attention of one layer, with the attribute names of transformers."""
+
+    def __init__(self, spec: ModelSpec, generator: torch.Generator) -> None:
+        super().__init__()
+        self.num_q_heads, self.num_kv_heads, self.head_dim = spec.num_q_heads, spec.num_kv_heads, spec.head_dim
+        hidden, inner = spec.hidden_size, spec.num_q_heads * spec.head_dim
+        self.q_proj = nn.Linear(hidden, inner, bias=False)
+        self.k_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.o_proj = nn.Linear(inner, hidden, bias=False)
+        for weight in self.parameters():
+            weight.requires_grad_(False).copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(hidden))
+
+    def forward(self, hidden: Tensor) -> dict[str, object]:
+        """hidden: `[B, n, hidden_size]`. Returns the fields of `LayerActivations` by name."""
+        batch, length, _ = hidden.shape
+        inputs = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+        rope = self._rope(length)
+        queries = _rotate(self._heads(self.q_proj(inputs)), rope)
+        keys, values = _rotate(self._heads(self.k_proj(inputs)), rope), self._heads(self.v_proj(inputs))
+        group = self.num_q_heads // self.num_kv_heads
+        scores = queries @ keys.repeat_interleave(group, 1).mT / math.sqrt(self.head_dim)
+        mass = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf).softmax(-1)
+        output = mass @ values.repeat_interleave(group, 1)
+        by_group = mass.reshape(batch, self.num_kv_heads, group, length, length).sum(2)
+        return {
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "output": output,
+            "hidden_before": hidden,
+            "attention_input": inputs,
+            "hidden_after": hidden + self.o_proj(output.transpose(1, 2).flatten(2)),
+            "output_weight": self.o_proj.weight,
+            "positions": torch.arange(length).repeat(batch, self.num_kv_heads, 1),
+            "window_attention": by_group[:, :, -_OBSERVATION_WINDOW:].sum(2),
+            "full_attention": by_group.sum(2),
+            "rope": rope,
+            "module": self,
+        }
+
+    def _heads(self, flat: Tensor) -> Tensor:
+        return flat.view(*flat.shape[:2], -1, self.head_dim).transpose(1, 2).contiguous()
+
+    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
+        frequency = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angle = torch.arange(length)[:, None] * frequency
+        return torch.cat([angle.cos(), angle.cos()], -1)[None], torch.cat([angle.sin(), angle.sin()], -1)[None]
+
+
+def _rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    low, high = states.chunk(2, -1)
+    return states * rope[0] + torch.cat([-high, low], -1) * rope[1]
+
+
+def _retire(activations: LayerActivations, before: dict[str, Tensor]) -> None:
+    for name, value in tensors_of(activations):
+        if not torch.equal(value, before[name]):
+            raise LawError(
+                f"the probe's `{name}` of layer {activations.layer} was changed in place; the model goes on computing "
+                "with that tensor. Work on a copy, and avoid methods that end in '_'"
+            )
+        if name not in _LENT:
+            value.fill_(math.nan if value.is_floating_point() else -1)

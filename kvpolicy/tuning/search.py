@@ -1,0 +1,128 @@
+"""One level: trials of an allocator's parameters against the loss of the search sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+import torch
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from kvpolicy.errors import ModelError
+from kvpolicy.interfaces import BudgetAllocator
+from kvpolicy.progress import Progress
+from kvpolicy.tuning.storage import abandon, claim, close_zombies, is_claimed
+
+Sampler = Literal["tpe", "gp"]
+CHUNKS = 4
+"""Text chunks a sequence's scored tokens are cut into; each is one pair for the Wilcoxon pruner."""
+_STOPPED = "kvpolicy_stopped"
+
+Evaluate = Callable[[BudgetAllocator], Iterable[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best trial that ran to its end: its parameters, and its mean loss minus uniform's, nats per token."""
+
+    params: dict[str, Any]
+    excess: float
+
+
+def chunk_means(losses: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Token losses `[batch, n]`, batch by batch -> chunk means float64 `[batch * CHUNKS]`."""
+    for batch in losses:
+        yield torch.stack([part.double().mean(1) for part in batch.tensor_split(CHUNKS, dim=1)], 1).flatten()
+
+
+def run_trials(
+    study: optuna.Study,
+    allocator: type[BudgetAllocator],
+    evaluate: Evaluate,
+    uniform: Tensor,
+    *,
+    trials: int,
+    seed: int,
+    sampler: Sampler,
+    progress: Progress,
+) -> Found | None:
+    """Runs trials until the study has `trials` finished ones, and returns the best that ran to its end, if any did.
+
+    evaluate: allocator -> token losses `[batch, n]` of the search sequences, batch by batch
+    uniform:  chunk means of the uniform table on the same sequences, `[sequences * CHUNKS]`
+
+    The objective is the mean loss above uniform's. A trial that Wilcoxon's test finds worse than the best stops early;
+    it counts as finished with the mean so far and is never the result. Interrupted trials are failed and queued again.
+    """
+    close_zombies(study)
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(allocator().params())
+    while (number := _finished(study)) < trials:
+        study.sampler = make_sampler(sampler, seed, len(study.get_trials(deepcopy=False)), trials)
+        trial = study.ask()
+        try:
+            claim(trial)
+            _run(study, trial, allocator.suggest(trial), evaluate, uniform)
+        except BaseException:
+            abandon(study, trial.number)
+            raise
+        best = best_trial(study)
+        progress.advance(f"trial {number + 1}/{trials}, best {best.value:+.4f} against uniform" if best else "")
+    best = best_trial(study)
+    return None if best is None or best.value is None else Found(dict(best.params), best.value)
+
+
+def _run(
+    study: optuna.Study, trial: optuna.Trial, candidate: BudgetAllocator, evaluate: Evaluate, uniform: Tensor
+) -> None:
+    excess: list[float] = []
+    for means in chunk_means(evaluate(candidate)):
+        for value in (means - uniform[len(excess) : len(excess) + len(means)]).tolist():
+            if not math.isfinite(value):
+                raise ModelError(f"trial {trial.number}: the model's loss is {value}; another --dtype may help")
+            trial.report(value, step=len(excess))
+            excess.append(value)
+        if len(excess) < len(uniform) and trial.should_prune():
+            trial.set_user_attr(_STOPPED, True)
+            break
+    study.tell(trial, sum(excess) / len(excess))
+
+
+def make_sampler(name: Sampler, seed: int, number: int, trials: int) -> BaseSampler:
+    """A sampler for one trial, seeded from (seed, trial number): what it draws does not depend on earlier processes."""
+    state = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    drawn = int(torch.randint(2**31 - 1, (1,), generator=state))
+    startup = max(4, min(10, trials // 3))
+    if name == "gp":
+        return GPSampler(seed=drawn, n_startup_trials=startup)
+    return TPESampler(seed=drawn, multivariate=True, n_startup_trials=startup)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The best trial that was not stopped early."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    whole = [trial for trial in complete if not trial.user_attrs.get(_STOPPED)]
+    return min(whole, key=lambda trial: (trial.value, trial.number), default=None)
+
+
+def stopped_trials(study: optuna.Study) -> int:
+    """How many trials the pruner stopped early."""
+    return sum(bool(trial.user_attrs.get(_STOPPED)) for trial in study.get_trials(deepcopy=False))
+
+
+def search_space(allocator: type[BudgetAllocator]) -> dict[str, str]:
+    """What `suggest` asks for: name -> distribution, as text."""
+    trial = optuna.create_study().ask()
+    allocator.suggest(trial)
+    return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
+
+
+def _finished(study: optuna.Study) -> int:
+    """Trials that are done or that a process has claimed; one killed before its claim is nobody's."""
+    begun = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+    return sum(trial.state == TrialState.COMPLETE or is_claimed(trial) for trial in begun)

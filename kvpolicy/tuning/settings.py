@@ -1,0 +1,61 @@
+"""What a search is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.errors import BudgetError
+from kvpolicy.tuning.search import Sampler
+
+SEARCH_SEQUENCES = 4
+HELDOUT_SEQUENCES = 8
+LEAST_TRIALS, MOST_TRIALS = 8, 40
+SEARCH_SECONDS = 200.0
+"""Time all levels' trials together should fit where `trials` is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """What a search does. Defaults are the command line's.
+
+    retentions: kept fractions, each in (0, 1); one study each
+    trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
+    out:        the plan's path; the study's journal lies beside it
+    storage:    an Optuna storage URL instead of the journal, shared by several processes
+    choose_dtype: let an fp32 model on a CPU run in bf16 where that is faster and agrees
+    """
+
+    estimator: str = "cosine"
+    estimator_params: dict[str, Any] | None = None
+    allocator: str = "baklava"
+    policy: str = "streaming"
+    retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
+    context_length: int = 1024
+    trials: int | None = None
+    seed: int = 0
+    sampler: Sampler = "tpe"
+    batch_size: int = 1
+    out: Path = Path("plan.json")
+    storage: str | None = None
+    resume: bool = False
+    choose_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        for retention in self.retentions:
+            if not 0 < retention < 1:
+                raise BudgetError(f"a retention to tune must lie in (0, 1), got {retention:g} (1 keeps everything)")
+        if not self.retentions or len(set(self.retentions)) < len(self.retentions):
+            raise BudgetError(f"give each retention once, got {', '.join(map(str, self.retentions)) or 'none'}")
+        for name, least in (("context_length", 64), ("trials", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BudgetError(f"{name} must be at least {least}, got {value}")
+
+    @property
+    def journal(self) -> Path:
+        return self.out.with_name(self.out.name + ".study")
+
+    def study_name(self, retention: float) -> str:
+        return f"{self.out.stem}-{retention:g}"
