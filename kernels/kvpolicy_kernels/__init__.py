@@ -1,0 +1,1 @@
+"""KV-cache kernels of kvpolicy: one folder an op, with op, reference and kernel."""

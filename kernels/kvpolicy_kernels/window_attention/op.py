@@ -1,0 +1,73 @@
+"""Checks the arguments and picks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy_kernels.window_attention.blocked import blocked_window_attention
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    capacities: Sequence[int],
+    num_sink_tokens: int,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    prefill_length: int = 0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """What each token would see if it were decoded with a cache of `capacities[h]` entries in KV head h.
+
+    Token q of KV head h attends to token k iff
+    `k <= q and (k < num_sink_tokens or k > q - (capacities[h] - num_sink_tokens) or q < prefill_length)`.
+
+    query: [B, num_q_heads, T, D];  key: [B, num_kv_heads, T, D];  value: [B, num_kv_heads, T, Dv]
+    capacities: num_kv_heads ints, each above `num_sink_tokens`; T or more means plain causal attention
+    scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
+    sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
+    prefill_length: queries before it attend densely
+    backend: "auto" is Triton on CUDA and torch elsewhere
+
+    Returns [B, num_q_heads, T, Dv]. Memory is O(T): no [heads, T, T] mask is made.
+    Raises `ValueError` for shapes or capacities that do not fit.
+    """
+    _check(query, key, value, capacities, num_sink_tokens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton" or (backend == "auto" and query.is_cuda):
+        from kvpolicy_kernels.window_attention.kernel import triton_window_attention
+
+        window = torch.tensor([int(c) - num_sink_tokens for c in capacities], dtype=torch.int32, device=query.device)
+        out: Tensor = triton_window_attention(
+            query, key, value, window, num_sink_tokens, scale, softcap, sink_logits, prefill_length
+        )
+        return out
+    return blocked_window_attention(
+        query, key, value, capacities, num_sink_tokens, scale, softcap, sink_logits, prefill_length
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, capacities: Sequence[int], num_sink_tokens: int) -> None:
+    batch, num_q_heads, length, dim = query.shape
+    num_kv_heads = key.shape[1]
+    if key.shape != (batch, num_kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"window_attention: query {list(query.shape)} needs key [{batch}, heads, {length}, {dim}] and value "
+            f"[{batch}, heads, {length}, dim], got {list(key.shape)} and {list(value.shape)}"
+        )
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"window_attention: {num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if len(capacities) != num_kv_heads or min(capacities) <= num_sink_tokens:
+        raise ValueError(
+            f"window_attention: expected {num_kv_heads} capacities above num_sink_tokens = {num_sink_tokens}, "
+            f"got {len(capacities)} from {min(capacities)}"
+        )

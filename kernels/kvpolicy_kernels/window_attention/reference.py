@@ -1,0 +1,41 @@
+"""The definition: dense scores and one mask per KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def window_mask(capacities: Sequence[int], num_sink_tokens: int, length: int, prefill_length: int = 0) -> Tensor:
+    """Returns bool [num_kv_heads, length, length], True where query (row) sees key (column)."""
+    q = torch.arange(length)[None, :, None]
+    k = torch.arange(length)[None, None, :]
+    recent = q - (torch.tensor(list(capacities))[:, None, None] - num_sink_tokens)
+    return (k <= q) & ((k < num_sink_tokens) | (k > recent) | (q < prefill_length))
+
+
+def reference_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    capacities: Sequence[int],
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    prefill_length: int = 0,
+) -> Tensor:
+    """Shapes as in `window_attention`; computed in the dtype of the arguments."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * scale  # [B, Hq, T, T]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = window_mask(capacities, num_sink_tokens, query.shape[2], prefill_length).to(query.device)
+    scores = scores.masked_fill(~mask.repeat_interleave(group, 0), float("-inf"))
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ value
+    return torch.softmax(scores, -1) @ value

@@ -1,0 +1,21 @@
+"""BaKlaVa (arXiv:2502.13176), reconstructed: see docs/explanation/baklava.md for what is known and what is chosen."""
+
+from __future__ import annotations
+
+from kvpolicy import Register, hookimpl
+
+
+@hookimpl
+def kvpolicy_register(register: Register) -> None:
+    register.estimator(
+        "cosine",
+        "kvpolicy_baklava.estimator:CosineEstimator",
+        summary="How much a head changes its input: 1 - cosine similarity (reconstructed).",
+        paper="arXiv:2502.13176",
+    )
+    register.allocator(
+        "baklava",
+        "kvpolicy_baklava.allocator:BaklavaAllocator",
+        summary="Shares by layer and head importance, with searched exponents (reconstructed).",
+        paper="arXiv:2502.13176",
+    )

@@ -1,0 +1,18 @@
+"""Baselines: what every method is compared with."""
+
+from __future__ import annotations
+
+from kvpolicy import Register, hookimpl
+
+
+@hookimpl
+def kvpolicy_register(register: Register) -> None:
+    module = "kvpolicy_baselines"
+    register.estimator("uniform", f"{module}.uniform:UniformEstimator", summary="Every KV head matters alike.")
+    register.allocator("uniform", f"{module}.uniform:UniformAllocator", summary="The same capacity for every KV head.")
+    register.policy(
+        "streaming",
+        f"{module}.streaming:StreamingPolicy",
+        summary="Keep the first tokens and the most recent ones.",
+        paper="arXiv:2309.17453",
+    )

@@ -1,0 +1,39 @@
+"""Keep the entries whose keys are short: they tend to draw the most attention.
+
+Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430. Different on
+purpose: the paper leaves the first two layers uncompressed, here every budgeted layer is treated alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNormPolicy(EvictionPolicy):
+    """The score of an entry is minus the L2 norm of its key.
+
+    num_sink_tokens: first positions that the cache never evicts
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys"})
+
+    num_sink_tokens: int = 4
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        assert activations.keys is not None  # `requires` lists it
+        return _score(activations.keys)
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        assert step.keys is not None
+        return _score(step.keys)
+
+
+def _score(keys: Tensor) -> Tensor:
+    """Minus the L2 norm over the last dimension, float32."""
+    return -keys.float().square().sum(-1).sqrt()
