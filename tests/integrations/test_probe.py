@@ -1,0 +1,205 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from kvpolicy_kernels.window_attention.reference import window_mask
+
+from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, TransformersProbe
+from kvpolicy.cache import RaggedStore
+from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
+from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver
+from tests.tiny import tiny_model
+
+ARCHITECTURES = ["Llama", "Qwen2", "Phi3", "Gemma3", "Granite", "Olmo2", "Cohere"]
+HANDLED_IN_EAGER = ["Gemma2", "GptOss"]
+SHARED_KEYS = ["Gemma3n"]  # its hidden states have an axis more, so that there is no residual stream to observe
+
+
+def attention_of(name):
+    return "eager" if name in HANDLED_IN_EAGER else "sdpa"
+
+
+def ids(n, batch=1, vocabulary=97):
+    return torch.randint(3, vocabulary, (batch, n), generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER)
+def test_logits_are_bit_identical_under_the_probe(name):
+    model = tiny_model(name, attention=attention_of(name))
+    spec, x = ModelSpec.from_config(model.config), ids(40)
+    plain = model(x).logits
+    seen = []
+    observers = [
+        LayerObserver(i, spec, attention, block, SUPPLIED, lambda a: seen.append(a.layer))
+        for i, (attention, block) in enumerate(attention_modules(model, spec.budgeted_layers))
+    ]
+    with intercepted(model, {o.attention: o for o in observers}):
+        for observer in observers:
+            observer.hook = observer.hooked()
+            observer.hook.__enter__()
+        probed = model(x).logits
+        for observer in observers:
+            observer.hook.__exit__(None, None, None)
+    assert torch.equal(plain, probed)
+    assert seen == list(range(spec.num_budgeted_layers))
+    assert torch.equal(plain, model(x).logits), "the model is as it was after the probe"
+
+
+def residual_after_attention(name, block, before, attended):
+    """What the modeling file of each architecture computes."""
+    if name in ("Gemma2", "Gemma3", "Olmo2"):
+        return before + block.post_attention_layernorm(attended)
+    if name == "Granite":
+        return before + attended * block.residual_multiplier
+    return before + attended
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER)
+def test_hidden_states_around_attention(name):
+    model = tiny_model(name, attention=attention_of(name))
+    probe = TransformersProbe(model, ids(64), [ids(30)[0]])
+    attended, given = {}, {}
+    for index, (attention, block) in enumerate(probe._modules):
+        attention.register_forward_hook(lambda m, a, r, index=index: attended.__setitem__(index, r[0]))
+        block.register_forward_pre_hook(lambda m, a, index=index: given.__setitem__(index, a[0]))
+    after = {}
+    probe.observe(lambda a: after.__setitem__(a.layer, a.hidden_after), frozenset({"hidden_after"}))
+    for index, (_, block) in enumerate(probe._modules):
+        expected = residual_after_attention(name, block, given[index], attended[index])
+        torch.testing.assert_close(after[index], expected, rtol=0, atol=1e-5)
+
+
+def test_observe_refuses_by_name_before_any_work():
+    probe = TransformersProbe(tiny_model("Llama"), ids(64), [ids(30)[0]])
+    with pytest.raises(PluginError, match="cannot supply decode_attention"):
+        probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys", "decode_attention"}))
+
+
+def plain_loss(model, x, first):
+    losses = F.cross_entropy(model(x).logits[0, first - 1 : -1], x[0, first:], reduction="none")
+    return float(losses.double().mean())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER + SHARED_KEYS)
+def test_full_capacities_equal_the_model(name):
+    model = tiny_model(name, attention=attention_of(name))
+    x = ids(80)
+    probe = TransformersProbe(model, x)
+    with torch.no_grad():
+        expected = plain_loss(model, x, 20)
+    assert float(probe.full_loss()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("prefill", [0, 33])
+@pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER + SHARED_KEYS)
+def test_loss_equals_the_models_own_attention_under_the_mask(name, prefill):
+    """The oracle is the architecture's eager attention with a dense per-head mask."""
+    model = tiny_model(name, attention="eager")
+    spec = ModelSpec.from_config(model.config)
+    x = ids(200)
+    generator = torch.Generator().manual_seed(3)
+    capacities = torch.randint(5, 120, spec.table_shape, generator=generator)
+    probe = TransformersProbe(model, x, prefill_length=prefill)
+    loss = float(probe.loss(capacities))
+
+    class Masked:
+        def __init__(self, row):
+            mask = window_mask(row.tolist(), 4, x.shape[1], prefill).repeat_interleave(spec.group_size, 0)
+            self.bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
+
+        def __call__(self, module, query, key, value, options, stock):
+            import sys
+
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            return eager(module, query, key, value, self.bias, **options)
+
+    assert len(probe._windowed) == sum(x.kind == "full" for x in spec.layers), "also the layers that share keys"
+    with torch.no_grad(), intercepted(model, {m: Masked(capacities[row]) for m, row in probe._windowed}):
+        expected = plain_loss(model, x, max(50, prefill))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        dense = plain_loss(model, x, max(50, prefill))
+    assert abs(loss - dense) > 1e-4 * dense, "the mask must have had an effect"
+
+
+class DecodeThroughStore:
+    """A layer's attention, one token at a time through a ragged store."""
+
+    def __init__(self, store, layer):
+        self.store, self.layer = store, layer
+
+    def __call__(self, module, query, key, value, options, stock):
+        out = self.store.decode(self.layer, query, key, value, scale=options["scaling"])
+        return out.transpose(1, 2), None
+
+
+def decoded_loss(model, spec, x, capacities, first):
+    """Token by token, no mask, no transformers cache: only what the store holds is seen."""
+    store = RaggedStore(spec, capacities)
+    modules = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
+    losses = []
+    with torch.no_grad(), intercepted(model, {m: DecodeThroughStore(store, i) for i, m in enumerate(modules)}):
+        for t in range(x.shape[1] - 1):
+            logits = model(x[:, t : t + 1], position_ids=torch.tensor([[t]]), use_cache=False).logits
+            assert bool((store.lengths <= capacities).all())
+            if t + 1 >= first:
+                losses.append(F.cross_entropy(logits[:, 0], x[:, t + 1]))
+    return float(torch.stack(losses).double().mean())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma3"])
+def test_loss_equals_token_by_token_decoding(name):
+    model = tiny_model(name)
+    spec = ModelSpec.from_config(model.config)
+    x = ids(150)
+    capacities = torch.randint(5, 100, spec.table_shape, generator=torch.Generator().manual_seed(5))
+    loss = float(TransformersProbe(model, x).loss(capacities))
+    assert loss == pytest.approx(decoded_loss(model, spec, x, capacities, 37), rel=1e-5)
+
+
+def test_loss_equals_token_by_token_decoding_on_smollm2(smollm2):
+    model, tokenizer = smollm2
+    spec = ModelSpec.from_config(model.config)
+    text = "The store keeps a few entries of each head. " * 40 + "What it forgets, the model cannot see."
+    x = torch.tensor([tokenizer(text).input_ids[:320]])
+    capacities = torch.randint(5, 200, spec.table_shape, generator=torch.Generator().manual_seed(7))
+    loss = float(TransformersProbe(model, x).loss(capacities))
+    assert loss == pytest.approx(decoded_loss(model, spec, x, capacities, 80), rel=1e-4)
+
+
+def test_a_batch_gives_what_its_rows_give():
+    model = tiny_model("Llama")
+    x = ids(100, batch=3)
+    capacities = torch.tensor([[9, 40], [70, 8], [20, 20]])
+    alone = torch.cat([TransformersProbe(model, row[None]).loss(capacities) for row in x])
+    torch.testing.assert_close(TransformersProbe(model, x, batch_size=2).loss(capacities), alone, rtol=1e-6, atol=0)
+
+
+def test_capacities_of_another_shape_are_refused():
+    probe = TransformersProbe(tiny_model("Llama"), ids(64))
+    with pytest.raises(BudgetError, match=r"shape \(2, 2\), this model has .* \(3, 2\)"):
+        probe.loss(torch.full((2, 2), 9))
+    with pytest.raises(BudgetError, match="more than the 4 sink tokens, got a capacity of 4"):
+        probe.loss(torch.full((3, 2), 4))
+
+
+def test_a_model_without_the_attention_interface_is_refused():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=97)
+    with pytest.raises(ModelError, match="Falcon"):
+        TransformersProbe(FalconForCausalLM(config).eval(), ids(64))
+
+
+def test_an_error_inside_leaves_the_model_as_it_was():
+    model = tiny_model("Llama")
+    spec, x = ModelSpec.from_config(model.config), ids(20)
+    plain = model(x).logits
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    module = attention_modules(model, spec.budgeted_layers)[1][0]
+    with pytest.raises(RuntimeError, match="broken"), intercepted(model, {module: broken}):
+        model(x)
+    assert torch.equal(plain, model(x).logits)
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,93 @@
+import os
+
+import pytest
+import torch
+from kvpolicy_kernels.window_attention import window_attention
+from kvpolicy_kernels.window_attention.reference import reference_window_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
+
+# length, query heads, KV heads, head dim, capacities, sinks, prefill
+CASES = [
+    (1, 2, 2, 16, [5, 9], 4, 0),
+    (37, 3, 1, 16, [5], 4, 0),
+    (128, 4, 2, 16, [128, 6], 4, 0),
+    (129, 4, 2, 16, [128, 129], 4, 0),
+    (300, 9, 3, 64, [20, 299, 1000], 4, 0),
+    (300, 6, 2, 80, [1, 150], 0, 0),
+    (300, 4, 1, 16, [70], 64, 100),
+    (300, 4, 1, 16, [170], 8, 299),
+    (257, 7, 1, 96, [33], 4, 0),
+]
+VARIANTS = [{}, {"softcap": 5.0}, {"sinks": True}, {"scale": 0.3}]
+
+
+def inputs(length, num_q_heads, num_kv_heads, dim, dtype, batch=2):
+    generator = torch.Generator().manual_seed(length + dim)
+    make = lambda heads: torch.randn(batch, heads, length, dim, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    return make(num_q_heads), make(num_kv_heads), make(num_kv_heads)
+
+
+def check(case, variant, dtype, backend):
+    length, num_q_heads, num_kv_heads, dim, capacities, num_sinks, prefill = case
+    q, k, v = inputs(length, num_q_heads, num_kv_heads, dim, dtype)
+    sinks = torch.linspace(-1, 1, num_q_heads, device=DEVICE) if variant.get("sinks") else None
+    scale, softcap = variant.get("scale", dim**-0.5), variant.get("softcap")
+    arguments = (capacities, num_sinks)
+    out = window_attention(
+        q, k, v, *arguments, scale=scale, softcap=softcap, sink_logits=sinks, prefill_length=prefill, backend=backend
+    )
+    rest = (scale, softcap, sinks, prefill)
+    exact = reference_window_attention(q.double(), k.double(), v.double(), *arguments, *rest)
+    plain = reference_window_attention(q, k, v, *arguments, *rest)
+    error, allowed = (out.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    assert error <= 2 * allowed + 1e-5, f"error {error:.2e}, same-dtype torch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"T{c[0]}-HQ{c[1]}-H{c[2]}-D{c[3]}-cap{c[4]}-s{c[5]}-p{c[6]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_matches_the_definition(case, variant, dtype):
+    check(case, variant, dtype, "torch")
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"T{c[0]}-HQ{c[1]}-H{c[2]}-D{c[3]}-cap{c[4]}-s{c[5]}-p{c[6]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_matches_the_definition(case, variant, dtype, monkeypatch):
+    if INTERPRET and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bf16 as integers")
+    empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    check(case, variant, dtype, "triton")
+
+
+def test_hand_written_answer():
+    """One head, identity-like scores: with capacity 2 and one sink a token averages the sink and itself."""
+    q = torch.zeros(1, 1, 4, 16)
+    v = torch.arange(4.0).reshape(1, 1, 4, 1)
+    out = window_attention(q, q, v, [2], 1)
+    assert out.flatten().tolist() == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_non_contiguous_queries():
+    q, k, v = inputs(200, 4, 2, 16, torch.float32)
+    strided = q.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(window_attention(strided, k, v, [20, 50], 4), window_attention(q, k, v, [20, 50], 4))
+
+
+@pytest.mark.parametrize(
+    ("capacities", "message"), [([4, 9], "above num_sink_tokens = 4"), ([9], "expected 2 capacities")]
+)
+def test_bad_capacities_are_refused(capacities, message):
+    q, k, v = inputs(8, 4, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, capacities, 4)

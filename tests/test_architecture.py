@@ -1,0 +1,133 @@
+"""Who may import whom, held on the syntax trees of everything that ships."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 450
+KERNELS = "kvpolicy_kernels"
+PACKAGES = {
+    path.parent.name: path.parent
+    for pattern in ("kvpolicy", "kernels/*", "plugins/*/kvpolicy_*", "plugins/template/src/*")
+    for path in sorted(ROOT.glob(f"{pattern}/py.typed"))
+}
+PLUGINS = frozenset(PACKAGES) - {"kvpolicy", KERNELS}
+FILES = [(package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
+
+# Only these folders of the core import these libraries; `import kvpolicy` needs none of them.
+OWNERS = {
+    "optuna": "kvpolicy/tuning/",
+    "transformers": "kvpolicy/integrations/",
+    "typer": "kvpolicy/cli/",
+    "matplotlib": "kvpolicy/report/",
+}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted module of every import, also inside functions; `from a import b` gives "a"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+def problems(package: str, path: str, source: str) -> list[str]:
+    """What is wrong with one file; `path` is relative to the folder that holds the package, with "/"."""
+    return [
+        f"{path}:{line}: {reason}"
+        for line, module in imports(ast.parse(source))
+        if (reason := _problem(package, path, module))
+    ]
+
+
+def _problem(package: str, path: str, module: str) -> str | None:
+    top = module.split(".")[0]
+    if module.startswith("."):
+        return f"relative import of {module}"
+    if top in PLUGINS and top != package:
+        return f"{package} imports the plugin {top}: plugins are reached through the registry alone"
+    if package == KERNELS and top == "kvpolicy":
+        return "kernels import the core"
+    if package in PLUGINS and top in ("kvpolicy", KERNELS) and "." in module:
+        return f"a plugin imports {module}: only the top level of {top} is public"
+    if top == "triton" and (package != KERNELS or not path.endswith("/kernel.py")):
+        return "triton outside a kernel.py"
+    if top in OWNERS and not path.startswith(OWNERS[top]):
+        return f"{top} outside {OWNERS[top]}"
+    return None
+
+
+def relative(package: str, path: Path) -> str:
+    return path.relative_to(PACKAGES[package].parent).as_posix()
+
+
+def test_all_packages_are_found() -> None:
+    assert {"kvpolicy", KERNELS, "kvpolicy_baklava", "kvpolicy_baselines", "kvpolicy_template"} <= set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_follow_the_rules(package: str) -> None:
+    found = [
+        line
+        for owner, path in FILES
+        if owner == package
+        for line in problems(package, relative(package, path), path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("package", "path", "source"),
+    [
+        ("kvpolicy", "kvpolicy/plan.py", "import kvpolicy_baselines"),
+        ("kvpolicy", "kvpolicy/plan.py", "def f():\n    from kvpolicy_baklava.allocator import BaklavaAllocator"),
+        ("kvpolicy", "kvpolicy/plan.py", "import optuna"),
+        ("kvpolicy", "kvpolicy/tune.py", "import optuna"),
+        ("kvpolicy", "kvpolicy/plan.py", "from transformers import AutoConfig"),
+        ("kvpolicy", "kvpolicy/plan.py", "import typer"),
+        ("kvpolicy", "kvpolicy/plan.py", "import matplotlib.pyplot"),
+        ("kvpolicy", "kvpolicy/cache/kernel.py", "import triton"),
+        ("kvpolicy", "kvpolicy/plan.py", "from . import spec"),
+        (KERNELS, "kvpolicy_kernels/gather/op.py", "import triton.language as tl"),
+        (KERNELS, "kvpolicy_kernels/gather/op.py", "from kvpolicy import Budget"),
+        (KERNELS, "kvpolicy_kernels/gather/kernel.py", "import kvpolicy_baselines"),
+        ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "from kvpolicy.spec import Budget"),
+        ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy_kernels.gather"),
+        ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy_baselines"),
+    ],
+)
+def test_each_rule_catches_its_violation(package: str, path: str, source: str) -> None:
+    assert len(problems(package, path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "path", "source"),
+    [
+        ("kvpolicy", "kvpolicy/tuning/study.py", "import optuna, kvpolicy_kernels.gather"),
+        ("kvpolicy", "kvpolicy/cli/plugins.py", "import typer"),
+        (KERNELS, "kvpolicy_kernels/gather/kernel.py", "import triton, torch"),
+        ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy, kvpolicy_kernels, kvpolicy_baklava.y"),
+    ],
+)
+def test_rules_allow_what_is_right(package: str, path: str, source: str) -> None:
+    assert problems(package, path, source) == []
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {relative(package, path): len(path.read_text(encoding="utf-8").splitlines()) for package, path in FILES}
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_import_kvpolicy_loads_no_heavy_library() -> None:
+    heavy = {"transformers", "optuna", "triton", "matplotlib", "typer", "kvpolicy_baklava", "kvpolicy_baselines"}
+    code = f"import sys, torch; own = set(sys.modules); import kvpolicy; print(*{heavy!r} & (set(sys.modules) - own))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

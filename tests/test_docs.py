@@ -1,0 +1,137 @@
+"""The documentation says what the code is: the generated page, the public names, and every block of Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import kvpolicy
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NEEDS_MODEL = 'title="needs the default model"'
+FENCE = re.compile(r"^```python *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "how-to").glob("*.md"))]
+
+
+def blocks(needs_model: bool) -> list:
+    """One pytest parameter (page, line, code) for each block of Python."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            line = text[: match.start()].count("\n") + 1
+            if (match[1] == NEEDS_MODEL) == needs_model:
+                where = f"{page.relative_to(ROOT).as_posix()}:{line}"
+                found.append(pytest.param(where, "\n" * line + match[2], id=where))
+    return found
+
+
+def run(where: str, code: str) -> None:
+    exec(compile(code, where, "exec", dont_inherit=True), {"__name__": "documented"})
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_of_the_command_line_is_what_the_command_line_says():
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert page == script("make_cli_reference").render(), "run python docs/make_cli_reference.py"
+
+
+def test_check_fails_for_a_page_that_differs(tmp_path, monkeypatch, capsys):
+    reference = script("make_cli_reference")
+    monkeypatch.setattr(reference, "PAGE", tmp_path / "reference" / "cli.md")
+    monkeypatch.setattr(sys, "argv", ["make_cli_reference.py", "--check"])
+    assert reference.main() == 1
+    reference.PAGE.parent.mkdir()
+    reference.PAGE.write_text(reference.render().replace("--retention", "--kept"), encoding="utf-8")
+    assert reference.main() == 1
+    assert "run python docs/make_cli_reference.py" in capsys.readouterr().err
+    reference.PAGE.write_text(reference.render(), encoding="utf-8")
+    assert reference.main() == 0
+
+
+def test_every_option_of_the_help_is_on_the_page():
+    from typer.testing import CliRunner
+
+    from kvpolicy.cli import app
+
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    for verb in re.findall(r"^## kvpolicy (\w+)$", page, re.MULTILINE):
+        section = page.split(f"## kvpolicy {verb}\n")[1].split("\n## ")[0]
+        printed = CliRunner().invoke(app, [verb, "--help"], env=environment).output
+        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", printed)) - {"--help"}
+        rows = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
+        assert "--json" in options
+        assert {option for option in options if f"`{option}`" not in rows} == set(), verb
+
+
+@pytest.mark.parametrize("name", kvpolicy.__all__)
+def test_public_name_is_in_the_reference(name):
+    pages = [page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md"))]
+    assert any(re.search(rf"\b{name}\b", page) for page in pages)
+
+
+def test_blocks_are_found_and_marked():
+    assert len(blocks(needs_model=False)) > 8 and len(blocks(needs_model=True)) > 1
+    for page in PAGES:
+        titles = {match[1] for match in FENCE.finditer(page.read_text(encoding="utf-8"))}
+        assert titles <= {"", NEEDS_MODEL}, page
+
+
+@pytest.mark.parametrize(("where", "code"), blocks(needs_model=False))
+def test_block_runs(where, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(where, code)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2")
+@pytest.mark.parametrize(("where", "code"), blocks(needs_model=True))
+def test_block_runs_with_the_default_model(where, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(where, code)
+
+
+def test_lines_about_parameters_become_a_list():
+    pytest.importorskip("griffe")
+    as_list = script("docstring_fields").as_list
+    text = "One line.\n\nlow, high: bounds,\n    both included\nname: a word\nMore.\nnote: not a parameter"
+    expected = (
+        "One line.\n\n\n- `low`, `high`: bounds,\n    both included\n- `name`: a word\n\nMore.\nnote: not a parameter"
+    )
+    assert as_list(text, {"low", "high", "name"}) == expected
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "site" / "reference" / "cli" / "index.html").is_file()
+    tutorial = (tmp_path / "site" / "tutorial" / "first-plugin" / "index.html").read_text(encoding="utf-8")
+    shown = re.sub(r"<[^>]+>", "", tutorial)
+    for name in (
+        "def kvpolicy_register(",
+        "class ValueNormEstimator(",
+        "class SoftmaxAllocator(",
+        "class KeyNormPolicy(",
+    ):
+        assert name in shown, "a file of plugins/template is not included"

@@ -1,0 +1,398 @@
+"""The conformance kit: right plugins pass, and each law catches a plugin that breaks it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.interfaces import (
+    SOURCES,
+    BudgetAllocator,
+    DecodeStep,
+    EvictionPolicy,
+    ImportanceEstimator,
+    LayerActivations,
+    ModelProbe,
+    Trial,
+)
+from kvpolicy.spec import Budget, Importance
+from kvpolicy.testing import (
+    LawError,
+    RecordingTrial,
+    SyntheticProbe,
+    check_allocator,
+    check_estimator,
+    check_eviction_policy,
+)
+
+
+def message(check: Callable[[], None]) -> str:
+    with pytest.raises(AssertionError) as caught:
+        check()
+    assert isinstance(caught.value, LawError)
+    return str(caught.value)
+
+
+# The synthetic probe
+
+
+def test_probe_supplies_every_source_that_has_a_field() -> None:
+    seen: list[int] = []
+
+    def visit(activations: LayerActivations) -> None:
+        seen.append(activations.layer)
+        assert all(getattr(activations, name) is not None for name in SOURCES - {"decode_attention"})
+
+    SyntheticProbe(lengths=(9, 12)).observe(visit, SOURCES - {"decode_attention"})
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_probe_fields_fit_each_other() -> None:
+    probe = SyntheticProbe()
+    x = probe.activations(1, requires=SOURCES, batch_size=2, length=10)
+    assert x.hidden_before is not None and x.hidden_after is not None and x.output is not None
+    assert x.output_weight is not None and x.window_attention is not None and x.full_attention is not None
+    projected = x.output.transpose(1, 2).flatten(2) @ x.output_weight.T
+    torch.testing.assert_close(x.hidden_after - x.hidden_before, projected)
+    assert x.output.shape == (2, 6, 10, 8) and x.full_attention.shape == (2, 2, 10)
+    torch.testing.assert_close(x.full_attention.sum(), torch.tensor(2.0 * 6 * 10))  # each query's mass is 1
+    torch.testing.assert_close(x.window_attention.sum(), torch.tensor(2.0 * 6 * 8))
+
+
+def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
+    first, second = (SyntheticProbe(seed=3).activations(0, requires=frozenset({"keys"})) for _ in range(2))
+    assert first.keys is not None and second.keys is not None and first.values is None
+    torch.testing.assert_close(first.keys, second.keys, rtol=0, atol=0)
+    other = SyntheticProbe(seed=4).activations(0, requires=frozenset({"keys"})).keys
+    assert other is not None and not torch.equal(first.keys, other)
+
+
+def test_probe_refuses_a_source_without_a_field() -> None:
+    with pytest.raises(PluginError, match="decode_attention"):
+        SyntheticProbe().observe(lambda _: None, frozenset({"decode_attention"}))
+
+
+def test_probe_loss_falls_with_each_capacity() -> None:
+    probe = SyntheticProbe()
+    base = torch.full(probe.spec.table_shape, 10)
+    assert probe.loss(base).shape == (2,) and probe.loss(base).dtype == torch.float64
+    for index in range(base.numel()):
+        more = base.clone().flatten()
+        more[index] += 1
+        assert bool((probe.loss(more.reshape(base.shape)) < probe.loss(base)).all())
+    with pytest.raises(BudgetError, match="sink tokens"):
+        probe.loss(base * 0)
+    with pytest.raises(BudgetError, match="shape"):
+        probe.loss(base[:1])
+
+
+# Estimators
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEstimator(ImportanceEstimator):
+    """Right: mean absolute key. The wrong ones below differ in one line."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys"})
+
+    def estimate(self, probe: ModelProbe) -> Importance:
+        rows: dict[int, Tensor] = {}
+
+        def visit(activations: LayerActivations) -> None:
+            rows[activations.layer] = self.reduce(activations)
+
+        probe.observe(visit, self.requires)
+        return self.result(torch.stack([rows[layer] for layer in sorted(rows)]))
+
+    def reduce(self, activations: LayerActivations) -> Tensor:
+        assert activations.keys is not None
+        return activations.keys.abs().mean((0, 2, 3))
+
+    def result(self, table: Tensor) -> Any:
+        return Importance(per_head=table, per_layer=table.mean(1))
+
+
+def test_right_estimator_passes_as_class_and_as_instance() -> None:
+    check_estimator(KeyEstimator)
+    check_estimator(KeyEstimator(), probe=SyntheticProbe(seed=5))
+
+
+def estimator(reduce: Any = KeyEstimator.reduce, result: Any = KeyEstimator.result, **extra: Any) -> type[KeyEstimator]:
+    body = {"reduce": reduce, "result": result, "__annotations__": {}, **extra}
+    return dataclass(frozen=True)(type("Wrong", (KeyEstimator,), body))
+
+
+def _kept_reference(self: object, activations: LayerActivations) -> Tensor:
+    assert activations.keys is not None
+    return activations.keys[0, :, 0, 0]
+
+
+def _in_place(self: object, activations: LayerActivations) -> Tensor:
+    assert activations.keys is not None
+    return activations.keys.abs_().mean((0, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (estimator(reduce=_in_place), "`keys` of layer 0 was changed in place"),
+        (estimator(reduce=_kept_reference), "must be finite"),
+        (estimator(reduce=lambda s, a: a.values.mean()), "`requires` (here ['keys']) does not list is None"),
+        (estimator(reduce=lambda s, a: torch.rand(a.keys.shape[1])), "same for the same arguments"),
+        (estimator(reduce=lambda s, a: a.keys.abs().mean((0, 2, 3)).double()), "float32"),
+        (estimator(result=lambda s, t: t), "returns an Importance"),
+        (estimator(result=lambda s, t: Importance(t[:, :1])), "per_head has shape [L, H]"),
+        (estimator(result=lambda s, t: Importance(torch.ones(3, 2))), "not from constants"),
+        (estimator(result=lambda s, t: Importance(t, curves=t[..., None])), "curve_capacities [K] go together"),
+        (
+            estimator(result=lambda s, t: Importance(t, None, t[..., None], torch.arange(2))),
+            "curve_capacities [K] go together",
+        ),
+        (estimator(result=lambda s, t: Importance(t, None, -t[..., None], torch.arange(1))), "not negative"),
+        (estimator(requires=frozenset({"decode_attention"})), "cannot supply ['decode_attention']"),
+        (estimator(requires=frozenset({"logits"})), "`requires` lists 'logits'"),
+    ],
+)
+def test_wrong_estimator_is_caught(wrong: type[KeyEstimator], law: str) -> None:
+    assert law in message(lambda: check_estimator(wrong))
+
+
+def test_message_says_law_input_result_and_advice() -> None:
+    text = message(lambda: check_estimator(estimator(result=lambda s, t: Importance(t[:, :1]))))
+    lines = text.splitlines()
+    assert lines[0].startswith("Wrong() breaks a law: importance per_head has shape [L, H] = [3, 2]")
+    assert lines[1] == "  given: a model of 3 layers with 2 KV heads, 3 query heads to each"
+    assert lines[2].startswith("  got:   [3, 1] float32 [")
+    assert lines[3].startswith("  to do: take the sizes from the arguments")
+
+
+# Allocators
+
+
+@dataclass(frozen=True, slots=True)
+class PowerAllocator(BudgetAllocator):
+    """Right, with a search and a run-time split."""
+
+    split_scope: ClassVar[Any] = "model"
+    exponent: float = 1.0
+    mode: str = "plain"
+    steps: int = 3
+
+    def shares(self, importance: Importance, budget: Budget) -> Tensor:
+        return importance.per_head**self.exponent
+
+    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+        return torch.stack([score.mean(-1) for score in scores], dim=1)
+
+    @classmethod
+    def suggest(cls, trial: Trial) -> Self:
+        return cls(
+            trial.suggest_float("exponent", 0.1, 4.0, log=True),
+            trial.suggest_categorical("mode", ["plain", "other"]),
+            trial.suggest_int("steps", 1, 5),
+        )
+
+
+def test_right_allocator_passes() -> None:
+    check_allocator(PowerAllocator)
+    check_allocator(PowerAllocator(2.0))
+
+
+def test_recording_trial_answers_and_records() -> None:
+    for pick, answers in (
+        ("low", {"exponent": 0.1, "mode": "plain", "steps": 1}),
+        ("high", {"exponent": 4.0, "mode": "other", "steps": 5}),
+        ("default", {"exponent": 1.0, "mode": "plain", "steps": 3}),
+    ):
+        trial = RecordingTrial(pick, {"exponent": 1.0, "mode": "plain", "steps": 3})  # type: ignore[arg-type]
+        assert PowerAllocator.suggest(trial) == PowerAllocator(**answers)
+        assert trial.answers == answers
+
+
+def allocator(**body: Any) -> type[PowerAllocator]:
+    return dataclass(frozen=True)(type("Wrong", (PowerAllocator,), {"__annotations__": {}, **body}))
+
+
+def shares(function: Callable[[Importance, Budget], object]) -> type[PowerAllocator]:
+    return allocator(shares=lambda self, importance, budget: function(importance, budget))
+
+
+def split(function: Callable[[Sequence[Tensor]], object]) -> type[PowerAllocator]:
+    return allocator(split=lambda self, scores, budget: function(scores))
+
+
+def suggest(function: Callable[[type, Trial], object]) -> type[PowerAllocator]:
+    return allocator(suggest=classmethod(function))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (shares(lambda i, b: i.per_head.mean(1)), "shares has shape [L, H]"),
+        (shares(lambda i, b: i.per_head.tolist()), "shares is a tensor"),
+        (shares(lambda i, b: 1 / i.per_head), "shares is finite"),
+        (shares(lambda i, b: i.per_head - 0.5), "shares is not negative"),
+        (shares(lambda i, b: i.per_head * 0), "not all zero"),
+        (shares(lambda i, b: torch.rand(b.shape)), "same for the same arguments"),
+        (shares(lambda i, b: i.per_head.add_(1)), "changed `Importance.per_head`"),
+        (
+            shares(lambda i, b: i.per_head * b.floor.mul_(1).add_(1) if torch.is_tensor(b.floor) else i.per_head),
+            "Budget.floor",
+        ),
+        (shares(lambda i, b: i.per_head * i.per_layer[:, None]), "shares raised TypeError"),
+        (split(lambda s: s[-1].mean(-1)[:, None]), "split has shape [B, l + 1, H]"),
+        (split(lambda s: torch.stack([x.mean(-1) - 1 for x in s], 1)), "split is not negative"),
+        (split(lambda s: torch.stack([x.mean(-1) * 0 for x in s], 1)), "split is not all zero"),
+        (split(lambda s: torch.stack([x.mul_(2).mean(-1) for x in s], 1)), "changed `scores`"),
+        (split(lambda s: torch.rand(2, len(s), 2)), "same for the same arguments"),
+        (suggest(lambda cls, t: cls(t.suggest_float("power", 0, 1))), "'power', which is no field"),
+        (suggest(lambda cls, t: cls(t.suggest_float("exponent", 2, 3))), "outside the searched range [2, 3]"),
+        (suggest(lambda cls, t: cls(t.suggest_float("exponent", 0, 3, log=True))), "needs low > 0"),
+        (suggest(lambda cls, t: cls(mode=t.suggest_categorical("mode", ["a"]))), "not among the choices"),
+        (suggest(lambda cls, t: cls(2 * t.suggest_float("exponent", 0, 3))), "holds the answers of the trial"),
+        (suggest(lambda cls, t: PowerAllocator()), "suggest returns a Wrong"),
+        (
+            suggest(lambda cls, t: cls(t.suggest_float("exponent", -1, 3))),
+            "exponent=-1.0, mode='plain', steps=3) breaks a law",
+        ),
+        (allocator(split_scope="heads"), "`split_scope` is 'heads'"),
+    ],
+)
+def test_wrong_allocator_is_caught(wrong: type[PowerAllocator], law: str) -> None:
+    assert law in message(lambda: check_allocator(wrong))
+
+
+def test_apportioned_total_is_checked(monkeypatch: Any) -> None:
+    monkeypatch.setattr("kvpolicy.testing.allocator.apportion", lambda shares, budget: budget.floors())
+    assert "apportioned shares meet the total 192" in message(lambda: check_allocator(PowerAllocator))
+
+
+@dataclass(frozen=True)
+class _Drifting(PowerAllocator):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exponent", self.exponent + 1)
+
+
+def test_params_that_change_on_the_way_through_json_are_caught() -> None:
+    assert "survive a plan file" in message(lambda: check_allocator(_Drifting))
+    assert "survive a plan file" in message(lambda: check_allocator(PowerAllocator(mode={1})))  # type: ignore[arg-type]
+
+
+# Policies
+
+
+@dataclass(frozen=True, slots=True)
+class RecentPolicy(EvictionPolicy):
+    """Right: the window rule."""
+
+    window_rule: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset({"positions"})
+    num_sink_tokens: int = 4
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        assert activations.positions is not None
+        return activations.positions.to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPolicy(EvictionPolicy):
+    """Right: distance to the mean key of the present entries, and attention mass while decoding."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"positions", "keys", "decode_attention", "window_attention"})
+    num_sink_tokens: int = 0
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        assert activations.positions is not None and activations.keys is not None
+        present = (activations.positions >= 0)[..., None]
+        mean = (activations.keys * present).sum(2, keepdim=True) / present.sum(2, keepdim=True)
+        return (activations.keys - mean).norm(dim=-1)
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        assert step.attention is not None and step.keys is not None
+        return step.scores + step.attention
+
+
+def test_right_policies_pass() -> None:
+    check_eviction_policy(RecentPolicy)
+    check_eviction_policy(RecentPolicy(num_sink_tokens=8))
+    check_eviction_policy(KeyPolicy)
+
+
+def policy(base: type = KeyPolicy, **body: Any) -> type[EvictionPolicy]:
+    return dataclass(frozen=True)(type("Wrong", (base,), {"__annotations__": {}, **body}))
+
+
+def prompt(function: Callable[[LayerActivations], object], base: type = KeyPolicy, **body: Any) -> type[EvictionPolicy]:
+    return policy(base, score_prompt=lambda self, activations: function(activations), **body)
+
+
+def step(function: Callable[[DecodeStep], object], base: type = KeyPolicy) -> type[EvictionPolicy]:
+    return policy(base, score_step=lambda self, given: function(given))
+
+
+def _mean_of_all(a: Any) -> Tensor:
+    return (a.keys - a.keys.mean(2, keepdim=True)).norm(dim=-1)  # type: ignore[no-any-return]
+
+
+def _recency_by_index(a: Any) -> Tensor:
+    return torch.arange(a.positions.shape[-1]).expand(a.positions.shape).float()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (prompt(lambda a: a.keys.norm(dim=-1).mean(1)), "score_prompt has shape [B, H, n]"),
+        (prompt(lambda a: None), "score_prompt is a tensor"),
+        (prompt(lambda a: a.keys.norm(dim=-1).half()), "score_prompt is float32"),
+        (prompt(lambda a: a.positions.float().log()), "score_prompt is finite"),
+        (prompt(lambda a: torch.rand(a.positions.shape)), "same for the same arguments"),
+        (prompt(lambda a: a.keys.mul_(2).norm(dim=-1)), "changed `LayerActivations.keys`"),
+        (prompt(lambda a: a.values.norm(dim=-1)), "score_prompt raised AttributeError"),
+        (prompt(_mean_of_all), "absent entries (position -1) do not change the order"),
+        (prompt(lambda a: -a.positions.float(), RecentPolicy), "keeps the most recent"),
+        (prompt(_recency_by_index, RecentPolicy), "keeps the most recent"),
+        (
+            prompt(lambda a: a.keys.norm(dim=-1), window_rule=True, requires=frozenset({"keys"})),
+            "keeps the most recent",
+        ),
+        (step(lambda s: s.scores[:-1]), "score_step has shape [num_entries]"),
+        (step(lambda s: s.scores.double()), "score_step is float32"),
+        (step(lambda s: s.scores / 0), "score_step is finite"),
+        (step(lambda s: torch.rand(s.scores.shape)), "same for the same arguments"),
+        (step(lambda s: s.scores.add_(s.attention)), "changed `DecodeStep.scores`"),
+        (step(lambda s: s.missing), "score_step raised AttributeError"),
+        (step(lambda s: -s.scores, RecentPolicy), "after a step too"),
+        (policy(requires=frozenset({"attention"})), "`requires` lists 'attention'"),
+        (policy(num_sink_tokens=-1, __annotations__={"num_sink_tokens": int}), "`num_sink_tokens` is -1"),
+    ],
+)
+def test_wrong_policy_is_caught(wrong: type[EvictionPolicy], law: str) -> None:
+    assert law in message(lambda: check_eviction_policy(wrong))
+
+
+def test_failed_assert_of_a_plugin_is_explained() -> None:
+    wrong = policy(requires=frozenset({"keys"}))
+    assert "score_prompt raised AssertionError" in message(lambda: check_eviction_policy(wrong))
+
+
+@pytest.mark.parametrize("check", [check_estimator, check_allocator, check_eviction_policy])
+def test_every_check_refuses_what_the_registry_refuses(check: Any) -> None:
+    class Plain:
+        pass
+
+    text = message(lambda: check(Plain))
+    assert "no subclass of kvpolicy." in text and "not a dataclass" in text
+
+
+def test_kit_needs_neither_pytest_nor_transformers() -> None:
+    code = "import sys, kvpolicy.testing; print([n for n in ('pytest', 'transformers', 'optuna') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

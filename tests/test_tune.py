@@ -1,0 +1,667 @@
+"""The search: the same for the same seed, exact, honest about uniform, and safe against interruption."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from kvpolicy import (
+    Budget,
+    BudgetAllocator,
+    BudgetError,
+    Importance,
+    ImportanceEstimator,
+    ModelError,
+    PluginError,
+    StudyError,
+    TextError,
+    load_plan,
+    save_plan,
+)
+from kvpolicy.registry import registry
+from kvpolicy.text import Corpus
+from kvpolicy.tuning import TuneSettings, job, level, search, storage, tune
+from kvpolicy.tuning.storage import claim, open_storage, open_study, repair_journal
+from tests.tiny import tiny_model
+
+CONTEXT = 64
+ROOT = Path(__file__).parent.parent
+
+
+def make_corpus(seed=0, name="drawn"):
+    """Token ids in which each one depends on one some 20 positions before, so that long windows pay."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (2000,), generator=generator)
+    for i in range(20, 2000):
+        if i % 3:
+            ids[i] = ids[i - 20]
+    return Corpus(name, str(seed) * 64, ids[:1200], ids[1200:])
+
+
+def make_settings(tmp_path, **changes):
+    given = {"retentions": (0.4,), "context_length": CONTEXT, "trials": 3, "choose_dtype": False}
+    return TuneSettings(**{**given, "out": tmp_path / "plan.json", **changes})
+
+
+def run(settings, model=None, corpus=None):
+    return tune(model or tiny_model("Llama", layers=2), corpus or make_corpus(), settings)
+
+
+def the_study(settings, retention=0.4):
+    return optuna.load_study(
+        study_name=settings.study_name(retention), storage=open_storage(settings.storage, settings.journal)
+    )
+
+
+def states(study):
+    return [trial.state.name for trial in study.trials]
+
+
+def points(study):
+    return [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
+
+
+@dataclass(frozen=True, slots=True)
+class OneHead(BudgetAllocator):
+    """Nearly everything to one KV head, the more the larger `skew`; 0 is uniform."""
+
+    skew: float = 50.0
+
+    def shares(self, importance: Importance, budget: Budget) -> torch.Tensor:
+        shares = torch.ones(budget.shape)
+        shares[0, 0] += self.skew
+        return shares
+
+    @classmethod
+    def suggest(cls, trial):
+        return cls(skew=trial.suggest_float("skew", 40.0, 60.0))
+
+
+@dataclass(frozen=True, slots=True)
+class WiderSpace(OneHead):
+    @classmethod
+    def suggest(cls, trial):
+        return cls(skew=trial.suggest_float("skew", 30.0, 60.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(BudgetAllocator):
+    """Nothing to search; the second layer gets three times the first one's."""
+
+    def shares(self, importance: Importance, budget: Budget) -> torch.Tensor:
+        shares = torch.ones(budget.shape)
+        shares[-1] *= 3
+        return shares
+
+
+@dataclass(frozen=True, slots=True)
+class Learned(Fixed):
+    def fit(self, probe, importance, budget):
+        shares = torch.ones(budget.shape)
+        shares[0] *= 2 + budget.total
+        return shares
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenAllocator(BudgetAllocator):
+    def shares(self, importance: Importance, budget: Budget) -> torch.Tensor:
+        raise ZeroDivisionError("no head matters")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenEstimator(ImportanceEstimator):
+    def estimate(self, probe):
+        raise RuntimeError("no power")
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """offered(cls): the name under which the search finds a class of ours."""
+    doubles = {}
+
+    class Doubled:
+        def get(self, role, name):
+            return doubles.get(name) or registry.get(role, name)
+
+        def create(self, role, name, params=None):
+            return doubles[name](**(params or {})) if name in doubles else registry.create(role, name, params)
+
+    def offer(cls, name=None):
+        name = name or cls.__name__.lower()
+        doubles[name] = cls
+        return name
+
+    monkeypatch.setattr(job, "registry", Doubled())
+    monkeypatch.setattr(level, "registry", Doubled())
+    return offer
+
+
+class StopAt:
+    """Raises KeyboardInterrupt from inside the evaluation of the n-th trial, in its first sequence."""
+
+    def __init__(self, monkeypatch, number):
+        self.number, self.calls = number, 0
+        self.plain = search.chunk_means
+        monkeypatch.setattr(search, "chunk_means", self)
+
+    def __call__(self, losses):
+        self.calls += 1
+        for index, means in enumerate(self.plain(losses)):
+            if self.calls == self.number and index == 0:
+                raise KeyboardInterrupt
+            yield means
+
+
+def interrupt(monkeypatch, settings, number, **more):
+    """A search that is interrupted in its n-th trial."""
+    with monkeypatch.context() as patch:
+        StopAt(patch, number)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, **more)
+
+
+def without_created(path):
+    document = json.loads(path.read_text())
+    del document["provenance"]["created"]
+    return json.dumps(document)
+
+
+# --- what a search gives
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_the_same_seed_gives_the_same_plan(tmp_path, sampler):
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        settings = make_settings(tmp_path / name, trials=6, seed=3, sampler=sampler)
+        save_plan(run(settings), settings.out)
+        written.append(without_created(settings.out))
+    assert written[0] == written[1]
+    assert load_plan(tmp_path / "a" / "plan.json").provenance["sampler"] == sampler
+
+
+def test_another_seed_draws_other_points(tmp_path):
+    drawn = []
+    for seed in (0, 1):
+        settings = make_settings(tmp_path, seed=seed, out=tmp_path / f"{seed}.json")
+        run(settings)
+        drawn.append(points(the_study(settings)))
+    assert drawn[0][0] == drawn[1][0], "the first trial is the allocator's defaults"
+    assert drawn[0][1:] != drawn[1][1:]
+
+
+def test_a_search_prints_no_warning(tmp_path, capfd):
+    run(make_settings(tmp_path))  # pytest turns a warning into an error; Optuna's log goes to stderr
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("retention", [0.05, 0.3, 0.77])
+def test_the_capacities_of_a_plan_sum_exactly(tmp_path, retention):
+    plan = run(make_settings(tmp_path, retentions=(retention,), trials=2))
+    for context in (CONTEXT, 100, 129, 250):
+        floors = 4 * (4 + 1)
+        assert int(plan.capacities(context, retention).sum()) == max(round(retention * context * 4), floors)
+
+
+def test_levels_are_searched_from_the_largest_and_recorded(tmp_path):
+    settings = make_settings(tmp_path, retentions=(0.2, 0.6), trials=2)
+    plan = run(settings)
+    assert [level.retention for level in plan.levels] == [0.6, 0.2]
+    assert plan.provenance | {"created": ""} == {
+        **plan.provenance,
+        "created": "",
+        "seed": 0,
+        "trials": 2,
+        "context_length": CONTEXT,
+        "text": "drawn",
+        "text_sha256": "0" * 64,
+        "sampler": "tpe",
+        "dtype": "float32",
+    }
+    for found in plan.levels:
+        assert set(found.perplexity) == {"search", "heldout", "heldout_full", "heldout_uniform"}
+        assert len(the_study(settings, found.retention).trials) == 2
+
+
+def test_the_search_figure_of_a_level_is_that_of_its_capacities(tmp_path):
+    model, corpus = tiny_model("Llama", layers=2), make_corpus()
+    plan = run(make_settings(tmp_path), model, corpus)
+    table = plan.capacities(CONTEXT, retention=0.4)
+    for part, count in (("search", 4), ("heldout", 8)):
+        probe = job.TransformersProbe(model, corpus.sequences(part, count, CONTEXT))
+        found = job.perplexity(probe.loss(table))
+        assert plan.levels[0].perplexity[part] == pytest.approx(found, rel=1e-6)
+
+
+def test_uniform_is_stored_and_said_where_no_trial_beats_it(tmp_path, monkeypatch, offered):
+    model = tiny_model("Llama", layers=2)
+    monkeypatch.setattr(job.TransformersProbe, "token_losses", losses_by_spread)
+    plan = run(make_settings(tmp_path, allocator=offered(OneHead)), model)
+    level = plan.levels[0]
+    assert torch.equal(level.shares, torch.full((2, 2), 0.4, dtype=torch.float64))
+    assert level.allocator_params == {}
+    assert level.comparison["verdict"] == "uniform kept: no trial beat it"
+    assert level.perplexity["heldout"] == level.perplexity["heldout_uniform"]
+
+
+def losses_by_spread(self, capacities):
+    """The more uneven a table, the worse; each sequence and token has a noise of its own that is always the same."""
+    spread = float((capacities.double() / capacities.double().mean() - 1).abs().mean())
+    for index in range(len(self.sequences)):
+        noise = torch.rand(1, CONTEXT - CONTEXT // 4, generator=torch.Generator().manual_seed(index))
+        yield (3 + spread + 0.01 * noise).float()
+
+
+@pytest.mark.parametrize("double", [Fixed, Learned])
+def test_an_allocator_without_parameters_is_reported_with_its_own_figures(tmp_path, monkeypatch, offered, double):
+    def prefer_uneven(self, capacities):
+        for losses in losses_by_spread(self, capacities):
+            yield 6 - losses
+
+    monkeypatch.setattr(job.TransformersProbe, "token_losses", prefer_uneven)
+    settings = make_settings(tmp_path, allocator=offered(double))
+    level = run(replace(settings, trials=1)).levels[0]
+    assert level.comparison["verdict"] == "better than uniform"
+    assert level.perplexity["heldout"] < level.perplexity["heldout_uniform"]
+    uneven = level.shares.mean(1)
+    assert (uneven[0] > uneven[1]) if double is Learned else (uneven[0] < uneven[1])
+
+
+def test_an_allocator_with_nothing_to_search_gives_one_trial(tmp_path):
+    settings = make_settings(tmp_path, allocator="uniform", trials=None)
+    plan = run(settings)
+    assert plan.provenance["trials"] == 1
+    assert len(the_study(settings).trials) == 1
+    assert torch.equal(plan.levels[0].shares, torch.full((2, 2), 0.4, dtype=torch.float64))
+
+
+def test_the_number_of_trials_is_chosen_and_kept_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "SEARCH_SECONDS", 0.0)
+    settings = make_settings(tmp_path, trials=None)
+    assert run(settings).provenance["trials"] == job.LEAST_TRIALS
+    monkeypatch.setattr(job, "SEARCH_SECONDS", 1e9)
+    assert run(replace(settings, resume=True)).provenance["trials"] == job.LEAST_TRIALS
+    assert len(the_study(settings).trials) == job.LEAST_TRIALS
+
+
+# --- pruning
+
+
+@dataclass(frozen=True, slots=True)
+class TwoLevels(BudgetAllocator):
+    """Trial by trial from a list: what to be pruned against what."""
+
+    bad: bool = False
+
+    def shares(self, importance: Importance, budget: Budget) -> torch.Tensor:
+        shares = torch.ones(budget.shape)
+        shares[0, 0] += 40.0 if self.bad else 0.5
+        return shares
+
+    @classmethod
+    def suggest(cls, trial):
+        return cls(bad=trial.suggest_categorical("bad", [True]) if trial.number else False)
+
+
+def test_a_clearly_bad_trial_is_stopped_and_is_never_the_result(tmp_path, monkeypatch, offered):
+    monkeypatch.setattr(job.TransformersProbe, "token_losses", losses_by_spread)
+    settings = make_settings(tmp_path, allocator=offered(TwoLevels), trials=4)
+    plan = run(settings)
+    study = the_study(settings)
+    assert [bool(t.user_attrs.get("kvpolicy_stopped")) for t in study.trials] == [False, True, True, True]
+    assert [len(t.intermediate_values) for t in study.trials] == [16, 8, 8, 8], "after two of four sequences"
+    assert plan.levels[0].comparison["trials_stopped_early"] == 3
+    assert search.best_trial(study).number == 0
+
+
+def test_a_stopped_trial_with_the_best_value_is_not_the_best(tmp_path):
+    study = optuna.create_study()
+    for value, stopped in ((2.0, False), (1.0, True), (1.5, False)):
+        trial = study.ask()
+        trial.set_user_attr("kvpolicy_stopped", stopped)
+        study.tell(trial, value)
+    assert search.best_trial(study).value == 1.5
+    assert search.stopped_trials(study) == 1
+
+
+# --- interruption
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_resume_after_an_interruption_loses_at_most_the_running_trial(tmp_path, monkeypatch, number):
+    settings = make_settings(tmp_path, trials=5)
+    interrupt(monkeypatch, settings, number)
+    study = the_study(settings)
+    assert states(study).count("COMPLETE") == number - 1
+    assert states(study).count("FAIL") == 1
+    lost = study.trials[number - 1].params
+    run(replace(settings, resume=True))
+    study = the_study(settings)
+    assert states(study).count("COMPLETE") == 5
+    assert states(study).count("FAIL") == 1
+    assert "RUNNING" not in states(study) and "WAITING" not in states(study)
+    assert lost in points(study), "the interrupted point is run again"
+
+
+def test_an_interruption_before_the_point_is_drawn_keeps_the_queued_point(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path, allocator="baklava")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "claim", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    run(replace(settings, resume=True))
+    defaults = registry.create("allocator", "baklava").params()
+    first = points(the_study(settings))[0]
+    assert first == {name: defaults[name] for name in first}
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_after_a_trial_was_told_leaves_it_finished(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path)
+    plain = search._run
+
+    def told_then_interrupted(study, trial, *more):
+        plain(study, trial, *more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_run", told_then_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert states(the_study(settings)) == ["COMPLETE"]
+
+
+def test_an_existing_study_is_refused_without_resume(tmp_path):
+    settings = make_settings(tmp_path)
+    run(settings)
+    before = settings.journal.read_bytes()
+    with pytest.raises(StudyError, match=r"a study named 'plan-0\.4' is there already, with 3 trials: pass --resume"):
+        run(settings)
+    assert len(the_study(settings).trials) == 3
+    assert settings.journal.read_bytes()[: len(before)] == before
+
+
+def test_a_study_without_trials_is_taken_over(tmp_path):
+    settings = make_settings(tmp_path, seed=3)
+    open_study(open_storage(None, settings.journal), settings.study_name(0.4), {"seed": 0}, resume=False)
+    run(settings)
+    assert the_study(settings).user_attrs["kvpolicy_settings"]["seed"] == 3
+
+
+def test_an_existing_study_is_refused_before_any_work(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path)
+    run(settings)
+    monkeypatch.setattr(job.TransformersProbe, "observe", lambda *_: pytest.fail("profiled"))
+    with pytest.raises(StudyError, match="is there already"):
+        run(settings)
+
+
+def test_resume_without_a_study_starts_one(tmp_path):
+    settings = make_settings(tmp_path, resume=True)
+    run(settings)
+    assert states(the_study(settings)) == ["COMPLETE"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"context_length": 80}, "context_length was 64, now 80"),
+        ({"allocator": "uniform"}, 'allocator was "onehead", now "uniform"'),
+        ({"estimator": "uniform"}, 'estimator was {"name": "cosine".*now {"name": "uniform"'),
+        ({"sampler": "gp"}, 'sampler was "tpe", now "gp"'),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_resume_with_another_setting_is_refused_by_name(tmp_path, offered, change, named):
+    settings = make_settings(tmp_path, allocator=offered(OneHead), trials=1)
+    run(settings)
+    with pytest.raises(StudyError, match=named) as raised:
+        run(replace(settings, resume=True, **change))
+    assert ("seed was" in str(raised.value)) == ("seed" in change), "only what differs is named"
+
+
+def test_resume_with_another_text_model_or_space_is_refused_by_name(tmp_path, offered):
+    settings = make_settings(tmp_path, allocator=offered(OneHead), trials=1)
+    run(settings)
+    again = replace(settings, resume=True)
+    with pytest.raises(StudyError, match=r"\(text was \"0.*, now \"1[^,]*\)"):
+        run(again, corpus=make_corpus(1))
+    with pytest.raises(StudyError, match=r"\(model was.*weights was"):
+        run(again, model=tiny_model("Llama", layers=2, rms_norm_eps=1e-3, intermediate_size=32, vocab_size=98))
+    tuned_further = tiny_model("Llama", layers=2)
+    tuned_further.model.layers[1].mlp.down_proj.weight.data.mul_(1.1)
+    with pytest.raises(StudyError, match=r"\(weights was"):
+        run(again, model=tuned_further)
+    offered(WiderSpace, "onehead")
+    with pytest.raises(StudyError, match=r"\(space was .*low=40.*"):
+        run(again)
+
+
+def test_resume_goes_on_in_the_dtype_of_the_study(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path, trials=1)
+    run(settings, tiny_model("Llama", layers=2).to(torch.bfloat16))
+    model = tiny_model("Llama", layers=2)
+    plan = run(replace(settings, resume=True, choose_dtype=True, trials=2), model)
+    assert plan.provenance["dtype"] == "bfloat16"
+    assert states(the_study(settings)) == ["COMPLETE"] * 2
+
+
+# --- zombies, torn journals, databases
+
+
+def running_trial(settings, owner):
+    """A study with one trial left running by `owner`."""
+    with_study = open_study(open_storage(None, settings.journal), settings.study_name(0.4), {}, resume=True)
+    with_study.set_user_attr("kvpolicy_settings", {})
+    trial = with_study.ask()
+    trial.suggest_float("x", 0, 1)
+    if owner is not None:
+        trial.set_user_attr("kvpolicy_owner", owner)
+    return with_study, trial
+
+
+@pytest.fixture
+def here():
+    process = psutil.Process()
+    return {"host": storage.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_zombie"),
+    [
+        ({}, False),
+        ({"pid": 2**22 + 5}, True),
+        ({"started": 1.0}, True),
+        ({"host": "elsewhere", "pid": 2**22 + 5}, False),
+    ],
+    ids=["alive", "gone", "its number was given to another process", "on another machine"],
+)
+def test_only_trials_whose_owner_is_gone_are_closed(tmp_path, here, change, is_zombie):
+    study, trial = running_trial(make_settings(tmp_path), {**here, **change})
+    assert storage.close_zombies(study) == int(is_zombie)
+    assert states(study) == (["FAIL", "WAITING"] if is_zombie else ["RUNNING"])
+    if is_zombie:
+        again = study.ask()
+        assert again.suggest_float("x", 0, 1) == trial.params["x"]
+
+
+@pytest.mark.parametrize(("seconds", "is_zombie"), [(0, False), (120, True)])
+def test_a_trial_without_an_owner_is_closed_after_a_minute(tmp_path, monkeypatch, seconds, is_zombie):
+    study, _ = running_trial(make_settings(tmp_path), None)
+    now = storage.time.time()
+    monkeypatch.setattr(storage.time, "time", lambda: now + seconds)
+    assert storage.close_zombies(study) == int(is_zombie)
+
+
+def test_a_claimed_trial_belongs_to_this_process(tmp_path, here):
+    study, trial = running_trial(make_settings(tmp_path), None)
+    claim(trial)
+    assert study.trials[0].user_attrs["kvpolicy_owner"] == here
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_torn_last_journal_line_is_cut_and_the_file_kept(tmp_path, cut):
+    settings = make_settings(tmp_path, trials=2)
+    run(settings)
+    content = settings.journal.read_bytes().replace(b'"pid":%d' % psutil.Process().pid, b'"pid":4194309')
+    torn = content[:-cut]  # by a process that is gone: no number is above 2^22
+    settings.journal.write_bytes(torn)
+    assert repair_journal(settings.journal)
+    assert settings.journal.read_bytes() == content[: content[:-1].rfind(b"\n") + 1]
+    assert settings.journal.with_name("plan.json.study.bak").read_bytes() == torn
+    assert not repair_journal(settings.journal), "nothing is left to repair"
+    run(replace(settings, resume=True, trials=3))
+    assert states(the_study(settings)).count("COMPLETE") == 3
+
+
+def test_a_whole_journal_is_left_alone(tmp_path):
+    settings = make_settings(tmp_path, trials=1)
+    run(settings)
+    content = settings.journal.read_bytes()
+    assert not repair_journal(settings.journal)
+    assert settings.journal.read_bytes() == content
+    assert not list(tmp_path.glob("*.bak"))
+    assert not repair_journal(tmp_path / "none.study")
+
+
+def test_a_database_works_and_needs_no_journal(tmp_path):
+    settings = make_settings(tmp_path, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    plan = run(settings)
+    assert plan.provenance["trials"] == 3
+    assert (tmp_path / "study.db").stat().st_size > 0
+    assert not settings.journal.exists()
+    run(replace(settings, resume=True, trials=4))
+    assert states(the_study(settings)) == ["COMPLETE"] * 4
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.test_tune import make_settings, run
+folder = Path(sys.argv[2])
+run(make_settings(folder, trials=8, resume=True, storage=f"sqlite:///{folder / 'study.db'}", out=folder / "plan.json"))
+"""
+
+
+def test_two_processes_share_a_database(tmp_path):
+    settings = make_settings(tmp_path, trials=1, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    run(settings)
+    command = [sys.executable, "-c", WORKER, str(ROOT), str(tmp_path)]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+    found = the_study(settings).trials
+    assert 8 <= len(found) <= 9, "at most one more than asked, when both start the last one at once"
+    assert all(trial.state == TrialState.COMPLETE for trial in found)
+    owners = {trial.user_attrs["kvpolicy_owner"]["pid"] for trial in found}
+    assert psutil.Process().pid in owners and len(owners) >= 2
+
+
+@pytest.mark.parametrize(
+    "url", ["nosuch://x", "sqlite:////no/such/folder/s.db", "postgresql://nobody@127.0.0.1:1/x"], ids=lambda x: x[:6]
+)
+def test_a_storage_that_cannot_be_opened_is_refused(tmp_path, url):
+    with pytest.raises(StudyError, match="cannot open the study storage"):
+        run(make_settings(tmp_path, storage=url))
+
+
+def test_a_storage_whose_driver_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StudyError, match=r"needs a package that is not installed .* pip install 'psycopg\[binary\]'"):
+        run(make_settings(tmp_path, storage="postgresql://nobody@127.0.0.1:1/x"))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("retention", [0.0, 1.0, 1.5, -0.1, float("nan"), float("inf")])
+def test_a_retention_outside_0_and_1_is_refused(tmp_path, retention):
+    with pytest.raises(BudgetError, match=r"must lie in \(0, 1\), got"):
+        make_settings(tmp_path, retentions=(0.5, retention))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retentions": ()}, "each retention once, got none"),
+        ({"retentions": (0.5, 0.3, 0.5)}, "each retention once, got 0.5, 0.3, 0.5"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"context_length": 63}, "context_length must be at least 64, got 63"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_settings_out_of_range_are_refused(tmp_path, change, message):
+    with pytest.raises(BudgetError, match=message):
+        make_settings(tmp_path, **change)
+
+
+def test_a_text_that_is_too_short_is_refused_with_what_is_needed(tmp_path):
+    short = Corpus("short", "0" * 64, torch.arange(300) % 97, torch.arange(300) % 97)
+    with pytest.raises(TextError, match=r"short is too short: .* 300 tokens .* needs 384 and 256"):
+        run(make_settings(tmp_path), corpus=short)
+    assert not list(tmp_path.iterdir()), "refused before a study is made"
+
+
+@pytest.mark.parametrize(
+    ("role", "double", "message"),
+    [
+        ("allocator", BrokenAllocator, "ZeroDivisionError: no head matters"),
+        ("estimator", BrokenEstimator, "RuntimeError: no power"),
+    ],
+)
+def test_an_exception_of_a_plugin_names_it(tmp_path, offered, role, double, message):
+    with pytest.raises(PluginError, match=f"{role} 'mine' failed: {message}"):
+        run(make_settings(tmp_path, **{role: offered(double, "mine")}))
+
+
+def test_a_loss_that_is_not_finite_is_an_error_not_an_endless_search(tmp_path):
+    model = tiny_model("Llama", layers=2)
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ModelError, match=r"not finite in torch\.float32"):
+        run(make_settings(tmp_path), model)
+
+
+def test_a_database_that_another_process_is_just_creating_is_tried_again(monkeypatch):
+    tried = []
+
+    def creating(url):
+        tried.append(url)
+        if len(tried) == 1:
+            raise RuntimeError("duplicate key value violates unique constraint")
+        return optuna.storages.InMemoryStorage()
+
+    monkeypatch.setattr(storage, "get_storage", creating)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    assert isinstance(open_storage("postgresql://host/kv", Path("unused")), optuna.storages.InMemoryStorage)
+
+
+def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
+    def missing(url):
+        raise ImportError("Failed to import DB access module")
+
+    monkeypatch.setattr(storage, "get_storage", missing)
+    with pytest.raises(StudyError, match=r"needs a package that is not installed .*psycopg\[binary\]"):
+        open_storage("postgresql://host/kv", Path("unused"))
+
+
+def test_a_trial_killed_before_its_claim_is_not_counted(tmp_path):
+    settings = make_settings(tmp_path, trials=3)
+    run(settings)
+    the_study(settings).ask()  # left running, by nobody
+    run(replace(settings, resume=True, trials=5))
+    assert states(the_study(settings)).count("COMPLETE") == 5
