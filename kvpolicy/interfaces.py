@@ -7,6 +7,7 @@ state between calls. Selection, movement, rounding, sink protection are the core
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -53,7 +54,7 @@ class LayerActivations:
     positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
     window_attention: [B, num_kv_heads, n], attention of the observation window's queries, summed
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
-    rope:             (cos, sin) of the layer
+    rope:             (cos, sin) of the layer, for the tokens of this forward
     module:           the attention module
     """
 
@@ -197,12 +198,20 @@ class EvictionPolicy(_Role):
 
     window_rule: True for a policy that keeps exactly the sink tokens and the most recent; it requires "positions"
     requires:    which of `SOURCES` the policy is given
+    new_entry_score: score of an entry that was decoded, until `score_step` changes it; the default keeps decoded
+        tokens before any scored one and gives up the oldest of them first. A policy whose `score_step` adds up
+        starts from 0.
     num_sink_tokens: first positions that are never evicted
+    recent_window:   last positions that are never evicted, as far as the capacity reaches
+    observation_window: queries at the end of a prompt whose attention `window_attention` sums
     """
 
     window_rule: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset()
+    new_entry_score: ClassVar[float] = math.inf
     num_sink_tokens: int
+    recent_window: int = 0
+    observation_window: int = 32
 
     @abc.abstractmethod
     def score_prompt(self, activations: LayerActivations) -> Tensor:

@@ -23,6 +23,7 @@ _KINDS: dict[str, LayerKind] = {
     "moe": "linear",
     "mlp": "linear",
 }
+_UNSCALED = frozenset({"gemma3n_text", "gemma4_text"})  # queries are normalised instead; no attribute says it
 _WITH_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "flint"})  # no attribute says it
 
 
@@ -155,7 +156,18 @@ def _layer(text: Any, index: int, layer_type: str, shared: int | None, model_typ
         softcap=getattr(layer, "attn_logit_softcapping", None),
         sinks=model_type in _WITH_SINKS,
         shared_with=shared,
+        scale=_scale(layer, model_type),
     )
+
+
+def _scale(layer: Any, model_type: str) -> float | None:
+    """The factor on attention scores where it is not head_dim ** -0.5."""
+    if model_type in _UNSCALED:
+        return 1.0
+    if getattr(layer, "query_pre_attn_scalar", None):
+        return float(layer.query_pre_attn_scalar) ** -0.5
+    multiplier = getattr(layer, "attention_multiplier", None)
+    return None if multiplier is None else float(multiplier)
 
 
 def _layer_config(text: Any, index: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PlanError
 from kvpolicy.plan_json import Fields, check_json, describe, number, sequence, table, text, vector, whole
-from kvpolicy.spec import Importance, ModelSpec
+from kvpolicy.spec import Importance, LayerSpec, ModelSpec
 
 _MEAN_TOLERANCE = 1e-6  # shares written with six decimals still pass
 
@@ -41,6 +41,14 @@ class PlanModel:
                     f"model.num_layers = {self.num_layers}"
                 )
             previous = layer
+
+    def to_spec(self) -> ModelSpec:
+        """A model of this shape with plain attention; layers without a budget stand as linear ones."""
+        full = LayerSpec("full", self.num_q_heads, self.num_kv_heads, self.head_dim, self.head_dim)
+        layers = tuple(
+            full if index in self.budgeted_layers else replace(full, kind="linear") for index in range(self.num_layers)
+        )
+        return ModelSpec(self.id or "unknown", self.num_q_heads * self.head_dim, 0, 0, "", layers)
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, model_id: str = "", revision: str | None = None) -> PlanModel:

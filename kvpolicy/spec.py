@@ -26,6 +26,7 @@ class LayerSpec:
     softcap:     cap on the attention scores (Gemma 2), else None
     sinks:       True if the layer has learned sink logits (gpt-oss)
     shared_with: index of the layer whose keys and values this one reuses, else None
+    scale:       factor on the attention scores, None for key_dim ** -0.5
     """
 
     kind: LayerKind
@@ -37,6 +38,7 @@ class LayerSpec:
     softcap: float | None = None
     sinks: bool = False
     shared_with: int | None = None
+    scale: float | None = None
 
     @property
     def is_budgeted(self) -> bool:

@@ -1,4 +1,4 @@
-"""The ragged cache: one arena a layer, one segment per (sequence, KV head). torch only."""
+"""Caches whose bytes are the budget's."""
 
 from kvpolicy.cache.store import RaggedStore
 

@@ -1,114 +1,391 @@
-"""Keys and values in one arena per layer, a segment per (sequence, KV head), each with a capacity of its own.
-
-This store holds window-rule caches: the sink tokens, then a ring of the most recent ones. Token t lies in slot t
-while it fits, afterwards in slot `sinks + (t - sinks) % (capacity - sinks)`, so that an append overwrites the oldest
-entry. Attention does not depend on the order of the slots.
-"""
+"""The ragged store: per-head budgets that really free memory, for any decoding loop."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
-import torch.nn.functional as F
+from kvpolicy_kernels.ragged_attention import ragged_attention
 from torch import Tensor
 
-from kvpolicy.errors import BudgetError
+from kvpolicy.cache import schedule as schedules
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.rows import RowTables
+from kvpolicy.cache.schedule import UNLIMITED, Schedule
+from kvpolicy.cache.scoring import STORE_SOURCES, chunk_mask, score_chunk, score_step
+from kvpolicy.cache.select import Protection
+from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.plan import BudgetPlan
+from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
+
+DecodeMode = Literal["evict", "append"]
+
+GROWTH_INTERVAL = 64
+"""Decoded tokens after which a growing budget is apportioned anew."""
+
+ROLLBACK = 64
+"""Last tokens that stay above the capacity while they may be taken back (speculative decoding)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer turns scores into attention: what the op needs besides queries, keys and values."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
 
 
 class RaggedStore:
-    """A cache for decoding loops.
+    """Keys and values of every budgeted layer, a segment per (sequence, KV head).
 
-    capacities: int `[L, H]`, entries each KV head may keep, equal for all sequences, each above num_sink_tokens
-    Raises `BudgetError` for capacities that do not fit.
+    spec:       the model's layers and heads
+    schedule:   capacities over the tokens seen (`kvpolicy.cache.schedule`)
+    policy:     who is evicted
+    protected:  [begin, end) positions that are never evicted, on top of the capacity
+    decode:     "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
+    split:      run-time allocation instead of the schedule's own shares
+    heads:      (first, count) of the KV heads held here, under tensor parallelism
+    supplied:   sources besides `STORE_SOURCES` that the caller hands in with each forward
+
+    Raises `PluginError` when the policy requires a source that nobody supplies, `BudgetError` for a schedule of
+    another model.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        capacities: Tensor,
+        schedule: Schedule,
+        policy: EvictionPolicy,
         *,
-        num_sink_tokens: int = 4,
+        batch_size: int = 1,
+        protected: Sequence[Sequence[int]] = (),
+        decode: DecodeMode = "evict",
+        split: RuntimeSplit | None = None,
+        heads: tuple[int, int] | None = None,
+        supplied: frozenset[str] = frozenset(),
+    ) -> None:
+        missing = policy.requires - STORE_SOURCES - supplied
+        if missing:
+            raise PluginError(
+                f"the policy {type(policy).__name__} requires {', '.join(sorted(missing))}, which this cache cannot "
+                f"supply; it supplies {', '.join(sorted(STORE_SOURCES | supplied))}"
+            )
+        if schedule.shape != spec.table_shape:
+            raise BudgetError(f"the budget is for (layers, KV heads) = {schedule.shape}, the model has {spec.table_shape}")
+        if decode not in ("evict", "append"):
+            raise BudgetError(f"decode must be 'evict' or 'append', got {decode!r}")
+        self.spec, self.policy, self.batch_size = spec, policy, batch_size
+        self.decode_mode, self.split = decode, split
+        self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
+        self.first_head, self.num_heads = heads or (0, spec.num_kv_heads)
+        self.rows = RowTables(schedule, batch_size)
+        self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: BudgetPlan,
+        *,
+        retention: float | None = None,
+        tokens: int | None = None,
+        context_length: int | None = None,
+        min_tokens: int = schedules.MIN_TOKENS,
         batch_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> None:
-        if tuple(capacities.shape) != spec.table_shape or int(capacities.min()) <= num_sink_tokens:
+        spec: ModelSpec | None = None,
+        protected: Sequence[Sequence[int]] = (),
+        decode: DecodeMode = "evict",
+    ) -> RaggedStore:
+        """An empty store under a plan.
+
+        retention: kept fraction of the tokens seen; None means the plan's level if it has just one
+        tokens:    instead, mean entries per KV head; with `context_length`, capacities are fixed up front
+        spec:      the model's; None means plain attention of the plan's shape
+
+        Raises `PlanError` and `BudgetError` as `BudgetPlan.capacities` does.
+        """
+        if spec is None:
+            spec = plan.model.to_spec()
+        else:
+            plan.check_model(spec)
+        schedule = schedules.from_plan(
+            plan, retention=retention, tokens=tokens, context_length=context_length, min_tokens=min_tokens
+        )
+        policy = registry.create("policy", plan.method.policy.name, plan.method.policy.params)
+        store = cls(spec, schedule, policy, batch_size=batch_size, protected=protected, decode=decode)
+        for layer in range(spec.num_budgeted_layers):
+            store._open(layer, dtype, torch.empty(0, device=device).device)
+        return store
+
+    # --- what a decoding loop calls
+
+    def prefill(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_padding: Tensor | Sequence[int] | None = None,
+        *,
+        scale: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attends over what is held and over these tokens, then keeps each KV head's part.
+
+        query: [B, num_q_heads, n, D];  key, value: [B, H, n, dim], keys after RoPE
+        num_padding: [B], tokens at the start of each row that are padding
+        scale, sink_logits: [num_q_heads]; what the layer's `LayerSpec` cannot know. Softcap is the spec's.
+
+        Returns [B, num_q_heads, n, Dv]. Within one call, tokens see the store as it was before its evictions.
+        """
+        valid = None
+        if num_padding is not None:
+            padding = torch.as_tensor(num_padding, device=key.device)
+            valid = torch.arange(key.shape[2], device=key.device)[None] >= padding[:, None]
+        scoring = self._scoring(scale, sink_logits)
+        chunk = self.arrive(layer, key, value, valid)
+        out = self.attend_chunk(layer, query, chunk, scoring)
+        self.keep(layer, query, chunk, scoring)
+        return out
+
+    def decode(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """One token: evicts where a KV head is at its capacity, writes the token, attends over what is held then.
+
+        Shapes as in `prefill` with n = 1.
+        """
+        if not self.can_append(layer):
+            return self.prefill(layer, query, key, value, scale=scale, sink_logits=sink_logits)
+        scoring = self._scoring(scale, sink_logits)
+        self.append(layer, key, value)
+        out = self.attend(layer, query, scoring)
+        self.rescore(layer, query, scoring)
+        return out
+
+    # --- its parts, for callers that compute the attention of a prompt themselves
+
+    def can_append(self, layer: int) -> bool:
+        """Whether a single token can be appended; else it goes the way of a longer chunk."""
+        held = self.layers[layer]
+        if held is None or held.pending is not None or not bool(held.seen.any()):
+            return False
+        return not self.protection.spans or not any(self.protection.covers(seen) for seen in held.seen.tolist())
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes one token into every segment. key, value: [B, H, 1, dim]."""
+        held = self._layer(layer)
+        held.decoded += 1
+        if held.decoded % GROWTH_INTERVAL == 0:
+            self._grow(layer, held, held.seen + 1)
+        limit = held.arena.capacity
+        if self.decode_mode == "append":
+            limit = torch.full_like(limit, UNLIMITED)
+        held.append(key, value, limit, self.policy.new_entry_score)
+
+    def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
+        """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
+        arena = self._layer(layer).arena
+        return ragged_attention(query, arena.keys, arena.values, arena.start, arena.length, **scoring.options())
+
+    def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
+        """Hands the entries to the policy after a decoding step, if it looks at them at all."""
+        score_step(self.policy, layer, self._layer(layer).arena, query, scoring.options())
+
+    def arrive(self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Chunk:
+        """Counts new tokens and returns them behind those still pending.
+
+        key, value: [B, H, n, dim];  valid: bool [B, n], False for padding
+        """
+        if tuple(key.shape[:2]) != (self.batch_size, self.num_heads):
             raise BudgetError(
-                f"capacities must be (layers, KV heads) = {spec.table_shape} and above {num_sink_tokens} sink tokens, "
-                f"got {tuple(capacities.shape)} from {int(capacities.min())}"
+                f"this store holds {self.batch_size} sequences of {self.num_heads} KV heads, got keys of shape "
+                f"{list(key.shape)}"
             )
-        self.spec, self.num_sink_tokens, self.batch_size = spec, num_sink_tokens, batch_size
-        self.capacities = capacities.to("cpu", torch.int64)
-        rows = self.capacities.sum(1).tolist()
-        shape = spec.attention
-        # one arena a layer: [batch, sum of capacities, dim]; KV head h owns the columns from starts[layer][h]
-        self.keys = [torch.zeros(batch_size, n, shape.key_dim, device=device, dtype=dtype) for n in rows]
-        self.values = [torch.zeros(batch_size, n, shape.value_dim, device=device, dtype=dtype) for n in rows]
-        self.starts = F.pad(self.capacities.cumsum(1), (1, 0))
-        self.seen = [0] * spec.num_budgeted_layers
+        held = self._open(layer, key.dtype, key.device)
+        return held.arrive(key, value, None if valid is None else valid.cpu())
+
+    def attend_chunk(
+        self,
+        layer: int,
+        query: Tensor,
+        chunk: Chunk,
+        scoring: Scoring,
+        mask: Tensor | None = None,
+        entry_mask: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attends over the entries held and the chunk. query: [B, num_q_heads, n, D], the chunk's last n tokens.
+
+        mask:       bool [B or 1, 1, n, len(chunk)]; None means causal, padding excluded
+        entry_mask: bool [n, length] for each segment; None means that every entry is visible
+        """
+        arena = self._layer(layer).arena
+        if mask is None and bool((chunk.positions < 0).any()):
+            mask = chunk_mask(chunk, query.shape[2])
+        return ragged_attention(
+            query,
+            arena.keys,
+            arena.values,
+            arena.start,
+            arena.length,
+            chunk_key=chunk.key,
+            chunk_value=chunk.value,
+            chunk_mask=mask,
+            entry_mask=entry_mask,
+            **scoring.options(),
+        )
+
+    def keep(
+        self,
+        layer: int,
+        query: Tensor,
+        chunk: Chunk,
+        scoring: Scoring,
+        *,
+        hold: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes what the policy keeps of [entries held ; chunk] and gives up the rest.
+
+        query: [B, num_q_heads, n, D] of the chunk's last n tokens
+        hold:  last tokens that stay pending, so that they can be taken back
+        extra: sources that the caller supplies, by name
+        """
+        held, scores = self._layer(layer), None
+        held.decoded = 0
+        if self.split is None:
+            self._grow(layer, held, held.seen)
+        limited = self.split is not None or bool((held.arena.capacity < UNLIMITED).any())
+        if held.arena.scores is not None and limited:
+            scores = score_chunk(self.policy, layer, held.arena, query, chunk, scoring.options(), extra or {})
+        if self.split is not None and scores is not None:
+            self._split(layer, held, scores)
+        held.fold(chunk, scores, hold)
+
+    # --- what becomes of a batch
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these sequences, in this order and as often as they stand there. rows: int64 [B'] (beams, selection)."""
+        rows = rows.cpu()
+        for held in self._opened():
+            held.take(rows)
+        self.rows.take(rows.tolist())
+        self.batch_size = len(rows)
+
+    def crop(self, count: int) -> None:
+        """Takes back the last `count` tokens of every sequence.
+
+        Raises `BudgetError`, before anything is changed, where an entry was evicted since: it would be missing.
+        """
+        for held in self._opened():
+            held.check_crop(count)
+        for held in self._opened():
+            held.crop(count)
+
+    # --- accounting
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [B], tokens of each sequence so far, padding excluded."""
+        for held in self._opened():
+            return held.seen
+        return torch.zeros(self.batch_size, dtype=torch.int64)
 
     @property
     def lengths(self) -> Tensor:
-        """int64 `[L, H]`, entries each KV head holds now."""
-        return torch.minimum(self.capacities, torch.tensor(self.seen)[:, None])
+        """int64 [L, B, H], entries held now; pending tokens included."""
+        return self._tabulate(lambda held: held.arena.length + held.num_pending)
+
+    @property
+    def capacities(self) -> Tensor:
+        """int64 [L, B, H], entries allowed now, protected spans included; `UNLIMITED` where nothing is evicted."""
+        return self._tabulate(lambda held: held.arena.capacity)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables included."""
-        tensors = [*self.keys, *self.values, self.capacities, self.starts]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for held in self._opened() for tensor in held.tensors().values()) + self.rows.nbytes
 
-    def prefill(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """Attends densely over a prompt and keeps each KV head's part of it.
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that keeping every token seen would take, padding excluded."""
+        itemsize = next((held.arena.keys.element_size() for held in self._opened()), 0)
+        return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
 
-        query: [B, num_q_heads, n, D];  key, value: [B, H, n, D], keys after RoPE. Returns [B, num_q_heads, n, Dv].
-        The layer must be empty.
-        """
-        if self.seen[layer]:
-            raise BudgetError(f"layer {layer} already holds tokens; prefill takes the first prompt only")
-        self.fill(layer, key, value)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    # --- inside
 
-    def fill(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keeps each KV head's part of a prompt without attending. key, value: [B, H, n, D]."""
-        length = key.shape[2]
-        for head in range(self.spec.num_kv_heads):
-            tokens = self._kept_tokens(length, int(self.capacities[layer, head]))
-            slots = self._slots(layer, head, tokens).to(key.device)
-            tokens = tokens.to(key.device)
-            self.keys[layer][:, slots] = key[:, head, tokens].to(self.keys[layer].dtype)
-            self.values[layer][:, slots] = value[:, head, tokens].to(self.values[layer].dtype)
-        self.seen[layer] = length
+    def _opened(self) -> list[StoreLayer]:
+        return [held for held in self.layers if held is not None]
 
-    def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """Writes one token into its slot of every KV head, then attends over what each head holds.
+    def _open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
+        held = self.layers[layer]
+        if held is None:
+            shape, segments = self.spec.attention, self.batch_size * self.num_heads
+            scored = not self.policy.window_rule or self.split is not None
+            arena = LayerArena(segments, shape.key_dim, shape.value_dim, dtype, device, scored=scored)
+            held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
+        if held.arena.keys.dtype != dtype or held.arena.device != device:
+            raise BudgetError(
+                f"layer {layer} of this store holds {held.arena.keys.dtype} on {held.arena.device}, got {dtype} on "
+                f"{device}"
+            )
+        return held
 
-        query: [B, num_q_heads, 1, D];  key, value: [B, H, 1, D]. Returns [B, num_q_heads, 1, Dv].
-        """
-        token = torch.tensor([self.seen[layer]])
-        self.seen[layer] += 1
-        group = self.spec.group_size
-        outputs = []
-        for head, length in enumerate(self.lengths[layer].tolist()):
-            slot = self._slots(layer, head, token).to(key.device)
-            self.keys[layer][:, slot] = key[:, head]
-            self.values[layer][:, slot] = value[:, head]
-            segment = slice(int(self.starts[layer, head]), int(self.starts[layer, head]) + length)
-            keys, values = self.keys[layer][:, None, segment], self.values[layer][:, None, segment]
-            q = query[:, head * group : (head + 1) * group]
-            keys, values = keys.expand(-1, group, -1, -1), values.expand(-1, group, -1, -1)
-            outputs.append(F.scaled_dot_product_attention(q, keys, values, scale=scale))
-        return torch.cat(outputs, 1)
+    def _layer(self, layer: int) -> StoreLayer:
+        held = self.layers[layer]
+        if held is None:
+            raise BudgetError(f"layer {layer} of this store is empty: its prompt comes first")
+        return held
 
-    def _kept_tokens(self, length: int, capacity: int) -> Tensor:
-        """Positions that a KV head keeps of the first `length` tokens: the sinks and the most recent."""
-        if length <= capacity:
-            return torch.arange(length)
-        recent = capacity - self.num_sink_tokens
-        return torch.cat([torch.arange(self.num_sink_tokens), torch.arange(length - recent, length)])
+    def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
+        shape = self.spec.attention
+        if shape.sinks and sink_logits is None:
+            raise BudgetError(f"model type '{self.spec.model_type}' has learned sinks: give sink_logits [num_q_heads]")
+        return Scoring(shape.scale if scale is None else scale, shape.softcap, sink_logits)
 
-    def _slots(self, layer: int, head: int, tokens: Tensor) -> Tensor:
-        """Columns of the layer's arena for tokens of one KV head."""
-        capacity, sinks = int(self.capacities[layer, head]), self.num_sink_tokens
-        ring = sinks + (tokens - sinks) % (capacity - sinks)
-        return int(self.starts[layer, head]) + torch.where(tokens < capacity, tokens, ring)
+    def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
+        """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
+        if self.split is None:
+            self.rows.grow(seen.tolist())
+        else:
+            self.rows.grow_split(self.split, seen.tolist())
+        held.set_capacity(self.rows.layer(layer, self.first_head, self.num_heads))
+
+    def _split(self, layer: int, held: StoreLayer, scores: Tensor) -> None:
+        """Run-time capacities of this layer, and of earlier ones that shrink for it. scores: float32 [S, N]."""
+        assert self.split is not None
+        known = [self._layer(index).held_scores() for index in range(layer)]
+        shape = (self.batch_size, self.num_heads, -1)
+        by_layer = [x.view(shape) for x in (*known, scores) if x is not None]
+        before = self.rows.layers_up_to(layer)
+        self.rows.split(self.split, by_layer, held.seen.tolist())
+        held.set_capacity(self.rows.layer(layer, self.first_head, self.num_heads))
+        for index in range(layer):
+            if not torch.equal(before[index], self.rows.layer(index, self.first_head, self.num_heads)):
+                earlier = self._layer(index)
+                earlier.set_capacity(self.rows.layer(index, self.first_head, self.num_heads))
+                earlier.shrink()
+
+    def _tabulate(self, of: Callable[[StoreLayer], Tensor]) -> Tensor:
+        shape = (self.batch_size, self.num_heads)
+        empty = torch.zeros(shape, dtype=torch.int64)
+        return torch.stack([empty if held is None else of(held).view(shape) for held in self.layers])

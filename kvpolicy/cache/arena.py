@@ -1,0 +1,168 @@
+"""One layer's entries: an arena of rows, a segment of it for each (sequence, KV head), and what moves them.
+
+Segment i belongs to sequence `i // num_heads` and KV head `i % num_heads` and owns the rows from `start[i]` to
+`start[i] + allocated[i]`, of which the first `length[i]` hold entries. Tables lie on the CPU: they follow from counts
+alone, so keeping them needs no word from the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from kvpolicy_kernels.append import append
+from kvpolicy_kernels.compact import compact
+from torch import Tensor
+
+LEAST_GROWTH = 16  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
+_TABLES = ("start", "length", "allocated", "capacity", "num_pinned", "cursor")
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Tokens that are not in the arena yet.
+
+    key, value: [B, H, n, dim];  positions: int [B, n], -1 for padding
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return int(self.key.shape[2])
+
+
+class LayerArena:
+    """Keys, values, positions and scores of one layer.
+
+    keys [R, D];  values [R, Dv];  positions int32 [R];  scores float32 [R], or None for the window rule
+    start, length, allocated, capacity: int64 [S], in rows
+    num_pinned: int64 [S], the first entries of a segment, which the ring leaves alone
+    cursor:     int64 [S], the ring's oldest entry, counted from `num_pinned`
+    """
+
+    def __init__(
+        self, num_segments: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, *, scored: bool
+    ) -> None:
+        self.keys = torch.empty(0, key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(0, value_dim, dtype=dtype, device=device)
+        self.positions = torch.empty(0, dtype=torch.int32, device=device)
+        self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
+        for name in _TABLES:
+            setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
+
+    start: Tensor
+    length: Tensor
+    allocated: Tensor
+    capacity: Tensor
+    num_pinned: Tensor
+    cursor: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor held, by name."""
+        names = ("keys", "values", "positions", "scores", *_TABLES)
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def width(self) -> int:
+        """Entries of the longest segment."""
+        return int(self.length.max())
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def padded_rows(self) -> Tensor:
+        """int64 [S, width] on the device: the row of each entry, -1 behind a segment's length."""
+        column = torch.arange(self.width)[None]
+        rows = torch.where(column < self.length[:, None], self.start[:, None] + column, -1)
+        return rows.to(self.device)
+
+    def append(self, key: Tensor, value: Tensor, position: Tensor, slot: Tensor, score: float) -> None:
+        """Writes one entry per segment. key, value: [B, H, 1, dim]; position: int [S]; slot: int64 [S] in the segment.
+
+        A slot equal to the length makes the segment longer; it must be allocated.
+        """
+        rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
+        arenas, entries = [self.keys, self.values, self.positions], [key, value, position.to(self.device)]
+        if self.scores is not None:
+            arenas.append(self.scores)
+            entries.append(torch.full_like(rows, score, dtype=torch.float32))
+        append(arenas, rows, entries)
+
+    def reserve(self, limit: Tensor) -> None:
+        """Makes room for one more entry in every segment below `limit`. limit: int64 [S]."""
+        growing = self.length < limit
+        if bool((growing & (self.length == self.allocated)).any()):
+            self.relayout(torch.minimum(limit, self.length + (self.length // 32).clamp(min=LEAST_GROWTH)))
+
+    def advance(self, limit: Tensor) -> Tensor:
+        """The next slot of each segment under the window rule, int64 [S]; counts the entry.
+
+        Below `limit` it is the end of the segment, at `limit` the ring's oldest entry.
+        """
+        full = self.length >= limit
+        slot = torch.where(full, self.num_pinned + self.cursor, self.length)
+        self.cursor = torch.where(full, (self.cursor + 1) % (self.length - self.num_pinned).clamp(min=1), self.cursor)
+        self.length = self.length + ~full
+        return slot
+
+    def relayout(self, allocated: Tensor) -> None:
+        """Moves every segment to an allocation of its own, in order of age. allocated: int64 [S], at least the length."""
+        offset = torch.arange(max(self.width, 1))[None]
+        ring = (self.length - self.num_pinned).clamp(min=1)[:, None]
+        turned = self.num_pinned[:, None] + (offset - self.num_pinned[:, None] + self.cursor[:, None]) % ring
+        columns = torch.where((offset < self.num_pinned[:, None]) | (self.cursor[:, None] == 0), offset, turned)
+        self.replace(columns.to(self.device), self.length, allocated)
+
+    def replace(
+        self,
+        columns: Tensor,
+        counts: Tensor,
+        allocated: Tensor,
+        chunk: Chunk | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        """Builds the arena anew from some of its entries and of a chunk's tokens.
+
+        columns: int64 [S, most] on the device; a column below `width` is an entry, `width + t` token t of the chunk
+        counts, allocated: int64 [S], entries and rows of each segment;  scores: float32 [S, width + n], new scores
+        """
+        segment, offset = (torch.arange(columns.shape[1])[None] < counts[:, None]).nonzero(as_tuple=True)
+        start = allocated.cumsum(0) - allocated
+        out_rows = (start[segment] + offset).to(self.device)
+        column = columns[segment.to(self.device), offset.to(self.device)]
+        rows, width = int(allocated.sum()), self.width
+        old = (self.keys, self.values, self.positions)
+        new = tuple(x.new_empty(rows, *x.shape[1:]) for x in old)
+        on_device = segment.to(self.device)
+        stored = torch.arange(len(column), device=self.device) if chunk is None else (column < width).nonzero()[:, 0]
+        if len(stored):
+            source_rows = (self.start.to(self.device)[on_device] + column)[stored]
+            for out, source in zip(new, old, strict=True):
+                compact(out, out_rows[stored], source, source_rows)
+        if chunk is not None:
+            fresh = (column >= width).nonzero()[:, 0]
+            source_rows = (on_device * len(chunk) + column - width)[fresh]
+            num_heads = chunk.key.shape[1]
+            positions = chunk.positions.to(self.device)[:, None].expand(-1, num_heads, -1)
+            for out, source in zip(new, (chunk.key, chunk.value, positions), strict=True):
+                compact(out, out_rows[fresh], source, source_rows)
+        if self.scores is not None:
+            if scores is None:
+                padded = self.padded_rows()
+                scores = self.scores[padded.clamp(min=0)] if self.width else padded.float()
+            kept = torch.zeros(rows, device=self.device)
+            kept[out_rows] = scores[on_device, column]
+            self.scores = kept
+        self.keys, self.values, self.positions = new
+        self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
+        self.cursor = torch.zeros_like(counts)
+
+    def take(self, segments: Tensor) -> None:
+        """Keeps these segments, in this order and as often as they stand there. segments: int64 [S'] on the CPU."""
+        for name in _TABLES:
+            setattr(self, name, getattr(self, name)[segments])
+        self.relayout(self.allocated)

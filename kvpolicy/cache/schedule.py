@@ -1,0 +1,159 @@
+"""How many entries each KV head may keep once a sequence has grown to n tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpolicy.apportion import apportion
+from kvpolicy.errors import BudgetError
+from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
+from kvpolicy.plan import BudgetPlan
+from kvpolicy.plan_parts import floor_of, positive, rank_groups
+from kvpolicy.spec import Budget, Importance, ModelSpec
+
+UNLIMITED = 2**31 - 1
+"""The capacity of a KV head that evicts nothing."""
+
+MIN_TOKENS = 128
+"""Mean entries of a KV head below which a growing budget never goes: short prompts are kept whole."""
+
+
+class Schedule(Protocol):
+    """Capacities as a function of the tokens seen."""
+
+    shape: tuple[int, int]
+
+    def at(self, seen: int, held: Tensor | None) -> Tensor:
+        """int64 `[L, H]` after `seen` tokens of one sequence; held: the capacities it has now, which never fall."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fixed:
+    """The same capacities from the first token on. table: int64 `[L, H]`."""
+
+    table: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.table.shape[0]), int(self.table.shape[1])
+
+    def at(self, seen: int, held: Tensor | None) -> Tensor:
+        return self.table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Growing:
+    """A fraction of the tokens seen: the total is `round(retention * seen * L * H)`.
+
+    shares:     (retention, context_length) -> `[L, H]`, proportions of the total
+    retention:  kept fraction, below 1
+    floor:      least entries of a KV head
+    min_tokens: least mean entries of a KV head
+    groups:     int64 `[L, H]`, see `Budget`
+    """
+
+    shape: tuple[int, int]
+    shares: Callable[[float, int], Tensor]
+    retention: float
+    floor: int
+    min_tokens: int = MIN_TOKENS
+    groups: Tensor | None = None
+
+    def total(self, seen: int) -> int:
+        """Entries of one sequence after `seen` tokens."""
+        layers, heads = self.shape
+        return max(round(self.retention * seen * layers * heads), self.min_tokens * layers * heads)
+
+    def at(self, seen: int, held: Tensor | None) -> Tensor:
+        context, total = max(seen, self.min_tokens), self.total(seen)
+        floor = torch.full(self.shape, min(self.floor, context)) if held is None else held
+        shares = self.shares(min(1.0, total / (context * floor.numel())), context)
+        return apportion(shares, Budget(total, self.shape, floor, context, groups=self.groups))
+
+
+def from_plan(
+    plan: BudgetPlan,
+    *,
+    retention: float | None = None,
+    tokens: int | None = None,
+    context_length: int | None = None,
+    min_tokens: int = MIN_TOKENS,
+    tp_size: int = 1,
+) -> Schedule:
+    """The schedule of a plan. `tokens` or `context_length` fix the capacities up front; else they grow.
+
+    Raises `PlanError` for a retention that the plan does not reach, `BudgetError` for arguments that
+    contradict each other.
+    """
+    shape = plan.model.table_shape
+    if tokens is not None and context_length is None:
+        context_length = plan.provenance.get("context_length")
+        if context_length is None or tokens > context_length:
+            raise BudgetError(
+                f"tokens={tokens} needs context_length= besides: the plan was made on "
+                f"{context_length or 'an unknown number of'} tokens, fewer than are to be kept"
+            )
+    if context_length is not None:
+        return Fixed(plan.capacities(context_length, retention, tokens, tp_size))
+    retention = plan.retentions[0] if retention is None and len(plan.levels) == 1 else retention
+    if retention is None:
+        plan.capacities(MIN_TOKENS)  # says which levels there are
+        raise BudgetError("retention= is missing")
+    plan.shares_at(retention)  # refuses now what it would refuse in the middle of a forward
+    if retention == 1:
+        return unlimited(shape)
+    return Growing(
+        shape,
+        lambda kept, _: plan.shares_at(max(kept, retention)),
+        retention,
+        floor_of(plan.method.policy, UNLIMITED),
+        positive("min_tokens", min_tokens),
+        rank_groups(*shape, tp_size),
+    )
+
+
+def from_allocator(
+    allocator: BudgetAllocator,
+    policy: EvictionPolicy,
+    spec: ModelSpec,
+    *,
+    retention: float,
+    context_length: int | None = None,
+    min_tokens: int = MIN_TOKENS,
+    tp_size: int = 1,
+) -> Schedule:
+    """The schedule of an allocator that needs no importance. Raises `BudgetError` for one that does."""
+    if allocator.needs_importance:
+        raise BudgetError(
+            f"the allocator {type(allocator).__name__} needs importance that was measured on a model: "
+            "run 'kvpolicy tune' with it and give the plan"
+        )
+    if not 0 < retention <= 1:
+        raise BudgetError(f"retention is {retention}, expected above 0 and at most 1")
+    shape = spec.table_shape
+    if retention == 1:
+        return unlimited(shape)
+    floor, groups = policy.num_sink_tokens + 1, rank_groups(*shape, tp_size)
+
+    def shares(kept: float, context: int) -> Tensor:
+        total = round(kept * context * shape[0] * shape[1])
+        budget = Budget(total, shape, min(floor, context), context, groups=groups)
+        return allocator.shares(Importance(torch.ones(shape), torch.ones(shape[0])), budget)
+
+    growing = Growing(shape, shares, retention, floor, positive("min_tokens", min_tokens), groups)
+    if context_length is None:
+        return growing
+    context = positive("context_length", context_length)
+    total = spec.total_entries(retention, context)
+    budget = Budget(total, shape, min(floor, context), context, groups=groups)
+    return Fixed(apportion(shares(retention, context), budget))
+
+
+def unlimited(shape: tuple[int, int]) -> Schedule:
+    """Evicts nothing."""
+    return Fixed(torch.full(shape, UNLIMITED, dtype=torch.int64))

@@ -1,0 +1,138 @@
+"""Calling an eviction policy: what it is given, and what is checked of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kvpolicy_kernels.column_scores import column_scores
+from torch import Tensor
+
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
+
+STORE_SOURCES = frozenset(
+    {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+)
+"""What a store can hand to a policy by itself."""
+
+
+def score_chunk(
+    policy: EvictionPolicy,
+    layer: int,
+    arena: LayerArena,
+    query: Tensor,
+    chunk: Chunk,
+    options: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> Tensor:
+    """The policy's scores of [entries held ; chunk], float32 [S, width + n].
+
+    query: [B, num_q_heads, n, D] of the chunk's last n tokens;  options: scale, softcap, sink_logits
+    Raises `PluginError` for scores of another shape, and for NaN.
+    """
+    given: dict[str, Any] = {name: extra[name] for name in policy.requires & extra.keys()}
+    rows = arena.padded_rows()
+    if "positions" in policy.requires:
+        given["positions"] = _positions(arena, rows, chunk)
+    if "keys" in policy.requires:
+        given["keys"] = _with_chunk(arena.keys, rows, chunk.key)
+    if "values" in policy.requires:
+        given["values"] = _with_chunk(arena.values, rows, chunk.value)
+    if "queries" in policy.requires:
+        given["queries"] = query
+    if "window_attention" in policy.requires:
+        last = query[:, :, -policy.observation_window :]
+        given["window_attention"] = attention_mass(arena, last, chunk, options)
+    if "full_attention" in policy.requires:
+        given["full_attention"] = attention_mass(arena, query, chunk, options)
+    scores = policy.score_prompt(LayerActivations(layer=layer, **given))
+    batch, heads = chunk.key.shape[:2]
+    _check(policy, "score_prompt", scores, (batch, heads, rows.shape[1] + len(chunk)))
+    return scores.flatten(0, 1).to(arena.device)
+
+
+def score_step(
+    policy: EvictionPolicy, layer: int, arena: LayerArena, query: Tensor, options: Mapping[str, Any]
+) -> None:
+    """Lets the policy rescore the entries after a decoding step, if it does that at all. query: [B, num_q_heads, 1, D].
+
+    Raises `PluginError` for scores of another shape, and for NaN.
+    """
+    if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
+        return
+    padded = arena.padded_rows()
+    present = padded >= 0
+    rows = padded[present]
+    attention = None
+    if "decode_attention" in policy.requires:
+        mass = column_scores(query, arena.keys, arena.start, arena.length, **options)
+        attention = mass.flatten(0, 1)[present]
+    step = DecodeStep(
+        layer=layer,
+        scores=arena.scores[rows],
+        positions=arena.positions[rows],
+        indptr=torch.cat([arena.length.new_zeros(1), arena.length.cumsum(0)]).to(arena.device, torch.int32),
+        keys=arena.keys[rows] if "keys" in policy.requires else None,
+        attention=attention,
+    )
+    scores = policy.score_step(step)
+    _check(policy, "score_step", scores, tuple(rows.shape))
+    arena.scores[rows] = scores
+
+
+def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
+    """Attention that [entries held ; chunk] get from these queries, summed over queries and group.
+
+    query: [B, num_q_heads, n, D] of the chunk's last n tokens. Returns float32 [B, H, width + len(chunk)].
+    """
+    num_queries = query.shape[2]
+    mask = query_mask = None
+    if bool((chunk.positions < 0).any()):
+        mask = chunk_mask(chunk, num_queries)
+        query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
+    return column_scores(
+        query,
+        arena.keys,
+        arena.start,
+        arena.length,
+        chunk_key=chunk.key,
+        chunk_mask=mask,
+        query_mask=query_mask,
+        **options,
+    )
+
+
+def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
+    """bool [B, 1, n, m] for the chunk's last n tokens: causal, padding excluded."""
+    length = len(chunk)
+    query = torch.arange(length - num_queries, length)[:, None]
+    causal = torch.arange(length)[None] <= query
+    return (causal[None] & (chunk.positions >= 0)[:, None]).unsqueeze(1).to(chunk.key.device)
+
+
+def _positions(arena: LayerArena, rows: Tensor, chunk: Chunk) -> Tensor:
+    batch, heads = chunk.key.shape[:2]
+    held = torch.where(rows < 0, -1, arena.positions[rows.clamp(min=0)].long()) if rows.shape[1] else rows
+    fresh = chunk.positions.to(rows.device)[:, None].expand(-1, heads, -1)
+    return torch.cat([held.view(batch, heads, -1), fresh], 2)
+
+
+def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:
+    """[B, H, width + n, dim]; zeros where an entry is absent."""
+    if not rows.shape[1]:
+        return fresh
+    held = entries[rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)
+    return torch.cat([held.view(*fresh.shape[:2], *held.shape[1:]), fresh], 2)
+
+
+def _check(policy: EvictionPolicy, method: str, scores: Tensor, shape: tuple[int, ...]) -> None:
+    name = type(policy).__name__
+    if tuple(scores.shape) != shape or scores.dtype != torch.float32:
+        raise PluginError(
+            f"{name}.{method} returned {scores.dtype} of shape {tuple(scores.shape)}, expected float32 of shape {shape}"
+        )
+    if bool(scores.isnan().any()):
+        raise PluginError(f"{name}.{method} returned NaN: absent entries (position -1) must be masked out")
