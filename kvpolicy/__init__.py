@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from kvpolicy.apportion import apportion
+from kvpolicy.cache import RaggedStore
 from kvpolicy.errors import (
     BudgetError,
     KVPolicyError,
@@ -33,15 +34,31 @@ from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
-    from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+    from kvpolicy.integrations.transformers import (
+        RaggedCache,
+        TransformersProbe,
+        attach,
+        attached,
+        detach,
+        generate,
+        load_model,
+        new_cache,
+        read_corpus,
+    )
     from kvpolicy.tuning import TuneSettings, tune
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "RaggedCache": "kvpolicy.integrations.transformers",
     "TransformersProbe": "kvpolicy.integrations.transformers",
     "TuneSettings": "kvpolicy.tuning",
+    "attach": "kvpolicy.integrations.transformers",
+    "attached": "kvpolicy.integrations.transformers",
+    "detach": "kvpolicy.integrations.transformers",
+    "generate": "kvpolicy.integrations.transformers",
     "load_model": "kvpolicy.integrations.transformers",
+    "new_cache": "kvpolicy.integrations.transformers",
     "read_corpus": "kvpolicy.integrations.transformers",
     "tune": "kvpolicy.tuning",
 }
@@ -74,6 +91,8 @@ __all__ = [
     "PluginConflictError",
     "PluginError",
     "PluginWarning",
+    "RaggedCache",
+    "RaggedStore",
     "Register",
     "StudyError",
     "TextError",
@@ -81,9 +100,14 @@ __all__ = [
     "Trial",
     "TuneSettings",
     "apportion",
+    "attach",
+    "attached",
+    "detach",
+    "generate",
     "hookimpl",
     "load_model",
     "load_plan",
+    "new_cache",
     "read_corpus",
     "registry",
     "save_plan",

@@ -191,6 +191,17 @@ class RaggedStore:
             return False
         return not self.protection.spans or not any(self.protection.covers(seen) for seen in held.seen.tolist())
 
+    def is_empty(self, layer: int) -> bool:
+        """Whether a layer holds nothing at all."""
+        held = self.layers[layer]
+        return held is None or (held.pending is None and not held.arena.width)
+
+    def positions(self, layer: int) -> list[Tensor]:
+        """int64 [length] of each (sequence, KV head): the positions of its entries, in no order."""
+        arena = self._layer(layer).arena
+        parts = zip(arena.start.tolist(), arena.length.tolist(), strict=True)
+        return [arena.positions[start : start + length].long() for start, length in parts]
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
         held = self._layer(layer)

@@ -1,18 +1,29 @@
-"""transformers: loading a model, reaching its attention, probing it."""
+"""transformers: loading a model, reaching its attention, probing it, running it over a ragged cache."""
 
 from __future__ import annotations
 
+from kvpolicy.integrations.transformers.attach import attach, detach
+from kvpolicy.integrations.transformers.attached import attached
+from kvpolicy.integrations.transformers.build import new_cache
+from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.corpus import read_corpus
+from kvpolicy.integrations.transformers.generate import generate
 from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
 
 __all__ = [
     "Pace",
+    "RaggedCache",
     "TransformersProbe",
+    "attach",
+    "attached",
     "cast_parameters",
+    "detach",
+    "generate",
     "load_config",
     "load_model",
+    "new_cache",
     "parameter_count",
     "read_corpus",
     "set_pace",

@@ -1,23 +1,26 @@
-"""Reaching a model's attention without touching its code.
+"""Handing each attention call of a model to a handler of ours, for as long as a context lasts.
 
-transformers looks the attention function up by the name in the config. `intercepted` puts a name of ours there for
-as long as the context lasts; the function behind it hands each call to the handler that was put on the attention
-module, and falls through to the model's own function for every other module.
+The handler sits on the attention module; every other module falls through to the model's own function.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.exchange import (
+    Attention,
+    attention_name,
+    register,
+    set_attention,
+    stock_attention,
+)
 
 _PREFIX = "kvpolicy_probe_"
 _HANDLER = "_kvpolicy_handler"
@@ -40,30 +43,20 @@ def intercepted(model: PreTrainedModel, handlers: Mapping[nn.Module, AttentionHa
     The model is left as it was, also after an error. Not for two threads on one model at a time.
     Raises `ModelError` for a model whose attention cannot be exchanged.
     """
-    base = text_config(model)._attn_implementation
+    base = attention_name(model)
     if base.startswith(_PREFIX):
         raise ModelError("this model's attention is already being probed; finish that first")
     name = _register(base)
     for module, handler in handlers.items():
         setattr(module, _HANDLER, handler)
     try:
-        model.set_attn_implementation(name)
-        if text_config(model)._attn_implementation != name:
-            raise ModelError(
-                f"{type(model).__name__} does not let its attention be exchanged (it does not go through transformers' "
-                "AttentionInterface); kvpolicy cannot measure or compress it"
-            )
+        set_attention(model, name)
         yield
     finally:
-        model.set_attn_implementation(base)
+        set_attention(model, base)
         for module in handlers:
             if hasattr(module, _HANDLER):
                 delattr(module, _HANDLER)
-
-
-def text_config(model: PreTrainedModel) -> Any:
-    """The configuration of the language model, also of a vision-language model."""
-    return model.config.get_text_config(decoder=True)
 
 
 def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
@@ -93,32 +86,18 @@ def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tup
 def _register(base: str) -> str:
     """Registers our function for a base implementation once, and returns its name."""
     name = _PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            raise ModelError(f"the attention implementation '{base}' is unknown to transformers; use 'sdpa'")
-        AttentionInterface.register(name, _dispatcher(base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    register(name, base, _dispatcher(base), ALL_MASK_ATTENTION_FUNCTIONS.get(base))
     return name
 
 
-def _dispatcher(base: str) -> Callable[..., tuple[Tensor, Any]]:
+def _dispatcher(base: str) -> Attention:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Any]:
         def stock() -> tuple[Tensor, Any]:
-            result: tuple[Tensor, Any] = _stock_function(base, module)(module, query, key, value, mask, **options)
-            return result
+            return stock_attention(base, module)(module, query, key, value, mask, **options)
 
         handler: AttentionHandler | None = getattr(module, _HANDLER, None)
         return stock() if handler is None else handler(module, query, key, value, options, stock)
 
     return attention
-
-
-def _stock_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """The function the model would have called; "eager" is defined beside each model."""
-    if base == "eager":
-        function: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
-        return function
-    chosen: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[base]
-    return chosen

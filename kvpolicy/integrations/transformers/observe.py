@@ -88,10 +88,10 @@ class LayerObserver:
             self.seen, self.chain = {}, []
 
     def _block_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen, self.chain = {"hidden_before": _hidden(args, kwargs)}, []
+        self.seen, self.chain = {"hidden_before": hidden_of(args, kwargs)}, []
 
     def _attention_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen |= {"attention_input": _hidden(args, kwargs), "rope": kwargs.get("position_embeddings")}
+        self.seen |= {"attention_input": hidden_of(args, kwargs), "rope": kwargs.get("position_embeddings")}
 
     def _attention_done(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
         self.chain = [result[0] if isinstance(result, tuple) else result]
@@ -99,7 +99,7 @@ class LayerObserver:
     def _child_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.chain or "hidden_after" in self.seen:
             return
-        given = _hidden(args, kwargs)
+        given = hidden_of(args, kwargs)
         if given is self.seen["attention_input"]:
             self.seen["hidden_after"] = self._sum()
         elif not any(given is link for link in self.chain):
@@ -138,11 +138,11 @@ def output_weight(attention: nn.Module, spec: ModelSpec) -> Tensor:
     width = spec.num_q_heads * spec.attention.value_dim
     for name in ("o_proj", "out_proj", "dense", "c_proj", "wo"):
         child = getattr(attention, name, None)
-        if isinstance(child, nn.Linear) and child.in_features == width:
+        if isinstance(child, nn.Linear) and child.weight.dim() == 2 and child.weight.shape[1] == width:
             return child.weight
-    raise ModelError(f"{type(attention).__name__} has no linear output projection over {width} inputs")
+    raise ModelError(f"{type(attention).__name__} has no plain linear output projection over {width} inputs")
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hidden states of a module call: the first positional argument, or the keyword of that name."""
     return args[0] if args else kwargs.get("hidden_states")

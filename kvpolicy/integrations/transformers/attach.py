@@ -1,0 +1,75 @@
+"""Attaching a model, so that its attention can run over a ragged cache. Stock caches work as before.
+
+Attaching is a name in the configuration, nothing else: no module is patched and no state is kept. The cache puts a
+handle on the key tensor that it returns to the model, and the attention function looks for it. So two caches on one
+model, stepped alternately or in two threads, cannot meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvpolicy.integrations.transformers.exchange import (
+    Attention,
+    attention_name,
+    register,
+    set_attention,
+    stock_attention,
+)
+from kvpolicy.integrations.transformers.masks import LazyMask
+
+_PREFIX = "kvpolicy_cache_"
+_HANDLE = "_kvpolicy_layer"
+
+
+class RaggedAttention(Protocol):
+    """A cache layer that computes its own attention."""
+
+    def attention(
+        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
+    ) -> tuple[Tensor, Any]: ...
+
+
+def mark(key: Tensor, layer: RaggedAttention) -> Tensor:
+    """Puts the handle on a key tensor; the attention function will meet it there."""
+    setattr(key, _HANDLE, layer)
+    return key
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Lets the model run over caches of kvpolicy. Attaching twice is attaching once.
+
+    Raises `ModelError` for a model whose attention cannot be exchanged.
+    """
+    base = attention_name(model)
+    if is_attached(model):
+        return
+    name = _PREFIX + base
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        stock = stock_attention(base, module)
+        layer: RaggedAttention | None = getattr(key, _HANDLE, None)
+        if layer is not None:
+            return layer.attention(stock, module, query, key, value, mask, options)
+        return stock(module, query, key, value, mask.dense() if isinstance(mask, LazyMask) else mask, **options)
+
+    def mask(**given: Any) -> LazyMask:
+        return LazyMask(base, given)
+
+    register(name, base, attention, mask)
+    set_attention(model, name)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Gives the model its own attention back. A ragged cache raises when it is used on it afterwards."""
+    if is_attached(model):
+        set_attention(model, attention_name(model).removeprefix(_PREFIX))
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    return attention_name(model).startswith(_PREFIX)

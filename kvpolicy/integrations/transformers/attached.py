@@ -1,0 +1,63 @@
+"""Attaching for the length of a context, and supplying caches to code that makes its own (pipelines, other people's)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.attach import attach, detach, is_attached
+from kvpolicy.integrations.transformers.build import new_cache
+from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.plan import BudgetPlan
+
+
+@contextmanager
+def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: Any) -> Iterator[None]:
+    """Within the context the model runs over caches of kvpolicy; afterwards it is as it was before.
+
+    plan, options: as in `new_cache`. If any is given, every forward that begins with an empty stock cache, or with
+        none, gets a new cache of kvpolicy instead. A forward under a cache that cannot be exchanged raises
+        `ModelError`, so that a budget is never silently missing.
+
+    Raises what `new_cache` raises, before the context begins.
+    """
+    before = is_attached(model)
+    attach(model)
+    handle = None
+    try:
+        if plan is not None or options:
+            new_cache(model, plan, **options)  # refuses here what it would refuse in the first forward
+
+            def supply(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                return args, _supplied(model, given, plan, options)
+
+            handle = model.register_forward_pre_hook(supply, with_kwargs=True)
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        if not before:
+            detach(model)
+
+
+def _supplied(
+    model: PreTrainedModel, given: dict[str, Any], plan: BudgetPlan | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a forward, with a cache of ours where a stock one would begin."""
+    cache = given.get("past_key_values")
+    if isinstance(cache, RaggedCache) or given.get("use_cache") is False:
+        return given
+    if cache is not None and not (type(cache) is DynamicCache and not cache.get_seq_length()):
+        raise ModelError(
+            f"a {type(cache).__name__} was given to a model that is attached with a budget; only an empty DynamicCache "
+            "can be exchanged for a cache with budgets. Begin with a new one, or leave the context"
+        )
+    ours = new_cache(model, plan, **options)
+    if isinstance(cache, Cache) and any(getattr(layer, "record_past", False) for layer in cache.layers):
+        ours.activate_past_recording()
+    return given | {"past_key_values": ours}

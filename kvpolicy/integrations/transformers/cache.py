@@ -1,0 +1,368 @@
+"""The transformers cache over a ragged store.
+
+A budgeted layer answers `update` with the new keys and values alone, marked; its attention function then attends over
+the store and lets it keep its part. All other layers are the stock ones. Masks and positions follow the tokens seen,
+never the entries kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
+from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attach import mark
+from kvpolicy.integrations.transformers.exchange import Attention
+from kvpolicy.integrations.transformers.masks import LazyMask, user_mask
+from kvpolicy.integrations.transformers.sources import layer_sources
+from kvpolicy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.report import CacheReport
+
+StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
+"""Makes the store once the batch size and the KV heads held here, (first, count), are known."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A prompt whose keys and values later layers still read (KV sharing)."""
+
+    query: Tensor
+    chunk: Chunk
+    scoring: Scoring
+    extra: Mapping[str, Any]
+    prompt: bool
+    left: int
+
+
+class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """One full-attention layer of a `RaggedCache`.
+
+    row:       index among the budgeted layers
+    followers: layers that reuse this one's keys and values
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, cache: RaggedCache, row: int, model_layer: int, followers: int) -> None:
+        super().__init__()
+        self.cache, self.row, self.model_layer, self.followers = cache, row, model_layer, followers
+        self.columns = 0  # tokens seen, padding included
+        self.arrived = 0  # tokens whose attention has not come yet
+        self.waiting: _Waiting | None = None
+        self.has_holes = False  # padding elsewhere than before a row's first token
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Announces new tokens. key_states, value_states: [B, H, n, dim].
+
+        Raises `ModelError` when the tokens before these never reached our attention function.
+        """
+        if self.arrived:
+            raise ModelError(
+                f"layer {self.model_layer}: keys and values came, but not their attention, so no budget was enforced. "
+                "The model is not attached (any more): kvpolicy.attach(model) before the cache is used"
+            )
+        self.cache.begin(key_states)
+        self._finish()
+        self.is_initialized = True
+        self.arrived = key_states.shape[2]
+        self.columns += self.arrived
+        return mark(key_states, self), value_states
+
+    def attention(
+        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
+    ) -> tuple[Tensor, Any]:
+        """The attention of this layer, or of one that reuses its keys and values. query: [B, num_q_heads, n, D].
+
+        Returns [B, n, num_q_heads, Dv], and None for the weights.
+        """
+        store = self.cache.opened()
+        scoring = Scoring(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
+        if not self.arrived:
+            return self._follow(stock, module, query, key, value, mask, options, scoring)
+        self.arrived = 0
+        valid = mask.valid(key.shape[2]) if isinstance(mask, LazyMask) else None
+        single = key.shape[2] == 1 and valid is None and not isinstance(mask, Tensor)
+        if single and not self.cache.recording and store.can_append(self.row):
+            store.append(self.row, key, value)
+            out = store.attend(self.row, query, scoring)
+            store.rescore(self.row, query, scoring)
+            return _as_stock(out), None
+        empty = store.is_empty(self.row)
+        if valid is not None:
+            self.has_holes |= not empty or bool((valid[:, 1:] < valid[:, :-1]).any())
+        chunk = store.arrive(self.row, key, value, valid)
+        if empty:
+            result = _stock(stock, module, query, key, value, mask, options)
+        else:
+            result = _as_stock(self._over_entries(store, query, chunk, mask, scoring)), None
+        extra = layer_sources(module, store.spec, store.policy.requires)
+        self.waiting = _Waiting(query, chunk, scoring, extra, empty, self.followers)
+        if not self.followers:
+            self._finish()
+        return result
+
+    def _follow(
+        self,
+        stock: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: Any,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Any]:
+        """A layer that reuses this one's keys and values, later in the same forward."""
+        store, waiting = self.cache.opened(), self.waiting
+        if waiting is None:
+            return _as_stock(store.attend(self.row, query, scoring)), None
+        if waiting.prompt:
+            result = _stock(stock, module, query, key, value, mask, options)
+        else:
+            result = _as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring)), None
+        waiting.left -= 1
+        if not waiting.left:
+            self._finish()
+        return result
+
+    def _over_entries(self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring) -> Tensor:
+        """Attention over what is held and a chunk, under the model's mask."""
+        if isinstance(mask, LazyMask):
+            return store.attend_chunk(self.row, query, chunk, scoring, mask.newest(len(chunk)))
+        if mask is None:
+            return store.attend_chunk(self.row, query, chunk, scoring)
+        try:
+            visible = user_mask(mask)
+        except ValueError as error:
+            raise ModelError(f"this attention mask cannot be used on a compressed cache: {error}") from None
+        if self.has_holes:
+            raise ModelError("a 4-D attention mask cannot be used after padding between tokens: columns are not known")
+        visible = visible.expand(query.shape[0], -1, -1, -1)
+        first = self.columns - len(chunk) - (chunk.positions.amax(1) + 1 - (chunk.positions >= 0).sum(1))
+        entries = [
+            visible[segment // store.num_heads, 0][:, positions + first[segment // store.num_heads]]
+            for segment, positions in enumerate(store.positions(self.row))
+        ]
+        return store.attend_chunk(self.row, query, chunk, scoring, visible[..., -len(chunk) :], entries)
+
+    def _finish(self) -> None:
+        """Lets the store keep its part of a prompt that nobody reads any more."""
+        if (waiting := self.waiting) is not None:
+            self.waiting = None
+            self.cache.opened().keep(
+                self.row,
+                waiting.query,
+                waiting.chunk,
+                waiting.scoring,
+                hold=self.cache.rollback if self.cache.recording else 0,
+                extra=waiting.extra,
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included; not the entries kept."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # transformers 5.17
+        return -1
+
+
+class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A transformers cache whose full-attention layers keep what their budget allows; see `new_cache`.
+
+    spec:         the model's layers and heads
+    make_store:   makes the store when the first tokens come
+    stock_layers: what a stock cache holds, one for each model layer (layers that reuse others' may be missing)
+    rank:         tensor-parallel rank of this process
+    rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
+
+    unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
+    ended: why no further turn can follow, or None
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        make_store: StoreFactory,
+        stock_layers: list[Any],
+        *,
+        rank: int = 0,
+        rollback: int = ROLLBACK,
+    ) -> None:
+        layers = list(stock_layers)
+        for row, index in enumerate(spec.budgeted_layers):
+            followers = sum(layer.shared_with == index for layer in spec.layers)
+            layers[index] = BudgetedLayer(self, row, index, followers)
+        super().__init__(layers=layers)
+        self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
+        self.store: RaggedStore | None = None
+        self.recording = False
+        self.unfed: Tensor | None = None
+        self.ended: str | None = None
+
+    def begin(self, key: Tensor) -> None:
+        """Makes the store when the first keys come; refuses what cannot be enforced. key: [B, H, n, D]."""
+        if self.offloading:
+            raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
+        if self.store is not None:
+            return
+        batch, count = int(key.shape[0]), int(key.shape[1])
+        whole = self.spec.num_kv_heads
+        if whole % count:
+            raise ModelError(f"a rank holds {count} KV heads, no divisor of the model's {whole}")
+        first = self.rank * count if count < whole else 0
+        self.store = self.make_store(batch, (first, count))
+
+    def opened(self) -> RaggedStore:
+        if self.store is None:
+            raise ModelError("this cache is empty: a prompt comes first")
+        return self.store
+
+    # --- what transformers calls on a cache
+
+    def activate_past_recording(self) -> None:
+        """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
+        self.recording = True
+        for layer in self._stock():
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Ends what `activate_past_recording` began; transformers never does."""
+        self.recording = False
+        for layer in self._stock():
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Takes back the last tokens; given as a number <= 0, as everywhere in transformers.
+
+        Raises `BudgetError` where entries were evicted since, so that the cache would not be what it was.
+        """
+        count = int(tokens_to_remove)
+        if count > 0:
+            raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
+        for layer in self._budgeted():
+            layer._finish()
+        if self.store is not None:
+            self.store.crop(-count)
+        for layer in self._budgeted():
+            layer.columns += count
+        for layer in self._stock():
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes what row `beam_idx[i]` was, capacities included."""
+        self._take(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows. indices: int64 [B'], or bool [B]."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._take(rows, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        batch = 1 if self.store is None else self.store.batch_size
+        rows = torch.arange(batch).repeat_interleave(repeats)
+        self._take(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.store, self.recording, self.unfed, self.ended = None, False, None, None
+        for layer in self._budgeted():
+            layer.columns, layer.arrived, layer.waiting = 0, 0, None
+            layer.has_holes = layer.is_initialized = False
+        for layer in self._stock():
+            layer.reset()
+
+    # --- accounting
+
+    def seen_mask(self) -> Tensor:
+        """int64 [B, columns], 0 for the padding before each row's first token.
+
+        Raises `ModelError` where padding stands elsewhere.
+        """
+        if self.store is None:
+            return torch.ones(1, 0, dtype=torch.int64)
+        layer = self._budgeted()[0]
+        if layer.has_holes:
+            raise ModelError("padding stands between the tokens of this cache, so its columns are not known")
+        padding = layer.columns - self.store.seen
+        return (torch.arange(layer.columns)[None] >= padding[:, None]).long()
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head holds now."""
+        return self.opened().lengths
+
+    @property
+    def capacities(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head may hold now."""
+        return self.opened().capacities
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, tables and stock layers included."""
+        held = 0 if self.store is None else self.store.nbytes
+        return held + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
+
+    def report(self) -> CacheReport:
+        """Who was kept, what it weighs, and whether anything was evicted at all."""
+        return self.opened().report()
+
+    def _budgeted(self) -> list[BudgetedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
+
+    def _stock(self) -> list[Any]:
+        """Layers that transformers made; a layer that reuses another's keys and values may have a dummy without state."""
+        return [x for x in self.layers if not isinstance(x, BudgetedLayer) and hasattr(x, "update") and hasattr(x, "reset")]
+
+    def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
+        for layer in self._budgeted():
+            layer._finish()
+        if self.store is not None:
+            self.store.take(rows.long())
+        for layer in self._stock():
+            on_stock(layer)
+
+
+def tensors_of(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a stock layer, by attribute; those in lists and dicts too."""
+    held = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            held[name] = value
+        elif isinstance(value, dict):
+            held |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
+    return held
+
+
+def _stock(
+    stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
+) -> tuple[Tensor, Any]:
+    """The model's own attention over a whole prompt."""
+    return stock(module, query, key, value, mask.dense() if isinstance(mask, LazyMask) else mask, **options)
+
+
+def _as_stock(out: Tensor) -> Tensor:
+    """[B, num_q_heads, n, Dv] to what attention functions of transformers return."""
+    return out.transpose(1, 2).contiguous()

@@ -1,0 +1,77 @@
+"""Generating with a cache, also where a conversation goes on.
+
+Stock `generate` takes either the whole conversation or new tokens with a mask over everything; given new tokens alone
+it drops as many of them as the cache has seen, without a word. Here new tokens are all that is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.attach import attach
+from kvpolicy.integrations.transformers.cache import RaggedCache
+
+
+def generate(
+    model: PreTrainedModel, cache: RaggedCache, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Feeds `input_ids` behind what `cache` has seen, and generates.
+
+    input_ids:      int64 [B, n], new tokens only
+    attention_mask: [B, n] of the new tokens; left padding is for the first turn. None: no padding
+    options:        of `model.generate`
+
+    Returns int64 [B, n + generated]: the new tokens and what was generated, as `model.generate` does. The last
+    generated token has not been fed yet; the next turn does it.
+
+    Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, and rows that
+    ended at different times have fillers behind their end.
+    """
+    seen = cache.get_seq_length()
+    unfed = _unfed(cache, input_ids, seen)
+    if "past_key_values" in options:
+        raise ModelError("kvpolicy.generate takes its cache as the second argument, not as past_key_values")
+    if seen and options.get("prefill_chunk_size"):
+        raise ModelError("prefill_chunk_size is for the first prompt: later ones are fed in one piece")
+    new = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+    fed = torch.cat([unfed, input_ids], 1)
+    past = cache.seen_mask().to(input_ids).expand(input_ids.shape[0], -1)
+    mask = torch.cat([past, torch.ones_like(unfed), new], 1)
+    attach(model)
+    try:
+        out = model.generate(fed, attention_mask=mask, past_key_values=cache, **options)
+    finally:
+        cache.stop_recording()
+    ids = out if isinstance(out, Tensor) else out.sequences
+    _remember(model, cache, ids, fed.shape[1], seen)
+    return ids[:, unfed.shape[1] :]
+
+
+def _unfed(cache: RaggedCache, input_ids: Tensor, seen: int) -> Tensor:
+    """Tokens generated in the turn before that the cache has not seen, int64 [B, k]."""
+    if not seen:
+        return input_ids[:, :0]
+    if cache.ended is not None:
+        raise ModelError(f"this cache cannot be continued: {cache.ended}")
+    if cache.store is not None and cache.store.batch_size != input_ids.shape[0]:
+        raise ModelError(f"this cache holds {cache.store.batch_size} sequences, got tokens for {input_ids.shape[0]}")
+    return input_ids[:, :0] if cache.unfed is None else cache.unfed.to(input_ids)
+
+
+def _remember(model: PreTrainedModel, cache: RaggedCache, ids: Tensor, fed: int, seen: int) -> None:
+    """Notes what the next turn has to feed first, or why there cannot be one. ids: [rows, fed + generated]."""
+    cache.ended = None
+    if cache.store is None or cache.store.batch_size != ids.shape[0]:
+        cache.ended = "its rows are beams or several samples of one prompt"
+        return
+    cache.unfed = ids[:, cache.get_seq_length() - seen :].clone()
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    early = sum((ids[:, fed:-1] == end).any(1) for end in ends) if ids.shape[0] > 1 else 0
+    if isinstance(early, Tensor) and bool(early.any()):
+        cache.ended = "some of its rows ended earlier than others, and fillers stand behind their end"

@@ -1,0 +1,72 @@
+"""A mask that is made when a layer knows which part of it it needs.
+
+transformers builds one mask per kind of layer before the layers run. A ragged layer cannot use it: its entries are
+scattered, and each KV head holds others. So the mask function hands on what it was given, and a layer asks for the
+dense mask (stock caches, prompts) or for the part over the newest tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+
+class LazyMask:
+    """The arguments of a mask function. Sliceable in its query rows, as some models do.
+
+    given: batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, ...
+    """
+
+    def __init__(self, base: str, given: dict[str, Any], rows: slice = slice(None)) -> None:
+        self.base, self.given, self.rows = base, given, rows
+        self._dense: list[Any] = []  # made once and shared by the layers of one kind
+
+    def dense(self) -> Any:
+        """What the stock mask function returns; None where it says that plain causal attention is right."""
+        if not self._dense:
+            whole = self.rows == slice(None)
+            given = self.given if whole else self.given | {"allow_is_causal_skip": False}
+            mask = ALL_MASK_ATTENTION_FUNCTIONS[self.base](**given)
+            self._dense.append(mask if whole or mask is None else mask[:, :, self.rows])
+        return self._dense[0]
+
+    def newest(self, count: int) -> Tensor:
+        """bool [B, 1, n, count]: what each query sees of the newest `count` tokens."""
+        end = int(self.given["q_offset"]) + int(self.given["q_length"])
+        part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
+        mask: Tensor = sdpa_mask(**self.given | part)
+        return mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
+
+    def valid(self, count: int) -> Tensor | None:
+        """bool [B, count], False where one of the newest `count` tokens is padding; None if none is."""
+        padding: Tensor | None = self.given.get("attention_mask")
+        if padding is None:
+            return None
+        valid = padding[:, -count:].bool().cpu()
+        return None if bool(valid.all()) else valid
+
+    def to(self, *_: Any, **__: Any) -> LazyMask:
+        """Does nothing: the mask is made where it is needed. accelerate asks for it."""
+        return self
+
+    def __getitem__(self, index: tuple[Any, ...]) -> LazyMask:
+        """`mask[:, :, rows, :]`."""
+        rows = index[2]
+        whole = rows.start in (None, 0) and rows.stop is None
+        return self if whole else LazyMask(self.base, self.given, rows)
+
+
+def user_mask(mask: Tensor) -> Tensor:
+    """bool of the same shape, from a 4-D mask that a user gave: True or 0 is visible, a very negative number is not.
+
+    Raises `ValueError` for a mask with other values (a bias).
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    if bool((visible | (mask <= -1e4)).all()):
+        return visible
+    raise ValueError("it adds a bias to the scores")
