@@ -115,7 +115,7 @@ class StoreLayer:
             possible = max(pending, int((self.seen - self.evicted_at).min()))
             raise BudgetError(
                 f"the last {count} tokens cannot be taken back: entries were evicted since. At most {possible} can; "
-                "tokens that may be rejected need a larger rollback="
+                "tokens that may be taken back need a rollback= of their number."
             )
 
     def crop(self, count: int) -> None:

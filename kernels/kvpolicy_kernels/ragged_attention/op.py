@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kvpolicy_kernels.ragged_attention.decode import decode_ragged_attention
 from kvpolicy_kernels.ragged_attention.reference import reference_ragged_attention
 
 
@@ -55,6 +56,9 @@ def ragged_attention(
     if entry_mask is not None and len(entry_mask) != starts.shape[0]:
         raise ValueError(f"ragged_attention: {starts.shape[0]} segments need as many masks, got {len(entry_mask)}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = chunk_key is None and entry_mask is None and softcap is None
+    if plain and query.device.type == "cpu" and values.shape[1] == keys.shape[1]:
+        return decode_ragged_attention(query, keys, values, starts, lengths, scale, sink_logits)
     return reference_ragged_attention(
         query,
         keys,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attach import attach, detach, is_attached
@@ -22,7 +22,8 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
 
     plan, options: as in `new_cache`. If any is given, every forward that begins with an empty stock cache, or with
         none, gets a new cache of kvpolicy instead. A forward under a cache that cannot be exchanged raises
-        `ModelError`, so that a budget is never silently missing.
+        `ModelError`, so that a budget is never silently missing. Assisted generation needs a cache of its own
+        (`past_key_values=new_cache(...)`): it announces itself to the cache before the first forward.
 
     Raises what `new_cache` raises, before the context begins.
     """
@@ -57,7 +58,4 @@ def _supplied(
             f"a {type(cache).__name__} was given to a model that is attached with a budget; only an empty DynamicCache "
             "can be exchanged for a cache with budgets. Begin with a new one, or leave the context"
         )
-    ours = new_cache(model, plan, **options)
-    if isinstance(cache, Cache) and any(getattr(layer, "record_past", False) for layer in cache.layers):
-        ours.activate_past_recording()
-    return given | {"past_key_values": ours}
+    return given | {"past_key_values": new_cache(model, plan, **options)}

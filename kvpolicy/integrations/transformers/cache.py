@@ -263,8 +263,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
         for layer in self._budgeted():
             layer._finish()
-        if self.store is not None:
-            self.store.crop(-count)
+        if self.store is not None and count:
+            self._crop_store(-count)
         for layer in self._budgeted():
             layer.columns += count
         for layer in self._stock():
@@ -335,6 +335,17 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def _stock(self) -> list[Any]:
         """Layers that transformers made; a layer that reuses another's keys and values may have a dummy without state."""
         return [x for x in self.layers if not isinstance(x, BudgetedLayer) and hasattr(x, "update") and hasattr(x, "reset")]
+
+    def _crop_store(self, count: int) -> None:
+        try:
+            self.opened().crop(count)
+        except BudgetError as error:
+            if self.recording:
+                raise
+            raise BudgetError(
+                f"{error} Assisted generation announces itself to a cache that it is given: pass "
+                "past_key_values=kvpolicy.new_cache(...) to generate instead of letting attached() supply it"
+            ) from None
 
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
         for layer in self._budgeted():
