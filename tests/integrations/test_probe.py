@@ -7,25 +7,17 @@ from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, Transforme
 from kvpolicy.cache import RaggedStore
 from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver
-from tests.tiny import tiny_model
+from tests.tiny import attention_of, tiny_ids, tiny_model
 
 ARCHITECTURES = ["Llama", "Qwen2", "Phi3", "Gemma3", "Granite", "Olmo2", "Cohere"]
 HANDLED_IN_EAGER = ["Gemma2", "GptOss"]
 SHARED_KEYS = ["Gemma3n"]  # its hidden states have an axis more, so that there is no residual stream to observe
 
 
-def attention_of(name):
-    return "eager" if name in HANDLED_IN_EAGER else "sdpa"
-
-
-def ids(n, batch=1, vocabulary=97):
-    return torch.randint(3, vocabulary, (batch, n), generator=torch.Generator().manual_seed(n))
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER)
 def test_logits_are_bit_identical_under_the_probe(name):
     model = tiny_model(name, attention=attention_of(name))
-    spec, x = ModelSpec.from_config(model.config), ids(40)
+    spec, x = ModelSpec.from_config(model.config), tiny_ids(40)
     plain = model(x).logits
     seen = []
     observers = [
@@ -56,7 +48,7 @@ def residual_after_attention(name, block, before, attended):
 @pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER)
 def test_hidden_states_around_attention(name):
     model = tiny_model(name, attention=attention_of(name))
-    probe = TransformersProbe(model, ids(64), [ids(30)[0]])
+    probe = TransformersProbe(model, tiny_ids(64), [tiny_ids(30)[0]])
     attended, given = {}, {}
     for index, (attention, block) in enumerate(probe._modules):
         attention.register_forward_hook(lambda m, a, r, index=index: attended.__setitem__(index, r[0]))
@@ -69,7 +61,7 @@ def test_hidden_states_around_attention(name):
 
 
 def test_observe_refuses_by_name_before_any_work():
-    probe = TransformersProbe(tiny_model("Llama"), ids(64), [ids(30)[0]])
+    probe = TransformersProbe(tiny_model("Llama"), tiny_ids(64), [tiny_ids(30)[0]])
     with pytest.raises(PluginError, match="cannot supply decode_attention"):
         probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys", "decode_attention"}))
 
@@ -82,7 +74,7 @@ def plain_loss(model, x, first):
 @pytest.mark.parametrize("name", ARCHITECTURES + HANDLED_IN_EAGER + SHARED_KEYS)
 def test_full_capacities_equal_the_model(name):
     model = tiny_model(name, attention=attention_of(name))
-    x = ids(80)
+    x = tiny_ids(80)
     probe = TransformersProbe(model, x)
     with torch.no_grad():
         expected = plain_loss(model, x, 20)
@@ -95,7 +87,7 @@ def test_loss_equals_the_models_own_attention_under_the_mask(name, prefill):
     """The oracle is the architecture's eager attention with a dense per-head mask."""
     model = tiny_model(name, attention="eager")
     spec = ModelSpec.from_config(model.config)
-    x = ids(200)
+    x = tiny_ids(200)
     generator = torch.Generator().manual_seed(3)
     capacities = torch.randint(5, 120, spec.table_shape, generator=generator)
     probe = TransformersProbe(model, x, prefill_length=prefill)
@@ -150,7 +142,7 @@ def decoded_loss(model, spec, x, capacities, first):
 def test_loss_equals_token_by_token_decoding(name):
     model = tiny_model(name)
     spec = ModelSpec.from_config(model.config)
-    x = ids(150)
+    x = tiny_ids(150)
     capacities = torch.randint(5, 100, spec.table_shape, generator=torch.Generator().manual_seed(5))
     loss = float(TransformersProbe(model, x).loss(capacities))
     assert loss == pytest.approx(decoded_loss(model, spec, x, capacities, 37), rel=1e-5)
@@ -168,14 +160,14 @@ def test_loss_equals_token_by_token_decoding_on_smollm2(smollm2):
 
 def test_a_batch_gives_what_its_rows_give():
     model = tiny_model("Llama")
-    x = ids(100, batch=3)
+    x = tiny_ids(100, batch=3)
     capacities = torch.tensor([[9, 40], [70, 8], [20, 20]])
     alone = torch.cat([TransformersProbe(model, row[None]).loss(capacities) for row in x])
     torch.testing.assert_close(TransformersProbe(model, x, batch_size=2).loss(capacities), alone, rtol=1e-6, atol=0)
 
 
 def test_capacities_of_another_shape_are_refused():
-    probe = TransformersProbe(tiny_model("Llama"), ids(64))
+    probe = TransformersProbe(tiny_model("Llama"), tiny_ids(64))
     with pytest.raises(BudgetError, match=r"shape \(2, 2\), this model has .* \(3, 2\)"):
         probe.loss(torch.full((2, 2), 9))
     with pytest.raises(BudgetError, match="more than the 4 sink tokens, got a capacity of 4"):
@@ -187,12 +179,12 @@ def test_a_model_without_the_attention_interface_is_refused():
 
     config = FalconConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=97)
     with pytest.raises(ModelError, match="Falcon"):
-        TransformersProbe(FalconForCausalLM(config).eval(), ids(64))
+        TransformersProbe(FalconForCausalLM(config).eval(), tiny_ids(64))
 
 
 def test_an_error_inside_leaves_the_model_as_it_was():
     model = tiny_model("Llama")
-    spec, x = ModelSpec.from_config(model.config), ids(20)
+    spec, x = ModelSpec.from_config(model.config), tiny_ids(20)
     plain = model(x).logits
 
     def broken(*_):
