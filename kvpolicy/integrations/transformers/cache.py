@@ -220,9 +220,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.ended: str | None = None
 
     def begin(self, key: Tensor) -> None:
-        """Makes the store when the first keys come; refuses what cannot be enforced. key: [B, H, n, D]."""
-        if self.offloading:
-            raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
+        """Makes the store when the first keys come. key: [B, H, n, D]."""
         if self.store is not None:
             return
         batch, count = int(key.shape[0]), int(key.shape[1])
@@ -238,6 +236,12 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self.store
 
     # --- what transformers calls on a cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises `ModelError` where the cache is to be offloaded."""
+        if self.offloading:
+            raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
