@@ -52,6 +52,10 @@ class LazyMask:
         """Does nothing: the mask is made where it is needed. accelerate asks for it."""
         return self
 
+    def contiguous(self) -> LazyMask:
+        """As `to`: generate makes masks ahead for caches that compile, and lays them out."""
+        return self
+
     def __getitem__(self, index: tuple[Any, ...]) -> LazyMask:
         """`mask[:, :, rows, :]`."""
         rows = index[2]
