@@ -97,27 +97,35 @@ def test_assisted_generation_holds_at_most_the_rollback_above_the_capacity(llama
     assert torch.equal(cache.lengths, cache.capacities)
 
 
-def test_taking_tokens_back_leaves_the_cache_as_it_was(llama):
-    ids = tiny_ids(70)
-    plan = ragged_plan(llama)
-
-    def cache_after(*parts):
-        cache = kvpolicy.new_cache(llama, plan, context_length=64, rollback=16)
+def after_detour(model, wrong, **options):
+    """(cache that never saw `wrong` tokens, cache that took them back), each after the same tokens otherwise."""
+    ids, caches = tiny_ids(44), []
+    for detour in (ids[:, 40:], torch.cat([ids[:, 40:], wrong], 1)):
+        cache = kvpolicy.new_cache(model, rollback=16, **options)
         cache.activate_past_recording()
-        for tokens, removed in parts:
-            with torch.no_grad():
-                llama(tokens, past_key_values=cache)
-            cache.crop(-removed)
-        return cache
+        stepped_logits(model, ids[:, :40], cache, [40])
+        stepped_logits(model, detour, cache, [detour.shape[1]])
+        cache.crop(-(detour.shape[1] - 4))
+        caches.append(cache)
+    return caches
 
-    wrong = torch.full((1, 6), 7)
-    straight = cache_after((ids[:, :40], 0), (ids[:, 40:44], 0))
-    detour = cache_after((ids[:, :40], 0), (torch.cat([ids[:, 40:44], wrong], 1), 6))
-    with torch.no_grad():
-        expected = llama(ids[:, 44:50], past_key_values=straight).logits
-        got = llama(ids[:, 44:50], past_key_values=detour).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert straight.get_seq_length() == detour.get_seq_length() == 50
+
+def test_tokens_taken_back_were_never_there(llama):
+    straight, detour = after_detour(llama, torch.full((1, 6), 7), retention=1.0)
+    expected = stepped_logits(llama, tiny_ids(9), straight, [6, 1, 1, 1])
+    torch.testing.assert_close(stepped_logits(llama, tiny_ids(9), detour, [6, 1, 1, 1]), expected, rtol=0, atol=1e-6)
+
+
+def test_tokens_taken_back_evict_nobody(llama):
+    """Above its capacity a cache may hold more or less after a detour; what the capacity is for is the same."""
+    caches = after_detour(llama, torch.full((1, 6), 7), plan=ragged_plan(llama), context_length=64)
+    kept = []
+    for cache in caches:
+        cache.stop_recording()
+        stepped_logits(llama, tiny_ids(1), cache, [1])
+        assert torch.equal(cache.lengths, cache.capacities)
+        kept.append([sorted(x.tolist()) for layer in range(3) for x in cache.store.positions(layer)])
+    assert kept[0] == kept[1]
 
 
 def test_beams_carry_their_own_capacities(llama):

@@ -19,7 +19,7 @@ from kvpolicy.integrations.transformers.exchange import (
     set_attention,
     stock_attention,
 )
-from kvpolicy.integrations.transformers.masks import LazyMask
+from kvpolicy.integrations.transformers.masks import LazyMask, make_mask
 
 _PREFIX = "kvpolicy_cache_"
 _HANDLE = "_kvpolicy_layer"
@@ -58,8 +58,8 @@ def attach(model: PreTrainedModel) -> None:
             return layer.attention(stock, module, query, key, value, mask, options)
         return stock(module, query, key, value, mask.dense() if isinstance(mask, LazyMask) else mask, **options)
 
-    def mask(**given: Any) -> LazyMask:
-        return LazyMask(base, given)
+    def mask(**given: Any) -> Any:
+        return make_mask(base, given)
 
     register(name, base, attention, mask)
     set_attention(model, name)

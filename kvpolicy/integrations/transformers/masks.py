@@ -52,15 +52,21 @@ class LazyMask:
         """Does nothing: the mask is made where it is needed. accelerate asks for it."""
         return self
 
-    def contiguous(self) -> LazyMask:
-        """As `to`: generate makes masks ahead for caches that compile, and lays them out."""
-        return self
-
     def __getitem__(self, index: tuple[Any, ...]) -> LazyMask:
         """`mask[:, :, rows, :]`."""
         rows = index[2]
         whole = rows.start in (None, 0) and rows.stop is None
         return self if whole else LazyMask(self.base, self.given, rows)
+
+
+def make_mask(base: str, given: dict[str, Any]) -> Any:
+    """What stands for the mask of one kind of layer. For a static cache, which is longer than the tokens seen, it is
+    the stock mask: generate makes those ahead of the forward and looks into them.
+    """
+    end = given["q_offset"] + given["q_length"]
+    if isinstance(end, Tensor) or end != given["kv_offset"] + given["kv_length"]:
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](**given)
+    return LazyMask(base, given)
 
 
 def user_mask(mask: Tensor) -> Tensor:
