@@ -1,4 +1,6 @@
 import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -37,3 +39,51 @@ def tiny_text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(text_of(2000), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def kvpolicy(monkeypatch, capfd):
+    """kvpolicy(*arguments): `main` in this process, which saves the seconds of importing torch."""
+
+    from kvpolicy.cli import main
+    from tests.command_line import Result
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kvpolicy", *map(str, arguments)])
+        capfd.readouterr()
+        with warnings.catch_warnings():  # also puts back what `main` does to warnings
+            warnings.simplefilter("default")
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        return Result(exit_.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(kvpolicy):
+    """refused(*arguments): the one line of the error."""
+
+    def call(*arguments):
+        result = kvpolicy(*arguments)
+        assert result.code == 2, result.err
+        assert result.out == ""
+        assert "Traceback" not in result.err
+        assert len(result.errors) == 1
+        return result.errors[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_checkpoint, tiny_text, tmp_path_factory):
+    """(plan, the run that made it): 2 levels of 3 trials."""
+    from tests.command_line import FAST, in_a_process
+
+    plan = tmp_path_factory.mktemp("tuned") / "plan.json"
+    levels = ["--retention", "0.5", "--retention", "0.3", "--trials", "3"]
+    result = in_a_process(
+        "tune", "--model", tiny_checkpoint, "--text", tiny_text, *FAST, *levels, "--out", plan, "--json"
+    )
+    assert result.code == 0, result.err
+    return plan, result

@@ -4,89 +4,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import warnings
-from dataclasses import dataclass
 
 import pytest
 
 from kvpolicy import load_plan
-from kvpolicy.cli import app, main
+from kvpolicy.cli import app
 from kvpolicy.tuning.storage import open_storage
+from tests.command_line import FAST, KVPOLICY, Result, in_a_process
 from tests.tiny_checkpoint import save_tiny_checkpoint, save_tiny_falcon, text_of
 
-KVPOLICY = [sys.executable, "-c", "from kvpolicy.cli import main; main()"]
-FAST = ["--context", "64", "--dtype", "float32"]
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        assert self.out, self.err
-        return json.loads(self.out)
-
-    @property
-    def errors(self):
-        return [line for line in self.err.splitlines() if line.startswith("kvpolicy: error:")]
-
-    @property
-    def warnings(self):
-        return [line for line in self.err.splitlines() if line.startswith("kvpolicy: warning:")]
-
-
-def in_a_process(*arguments, **more):
-    """A run of its own, as from a shell."""
-    done = subprocess.run([*KVPOLICY, *map(str, arguments)], capture_output=True, text=True, timeout=180, **more)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-def kvpolicy(monkeypatch, capfd):
-    """kvpolicy(*arguments): `main` in this process, which saves the seconds of importing torch."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvpolicy", *map(str, arguments)])
-        capfd.readouterr()
-        with warnings.catch_warnings():  # also puts back what `main` does to warnings
-            warnings.simplefilter("default")
-            with pytest.raises(SystemExit) as exit_:
-                main()
-        return Result(exit_.value.code or 0, *capfd.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def refused(kvpolicy):
-    """refused(*arguments): the one line of the error."""
-
-    def call(*arguments):
-        result = kvpolicy(*arguments)
-        assert result.code == 2, result.err
-        assert result.out == ""
-        assert "Traceback" not in result.err
-        assert len(result.errors) == 1
-        return result.errors[0]
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def tuned(tiny_checkpoint, tiny_text, tmp_path_factory):
-    """(plan, the run that made it): 2 levels of 3 trials."""
-    plan = tmp_path_factory.mktemp("tuned") / "plan.json"
-    levels = ["--retention", "0.5", "--retention", "0.3", "--trials", "3"]
-    result = in_a_process(
-        "tune", "--model", tiny_checkpoint, "--text", tiny_text, *FAST, *levels, "--out", plan, "--json"
-    )
-    assert result.code == 0, result.err
-    return plan, result
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import typer
 
 from kvpolicy.cli.estimate import estimate
 from kvpolicy.cli.evaluate import evaluate
+from kvpolicy.cli.generate import generate
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
 from kvpolicy.cli.show import show
@@ -27,6 +28,7 @@ app.command("tune")(tune_command)
 app.command()(profile)
 app.command()(show)
 app.command("eval")(evaluate)
+app.command()(generate)
 app.command()(estimate)
 app.command()(plugins)
 

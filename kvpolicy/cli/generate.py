@@ -1,0 +1,270 @@
+"""`kvpolicy generate`: text from a model over a compressed cache, with bytes and speed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kvpolicy.cli import caches
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.errors import BudgetError, KVPolicyError, TextError
+
+
+def generate(
+    plan: caches.PlanName = "uniform",
+    prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file with the prompt; - is standard input.", show_default=False)
+    ] = None,
+    retention: Annotated[
+        float | None,
+        typer.Option(
+            "--retention",
+            "-r",
+            help="Kept fraction of the tokens seen. Default: the plan's highest level; needed for uniform.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: entries of a KV head, in the mean; needs a plan file.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    no_chat: Annotated[
+        bool, typer.Option("--no-chat", help="Continue the prompt as it stands, without a chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
+    policy: caches.Policy = None,
+    allocator: caches.Allocator = None,
+    min_tokens: caches.MinTokens = 128,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
+    ] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Generate text over a cache that keeps what a plan allows, and say what was kept and how fast it was.
+
+    The text goes to standard output as it comes, the figures to standard error. Where the tokenizer has a chat
+    template, the prompt is put into it as one message of a user; --no-chat leaves it as it is. Short prompts are kept
+    whole: nothing is evicted before a sequence has more than --min-tokens tokens.
+    """
+    text = _prompt(prompt, prompt_file)
+    choice = caches.CacheChoice.of(plan, policy, allocator, min_tokens)
+    retention = _retention(choice, retention, tokens)
+    where = opt.pick_device(device)
+
+    from kvpolicy.integrations.transformers import load_model
+
+    name = model or choice.model
+    network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    ids, is_chat = _encode(tokenizer, text, no_chat)
+    cache = choice.make(network, retention, tokens=tokens)
+    progress = watcher(quiet or json)
+    progress.note(f"{name} from {network.kvpolicy_source}, on {where}: {ids.shape[1]} tokens of prompt")
+    torch.manual_seed(seed)
+    stream = _Stream(tokenizer, silent=json)
+    _run(network, cache, ids, stream, max_new_tokens, temperature)
+    figures = _figures(cache, stream, ids.shape[1])
+    if json:
+        asked = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "policy": choice.policy_name}
+        run = {"chat": is_chat, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
+        opt.print_json({**asked, **run, "text": stream.text, **asdict(figures)})
+    elif not quiet:
+        _report(plan, figures, min_tokens)
+
+
+def _retention(choice: caches.CacheChoice, retention: float | None, tokens: int | None) -> float | None:
+    """The retention to ask for; None for `full` and with `tokens`."""
+    choice.check(retention)
+    if tokens is not None:
+        if choice.plan is None:
+            raise BudgetError(f"--tokens needs a plan file; {choice.name} takes --retention")
+        if retention is not None:
+            raise BudgetError("--retention and --tokens were given: give one")
+        return None
+    if retention is not None or choice.name == "full":
+        return retention
+    if choice.plan is None:
+        raise BudgetError("generate uniform needs --retention; or give a plan file, or full")
+    return choice.plan.retentions[-1]
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise KVPolicyError("give a prompt: either --prompt or --prompt-file")
+    if file is None:
+        text = prompt or ""
+    else:
+        try:
+            content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TextError(f"the prompt in {file} is not UTF-8: {error.reason} at byte {error.start}") from error
+        except OSError as error:
+            raise TextError(f"cannot read the prompt {file}: {error.strerror}") from error
+    if not text.strip():
+        raise TextError("the prompt is empty")
+    return text
+
+
+def _encode(tokenizer: Any, text: str, no_chat: bool) -> tuple[torch.Tensor, bool]:
+    """(int64 [1, n], whether it stands in the tokenizer's chat template)."""
+    if no_chat or not tokenizer.chat_template:
+        return tokenizer(text, return_tensors="pt", verbose=False).input_ids, False
+    message = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(chat, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids, True
+
+
+class _Stream:
+    """A streamer for `generate`: prints text as soon as it is whole, and notes when each token came.
+
+    transformers calls `put` with the prompt, then with each token, and `end`.
+    """
+
+    def __init__(self, tokenizer: Any, *, silent: bool) -> None:
+        self._tokenizer, self._silent = tokenizer, silent
+        self.ids: list[int] = []
+        self.begun: float | None = None
+        self.times: list[float] = []  # one for each token
+        self._first = self._shown = 0  # tokens: where the decoded stretch begins, and how far it is printed
+
+    @property
+    def text(self) -> str:
+        return self._decode(0, len(self.ids))
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self.begun is None:
+            self.begun = time.perf_counter()
+            return
+        self.times.append(time.perf_counter())
+        self.ids += ids.flatten().tolist()
+        self._print(whole=True)
+
+    def end(self) -> None:
+        self._print(whole=False)
+        if not self._silent:
+            print(flush=True)
+
+    def _print(self, *, whole: bool) -> None:
+        """Prints what is new. whole: not while a character lacks some of its bytes."""
+        if self._silent:
+            return
+        before, now = self._decode(self._first, self._shown), self._decode(self._first, len(self.ids))
+        if whole and now.endswith("\ufffd"):
+            return
+        print(now[len(before) :], end="", flush=True)
+        self._first, self._shown = self._shown, len(self.ids)
+
+    def _decode(self, begin: int, end: int) -> str:
+        decoded: str = self._tokenizer.decode(
+            self.ids[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+
+def _run(network: Any, cache: Any, ids: torch.Tensor, stream: _Stream, count: int, temperature: float) -> None:
+    """Generates into `stream`."""
+    from kvpolicy.integrations.transformers import generate as generate_with
+    from kvpolicy.integrations.transformers.load import quiet
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
+    ends = network.generation_config.eos_token_id
+    filler = ends[0] if isinstance(ends, list) else ends  # one row needs none; transformers asks for it
+    try:
+        with quiet():
+            generate_with(
+                network,
+                cache,
+                ids.to(network.device),
+                max_new_tokens=count,
+                num_beams=1,
+                num_return_sequences=1,
+                pad_token_id=network.generation_config.pad_token_id or filler,
+                streamer=stream,
+                **sampling,
+            )
+    except KeyboardInterrupt:
+        stream.end()  # the text so far is a line of its own
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What a run has held and how long it took.
+
+    entries, entries_seen: of the budgeted layers at the end; the last token generated was never fed
+    bytes:       that the whole cache holds, tables and layers without a budget included
+    dense_bytes: that it would hold had nothing been evicted, without tables
+    evicted:     whether anything was evicted at all
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    entries: int
+    entries_seen: int
+    kept: float
+    evicted: bool
+    bytes: int
+    dense_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+
+
+def _figures(cache: Any, stream: _Stream, prompt_tokens: int) -> _Figures:
+    store = cache.store
+    layers, heads = store.spec.table_shape
+    entries, seen = int(store.lengths.sum()), int(store.seen.sum()) * layers * heads
+    begun = stream.begun or 0.0
+    prefill, decode = stream.times[0] - begun, stream.times[-1] - stream.times[0]
+    steps = len(stream.times) - 1
+    return _Figures(
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(stream.ids),
+        entries=entries,
+        entries_seen=seen,
+        kept=entries / seen,
+        evicted=entries < seen,
+        bytes=cache.nbytes,
+        dense_bytes=store.dense_nbytes + cache.nbytes - store.nbytes,
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        prefill_tokens_per_second=prompt_tokens / prefill,
+        decode_tokens_per_second=steps / decode if steps else None,
+    )
+
+
+def _report(plan: str, figures: _Figures, min_tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    decode, steps = figures.decode_tokens_per_second, figures.new_tokens - 1
+    table.add_row("kept", f"{figures.entries} of {figures.entries_seen} entries ({figures.kept:.1%})")
+    table.add_row("cache", f"{figures.bytes / 1e6:.2f} MB; {figures.dense_bytes / 1e6:.2f} MB with nothing evicted")
+    speed = f"{figures.prompt_tokens} tokens in {figures.prefill_seconds:.2f} s"
+    table.add_row("prompt", f"{speed}, {figures.prefill_tokens_per_second:.1f} a second")
+    if decode is not None:
+        speed = f"{steps} more tokens in {figures.decode_seconds:.2f} s"
+        table.add_row("answer", f"{speed}, {decode:.1f} a second")
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    if not figures.evicted:
+        reason = f": {min_tokens} entries of each KV head are kept in any case (--min-tokens)"
+        console.print(f"nothing was evicted{'' if plan == 'full' else reason}", soft_wrap=True)
