@@ -11,6 +11,7 @@ from kvpolicy.integrations.transformers.generate import generate
 from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
+from kvpolicy.integrations.transformers.save import load_cache
 
 __all__ = [
     "Pace",
@@ -21,6 +22,7 @@ __all__ = [
     "cast_parameters",
     "detach",
     "generate",
+    "load_cache",
     "load_config",
     "load_model",
     "new_cache",

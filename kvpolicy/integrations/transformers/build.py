@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpolicy.cache import schedule as schedules
-from kvpolicy.cache.schedule import MIN_TOKENS, Schedule
+from kvpolicy.cache.schedule import MIN_TOKENS, Fixed, Schedule
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
-from kvpolicy.errors import BudgetError
+from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attach import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.parallel import rank_and_size
+from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan
@@ -53,57 +54,81 @@ def new_cache(
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
     that requires what this model cannot supply.
     """
+    if plan is not None and allocator is not None:
+        raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
+    recipe = Recipe(
+        policy=_policy(plan, policy),
+        allocator=_allocator(allocator) if plan is None else None,
+        plan=plan,
+        retention=retention,
+        tokens=tokens,
+        context_length=context_length,
+        min_tokens=min_tokens,
+        protected=tuple(tuple(span) for span in protected),
+        decode=decode,
+        rollback=rollback,
+    )
+    return cache_of(model, recipe)
+
+
+def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None) -> RaggedCache:
+    """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
     spec = ModelSpec.from_config(model.config)
-    chosen = _policy(plan, policy)
-    rank, size = rank_and_size(model)
-    split = None
-    schedule: Schedule
-    if plan is not None:
-        if allocator is not None:
-            raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
-        plan.check_model(spec)
-        schedule = schedules.from_plan(
-            plan,
-            retention=retention,
-            tokens=tokens,
-            context_length=context_length,
-            min_tokens=min_tokens,
-            tp_size=size,
-        )
-    else:
-        if retention is None or tokens is not None:
-            raise BudgetError("without a plan a cache needs retention=, the kept fraction of the tokens seen")
-        splitter = _allocator(allocator)
-        schedule = schedules.from_allocator(
-            splitter,
-            chosen,
-            spec,
-            retention=retention,
-            context_length=context_length,
-            min_tokens=min_tokens,
-            tp_size=size,
-        )
-        if splitter.split_scope != "none" and retention < 1:
-            split = RuntimeSplit(splitter, schedule, chosen.num_sink_tokens + 1)
+    rank, size = rank_and_size(model, spec)
+    schedule, split, policy = fixed or _schedule(recipe, spec, size), None, recipe.policy
+    if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
+        split = RuntimeSplit(recipe.allocator, schedule, policy.num_sink_tokens + 1)
 
     def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
+        if heads[1] * size != spec.num_kv_heads:
+            raise ModelError(
+                f"this process holds {heads[1]} of the model's {spec.num_kv_heads} KV heads, but it says that {size} "
+                "processes share them: load it with transformers' DistributedConfig(tp_size=...)"
+            )
         return RaggedStore(
             spec,
             schedule,
-            chosen,
+            policy,
             batch_size=batch_size,
-            protected=protected,
-            decode=decode,
+            protected=recipe.protected,
+            decode=recipe.decode,
             split=split,
-            heads=None if heads[1] == spec.num_kv_heads else heads,
+            heads=None if size == 1 else heads,
             supplied=RUN_SOURCES,
         )
 
-    make_store(1, (0, spec.num_kv_heads))  # refuses now what it would refuse at the first token
+    count = spec.num_kv_heads // size
+    make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
     attach(model)
-    prepare(model, spec, chosen.requires)
+    prepare(model, spec, policy.requires)
     stock = DynamicCache(config=text_config(model)).layers
-    return RaggedCache(spec, make_store, stock, rank=rank, rollback=rollback)
+    return RaggedCache(spec, make_store, stock, rank=rank, rollback=recipe.rollback, recipe=recipe)
+
+
+def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:
+    """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
+    retention, context_length, min_tokens = recipe.retention, recipe.context_length, recipe.min_tokens
+    if (plan := recipe.plan) is not None:
+        plan.check_model(spec)
+        return schedules.from_plan(
+            plan,
+            retention=retention,
+            tokens=recipe.tokens,
+            context_length=context_length,
+            min_tokens=min_tokens,
+            tp_size=size,
+        )
+    if retention is None or recipe.tokens is not None or recipe.allocator is None:
+        raise BudgetError("without a plan a cache needs retention=, the kept fraction of the tokens seen")
+    return schedules.from_allocator(
+        recipe.allocator,
+        recipe.policy,
+        spec,
+        retention=retention,
+        context_length=context_length,
+        min_tokens=min_tokens,
+        tp_size=size,
+    )
 
 
 def _policy(plan: BudgetPlan | None, policy: str | EvictionPolicy | None) -> EvictionPolicy:

@@ -7,6 +7,7 @@ never the entries kept.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from kvpolicy.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kvpolicy.cache.report import CacheReport
+    from kvpolicy.integrations.transformers.recipe import Recipe
 
 StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
 """Makes the store once the batch size and the KV heads held here, (first, count), are known."""
@@ -194,6 +196,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     stock_layers: what a stock cache holds, one for each model layer (layers that reuse others' may be missing)
     rank:         tensor-parallel rank of this process
     rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
+    recipe:       what the cache was made from, needed to save it
 
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
@@ -207,6 +210,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         *,
         rank: int = 0,
         rollback: int = ROLLBACK,
+        recipe: Recipe | None = None,
     ) -> None:
         layers = list(stock_layers)
         for row, index in enumerate(spec.budgeted_layers):
@@ -215,6 +219,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         super().__init__(layers=layers)
         self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
         self.store: RaggedStore | None = None
+        self.recipe = recipe
         self.recording = False
         self.unfed: Tensor | None = None
         self.ended: str | None = None
@@ -297,6 +302,12 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             layer.has_holes = layer.is_initialized = False
         for layer in self._stock():
             layer.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file in one step, for `load_cache`. Raises `KVPolicyError` where that cannot be."""
+        from kvpolicy.integrations.transformers.save import save_cache
+
+        save_cache(self, path)
 
     # --- accounting
 

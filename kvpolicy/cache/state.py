@@ -1,0 +1,222 @@
+"""What a store holds, as tensors and plain values, and the store from them again.
+
+Of an arena the entries alone are taken along; its free rows are made anew, as many as there were, so that the store
+goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.schedule import UNLIMITED
+from kvpolicy.cache.select import MAX_TOKENS
+from kvpolicy.cache.store import RaggedStore
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.plan_json import Fields, describe, sequence, whole
+
+_TABLES = ("start", "length", "allocated", "cursor")
+_COUNTS = ("seen", "evicted_at", "table")
+_ENTRIES = ("keys", "values", "positions", "scores")
+_CHUNK = ("key", "value", "positions")
+
+
+class Given:
+    """Tensors by name. Each is taken once, with the dtype and the shape that it must have."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._left = dict(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str, dtype: torch.dtype | None = None, shape: Sequence[int | None] | None = None) -> Tensor:
+        """shape: with None for a size that may be any. Raises `KVPolicyError` for another tensor than expected."""
+        if name not in self._left:
+            raise KVPolicyError(f"the tensor '{name}' is missing")
+        tensor = self._left.pop(name)
+        fits = shape is None or (
+            tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+        )
+        if not fits or dtype not in (None, tensor.dtype):
+            sizes = "any shape" if shape is None else f"[{', '.join('n' if x is None else str(x) for x in shape)}]"
+            raise KVPolicyError(
+                f"the tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, expected {dtype or tensor.dtype} {sizes}"
+            )
+        return tensor
+
+    def done(self) -> None:
+        """Raises `KVPolicyError` if a tensor is left."""
+        if self._left:
+            raise KVPolicyError(f"the tensor '{min(self._left)}' belongs to nothing")
+
+
+def pack(store: RaggedStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU, by name, and JSON values. The store must not be in the middle of a forward."""
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, held in enumerate(store.layers):
+        layers.append(None if held is None else {"decoded": held.decoded, "is_ring": held.is_ring})
+        if held is not None:
+            tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in _packed(held).items()}
+    tables = {id(table): table for table in store.rows.tables if table is not None}
+    if tables:
+        tensors["rows"] = torch.stack(list(tables.values()))
+    order = list(tables)
+    rows = [None if table is None else order.index(id(table)) for table in store.rows.tables]
+    meta = {"heads": [store.first_head, store.num_heads], "rows": rows, "seen": list(store.rows.seen), "layers": layers}
+    return tensors, meta
+
+
+def unpack(
+    store: RaggedStore, given: Given, fields: Fields, dtype: torch.dtype, devices: Sequence[torch.device]
+) -> None:
+    """Fills an empty store of the same batch and heads. dtype, devices [L]: of keys and values.
+
+    Raises `KVPolicyError` or `PlanError` for values that no store can have had.
+    """
+    _fill_rows(store, given, fields)
+    layers = fields.read("layers", sequence, len(store.layers))
+    for index, (value, device) in enumerate(zip(layers, devices, strict=True)):
+        if value is None:
+            continue
+        own = Fields(value, fields.path(f"layers[{index}]"))
+        held = store._make(index, dtype, device)
+        held.decoded, held.is_ring = own.read("decoded", whole, 0), own.read("is_ring", flag)
+        _fill(store, held, given, f"layers.{index}", index)
+    counts = [held.seen for held in store.layers if held is not None]
+    if any(not torch.equal(counts[0], count) for count in counts[1:]):
+        raise KVPolicyError("its layers have seen different numbers of tokens")
+
+
+def batch_size(fields: Fields) -> int:
+    """Sequences of a packed store."""
+    rows = fields.read("rows", sequence)
+    if not rows:
+        raise KVPolicyError("it holds no sequence")
+    return len(rows)
+
+
+def heads(fields: Fields) -> tuple[int, int]:
+    """(first, count) of the KV heads of a packed store."""
+    first, count = fields.read("heads", sequence, 2)
+    return whole(first, fields.path("heads[0]"), 0), whole(count, fields.path("heads[1]"), 1)
+
+
+def flag(value: object, path: str) -> bool:
+    """True or false; a reader for `Fields`."""
+    if not isinstance(value, bool):
+        raise KVPolicyError(f"{path} is {describe(value)}, expected true or false")
+    return value
+
+
+def _packed(held: StoreLayer) -> dict[str, Tensor]:
+    arena = held.arena
+    rows = arena.padded_rows()
+    rows = rows[rows >= 0]  # in the order of the segments
+    packed = {name: getattr(arena, name)[rows] for name in _ENTRIES if getattr(arena, name) is not None}
+    packed |= {name: getattr(arena, name) for name in _TABLES} | {name: getattr(held, name) for name in _COUNTS}
+    if not all(bool(torch.isfinite(packed[name]).all()) for name in ("keys", "values")):
+        raise KVPolicyError("it holds keys or values that are not finite")
+    if (pending := held.pending) is not None:
+        packed |= {f"pending.{name}": getattr(pending, name) for name in _CHUNK}
+    return packed
+
+
+def _fill_rows(store: RaggedStore, given: Given, fields: Fields) -> None:
+    layers, all_heads = store.spec.table_shape
+    tables: list[Tensor] = []
+    if "rows" in given:
+        stacked = given.take("rows", torch.int64, (None, layers, all_heads))
+        _check(stacked, 0, UNLIMITED, "rows")
+        tables = list(stacked.clone())
+    rows, seen = (fields.read(name, sequence, store.batch_size) for name in ("rows", "seen"))
+    for row, (which, count) in enumerate(zip(rows, seen, strict=True)):
+        if which is not None and whole(which, fields.path(f"rows[{row}]"), 0) >= len(tables):
+            raise KVPolicyError(f"sequence {row} has table {which}, but there are {len(tables)}")
+        store.rows.tables[row] = None if which is None else tables[which]
+        store.rows.seen[row] = whole(count, fields.path(f"seen[{row}]"), 0)
+
+
+def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str, index: int) -> None:
+    arena, dtype, shape = held.arena, held.arena.keys.dtype, store.spec.attention
+    batch, num_heads = store.batch_size, store.num_heads
+    for name in _COUNTS:
+        sizes = (batch, num_heads) if name == "table" else (batch,)
+        setattr(held, name, given.take(f"{prefix}.{name}", torch.int64, sizes).clone())
+    for name in _TABLES:
+        setattr(arena, name, given.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone())
+    if f"{prefix}.pending.key" in given:
+        key = given.take(f"{prefix}.pending.key", dtype, (batch, num_heads, None, shape.key_dim))
+        value = given.take(f"{prefix}.pending.value", dtype, (batch, num_heads, key.shape[2], shape.value_dim))
+        positions = given.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
+        device = arena.device
+        held.pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
+    _check_counts(store, held, prefix)
+    total = int(arena.length.sum())
+    entries = {
+        "keys": given.take(f"{prefix}.keys", dtype, (total, shape.key_dim)),
+        "values": given.take(f"{prefix}.values", dtype, (total, shape.value_dim)),
+        "positions": given.take(f"{prefix}.positions", torch.int32, (total,)),
+    }
+    if arena.scores is not None:
+        entries["scores"] = given.take(f"{prefix}.scores", torch.float32, (total,))
+    _check_entries(held, entries, prefix)
+    rows = arena.padded_rows()
+    rows = rows[rows >= 0]
+    for name, values in entries.items():
+        free: Tensor = getattr(arena, name)
+        setattr(arena, name, free.new_zeros(int(arena.allocated.sum()), *free.shape[1:]))
+        getattr(arena, name)[rows] = values.to(arena.device)
+
+
+def _check_counts(store: RaggedStore, held: StoreLayer, prefix: str) -> None:
+    """Tables that the store will compute addresses from."""
+    arena = held.arena
+    _check(held.seen, 0, MAX_TOKENS, f"{prefix}.seen")
+    _check(held.evicted_at, 0, held.seen, f"{prefix}.evicted_at")
+    _check(held.settled, 0, MAX_TOKENS, f"{prefix}.pending.positions, counted,")
+    settled = held.settled.repeat_interleave(store.num_heads)
+    _check(arena.length, 0, settled, f"{prefix}.length")
+    _check(arena.allocated, arena.length, arena.length + arena.slack(arena.length), f"{prefix}.allocated")
+    start = arena.allocated.cumsum(0) - arena.allocated
+    _check(arena.start, start, start, f"{prefix}.start")
+    behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
+    _check(arena.cursor, 0, behind, f"{prefix}.cursor")
+    floor = store.protection.num_sink_tokens + 1 if bool(settled.any()) else 0
+    _check(held.table, floor, UNLIMITED, f"{prefix}.table")
+    if store.decode_mode == "evict":
+        _check(arena.length, 0, held.capacity, f"{prefix}.length")
+    if (pending := held.pending) is not None:
+        steps = held.settled[:, None] + (pending.positions >= 0).cumsum(1) - 1
+        expected = torch.where(pending.positions < 0, -1, steps)
+        _check(pending.positions, expected, expected, f"{prefix}.pending.positions")
+
+
+def _check_entries(held: StoreLayer, entries: Mapping[str, Tensor], prefix: str) -> None:
+    arena, positions = held.arena, entries["positions"].long()
+    segment = torch.arange(len(arena.length)).repeat_interleave(arena.length)
+    settled = held.settled.repeat_interleave(held.num_heads)[segment]
+    _check(positions, 0, settled - 1, f"{prefix}.positions")
+    if len(torch.unique(segment * (MAX_TOKENS + 1) + positions)) < len(positions):
+        raise KVPolicyError(f"'{prefix}.positions' holds a token twice in one KV head")
+    for name in ("keys", "values"):
+        if not bool(torch.isfinite(entries[name]).all()):
+            raise KVPolicyError(f"'{prefix}.{name}' holds numbers that are not finite")
+    if "scores" in entries and bool(entries["scores"].isnan().any()):
+        raise KVPolicyError(f"'{prefix}.scores' holds NaN")
+
+
+def _check(values: Tensor, low: Tensor | int, high: Tensor | int, name: str) -> None:
+    low, high = torch.as_tensor(low).expand(values.shape), torch.as_tensor(high).expand(values.shape)
+    bad = (values < low) | (values > high)
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise KVPolicyError(
+            f"'{name}' is {int(values[at])} at {list(at)}, expected a number from {int(low[at])} to {int(high[at])}"
+        )

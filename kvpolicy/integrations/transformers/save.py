@@ -1,0 +1,269 @@
+"""A filled cache as a file, to go on with later or elsewhere.
+
+The file is safetensors: tensors by name, and one JSON text. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.cache import state
+from kvpolicy.cache.schedule import UNLIMITED, Fixed
+from kvpolicy.cache.state import Given
+from kvpolicy.cache.store import RaggedStore
+from kvpolicy.errors import KVPolicyError, ModelError, PlanError
+from kvpolicy.files import write_bytes
+from kvpolicy.integrations.transformers.build import cache_of
+from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache
+from kvpolicy.integrations.transformers.devices import layer_devices
+from kvpolicy.integrations.transformers.parallel import rank_and_size
+from kvpolicy.integrations.transformers.recipe import read_recipe
+from kvpolicy.integrations.transformers.stock_state import pack_stock, unpack_stock
+from kvpolicy.plan import BudgetPlan
+from kvpolicy.plan_json import Fields, describe, parse, render, sequence, text, whole
+from kvpolicy.spec import ModelSpec
+
+FORMAT = "kvpolicy-cache"
+VERSION = 1
+_KEY = "kvpolicy"  # of the JSON text in the file's metadata
+
+
+def save_cache(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
+    """Writes a filled cache to `path` in one step: readers see the old file or the new one, never a part.
+
+    Under tensor parallelism each process writes a file of its own.
+
+    Raises `ModelError` for a cache that is empty or in the middle of a forward, `PluginError` for a policy or an
+    allocator that is not registered, `KVPolicyError` naming the path and the reason where it cannot be written.
+    """
+    try:
+        data = _to_bytes(cache)
+    except KVPolicyError as error:
+        raise type(error)(f"the cache was not saved: {error}") from None
+    try:
+        write_bytes(path, data)
+    except KVPolicyError as error:
+        raise KVPolicyError(f"the cache was not saved: {error}") from None
+
+
+def load_cache(model: PreTrainedModel, path: str | os.PathLike[str], plan: BudgetPlan | None = None) -> RaggedCache:
+    """The cache in the file at `path`, to go on with as if it had never been away. Attaches the model.
+
+    model: the model that filled the cache, loaded again; the same weights, which is not checked
+    plan:  the plan of the cache; needed where the budget grows, checked wherever it is given
+
+    Raises, naming the file, `ModelError` for another model or dtype, `PlanError` for a plan that is missing or another,
+    `PluginError` for a policy or an allocator that is not installed here, `KVPolicyError` for a file that cannot be
+    read, is damaged, or is of another version.
+    """
+    try:
+        return _load(model, _read(path), plan)
+    except KVPolicyError as error:
+        raise type(error)(f"cache file '{os.fspath(path)}': {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    fields: Fields
+    tensors: dict[str, Tensor]
+
+
+def _to_bytes(cache: RaggedCache) -> bytes:
+    store, recipe = cache.opened(), cache.recipe
+    if recipe is None:
+        raise ModelError("it does not know what it was made from: make it with kvpolicy.new_cache")
+    budgeted = [layer for layer in cache.layers if isinstance(layer, BudgetedLayer)]
+    if any(layer.arrived for layer in budgeted):
+        raise ModelError("it is in the middle of a forward")
+    for layer in budgeted:
+        layer._finish()
+    tensors, held = state.pack(store)
+    table = None
+    if isinstance(store.schedule, Fixed):
+        tensors["fixed"], table = store.schedule.table, {"asked": store.schedule.asked}
+    if cache.unfed is not None:
+        tensors["unfed"] = cache.unfed
+    stock: list[Any] = []
+    for index, layer in enumerate(cache.layers):
+        found, values = ({}, None) if isinstance(layer, BudgetedLayer) else pack_stock(layer, f"stock.{index}")
+        tensors |= found
+        stock.append(values)
+    tensors = {name: _owned(tensor) for name, tensor in sorted(tensors.items())}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": {"transformers": transformers.__version__},
+        "model": _identity(cache.spec, next(held.arena.keys.dtype for held in store.layers if held is not None)),
+        "recipe": recipe.to_json(),
+        "fixed": table,
+        "store": held,
+        "columns": [layer.columns for layer in budgeted],
+        "has_holes": [layer.has_holes for layer in budgeted],
+        "recording": cache.recording,
+        "ended": cache.ended,
+        "stock": stock,
+        "crc32": _crc32(tensors),
+    }
+    return to_bytes(tensors, {_KEY: render(document)})
+
+
+def _read(path: str | os.PathLike[str]) -> _File:
+    """The document and the tensors. Raises `KVPolicyError`."""
+    try:
+        with open(path, "rb"):  # says what safetensors does not
+            pass
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise KVPolicyError("it is no cache of kvpolicy, but another safetensors file")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    except OSError as error:
+        raise KVPolicyError(f"it cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise KVPolicyError(f"it is damaged or no cache of kvpolicy ({error})") from None
+    try:
+        fields = Fields(parse(metadata[_KEY].encode()))
+        if fields.raw("format") != FORMAT:
+            raise KVPolicyError(f"its format is {describe(fields.raw('format'))}, expected '{FORMAT}'")
+        if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
+            raise KVPolicyError(
+                f"its version is {describe(fields.raw('version'))}, expected {VERSION}: use the kvpolicy that wrote it"
+            )
+        if fields.raw("crc32") != _crc32(tensors):
+            raise KVPolicyError("it is damaged: the checksum of its tensors is another")
+    except PlanError as error:
+        raise KVPolicyError(f"it is damaged: {error}") from None
+    return _File(fields, tensors)
+
+
+def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> RaggedCache:
+    fields, given = file.fields, Given(file.tensors)
+    spec = ModelSpec.from_config(model.config)
+    _check_model(model, spec, fields)
+    fixed = _read_fixed(given, fields, spec) if fields.has("fixed") else None
+    recipe = read_recipe(fields.fields("recipe"), plan, needs_plan=fixed is None)
+    cache = cache_of(model, recipe, fixed)
+    try:
+        cache.store = _read_store(model, cache, given, fields.fields("store"))
+        _read_columns(cache, cache.store, fields)
+        _read_stock(model, cache, cache.store, given, fields)
+        if "unfed" in given:
+            cache.unfed = given.take("unfed", torch.int64, (cache.store.batch_size, None)).clone()
+        given.done()
+    except PlanError as error:
+        raise KVPolicyError(f"it is damaged: {error}") from None
+    return cache
+
+
+def _identity(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "model_type": spec.model_type,
+        "config_sha256": spec.config_sha256,
+        "table_shape": list(spec.table_shape),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _check_model(model: PreTrainedModel, spec: ModelSpec, fields: Fields) -> None:
+    """Raises `ModelError` unless the model can go on with the cache."""
+    saved, own = fields.fields("model"), _identity(spec, model.dtype)
+    for name, what in (("model_type", "type"), ("table_shape", "number of (budgeted layers, KV heads)")):
+        if saved.raw(name) != own[name]:
+            raise ModelError(f"it was made with a model of {what} {saved.raw(name)}, this one has {own[name]}")
+    if saved.raw("config_sha256") != own["config_sha256"]:
+        raise ModelError(
+            f"it was made with another model: the type '{spec.model_type}' and the number of heads are the same, but "
+            "the configurations differ (config_sha256)"
+        )
+    if saved.raw("dtype") != own["dtype"]:
+        raise ModelError(
+            f"its keys and values are {saved.raw('dtype')}, the model is {own['dtype']}, and nothing is rounded: load "
+            f"the model with dtype=torch.{saved.raw('dtype')}"
+        )
+    first, count = state.heads(fields.fields("store"))
+    rank, size = rank_and_size(model, spec)
+    if (first, count * size) != (rank * count, spec.num_kv_heads):
+        raise ModelError(
+            f"it holds {count} KV heads from head {first} on, but this process needs {spec.num_kv_heads // size} from "
+            f"{rank * (spec.num_kv_heads // size)} on: each tensor-parallel process loads the file that the process of "
+            "its rank saved, with as many ranks"
+        )
+
+
+def _read_fixed(given: Given, fields: Fields, spec: ModelSpec) -> Fixed:
+    table = given.take("fixed", torch.int64, spec.table_shape).clone()
+    if int(table.min()) < 0 or int(table.max()) > UNLIMITED:
+        raise KVPolicyError(f"'fixed' holds capacities from {int(table.min())} to {int(table.max())}")
+    own = fields.fields("fixed")
+    asked = own.raw("asked")
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
+        raise KVPolicyError(f"{own.path('asked')} is {describe(asked)}, expected a whole number or null")
+    return Fixed(table, asked)
+
+
+def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields: Fields) -> RaggedStore:
+    store = cache.make_store(state.batch_size(fields), state.heads(fields))
+    devices = layer_devices(model, cache.spec)
+    state.unpack(store, given, fields, model.dtype, [devices[index] for index in cache.spec.budgeted_layers])
+    if any(held is None for held in store.layers):
+        raise KVPolicyError("a layer is missing")
+    return store
+
+
+def _read_columns(cache: RaggedCache, store: RaggedStore, fields: Fields) -> None:
+    budgeted = [layer for layer in cache.layers if isinstance(layer, BudgetedLayer)]
+    columns, holes = (fields.read(name, sequence, len(budgeted)) for name in ("columns", "has_holes"))
+    least = int(store.seen.max())
+    for row, layer in enumerate(budgeted):
+        layer.columns = whole(columns[row], f"columns[{row}]", least)
+        layer.has_holes = state.flag(holes[row], f"has_holes[{row}]")
+        layer.is_initialized = True
+    if len(set(columns)) > 1:
+        raise KVPolicyError(f"its layers have seen different numbers of columns: {columns}")
+    cache.recording = fields.read("recording", state.flag)
+    cache.ended = fields.read("ended", text) if fields.has("ended") else None
+
+
+def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> None:
+    saved, version = fields.read("stock", sequence), fields.fields("made_by").read("transformers", text)
+    if len(saved) != len(cache.layers):
+        raise ModelError(
+            f"it was saved under transformers {version} with {len(saved)} layers, but transformers "
+            f"{transformers.__version__} keeps {len(cache.layers)} for this model"
+        )
+    shares = cache.spec.num_kv_heads // store.num_heads
+    devices, columns = layer_devices(model, cache.spec), cache.get_seq_length(cache.spec.budgeted_layers[0])
+    for index, (layer, values) in enumerate(zip(cache.layers, saved, strict=True)):
+        if isinstance(layer, BudgetedLayer) != (values is None):
+            raise KVPolicyError(f"layer {index} is budgeted in the file or in the model, but not in both")
+        if values is not None:
+            heads = cache.spec.layers[index].num_kv_heads // shares
+            shape = (store.batch_size, heads, columns)
+            unpack_stock(layer, Fields(values, f"stock[{index}]"), given, devices[index], model.dtype, shape)
+            if getattr(layer, "is_sliding", False) and layer.get_seq_length() != columns:
+                raise KVPolicyError(f"layer {index} has seen {layer.get_seq_length()} columns, others {columns}")
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, in memory of its own: safetensors takes no views."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    """Checksum of names and contents."""
+    result = 0
+    for name in sorted(tensors):
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+        result = zlib.crc32(content, zlib.crc32(name.encode(), result))
+    return result
