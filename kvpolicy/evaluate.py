@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.interfaces import LayerActivations
+from kvpolicy.registry import registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +36,18 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
 
     Raises `BudgetError` if the cache does not hold exactly what the table allows.
     """
-    spec, length = probe.spec, probe.context_length
-    dtype = next(probe.model.parameters()).dtype
-    limits = capacities.clamp(max=length)
-    store = RaggedStore(spec, limits, num_sink_tokens=probe.num_sink_tokens, dtype=dtype, device=probe.model.device)
+    spec, limits = probe.spec, capacities.clamp(max=probe.context_length)
+    policy = registry.create("policy", "streaming", {"num_sink_tokens": probe.num_sink_tokens})
+    store = RaggedStore(spec, Fixed(limits), policy)
 
     def fill(activations: LayerActivations) -> None:
-        assert activations.keys is not None and activations.values is not None  # requested below
-        store.fill(activations.layer, activations.keys, activations.values)
+        query, key, value = activations.queries, activations.keys, activations.values
+        assert query is not None and key is not None and value is not None  # requested below
+        store.keep(activations.layer, query, store.arrive(activations.layer, key, value), Scoring())
 
     single = TransformersProbe(probe.model, probe.sequences[:1], [probe.sequences[0]])
-    single.observe(fill, frozenset({"keys", "values"}))
-    if not torch.equal(store.lengths, limits):
-        raise BudgetError(f"the cache holds {int(store.lengths.sum())} entries, the table says {int(limits.sum())}")
-    dense = spec.num_budgeted_layers * spec.num_kv_heads * length * spec.entry_bytes(dtype.itemsize)
-    return CacheBytes(bytes=store.nbytes, dense_bytes=dense, entries=int(store.lengths.sum()))
+    single.observe(fill, frozenset({"queries", "keys", "values"}))
+    held = store.lengths[:, 0]
+    if not torch.equal(held, limits):
+        raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
+    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))

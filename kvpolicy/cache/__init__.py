@@ -1,5 +1,6 @@
 """Caches whose bytes are the budget's."""
 
+from kvpolicy.cache.report import CacheReport
 from kvpolicy.cache.store import RaggedStore
 
-__all__ = ["RaggedStore"]
+__all__ = ["CacheReport", "RaggedStore"]

@@ -15,14 +15,14 @@ from kvpolicy_kernels.compact import compact
 from torch import Tensor
 
 LEAST_GROWTH = 16  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
-_TABLES = ("start", "length", "allocated", "capacity", "num_pinned", "cursor")
+_TABLES = ("start", "length", "allocated", "cursor")
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
     """Tokens that are not in the arena yet.
 
-    key, value: [B, H, n, dim];  positions: int [B, n], -1 for padding
+    key, value: [B, H, n, dim];  positions: int64 [B, n] on the CPU, -1 for padding
     """
 
     key: Tensor
@@ -32,32 +32,52 @@ class Chunk:
     def __len__(self) -> int:
         return int(self.key.shape[2])
 
+    @property
+    def count(self) -> Tensor:
+        """int64 [B], tokens without padding."""
+        return (self.positions >= 0).sum(1)
+
+    def part(self, columns: slice) -> Chunk:
+        """Some of its columns, as views."""
+        return Chunk(self.key[:, :, columns], self.value[:, :, columns], self.positions[:, columns])
+
+    def owned(self) -> Chunk:
+        """A copy that keeps nothing else alive."""
+        return Chunk(*(x.detach().clone() for x in (self.key, self.value, self.positions)))
+
 
 class LayerArena:
     """Keys, values, positions and scores of one layer.
 
-    keys [R, D];  values [R, Dv];  positions int32 [R];  scores float32 [R], or None for the window rule
-    start, length, allocated, capacity: int64 [S], in rows
-    num_pinned: int64 [S], the first entries of a segment, which the ring leaves alone
+    keys [R, D];  values [R, Dv];  positions int32 [R];  scores float32 [R], or None where nothing is scored
+    start, length, allocated: int64 [S], in rows
     cursor:     int64 [S], the ring's oldest entry, counted from `num_pinned`
+    num_pinned: first entries of a segment, which the ring leaves alone
     """
 
+    start: Tensor
+    length: Tensor
+    allocated: Tensor
+    cursor: Tensor
+
     def __init__(
-        self, num_segments: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, *, scored: bool
+        self,
+        num_segments: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_pinned: int,
+        scored: bool,
     ) -> None:
         self.keys = torch.empty(0, key_dim, dtype=dtype, device=device)
         self.values = torch.empty(0, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, dtype=torch.int32, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
+        self.num_pinned = num_pinned
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
-
-    start: Tensor
-    length: Tensor
-    allocated: Tensor
-    capacity: Tensor
-    num_pinned: Tensor
-    cursor: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,10 +100,24 @@ class LayerArena:
         rows = torch.where(column < self.length[:, None], self.start[:, None] + column, -1)
         return rows.to(self.device)
 
+    def padded_positions(self) -> Tensor:
+        """int64 [S, width] on the device, -1 behind a segment's length."""
+        rows = self.padded_rows()
+        return torch.where(rows < 0, -1, self.positions[rows.clamp(min=0)].long()) if rows.numel() else rows
+
+    def padded_scores(self) -> Tensor | None:
+        """float32 [S, width], -inf behind a segment's length; None where nothing is scored."""
+        if self.scores is None:
+            return None
+        rows = self.padded_rows()
+        if not rows.numel():
+            return rows.float()
+        return self.scores[rows.clamp(min=0)].masked_fill(rows < 0, float("-inf"))
+
     def append(self, key: Tensor, value: Tensor, position: Tensor, slot: Tensor, score: float) -> None:
         """Writes one entry per segment. key, value: [B, H, 1, dim]; position: int [S]; slot: int64 [S] in the segment.
 
-        A slot equal to the length makes the segment longer; it must be allocated.
+        A slot behind the others needs an allocated row.
         """
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
         arenas, entries = [self.keys, self.values, self.positions], [key, value, position.to(self.device)]
@@ -96,25 +130,29 @@ class LayerArena:
         """Makes room for one more entry in every segment below `limit`. limit: int64 [S]."""
         growing = self.length < limit
         if bool((growing & (self.length == self.allocated)).any()):
-            self.relayout(torch.minimum(limit, self.length + (self.length // 32).clamp(min=LEAST_GROWTH)))
+            self.relayout(torch.minimum(limit, self.length + self.slack(self.length)))
 
-    def advance(self, limit: Tensor) -> Tensor:
-        """The next slot of each segment under the window rule, int64 [S]; counts the entry.
+    @staticmethod
+    def slack(length: Tensor) -> Tensor:
+        """Rows that a segment of this length gets besides. length: int64 [S]."""
+        return (length // 32).clamp(min=LEAST_GROWTH)
 
-        Below `limit` it is the end of the segment, at `limit` the ring's oldest entry.
+    def advance(self, full: Tensor) -> Tensor:
+        """The next slot of each segment under the window rule, int64 [S]; counts the entry. full: bool [S].
+
+        It is the end of the segment, or where the segment is full the ring's oldest entry.
         """
-        full = self.length >= limit
         slot = torch.where(full, self.num_pinned + self.cursor, self.length)
         self.cursor = torch.where(full, (self.cursor + 1) % (self.length - self.num_pinned).clamp(min=1), self.cursor)
         self.length = self.length + ~full
         return slot
 
     def relayout(self, allocated: Tensor) -> None:
-        """Moves every segment to an allocation of its own, in order of age. allocated: int64 [S], at least the length."""
-        offset = torch.arange(max(self.width, 1))[None]
+        """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
+        columns = torch.arange(max(self.width, 1))[None]
         ring = (self.length - self.num_pinned).clamp(min=1)[:, None]
-        turned = self.num_pinned[:, None] + (offset - self.num_pinned[:, None] + self.cursor[:, None]) % ring
-        columns = torch.where((offset < self.num_pinned[:, None]) | (self.cursor[:, None] == 0), offset, turned)
+        turned = self.num_pinned + (columns - self.num_pinned + self.cursor[:, None]) % ring
+        columns = torch.where((columns < self.num_pinned) | (self.cursor[:, None] == 0), columns, turned)
         self.replace(columns.to(self.device), self.length, allocated)
 
     def replace(
@@ -128,35 +166,30 @@ class LayerArena:
         """Builds the arena anew from some of its entries and of a chunk's tokens.
 
         columns: int64 [S, most] on the device; a column below `width` is an entry, `width + t` token t of the chunk
-        counts, allocated: int64 [S], entries and rows of each segment;  scores: float32 [S, width + n], new scores
+        counts, allocated: int64 [S], entries and rows of each segment
+        scores: float32 [S, width + n], new scores; needed beside a chunk where entries are scored
         """
         segment, offset = (torch.arange(columns.shape[1])[None] < counts[:, None]).nonzero(as_tuple=True)
-        start = allocated.cumsum(0) - allocated
+        start, width = allocated.cumsum(0) - allocated, self.width
         out_rows = (start[segment] + offset).to(self.device)
-        column = columns[segment.to(self.device), offset.to(self.device)]
-        rows, width = int(allocated.sum()), self.width
+        segment, offset = segment.to(self.device), offset.to(self.device)
+        column = columns[segment, offset]
         old = (self.keys, self.values, self.positions)
-        new = tuple(x.new_empty(rows, *x.shape[1:]) for x in old)
-        on_device = segment.to(self.device)
-        stored = torch.arange(len(column), device=self.device) if chunk is None else (column < width).nonzero()[:, 0]
-        if len(stored):
-            source_rows = (self.start.to(self.device)[on_device] + column)[stored]
-            for out, source in zip(new, old, strict=True):
-                compact(out, out_rows[stored], source, source_rows)
+        new = tuple(x.new_empty(int(allocated.sum()), *x.shape[1:]) for x in old)
+        stored = slice(None) if chunk is None else (column < width).nonzero()[:, 0]
+        source_rows = (self.start.to(self.device)[segment] + column)[stored]
+        for out, source in zip(new, old, strict=True):
+            compact(out, out_rows[stored], source, source_rows)
         if chunk is not None:
             fresh = (column >= width).nonzero()[:, 0]
-            source_rows = (on_device * len(chunk) + column - width)[fresh]
-            num_heads = chunk.key.shape[1]
-            positions = chunk.positions.to(self.device)[:, None].expand(-1, num_heads, -1)
-            for out, source in zip(new, (chunk.key, chunk.value, positions), strict=True):
+            source_rows = (segment * len(chunk) + column - width)[fresh]
+            positions = chunk.positions.to(self.device)[:, None].expand(-1, chunk.key.shape[1], -1)
+            for out, source in zip(new, (chunk.key.detach(), chunk.value.detach(), positions), strict=True):
                 compact(out, out_rows[fresh], source, source_rows)
         if self.scores is not None:
-            if scores is None:
-                padded = self.padded_rows()
-                scores = self.scores[padded.clamp(min=0)] if self.width else padded.float()
-            kept = torch.zeros(rows, device=self.device)
-            kept[out_rows] = scores[on_device, column]
-            self.scores = kept
+            known = self.padded_scores() if scores is None else scores
+            assert known is not None
+            self.scores = torch.zeros(len(new[2]), device=self.device).index_copy_(0, out_rows, known[segment, column])
         self.keys, self.values, self.positions = new
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor = torch.zeros_like(counts)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import LEAST_GROWTH, Chunk, LayerArena
-from kvpolicy.cache.select import MAX_TOKENS, Protection, evictable, kept_columns, ranking
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.schedule import UNLIMITED
+from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
 
 
@@ -14,7 +15,8 @@ class StoreLayer:
     """Entries of one layer, for a batch of sequences.
 
     seen:       int64 [B], tokens of each sequence, padding excluded, pending ones included
-    evicted_at: int64 [B], tokens seen when something was last evicted; 0 if nothing ever was
+    table:      int64 [B, H], capacities without protected spans, which come on top
+    evicted_at: int64 [B], settled tokens when something was last evicted; 0 if nothing ever was
     decoded:    single tokens since the last longer forward
     pending:    tokens that may still be taken back; attended to, not in the arena yet
     """
@@ -23,87 +25,103 @@ class StoreLayer:
         self.arena, self.num_heads, self.protection = arena, num_heads, protection
         self.seen = torch.zeros(batch_size, dtype=torch.int64)
         self.evicted_at = torch.zeros(batch_size, dtype=torch.int64)
+        self.table = torch.zeros(batch_size, num_heads, dtype=torch.int64)
         self.decoded = 0
         self.pending: Chunk | None = None
+        self.is_ring = True  # entries lie pinned first, then in order of age
 
     @property
-    def num_pending(self) -> Tensor:
-        """int64 [S], pending tokens, padding excluded."""
-        if self.pending is None:
-            return torch.zeros_like(self.arena.length)
-        return self._per_segment((self.pending.positions >= 0).sum(1))
+    def settled(self) -> Tensor:
+        """int64 [B], tokens seen that are not pending."""
+        return self.seen if self.pending is None else self.seen - self.pending.count
 
+    @property
+    def spanned(self) -> Tensor:
+        """int64 [B], settled tokens in protected spans, which come on top of the table."""
+        return torch.tensor([self.protection.num_spanned(count) for count in self.settled.tolist()])
+
+    @property
+    def capacity(self) -> Tensor:
+        """int64 [S], entries allowed now, pending tokens not counted."""
+        if not self.protection.spans:
+            return self.table.flatten()
+        return (self.table + self.spanned[:, None]).clamp(max=UNLIMITED).flatten()
+
+    @property
+    def num_held(self) -> Tensor:
+        """int64 [S], entries and pending tokens."""
+        if self.pending is None:
+            return self.arena.length
+        return self.arena.length + self._per_segment(self.pending.count)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
-        held = {**self.arena.tensors, "seen": self.seen, "evicted_at": self.evicted_at}
+        own = {name: getattr(self, name) for name in ("seen", "evicted_at", "table")}
         if self.pending is not None:
-            held |= {f"pending.{name}": getattr(self.pending, name) for name in ("key", "value", "positions")}
-        return held
-
-    def set_capacity(self, table: Tensor) -> None:
-        """table: int64 [B, H], without protected spans, which come on top."""
-        spanned = torch.tensor([self.protection.num_spanned(count) for count in self.seen.tolist()])[:, None]
-        self.arena.capacity = (table + spanned).clamp(max=torch.iinfo(torch.int32).max).flatten()
-        self.arena.num_pinned = self._per_segment(spanned[:, 0] + self.protection.num_sink_tokens)
+            own |= {f"pending.{name}": getattr(self.pending, name) for name in ("key", "value", "positions")}
+        return {**self.arena.tensors, **own}
 
     def arrive(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Chunk:
         """Counts new tokens and returns them behind those still pending. valid: bool [B, n] on the CPU or None."""
-        steps = torch.arange(key.shape[2])[None].expand(len(self.seen), -1)
+        steps = torch.arange(key.shape[2]).expand(len(self.seen), -1)
         if valid is not None:
             steps = torch.where(valid, valid.cumsum(1) - 1, -1)
         positions = torch.where(steps >= 0, steps + self.seen[:, None], -1)
-        self.seen = torch.maximum(self.seen, positions.amax(1) + 1)
-        if int(self.seen.max()) > MAX_TOKENS:
+        seen = torch.maximum(self.seen, positions.amax(1) + 1)
+        if int(seen.max()) > MAX_TOKENS:
             raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
-        if self.pending is None:
+        self.seen = seen
+        if (held := self.pending) is None:
             return Chunk(key, value, positions)
-        held = self.pending
         return Chunk(
             torch.cat([held.key, key], 2), torch.cat([held.value, value], 2), torch.cat([held.positions, positions], 1)
         )
 
-    def append(self, key: Tensor, value: Tensor, limit: Tensor, score: float) -> None:
-        """Writes one token into every segment; at `limit` (int64 [S]) over its worst entry. key, value: [B, H, 1, dim]."""
+    def append(self, key: Tensor, value: Tensor, score: float, *, evict: bool) -> None:
+        """Writes one token into every segment; over its worst entry where it is full, if `evict`.
+
+        key, value: [B, H, 1, dim];  score: the new entry's
+        """
         self.seen = self.seen + 1
         arena = self.arena
+        limit = self.capacity if evict else torch.full_like(arena.length, UNLIMITED)
         arena.reserve(limit)
         full = arena.length >= limit
-        if bool(full.any()):
-            self._note_eviction(full)
-        slot = arena.advance(limit) if arena.scores is None else self._scored_slot(full)
-        arena.append(key, value, self._per_segment(self.seen - 1), slot, score)
+        self._note_eviction(full)
+        position = self._per_segment(self.seen - 1)
+        arena.append(key.detach(), value.detach(), position, self._next_slot(full), score)
 
-    def fold(self, chunk: Chunk, scores: Tensor | None, hold: int) -> None:
-        """Evicts from [entries ; chunk] down to the capacities, the last `hold` tokens of the chunk excepted.
+    def candidates(self, chunk: Chunk) -> Tensor:
+        """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
+        fresh = self._per_segment(chunk.positions).to(self.arena.device)
+        return torch.cat([self.arena.padded_positions(), fresh], 1)
+
+    def fold(self, chunk: Chunk, scores: Tensor | None) -> None:
+        """Evicts from [entries ; chunk] down to the capacities.
 
         scores: float32 [S, width + len(chunk)], or None: then the most recent are kept
         """
-        arena, kept = self.arena, max(0, len(chunk) - hold)
-        folded = Chunk(chunk.key[:, :, :kept], chunk.value[:, :, :kept], chunk.positions[:, :kept])
-        scores = None if scores is None else scores[:, : arena.width + kept]
-        available = arena.length + self._per_segment((folded.positions >= 0).sum(1))
-        counts = torch.minimum(available, arena.capacity)
-        if bool((counts < available).any()):
-            self._note_eviction(counts < available)
-        fresh = folded.positions.repeat_interleave(self.num_heads, 0).to(arena.device)
-        positions = torch.cat([self._positions(), fresh], 1)
-        self._retain(positions, scores, counts, folded)
-        # cloned: a view would keep the whole chunk alive
-        rest = (chunk.key[:, :, kept:], chunk.value[:, :, kept:], chunk.positions[:, kept:])
-        self.pending = Chunk(*(x.clone() for x in rest)) if kept < len(chunk) else None
+        available = self.arena.length + self._per_segment(chunk.count)
+        self._retain(self.candidates(chunk), scores, available, chunk)
 
     def shrink(self) -> None:
         """Evicts down to capacities that were lowered."""
-        counts = torch.minimum(self.arena.length, self.arena.capacity)
-        if bool((counts < self.arena.length).any()):
-            self._note_eviction(counts < self.arena.length)
-            self._retain(self._positions(), self.held_scores(), counts, None)
+        arena = self.arena
+        if bool((arena.length > self.capacity).any()):
+            self._retain(arena.padded_positions(), arena.padded_scores(), arena.length, None)
+
+    def compared(self, scores: Tensor | None = None, chunk: Chunk | None = None) -> Tensor:
+        """Scores of the entries, or of [entries ; chunk], as they compete: see `comparable`. float32 [B, H, N]."""
+        scores = self.arena.padded_scores() if scores is None else scores
+        assert scores is not None
+        positions = self.arena.padded_positions() if chunk is None else self.candidates(chunk)
+        return comparable(scores, positions, self._settled_on_device(), self.protection).view(*self.table.shape, -1)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order. rows: int64 [B'] on the CPU."""
-        segments = (rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten()
-        self.arena.take(segments)
-        self.seen, self.evicted_at = self.seen[rows], self.evicted_at[rows]
+        self.arena.take((rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten())
+        self.seen, self.evicted_at, self.table = self.seen[rows], self.evicted_at[rows], self.table[rows]
         if (held := self.pending) is not None:
             on_device = rows.to(held.key.device)
             self.pending = Chunk(held.key[on_device], held.value[on_device], held.positions[rows])
@@ -111,61 +129,61 @@ class StoreLayer:
     def check_crop(self, count: int) -> None:
         """Raises `BudgetError` where the last `count` tokens cannot be taken back exactly."""
         pending = 0 if self.pending is None else len(self.pending)
-        if count > pending and bool((self.seen - count < self.evicted_at).any()):
-            possible = max(pending, int((self.seen - self.evicted_at).min()))
+        possible = pending + int((self.settled - self.evicted_at).min())
+        if count > max(pending, possible):
+            why = "entries were evicted since" if bool(self.evicted_at.any()) else "there are no more"
             raise BudgetError(
-                f"the last {count} tokens cannot be taken back: entries were evicted since. At most {possible} can; "
-                "tokens that may be taken back need a rollback= of their number."
+                f"the last {count} tokens cannot be taken back, only {possible}: {why}. Tokens that may be rejected "
+                "need a rollback= as long as they are"
             )
 
     def crop(self, count: int) -> None:
         """Takes back the last `count` tokens of every sequence, after `check_crop`."""
-        held, left = self.pending, count
-        if held is not None:
-            kept = len(held) - min(count, len(held))
+        left = count
+        if (held := self.pending) is not None:
+            kept = max(0, len(held) - count)
             left -= len(held) - kept
-            self.seen = self.seen - (held.positions[:, kept:] >= 0).sum(1)
-            rest = (held.key[:, :, :kept], held.value[:, :, :kept], held.positions[:, :kept])
-            self.pending = Chunk(*(x.clone() for x in rest)) if kept else None
+            self.seen = self.seen - held.part(slice(kept, None)).count
+            self.pending = held.part(slice(0, kept)).owned() if kept else None
         if left:
             self.seen = self.seen - left
-            positions = self._positions()
+            positions = self.arena.padded_positions()
             oldest_first = torch.where(positions < 0, -1, MAX_TOKENS - positions)
-            counts = self.arena.length - left
-            columns = kept_columns(oldest_first, positions, counts, self.protection)
-            self.arena.replace(columns, counts, counts, scores=self.held_scores())
+            self._rebuild(oldest_first, positions, self.arena.length - left, None, None)
 
-    def held_scores(self) -> Tensor | None:
-        """float32 [S, width], -inf where absent; None under the window rule."""
-        scores, rows = self.arena.scores, self.arena.padded_rows()
-        if scores is None:
-            return None
-        if not rows.shape[1]:
-            return rows.float()
-        return scores[rows.clamp(min=0)].masked_fill(rows < 0, float("-inf"))
+    def _retain(self, positions: Tensor, scores: Tensor | None, available: Tensor, chunk: Chunk | None) -> None:
+        """Keeps the best candidates of each segment. positions, scores: [S, N];  available: int64 [S], present ones."""
+        counts = torch.minimum(available, self.capacity)
+        self._note_eviction(counts < available)
+        keys = ranking(scores, positions, self._settled_on_device(), self.protection)
+        self._rebuild(keys, positions, counts, chunk, scores)
 
-    def _positions(self) -> Tensor:
-        """int64 [S, width] on the device, -1 where absent."""
-        rows = self.arena.padded_rows()
-        if not rows.shape[1]:
-            return rows
-        return torch.where(rows < 0, -1, self.arena.positions[rows.clamp(min=0)].long())
-
-    def _retain(self, positions: Tensor, scores: Tensor | None, counts: Tensor, chunk: Chunk | None) -> None:
-        """Keeps the `counts` best candidates of each segment. positions, scores: [S, N]."""
-        if not positions.shape[1]:
-            return
-        keys = ranking(scores, positions, self._seen_on_device(), self.protection)
+    def _rebuild(
+        self, keys: Tensor, positions: Tensor, counts: Tensor, chunk: Chunk | None, scores: Tensor | None
+    ) -> None:
+        """Keeps the `counts` candidates with the largest keys, pinned ones first, then by age."""
         columns = kept_columns(keys, positions, counts, self.protection)
-        room = torch.minimum(counts + (counts // 32).clamp(min=LEAST_GROWTH), self.arena.capacity)
+        room = torch.minimum(counts + self.arena.slack(counts), self.capacity)
         self.arena.replace(columns, counts, torch.maximum(room, counts), chunk, scores)
+        self.is_ring = True
 
-    def _scored_slot(self, full: Tensor) -> Tensor:
+    def _next_slot(self, full: Tensor) -> Tensor:
         """The slot of each segment's next entry, int64 [S]: its end, or where it is full its worst entry's."""
         arena = self.arena
+        if arena.scores is None and self.protection.end < int(self.seen.min()):  # no pinned entry can come any more
+            if not self.is_ring:
+                positions = arena.padded_positions()
+                keys = ranking(None, positions, self._settled_on_device(), self.protection)
+                arena.replace(
+                    kept_columns(keys, positions, arena.length, self.protection), arena.length, arena.allocated
+                )
+                self.is_ring = True
+            return arena.advance(full)
+        self.is_ring = False
         slot = arena.length
         if bool(full.any()):
-            worst = evictable(ranking(self.held_scores(), self._positions(), self._seen_on_device(), self.protection))
+            settled = self._settled_on_device()
+            worst = evictable(ranking(arena.padded_scores(), arena.padded_positions(), settled, self.protection))
             slot = torch.where(full.to(arena.device), worst, slot.to(arena.device))
         arena.length = arena.length + ~full
         return slot
@@ -173,12 +191,12 @@ class StoreLayer:
     def _note_eviction(self, segments: Tensor) -> None:
         """segments: bool [S], those that lose an entry now."""
         rows = segments.view(len(self.seen), -1).any(1)
-        self.evicted_at = torch.where(rows, self.seen, self.evicted_at)
+        self.evicted_at = torch.where(rows, self.settled, self.evicted_at)
 
     def _per_segment(self, per_row: Tensor) -> Tensor:
-        """[B] to [S]."""
-        return per_row.repeat_interleave(self.num_heads)
+        """[B, ...] to [S, ...]."""
+        return per_row.repeat_interleave(self.num_heads, 0)
 
-    def _seen_on_device(self) -> Tensor:
+    def _settled_on_device(self) -> Tensor:
         """int64 [S, 1]."""
-        return self._per_segment(self.seen)[:, None].to(self.arena.device)
+        return self._per_segment(self.settled)[:, None].to(self.arena.device)

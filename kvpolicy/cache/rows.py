@@ -14,65 +14,67 @@ from kvpolicy.cache.split import RuntimeSplit
 class RowTables:
     """One table for each sequence; sequences with the same history share one.
 
-    tables:  int64 [L, H] of each sequence, None before its first tokens
-    seen:    tokens of each sequence when its table was made
+    tables: int64 [L, H] of each sequence, None before its first tokens
+    seen:   tokens of each sequence when its table was made
     """
 
-    def __init__(self, schedule: Schedule, batch_size: int) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, split: RuntimeSplit | None, batch_size: int) -> None:
+        self.schedule, self.split = schedule, split
         self.tables: list[Tensor | None] = [None] * batch_size
         self.seen = [0] * batch_size
-        self.held: list[Tensor | None] = []  # before the forward that is being split at run time
+        self._before: list[Tensor | None] = []  # the tables at the start of a forward that is being split
 
     def grow(self, seen: Sequence[int]) -> None:
-        """Brings every table up to the tokens seen; a smaller number (after a crop) leaves it as it is."""
+        """Brings every table up to the tokens seen; a smaller number (after a crop) leaves it as it is.
+
+        What was split at run time keeps its proportions.
+        """
         made: dict[tuple[int, int], Tensor] = {}
         for row, count in enumerate(seen):
             held = self.tables[row]
             if held is not None and count <= self.seen[row]:
                 continue
             key = (id(held), count)
-            if key not in made:
+            if key not in made and self.split is not None and held is not None:
+                made[key] = self.split.grown(held, count)
+            elif key not in made:
                 made[key] = self.schedule.at(count, held)
             self.tables[row], self.seen[row] = made[key], count
 
-    def grow_split(self, split: RuntimeSplit, seen: Sequence[int]) -> None:
-        """As `grow`, keeping the proportions that were found at run time."""
-        for row, count in enumerate(seen):
-            if count > self.seen[row]:
-                self.tables[row], self.seen[row] = split.grown(self._table(row), count), count
+    def split_layer(self, scores: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
+        """Fills in one more layer at run time. scores: float32 [B, H, n] of layers 0 to l.
 
-    def split(self, split: RuntimeSplit, scores: Sequence[Tensor], seen: Sequence[int]) -> None:
-        """Fills in one more layer at run time. scores: float32 [B, H, n] of layers 0 to l."""
-        if len(scores) == 1:
-            self.held = list(self.tables)
+        Returns int64 [B, H] of each of the layers 0 to l.
+        """
+        assert self.split is not None
+        layer = len(scores) - 1
+        if not layer:
+            self._before = list(self.tables)
         for row, count in enumerate(seen):
-            held = self.held[row]
-            now = self.tables[row] if len(scores) > 1 else None
-            now = torch.zeros(self.schedule.shape, dtype=torch.int64) if now is None else now
-            own = [layer[row : row + 1] for layer in scores]
-            self.tables[row], self.seen[row] = split.at_layer(own, count, held, now), count
+            before = self._before[row]
+            now = self._table(row) if layer else self.split.start(count, before)
+            own = [scored[row : row + 1] for scored in scores]
+            self.tables[row], self.seen[row] = self.split.at_layer(own, count, before, now), count
+        if layer == self.schedule.shape[0] - 1:
+            self._before = []
+        return [self.layer(index) for index in range(layer + 1)]
 
-    def layer(self, layer: int, first_head: int, num_heads: int) -> Tensor:
-        """int64 [B, num_heads], the capacities of some heads of one layer."""
-        heads = slice(first_head, first_head + num_heads)
-        return torch.stack([self._table(row)[layer, heads] for row in range(len(self.tables))])
+    def layer(self, layer: int) -> Tensor:
+        """int64 [B, H], the capacities of one layer."""
+        return torch.stack([self._table(row)[layer] for row in range(len(self.tables))])
 
     def take(self, rows: Sequence[int]) -> None:
         """Keeps these sequences, in this order."""
         self.tables = [self.tables[row] for row in rows]
         self.seen = [self.seen[row] for row in rows]
 
-    def layers_up_to(self, layer: int) -> Tensor:
-        """int64 [layer, B, H], copies of the tables of the layers before `layer`."""
-        return torch.stack([self._table(row)[:layer] for row in range(len(self.tables))], 1)
-
     @property
-    def nbytes(self) -> int:
-        return sum({id(table): table.nbytes for table in self.tables if table is not None}.values())
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [table for table in (*self.tables, *self._before) if table is not None]
 
     def _table(self, row: int) -> Tensor:
         table = self.tables[row]
         if table is None:
-            raise ValueError(f"sequence {row} has no table yet: grow() comes first")
+            raise ValueError(f"sequence {row} has no table yet: its first tokens come first")
         return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,24 +26,57 @@ MIN_TOKENS = 128
 class Schedule(Protocol):
     """Capacities as a function of the tokens seen."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(L, H)`."""
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything is ever evicted."""
+
+    def total(self, seen: int) -> int:
+        """Entries asked for one sequence after `seen` tokens; floors may add to them."""
 
     def at(self, seen: int, held: Tensor | None) -> Tensor:
-        """int64 `[L, H]` after `seen` tokens of one sequence; held: the capacities it has now, which never fall."""
+        """Capacities after `seen` tokens, int64 `[L, H]`; held: those of now, which never fall, None at first."""
+
+    def with_floor(self, floor: int) -> Schedule:
+        """The same with at least `floor` entries for each KV head. Raises `BudgetError` where that cannot be."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fixed:
-    """The same capacities from the first token on. table: int64 `[L, H]`."""
+    """The same capacities from the first token on.
+
+    table: int64 `[L, H]`
+    asked: entries that were asked for, None for the table's own sum
+    """
 
     table: Tensor
+    asked: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return int(self.table.shape[0]), int(self.table.shape[1])
 
+    @property
+    def evicts(self) -> bool:
+        return bool((self.table < UNLIMITED).any())
+
+    def total(self, seen: int) -> int:
+        return int(self.table.sum()) if self.asked is None else self.asked
+
     def at(self, seen: int, held: Tensor | None) -> Tensor:
         return self.table
+
+    def with_floor(self, floor: int) -> Fixed:
+        if int(self.table.min()) < floor:
+            layer, head = (self.table < floor).nonzero()[0].tolist()
+            raise BudgetError(
+                f"the budget gives {int(self.table[layer, head])} entries to layer {layer}, KV head {head}, expected "
+                f"at least {floor}: the policy's sink tokens and one more. Raise the budget or use fewer sink tokens"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,16 +97,20 @@ class Growing:
     min_tokens: int = MIN_TOKENS
     groups: Tensor | None = None
 
+    evicts: ClassVar[bool] = True
+
     def total(self, seen: int) -> int:
-        """Entries of one sequence after `seen` tokens."""
         layers, heads = self.shape
         return max(round(self.retention * seen * layers * heads), self.min_tokens * layers * heads)
 
     def at(self, seen: int, held: Tensor | None) -> Tensor:
-        context, total = max(seen, self.min_tokens), self.total(seen)
-        floor = torch.full(self.shape, min(self.floor, context)) if held is None else held
+        context, total = max(seen, self.min_tokens, self.floor), self.total(seen)
+        floor = torch.full(self.shape, self.floor) if held is None else held
         shares = self.shares(min(1.0, total / (context * floor.numel())), context)
         return apportion(shares, Budget(total, self.shape, floor, context, groups=self.groups))
+
+    def with_floor(self, floor: int) -> Growing:
+        return self if floor <= self.floor else replace(self, floor=floor)
 
 
 def from_plan(
@@ -98,9 +135,15 @@ def from_plan(
                 f"tokens={tokens} needs context_length= besides: the plan was made on "
                 f"{context_length or 'an unknown number of'} tokens, fewer than are to be kept"
             )
+    if retention is None and tokens is None and len(plan.levels) == 1:
+        retention = plan.retentions[0]
     if context_length is not None:
-        return Fixed(plan.capacities(context_length, retention, tokens, tp_size))
-    retention = plan.retentions[0] if retention is None and len(plan.levels) == 1 else retention
+        table = plan.capacities(context_length, retention, tokens, tp_size)
+        if retention == 1:
+            return unlimited(shape)
+        layers, heads = shape
+        asked = tokens if retention is None else retention * context_length
+        return Fixed(table, None if asked is None else round(min(asked, context_length) * layers * heads))
     if retention is None:
         plan.capacities(MIN_TOKENS)  # says which levels there are
         raise BudgetError("retention= is missing")
@@ -151,7 +194,7 @@ def from_allocator(
     context = positive("context_length", context_length)
     total = spec.total_entries(retention, context)
     budget = Budget(total, shape, min(floor, context), context, groups=groups)
-    return Fixed(apportion(shares(retention, context), budget))
+    return Fixed(apportion(shares(retention, context), budget), total)
 
 
 def unlimited(shape: tuple[int, int]) -> Schedule:

@@ -30,13 +30,20 @@ def score_chunk(
 ) -> Tensor:
     """The policy's scores of [entries held ; chunk], float32 [S, width + n].
 
-    query: [B, num_q_heads, n, D] of the chunk's last n tokens;  options: scale, softcap, sink_logits
-    Raises `PluginError` for scores of another shape, and for NaN.
+    query:   [B, num_q_heads, n, D] of the chunk's last n tokens
+    options: scale, softcap, sink_logits;  extra: what the policy requires besides `STORE_SOURCES`
+
+    Raises `PluginError` for a source that is missing in `extra`, for scores of another shape, and for NaN.
     """
+    missing = policy.requires - STORE_SOURCES - extra.keys()
+    if missing:
+        raise PluginError(
+            f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
+        )
     given: dict[str, Any] = {name: extra[name] for name in policy.requires & extra.keys()}
     rows = arena.padded_rows()
     if "positions" in policy.requires:
-        given["positions"] = _positions(arena, rows, chunk)
+        given["positions"] = _positions(arena, chunk)
     if "keys" in policy.requires:
         given["keys"] = _with_chunk(arena.keys, rows, chunk.key)
     if "values" in policy.requires:
@@ -51,7 +58,7 @@ def score_chunk(
     scores = policy.score_prompt(LayerActivations(layer=layer, **given))
     batch, heads = chunk.key.shape[:2]
     _check(policy, "score_prompt", scores, (batch, heads, rows.shape[1] + len(chunk)))
-    return scores.flatten(0, 1).to(arena.device)
+    return scores.detach().flatten(0, 1).to(arena.device)
 
 
 def score_step(
@@ -63,13 +70,12 @@ def score_step(
     """
     if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
         return
-    padded = arena.padded_rows()
-    present = padded >= 0
-    rows = padded[present]
+    segment, column = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
+    rows = (arena.start[segment] + column).to(arena.device)
     attention = None
     if "decode_attention" in policy.requires:
         mass = column_scores(query, arena.keys, arena.start, arena.length, **options)
-        attention = mass.flatten(0, 1)[present]
+        attention = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
     step = DecodeStep(
         layer=layer,
         scores=arena.scores[rows],
@@ -80,7 +86,7 @@ def score_step(
     )
     scores = policy.score_step(step)
     _check(policy, "score_step", scores, tuple(rows.shape))
-    arena.scores[rows] = scores
+    arena.scores[rows] = scores.detach().to(arena.device)
 
 
 def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
@@ -106,18 +112,17 @@ def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapp
 
 
 def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
-    """bool [B, 1, n, m] for the chunk's last n tokens: causal, padding excluded."""
+    """What the chunk's last n tokens see of it: causal, padding excluded. Returns bool [B, 1, n, m]."""
     length = len(chunk)
     query = torch.arange(length - num_queries, length)[:, None]
     causal = torch.arange(length)[None] <= query
     return (causal[None] & (chunk.positions >= 0)[:, None]).unsqueeze(1).to(chunk.key.device)
 
 
-def _positions(arena: LayerArena, rows: Tensor, chunk: Chunk) -> Tensor:
+def _positions(arena: LayerArena, chunk: Chunk) -> Tensor:
     batch, heads = chunk.key.shape[:2]
-    held = torch.where(rows < 0, -1, arena.positions[rows.clamp(min=0)].long()) if rows.shape[1] else rows
-    fresh = chunk.positions.to(rows.device)[:, None].expand(-1, heads, -1)
-    return torch.cat([held.view(batch, heads, -1), fresh], 2)
+    fresh = chunk.positions.to(arena.device)[:, None].expand(-1, heads, -1)
+    return torch.cat([arena.padded_positions().view(batch, heads, -1), fresh], 2)
 
 
 def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ position. Keys are distinct, so the order is total: at equal scores the more rec
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,29 +39,29 @@ class Protection:
     def of(cls, num_sink_tokens: int, recent_window: int, spans: Sequence[Sequence[int]]) -> Protection:
         """Sorted and merged. Raises `BudgetError` for a span that is no (begin, end) with 0 <= begin < end."""
         merged: list[tuple[int, int]] = []
-        for span in sorted(tuple(span) for span in spans):
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                raise BudgetError(f"a protected span must be (begin, end) with 0 <= begin < end, got {span}")
-            if merged and span[0] <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(merged[-1][1], span[1]))
+        for begin, end in sorted(_read_span(span) for span in spans):
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], end))
             else:
-                merged.append((span[0], span[1]))
+                merged.append((begin, end))
         return cls(num_sink_tokens, recent_window, tuple(merged))
+
+    @property
+    def end(self) -> int:
+        """First position behind every span."""
+        return self.spans[-1][1] if self.spans else 0
+
+    @property
+    def num_pinned(self) -> int:
+        """Sink tokens and tokens of spans, once all have come."""
+        return self.num_sink_tokens + self.num_spanned(self.end)
 
     def num_spanned(self, seen: int) -> int:
         """Entries that the spans add to a capacity after `seen` tokens; sink tokens are inside it already."""
         return sum(max(0, min(end, seen) - max(begin, self.num_sink_tokens)) for begin, end in self.spans)
 
-    def num_pinned(self, seen: int) -> int:
-        """Sink tokens and spans among the first `seen` tokens."""
-        return min(seen, self.num_sink_tokens) + self.num_spanned(seen)
-
-    def covers(self, position: int) -> bool:
-        """Whether a span holds this position."""
-        return any(begin <= position < end for begin, end in self.spans)
-
     def pinned(self, positions: Tensor) -> Tensor:
-        """bool, of the shape of `positions`: sink tokens and spans."""
+        """Sink tokens and spans; bool, of the shape of `positions`."""
         pinned = positions < self.num_sink_tokens
         for begin, end in self.spans:
             pinned = pinned | ((positions >= begin) & (positions < end))
@@ -70,18 +72,24 @@ def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: 
     """One int64 key for each candidate; larger is kept.
 
     scores:    float32 [S, N], or None: then the most recent are kept
-    positions: int [S, N], -1 for an absent candidate, whose key is -1
-    seen:      int [S, 1], tokens of each segment's sequence
+    positions: int64 [S, N], -1 for an absent candidate, whose key is -1
+    seen:      int64 [S, 1], tokens of each segment's sequence
     """
-    positions = positions.long()
-    tier = torch.full_like(positions, _PLAIN)
-    if protection.recent_window:
-        tier[positions >= seen - protection.recent_window] = _RECENT
-    tier[protection.pinned(positions)] = _PINNED
+    tier = _tiers(positions, seen, protection)
     key = (tier << (32 + _POSITION_BITS)) | positions
     if scores is not None:
         key = key | torch.where(tier == _PLAIN, _ordered(scores) << _POSITION_BITS, 0)
     return torch.where(positions < 0, _ABSENT, key)
+
+
+def comparable(scores: Tensor, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
+    """The scores as KV heads compete with them: inf for entries that stay whatever their score (sink tokens, the recent
+    window), -inf for absent ones and for those of spans, which are on top. Arguments as in `ranking`.
+    """
+    tier = _tiers(positions, seen, protection)
+    scores = scores.masked_fill(tier > _PLAIN, float("inf"))
+    beside = (positions < 0) | (protection.pinned(positions) & (positions >= protection.num_sink_tokens))
+    return scores.masked_fill(beside, float("-inf"))
 
 
 def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Protection) -> Tensor:
@@ -92,7 +100,7 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
     """
     most = int(counts.max())
     best = torch.topk(keys, most, dim=1).indices
-    place = positions.long().gather(1, best)
+    place = positions.gather(1, best)
     place = torch.where(protection.pinned(place), place, place + MAX_TOKENS)
     surplus = torch.arange(most)[None] >= counts[:, None]
     place = place.masked_fill(surplus.to(place.device), torch.iinfo(torch.int64).max)
@@ -102,6 +110,23 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
 def evictable(keys: Tensor) -> Tensor:
     """Column of each segment's worst candidate that is present. keys: [S, N]; returns int64 [S]."""
     return torch.where(keys == _ABSENT, torch.iinfo(torch.int64).max, keys).argmin(1)
+
+
+def _tiers(positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
+    tier = torch.full_like(positions, _PLAIN)
+    if protection.recent_window:
+        tier[positions >= seen - protection.recent_window] = _RECENT
+    tier[protection.pinned(positions)] = _PINNED
+    return tier
+
+
+def _read_span(span: Sequence[int]) -> tuple[int, int]:
+    numbers: tuple[int, ...] = ()
+    with contextlib.suppress(TypeError):
+        numbers = tuple(operator.index(number) for number in span)
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+        raise BudgetError(f"a protected span must be (begin, end) with 0 <= begin < end, got {span!r}")
+    return numbers[0], numbers[1]
 
 
 def _ordered(scores: Tensor) -> Tensor:

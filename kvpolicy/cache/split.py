@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvpolicy.apportion import apportion
-from kvpolicy.cache.schedule import Fixed, Growing
-from kvpolicy.errors import BudgetError
+from kvpolicy.cache.schedule import Schedule
+from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.spec import Budget
 
@@ -19,56 +19,91 @@ from kvpolicy.spec import Budget
 class RuntimeSplit:
     """One sequence at a time, layer by layer.
 
-    allocator: its `split_scope` is "layer" or "model"
+    allocator: its `split_scope` is "layer" (every layer gets the same total) or "model"
     schedule:  how many entries there are in all; its own shares are not used
     floor:     least entries of a KV head
+
+    Raises `BudgetError` for an allocator that splits nothing.
     """
 
     allocator: BudgetAllocator
-    schedule: Growing | Fixed
+    schedule: Schedule
     floor: int
+
+    def __post_init__(self) -> None:
+        if self.allocator.split_scope == "none":
+            raise BudgetError(
+                f"{type(self.allocator).__name__} does not split at run time (its split_scope is 'none'): "
+                "use its shares in a schedule"
+            )
+
+    def with_floor(self, floor: int) -> RuntimeSplit:
+        """The same with at least `floor` entries for each KV head."""
+        return replace(self, floor=max(floor, self.floor))
+
+    def start(self, seen: int, held: Tensor | None) -> Tensor:
+        """The table before the first layer of a forward has been scored, int64 [L, H]; held: that of now."""
+        return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
 
     def at_layer(self, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Tensor) -> Tensor:
         """The table after one more layer has been scored, int64 [L, H].
 
-        scores: float32 [1, H, n] of layers 0 to l, -inf where absent
+        scores: float32 [1, H, n] of layers 0 to l; inf for entries that stay anyhow, -inf for absent ones
         held:   [L, H] before this forward; capacities do not fall below it
-        now:    [L, H] as this forward has left it, rows 0 to l - 1 filled in. They may only shrink.
+        now:    [L, H] as this forward has left it. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
-        layer, (layers, heads) = len(scores) - 1, self.schedule.shape
-        most = seen if held is None else max(seen, int(held.max()))
-        floors = torch.full((layers, heads), min(self.floor, most)) if held is None else held
+        layer = len(scores) - 1
+        floors, most, total = self.start(seen, held), self._most(seen, now), self.schedule.total(seen)
         table = now.clone()
         if self.allocator.split_scope == "layer":
-            total = self._total(seen)
-            part = total // layers + (layer < total % layers)
-            ceilings = torch.full((1, heads), most)
-            table[layer] = self._apportion(scores[-1:], part, floors[layer : layer + 1], ceilings)[0]
+            one = slice(layer, layer + 1)
+            table[one] = self._apportion(
+                scores[-1:], self._part(total, layer), floors[one], floors[one].clamp(min=most)
+            )
             return table
-        total = self._total(seen) - int(floors[layer + 1 :].sum())
-        ceilings = torch.cat([now[:layer], torch.full((1, heads), most)])
-        table[: layer + 1] = self._apportion(scores, total, floors[: layer + 1], ceilings)
+        ceilings = now[: layer + 1].clone()
+        ceilings[layer] = ceilings[layer].clamp(min=most)
+        left = total - int(floors[layer + 1 :].sum())
+        table[: layer + 1] = self._apportion(scores, left, floors[: layer + 1], ceilings)
         return table
 
     def grown(self, table: Tensor, seen: int) -> Tensor:
         """The table after decoding up to `seen` tokens: the proportions of the prompt, under a larger total."""
-        total = max(self._total(seen), int(table.sum()))
-        ceilings = table.clamp(min=seen)
-        total = min(total, int(ceilings.sum()))
-        return apportion(table.double(), Budget(total, self.schedule.shape, table, ceilings))
+        total, ceilings = self.schedule.total(seen), table.clamp(min=self._most(seen, table))
+        if self.allocator.split_scope == "model":
+            return _apportion_within(table.double(), total, table, ceilings)
+        parts = [
+            _apportion_within(table[one].double(), self._part(total, layer), table[one], ceilings[one])
+            for layer in range(len(table))
+            for one in [slice(layer, layer + 1)]
+        ]
+        return torch.cat(parts)
 
-    def _total(self, seen: int) -> int:
-        if isinstance(self.schedule, Growing):
-            return self.schedule.total(seen)
-        return int(self.schedule.table.sum())
+    def _part(self, total: int, layer: int) -> int:
+        """A layer's part of the total, where layers get the same."""
+        layers = self.schedule.shape[0]
+        return total // layers + (layer < total % layers)
+
+    def _most(self, seen: int, table: Tensor) -> int:
+        """Most entries of a KV head: the tokens seen, or the mean while there are fewer."""
+        return max(seen, -(-self.schedule.total(seen) // table.numel()), self.floor)
 
     def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> Tensor:
-        total = min(total, int(ceilings.sum()))
-        budget = Budget(total, (len(ceilings), self.schedule.shape[1]), floors, ceilings)
+        name = type(self.allocator).__name__
+        budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
         shares = self.allocator.split(scores, budget)
         expected = (1, *budget.shape)
         if tuple(shares.shape) != expected:
-            raise BudgetError(
-                f"{type(self.allocator).__name__}.split returned shape {tuple(shares.shape)}, expected {expected}"
+            raise PluginError(f"{name}.split returned shape {tuple(shares.shape)}, expected {expected}")
+        shares = shares[0].detach().cpu()
+        if not bool((torch.isfinite(shares) & (shares >= 0)).all()):
+            raise PluginError(
+                f"{name}.split returned shares that are negative, infinite or NaN; scores are inf for entries that "
+                "stay anyhow and -inf for absent ones, and sums must leave both out"
             )
-        return apportion(shares[0].cpu(), budget)
+        return apportion(shares, budget)
+
+
+def _apportion_within(shares: Tensor, total: int, floors: Tensor, ceilings: Tensor) -> Tensor:
+    total = min(total, int(ceilings.sum()))
+    return apportion(shares, Budget(total, (len(floors), int(floors.shape[1])), floors, ceilings))

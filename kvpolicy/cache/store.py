@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from kvpolicy_kernels.ragged_attention import ragged_attention
@@ -14,8 +13,9 @@ from torch import Tensor
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables
-from kvpolicy.cache.schedule import UNLIMITED, Schedule
+from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.scoring import STORE_SOURCES, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.split import RuntimeSplit
@@ -82,14 +82,26 @@ class RaggedStore:
                 f"supply; it supplies {', '.join(sorted(STORE_SOURCES | supplied))}"
             )
         if schedule.shape != spec.table_shape:
-            raise BudgetError(f"the budget is for (layers, KV heads) = {schedule.shape}, the model has {spec.table_shape}")
-        if decode not in ("evict", "append"):
+            raise BudgetError(
+                f"the budget is for (layers, KV heads) = {schedule.shape}, the model has {spec.table_shape}"
+            )
+        if decode not in get_args(DecodeMode):
             raise BudgetError(f"decode must be 'evict' or 'append', got {decode!r}")
-        self.spec, self.policy, self.batch_size = spec, policy, batch_size
-        self.decode_mode, self.split = decode, split
+        first, count = (0, spec.num_kv_heads) if heads is None else heads
+        if not 0 <= first < first + count <= spec.num_kv_heads:
+            raise BudgetError(f"heads must be (first, count) of the model's {spec.num_kv_heads} KV heads, got {heads}")
+        if split is not None and heads is not None:
+            raise BudgetError(
+                f"{type(split.allocator).__name__} splits the budget at run time by comparing all KV heads, of which a "
+                "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
+            )
+        floor = policy.num_sink_tokens + 1
+        self.spec, self.policy, self.batch_size, self.decode_mode = spec, policy, batch_size, decode
+        self.split = None if split is None else split.with_floor(floor)
+        self.schedule = schedule if split is not None else schedule.with_floor(floor)
         self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
-        self.first_head, self.num_heads = heads or (0, spec.num_kv_heads)
-        self.rows = RowTables(schedule, batch_size)
+        self.first_head, self.num_heads = first, count
+        self.rows = RowTables(self.schedule, self.split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
 
     @classmethod
@@ -126,7 +138,7 @@ class RaggedStore:
         policy = registry.create("policy", plan.method.policy.name, plan.method.policy.params)
         store = cls(spec, schedule, policy, batch_size=batch_size, protected=protected, decode=decode)
         for layer in range(spec.num_budgeted_layers):
-            store._open(layer, dtype, torch.empty(0, device=device).device)
+            store._make(layer, dtype, torch.empty(0, device=device).device)
         return store
 
     # --- what a decoding loop calls
@@ -152,8 +164,8 @@ class RaggedStore:
         """
         valid = None
         if num_padding is not None:
-            padding = torch.as_tensor(num_padding, device=key.device)
-            valid = torch.arange(key.shape[2], device=key.device)[None] >= padding[:, None]
+            padding = torch.as_tensor(num_padding).cpu()
+            valid = torch.arange(key.shape[2])[None] >= padding[:, None]
         scoring = self._scoring(scale, sink_logits)
         chunk = self.arrive(layer, key, value, valid)
         out = self.attend_chunk(layer, query, chunk, scoring)
@@ -187,9 +199,7 @@ class RaggedStore:
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
         held = self.layers[layer]
-        if held is None or held.pending is not None or not bool(held.seen.any()):
-            return False
-        return not self.protection.spans or not any(self.protection.covers(seen) for seen in held.seen.tolist())
+        return held is not None and held.pending is None and bool(held.seen.any())
 
     def is_empty(self, layer: int) -> bool:
         """Whether a layer holds nothing at all."""
@@ -204,14 +214,13 @@ class RaggedStore:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
-        held = self._layer(layer)
+        held = self._open(layer, key, value)
+        if key.shape[2] != 1 or not self.can_append(layer):
+            raise BudgetError(f"append takes one token behind a prompt, got {key.shape[2]}; prefill takes others")
         held.decoded += 1
         if held.decoded % GROWTH_INTERVAL == 0:
             self._grow(layer, held, held.seen + 1)
-        limit = held.arena.capacity
-        if self.decode_mode == "append":
-            limit = torch.full_like(limit, UNLIMITED)
-        held.append(key, value, limit, self.policy.new_entry_score)
+        held.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
@@ -227,12 +236,7 @@ class RaggedStore:
 
         key, value: [B, H, n, dim];  valid: bool [B, n], False for padding
         """
-        if tuple(key.shape[:2]) != (self.batch_size, self.num_heads):
-            raise BudgetError(
-                f"this store holds {self.batch_size} sequences of {self.num_heads} KV heads, got keys of shape "
-                f"{list(key.shape)}"
-            )
-        held = self._open(layer, key.dtype, key.device)
+        held = self._open(layer, key, value)
         return held.arrive(key, value, None if valid is None else valid.cpu())
 
     def attend_chunk(
@@ -281,22 +285,28 @@ class RaggedStore:
         hold:  last tokens that stay pending, so that they can be taken back
         extra: sources that the caller supplies, by name
         """
-        held, scores = self._layer(layer), None
-        held.decoded = 0
-        if self.split is None:
-            self._grow(layer, held, held.seen)
-        limited = self.split is not None or bool((held.arena.capacity < UNLIMITED).any())
-        if held.arena.scores is not None and limited:
+        held, settling = self._layer(layer), max(0, len(chunk) - hold)
+        held.pending = chunk.part(slice(settling, None)).owned() if hold and len(chunk) else None
+        if not settling:
+            return
+        held.decoded, scores = 0, None
+        if held.arena.scores is not None:
             scores = score_chunk(self.policy, layer, held.arena, query, chunk, scoring.options(), extra or {})
-        if self.split is not None and scores is not None:
-            self._split(layer, held, scores)
-        held.fold(chunk, scores, hold)
+            scores = scores[:, : held.arena.width + settling]
+        settled = chunk.part(slice(0, settling))
+        if self.split is None or scores is None:
+            self._grow(layer, held, held.settled)
+        else:
+            self._split(layer, held, settled, scores)
+        held.fold(settled, scores)
 
     # --- what becomes of a batch
 
     def take(self, rows: Tensor) -> None:
-        """Keeps these sequences, in this order and as often as they stand there. rows: int64 [B'] (beams, selection)."""
+        """Keeps these sequences, in this order and as often as they stand there. rows: int64 [B']."""
         rows = rows.cpu()
+        if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
+            raise BudgetError(f"take expects rows from 0 to {self.batch_size - 1}, got {rows.tolist()}")
         for held in self._opened():
             held.take(rows)
         self.rows.take(rows.tolist())
@@ -305,8 +315,12 @@ class RaggedStore:
     def crop(self, count: int) -> None:
         """Takes back the last `count` tokens of every sequence.
 
+        Columns, as they came: a column of pending tokens that was padding takes nothing from its row.
         Raises `BudgetError`, before anything is changed, where an entry was evicted since: it would be missing.
+        Where no entry was, scores stay as the tokens taken back have left them.
         """
+        if count < 0:
+            raise BudgetError(f"crop takes the number of tokens to take back, got {count}")
         for held in self._opened():
             held.check_crop(count)
         for held in self._opened():
@@ -324,17 +338,19 @@ class RaggedStore:
     @property
     def lengths(self) -> Tensor:
         """int64 [L, B, H], entries held now; pending tokens included."""
-        return self._tabulate(lambda held: held.arena.length + held.num_pending)
+        return self._tabulate(lambda held: held.num_held)
 
     @property
     def capacities(self) -> Tensor:
         """int64 [L, B, H], entries allowed now, protected spans included; `UNLIMITED` where nothing is evicted."""
-        return self._tabulate(lambda held: held.arena.capacity)
+        return self._tabulate(lambda held: held.capacity)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held, tables included."""
-        return sum(tensor.nbytes for held in self._opened() for tensor in held.tensors().values()) + self.rows.nbytes
+        """Bytes of every tensor held, tables included; memory that several tensors share counts once."""
+        held = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
+        return sum(storages.values())
 
     @property
     def dense_nbytes(self) -> int:
@@ -342,23 +358,45 @@ class RaggedStore:
         itemsize = next((held.arena.keys.element_size() for held in self._opened()), 0)
         return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
 
+    def report(self) -> CacheReport:
+        """What was kept, what it weighs, and whether anything was evicted at all."""
+        return report_of(self)
+
     # --- inside
 
     def _opened(self) -> list[StoreLayer]:
         return [held for held in self.layers if held is not None]
 
-    def _open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
-        held = self.layers[layer]
-        if held is None:
-            shape, segments = self.spec.attention, self.batch_size * self.num_heads
-            scored = not self.policy.window_rule or self.split is not None
-            arena = LayerArena(segments, shape.key_dim, shape.value_dim, dtype, device, scored=scored)
-            held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
-        if held.arena.keys.dtype != dtype or held.arena.device != device:
+    def _make(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
+        shape = self.spec.attention
+        arena = LayerArena(
+            self.batch_size * self.num_heads,
+            shape.key_dim,
+            shape.value_dim,
+            dtype,
+            device,
+            num_pinned=self.protection.num_pinned,
+            scored=self.schedule.evicts and (not self.policy.window_rule or self.split is not None),
+        )
+        held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
+        return held
+
+    def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
+        """The layer that these new tokens belong to, made if they are the first."""
+        shape = self.spec.attention
+        sizes = [(self.batch_size, self.num_heads, key.shape[2], dim) for dim in (shape.key_dim, shape.value_dim)]
+        if [key.shape, value.shape] != sizes:
             raise BudgetError(
-                f"layer {layer} of this store holds {held.arena.keys.dtype} on {held.arena.device}, got {dtype} on "
-                f"{device}"
+                f"this store holds {self.batch_size} sequences of {self.num_heads} KV heads: expected keys and values "
+                f"of shape {sizes[0]} and {sizes[1]}, got {tuple(key.shape)} and {tuple(value.shape)}"
             )
+        held = self.layers[layer] or self._make(layer, key.dtype, key.device)
+        own = held.arena.keys.dtype, held.arena.device
+        for came in (key, value):
+            if (came.dtype, came.device) != own:
+                raise BudgetError(
+                    f"layer {layer} of this store holds {own[0]} on {own[1]}, got {came.dtype} on {came.device}"
+                )
         return held
 
     def _layer(self, layer: int) -> StoreLayer:
@@ -375,26 +413,21 @@ class RaggedStore:
 
     def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
-        if self.split is None:
-            self.rows.grow(seen.tolist())
-        else:
-            self.rows.grow_split(self.split, seen.tolist())
-        held.set_capacity(self.rows.layer(layer, self.first_head, self.num_heads))
+        self.rows.grow(seen.tolist())
+        held.table = self._heads(self.rows.layer(layer))
 
-    def _split(self, layer: int, held: StoreLayer, scores: Tensor) -> None:
-        """Run-time capacities of this layer, and of earlier ones that shrink for it. scores: float32 [S, N]."""
-        assert self.split is not None
-        known = [self._layer(index).held_scores() for index in range(layer)]
-        shape = (self.batch_size, self.num_heads, -1)
-        by_layer = [x.view(shape) for x in (*known, scores) if x is not None]
-        before = self.rows.layers_up_to(layer)
-        self.rows.split(self.split, by_layer, held.seen.tolist())
-        held.set_capacity(self.rows.layer(layer, self.first_head, self.num_heads))
-        for index in range(layer):
-            if not torch.equal(before[index], self.rows.layer(index, self.first_head, self.num_heads)):
-                earlier = self._layer(index)
-                earlier.set_capacity(self.rows.layer(index, self.first_head, self.num_heads))
-                earlier.shrink()
+    def _split(self, layer: int, held: StoreLayer, chunk: Chunk, scores: Tensor) -> None:
+        """Run-time capacities of this layer, and of earlier ones that shrink for it. scores: float32 [S, width + n]."""
+        earlier = [self._layer(index) for index in range(layer)]
+        compared = [*(each.compared() for each in earlier), held.compared(scores, chunk)]
+        for each, table in zip((*earlier, held), self.rows.split_layer(compared, held.settled.tolist()), strict=True):
+            each.table = table
+        for each in earlier:
+            each.shrink()
+
+    def _heads(self, table: Tensor) -> Tensor:
+        """The part of [B, all KV heads] that is held here, in memory of its own."""
+        return table[:, self.first_head : self.first_head + self.num_heads].clone()
 
     def _tabulate(self, of: Callable[[StoreLayer], Tensor]) -> Tensor:
         shape = (self.batch_size, self.num_heads)

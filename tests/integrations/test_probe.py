@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from kvpolicy_kernels.window_attention.reference import window_mask
 
-from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, TransformersProbe
+from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, TransformersProbe, registry
 from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.schedule import Fixed
 from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver
 from tests.tiny import attention_of, tiny_ids, tiny_model
@@ -126,13 +127,14 @@ class DecodeThroughStore:
 
 def decoded_loss(model, spec, x, capacities, first):
     """Token by token, no mask, no transformers cache: only what the store holds is seen."""
-    store = RaggedStore(spec, capacities)
+    policy = registry.create("policy", "streaming", {"num_sink_tokens": 4})
+    store = RaggedStore(spec, Fixed(capacities), policy)
     modules = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
     losses = []
     with torch.no_grad(), intercepted(model, {m: DecodeThroughStore(store, i) for i, m in enumerate(modules)}):
         for t in range(x.shape[1] - 1):
             logits = model(x[:, t : t + 1], position_ids=torch.tensor([[t]]), use_cache=False).logits
-            assert bool((store.lengths <= capacities).all())
+            assert bool((store.lengths[:, 0] <= capacities).all())
             if t + 1 >= first:
                 losses.append(F.cross_entropy(logits[:, 0], x[:, t + 1]))
     return float(torch.stack(losses).double().mean())

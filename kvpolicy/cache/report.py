@@ -1,0 +1,91 @@
+"""What a cache did, in numbers and in a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.store import RaggedStore
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """The state of a cache. Entries are counted over all budgeted layers and KV heads held here.
+
+    policy, params, decode: who evicts, with which parameters, and what decoding does at the capacity
+    seen:      tokens of each sequence, padding excluded
+    entries:   entries of each sequence held now, pending ones included
+    full:      entries of each sequence if every token were kept
+    protected: entries of each sequence in protected spans, on top of its budget
+    asked:     entries of each sequence that the budget asks for in the whole model; empty where nothing is ever evicted
+    allowed:   sum of each sequence's capacities in the whole model, without spans; above `asked` where floors exceed it
+    nbytes, dense_nbytes: bytes held, tables included; bytes of the entries if every token were kept
+    evicted:   whether an entry of any sequence was ever evicted
+    """
+
+    policy: str
+    params: dict[str, Any]
+    decode: str
+    seen: tuple[int, ...]
+    entries: tuple[int, ...]
+    full: tuple[int, ...]
+    protected: tuple[int, ...]
+    asked: tuple[int, ...]
+    allowed: tuple[int, ...]
+    nbytes: int
+    dense_nbytes: int
+    evicted: bool
+
+    @property
+    def retention(self) -> float:
+        """Fraction of the tokens seen that is really kept, protected spans included; 1 for an empty cache."""
+        return sum(self.entries) / sum(self.full) if any(self.full) else 1.0
+
+    @property
+    def floors_exceed(self) -> bool:
+        """Whether the least entries of the KV heads add up to more than the budget asks for."""
+        return any(allowed > asked for asked, allowed in zip(self.asked, self.allowed, strict=True))
+
+    def __str__(self) -> str:
+        params = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
+        tokens = ", ".join(map(str, self.seen))
+        lines = [
+            f"policy: {self.policy}({params}), decode='{self.decode}'",
+            f"tokens seen: {tokens}",
+            f"kept: {sum(self.entries)} of {sum(self.full)} entries ({self.retention:.2%})",
+            f"memory: {self.nbytes / 1e6:.2f} MB, a full cache {self.dense_nbytes / 1e6:.2f} MB",
+        ]
+        if not self.evicted:
+            lines.append("nothing was evicted: every token seen is kept")
+        if any(self.protected):
+            lines.append(f"protected spans: {sum(self.protected)} entries, on top of the budget")
+        if self.floors_exceed:
+            lines.append(
+                f"the least entries of the KV heads (sink tokens and one more) exceed the budget: {sum(self.asked)} "
+                f"entries were asked for, {sum(self.allowed)} are allowed"
+            )
+        return "\n".join(lines)
+
+
+def report_of(store: RaggedStore) -> CacheReport:
+    """The report of a store as it is now."""
+    opened = [held for held in store.layers if held is not None]
+    lengths, seen = store.lengths.sum((0, 2)), store.seen
+    spanned = sum((held.spanned * store.num_heads for held in opened), start=0 * seen)
+    rows = zip(store.rows.seen, store.rows.tables, strict=True) if store.schedule.evicts else ()
+    budgets = [(store.schedule.total(count), int(table.sum())) for count, table in rows if table is not None]
+    return CacheReport(
+        policy=type(store.policy).__name__,
+        params=store.policy.params(),
+        decode=store.decode_mode,
+        seen=tuple(seen.tolist()),
+        entries=tuple(lengths.tolist()),
+        full=tuple((seen * len(store.layers) * store.num_heads).tolist()),
+        protected=tuple(spanned.tolist()),
+        asked=tuple(asked for asked, _ in budgets),
+        allowed=tuple(allowed for _, allowed in budgets),
+        nbytes=store.nbytes,
+        dense_nbytes=store.dense_nbytes,
+        evicted=any(bool(held.evicted_at.any()) for held in opened),
+    )
