@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.ragged_attention.reference import probabilities, query_blocks, scores, segment_list
+from kvpolicy_kernels.ragged_attention.reference import probabilities, query_blocks, scores, split_segments
 
 
 def reference_column_scores(
@@ -21,25 +21,15 @@ def reference_column_scores(
     query_mask: Tensor | None = None,
 ) -> Tensor:
     """Shapes as in `column_scores`."""
-    batch, num_q_heads, n, _ = query.shape
-    segments = segment_list(starts, lengths, keys.shape[0])
-    num_kv_heads = len(segments) // batch
-    group = num_q_heads // num_kv_heads
-    longest = max(length for _, length in segments)
+    batch, _, n, _ = query.shape
+    longest = int(lengths.max())
     m = 0 if chunk_key is None else chunk_key.shape[2]
-    out = torch.zeros(batch, num_kv_heads, longest + m, device=query.device)
-    for i, (start, length) in enumerate(segments):
-        b, h = divmod(i, num_kv_heads)
-        heads = slice(h * group, (h + 1) * group)
-        k = keys[start : start + length]
-        if chunk_key is not None:
-            k = torch.cat([k, chunk_key[b, h]])
+    out = torch.zeros(batch, len(starts) // batch, longest + m, device=query.device)
+    segments = split_segments(query, keys, starts, lengths, sink_logits, chunk_key, chunk_mask)
+    for b, h, heads, _, length, k, seen_tokens, sinks in segments:
         k = k.float()
-        mask = None if chunk_mask is None else chunk_mask[b % chunk_mask.shape[0], 0]
-        sinks = None if sink_logits is None else sink_logits[heads]
-        for rows, columns, visible in query_blocks(n, length, m, None, mask, query.device):
-            q = query[b, heads, rows].float()
-            p = probabilities(scores(q, k[:columns], scale, softcap), sinks, visible)
+        for rows, columns, visible in query_blocks(n, length, m, None, seen_tokens, k.device):
+            p = probabilities(scores(query[b, heads, rows].float(), k[:columns], scale, softcap), sinks, visible)
             if query_mask is not None:
                 p = p.masked_fill(~query_mask[b, rows, None], 0.0)  # not a product: padding may give NaN
             mass = p.sum((0, 1))

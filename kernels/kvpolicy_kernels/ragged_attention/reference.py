@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 128  # queries; of 64, 128, 256 and 512 the best for softcap and column_scores, SDPA hardly cares
+
+
+class Segment(NamedTuple):
+    """One KV head of one sequence, and its part of the arguments."""
+
+    b: int
+    h: int
+    heads: slice  # query heads
+    rows: slice  # of the arena
+    length: int
+    keys: Tensor  # [length + m, D], the chunk last
+    chunk_mask: Tensor | None  # bool [n, m]
+    sinks: Tensor | None  # [group]
 
 
 def reference_ragged_attention(
@@ -26,30 +40,23 @@ def reference_ragged_attention(
     entry_mask: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Shapes as in `ragged_attention`."""
-    batch, num_q_heads, n, _ = query.shape
-    segments = segment_list(starts, lengths, keys.shape[0])
-    num_kv_heads = len(segments) // batch
-    group = num_q_heads // num_kv_heads
-    out = query.new_zeros(batch, num_q_heads, n, values.shape[1])
-    for i, (start, length) in enumerate(segments):
-        b, h = divmod(i, num_kv_heads)
-        heads = slice(h * group, (h + 1) * group)
-        k, v = keys[start : start + length], values[start : start + length]
-        if chunk_key is not None and chunk_value is not None:
-            k, v = torch.cat([k, chunk_key[b, h]]), torch.cat([v, chunk_value[b, h]])
-        seen = None if entry_mask is None else entry_mask[i]
-        mask = None if chunk_mask is None else chunk_mask[b % chunk_mask.shape[0], 0]
-        sinks = None if sink_logits is None else sink_logits[heads]
-        for rows, columns, visible in query_blocks(n, length, k.shape[0] - length, seen, mask, query.device):
+    n = query.shape[2]
+    out = query.new_zeros(*query.shape[:3], values.shape[1])
+    segments = split_segments(query, keys, starts, lengths, sink_logits, chunk_key, chunk_mask)
+    for i, (b, h, heads, arena_rows, length, k, seen_tokens, sinks) in enumerate(segments):
+        v = values[arena_rows] if chunk_value is None else torch.cat([values[arena_rows], chunk_value[b, h]])
+        seen_entries = None if entry_mask is None else entry_mask[i]
+        if seen_entries is not None and seen_entries.shape != (n, length):
+            raise ValueError(f"expected entry_mask[{i}] {[n, length]}, got {list(seen_entries.shape)}")
+        for rows, columns, visible in query_blocks(n, length, len(k) - length, seen_entries, seen_tokens, k.device):
             if columns == 0:
                 continue  # nothing to see: the zeros stay
             q = query[b, heads, rows]
             if softcap is None and sinks is None:
-                o = _sdpa(q, k[:columns], v[:columns], scale, visible)
+                out[b, heads, rows] = _sdpa(q, k[:columns], v[:columns], scale, visible)
             else:
                 p = probabilities(scores(q, k[:columns], scale, softcap), sinks, visible)
-                o = p.to(v.dtype) @ v[:columns]
-            out[b, heads, rows] = o
+                out[b, heads, rows] = p.to(v.dtype) @ v[:columns]
     return out
 
 
@@ -60,6 +67,26 @@ def segment_list(starts: Tensor, lengths: Tensor, num_rows: int) -> list[tuple[i
         if start < 0 or length < 0 or start + length > num_rows:
             raise ValueError(f"segment {i} of {length} rows from row {start} leaves the arena of {num_rows} rows")
     return segments
+
+
+def split_segments(
+    query: Tensor,
+    keys: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    sink_logits: Tensor | None,
+    chunk_key: Tensor | None,
+    chunk_mask: Tensor | None,
+) -> Iterator[Segment]:
+    """Shapes as in `ragged_attention`."""
+    num_kv_heads = len(starts) // query.shape[0]
+    group = query.shape[1] // num_kv_heads
+    for i, (start, length) in enumerate(segment_list(starts, lengths, len(keys))):
+        b, h = divmod(i, num_kv_heads)
+        heads, rows = slice(h * group, (h + 1) * group), slice(start, start + length)
+        k = keys[rows] if chunk_key is None else torch.cat([keys[rows], chunk_key[b, h]])
+        mask = None if chunk_mask is None else chunk_mask[b % len(chunk_mask), 0]
+        yield Segment(b, h, heads, rows, length, k, mask, None if sink_logits is None else sink_logits[heads])
 
 
 def query_blocks(
@@ -88,14 +115,14 @@ def query_blocks(
 
 def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
     """q: [group, n, D]; k: [length, D]. Returns fp32 [group, n, length]."""
-    product = (q @ k.t()).float() * scale
-    return product if softcap is None else softcap * torch.tanh(product / softcap)
+    product = (q @ k.t()).float()
+    return product.mul_(scale) if softcap is None else torch.tanh(product.mul_(scale / softcap)).mul_(softcap)
 
 
 def probabilities(scores: Tensor, sinks: Tensor | None, visible: Tensor | None) -> Tensor:
-    """Softmax of [group, n, length] with one more logit per head; rows that see nothing are zero."""
+    """Softmax of [group, n, length], which it overwrites, with one more logit per head; zero where nothing is seen."""
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
+        scores.masked_fill_(~visible, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
         return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
