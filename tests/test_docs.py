@@ -17,21 +17,26 @@ import kvpolicy
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NEEDS_MODEL = 'title="needs the default model"'
+CONTINUED = 'title="continued"'  # goes on where the block before it ended
 FENCE = re.compile(r"^```python *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = DOCS / "how-to" / "run-a-plan.md"
 PAGES = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "how-to").glob("*.md"))]
 
 
-def blocks(needs_model: bool) -> list:
-    """One pytest parameter (page, line, code) for each block of Python."""
-    found = []
-    for page in PAGES:
+def blocks(needs_model: bool, pages: list[Path] = PAGES) -> list:
+    """One pytest parameter (page, line, code) for each block of Python, with the blocks that continue it."""
+    found: list[tuple[str, str, str]] = []  # title, page and line, code
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for match in FENCE.finditer(text):
             line = text[: match.start()].count("\n") + 1
-            if (match[1] == NEEDS_MODEL) == needs_model:
-                where = f"{page.relative_to(ROOT).as_posix()}:{line}"
-                found.append(pytest.param(where, "\n" * line + match[2], id=where))
-    return found
+            title, where, code = match[1], f"{page.relative_to(ROOT).as_posix()}:{line}", ""
+            if title == CONTINUED:
+                title, where, code = found.pop()
+            found.append((title, where, code + "\n" * (line - code.count("\n")) + match[2]))
+    return [
+        pytest.param(where, code, id=where) for title, where, code in found if (title == NEEDS_MODEL) == needs_model
+    ]
 
 
 def run(where: str, code: str) -> None:
@@ -90,7 +95,15 @@ def test_blocks_are_found_and_marked():
     assert len(blocks(needs_model=False)) > 8 and len(blocks(needs_model=True)) > 1
     for page in PAGES:
         titles = {match[1] for match in FENCE.finditer(page.read_text(encoding="utf-8"))}
-        assert titles <= {"", NEEDS_MODEL}, page
+        assert titles <= {"", NEEDS_MODEL, CONTINUED}, page
+
+
+def test_continued_blocks_run_as_one_and_keep_their_lines():
+    (joined, *_), page = blocks(needs_model=False, pages=[RUN]), RUN.read_text(encoding="utf-8").splitlines()
+    where, code = joined.values
+    assert where.startswith("docs/how-to/run-a-plan.md:")
+    assert code.count("import kvpolicy") == 1 and code.count("new_cache(") > 3
+    assert all(line in ("", page[number]) for number, line in enumerate(code.splitlines()))
 
 
 @pytest.mark.parametrize(("where", "code"), blocks(needs_model=False))
