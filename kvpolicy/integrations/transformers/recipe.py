@@ -19,7 +19,11 @@ _MOST = 2**31 - 1  # more tokens than a cache can see
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """The arguments of `new_cache`, names looked up. `allocator` is None under a plan."""
+    """The arguments of `new_cache`, names looked up.
+
+    allocator:   None under a plan
+    plan_sha256: identity of the plan where the plan itself is not at hand
+    """
 
     policy: EvictionPolicy
     allocator: BudgetAllocator | None
@@ -31,6 +35,7 @@ class Recipe:
     protected: tuple[tuple[int, ...], ...]
     decode: DecodeMode
     rollback: int
+    plan_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; of a plan its identity alone.
@@ -40,7 +45,7 @@ class Recipe:
         return {
             "policy": _named("policy", self.policy),
             "allocator": None if self.allocator is None else _named("allocator", self.allocator),
-            "plan_sha256": None if self.plan is None else plan_sha256(self.plan),
+            "plan_sha256": self.plan_sha256 if self.plan is None else sha256_of(self.plan),
             "retention": None if self.retention is None else float(self.retention),
             "tokens": None if self.tokens is None else int(self.tokens),
             "context_length": None if self.context_length is None else int(self.context_length),
@@ -62,8 +67,8 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
     expected = fields.read("plan_sha256", text) if fields.has("plan_sha256") else None
     if plan is not None and expected is None:
         raise PlanError("it was made without a plan; leave plan= out")
-    if plan is not None and plan_sha256(plan) != expected:
-        raise PlanError(f"it was made under another plan (sha256 {expected}, the given one has {plan_sha256(plan)})")
+    if plan is not None and sha256_of(plan) != expected:
+        raise PlanError(f"it was made under another plan (sha256 {expected}, the given one has {sha256_of(plan)})")
     if plan is None and expected is not None and needs_plan:
         raise PlanError(f"its budget grows as a plan says: give that plan again with plan= (sha256 {expected})")
     allocator = _read_plugin("allocator", fields.fields("allocator")) if fields.has("allocator") else None
@@ -89,10 +94,11 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         protected=tuple(_read_span(span, fields.path(f"protected[{i}]")) for i, span in enumerate(spans)),
         decode="append" if decode == "append" else "evict",
         rollback=fields.read("rollback", whole, 0),
+        plan_sha256=expected,
     )
 
 
-def plan_sha256(plan: BudgetPlan) -> str:
+def sha256_of(plan: BudgetPlan) -> str:
     """Identity of a plan: sha256 of the file that `save_plan` writes."""
     return hashlib.sha256(render(plan.to_json()).encode()).hexdigest()
 

@@ -31,12 +31,13 @@ from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import read_recipe
 from kvpolicy.integrations.transformers.stock_state import pack_stock, unpack_stock
 from kvpolicy.plan import BudgetPlan
-from kvpolicy.plan_json import Fields, describe, parse, render, sequence, text, whole
+from kvpolicy.plan_json import Fields, check_json, describe, parse, render, sequence, text, whole
 from kvpolicy.spec import ModelSpec
 
 FORMAT = "kvpolicy-cache"
 VERSION = 1
 _KEY = "kvpolicy"  # of the JSON text in the file's metadata
+_CHECKSUM = "crc32"  # and of the checksum in it
 
 
 def save_cache(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
@@ -113,9 +114,13 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         "recording": cache.recording,
         "ended": cache.ended,
         "stock": stock,
-        "crc32": _crc32(tensors),
     }
-    return to_bytes(tensors, {_KEY: render(document)})
+    return file_bytes(document, tensors)
+
+
+def file_bytes(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The file, with a checksum over all of it in the document."""
+    return to_bytes(dict(tensors), {_KEY: render(document | {_CHECKSUM: _crc32(document, tensors)})})
 
 
 def _read(path: str | os.PathLike[str]) -> _File:
@@ -133,15 +138,17 @@ def _read(path: str | os.PathLike[str]) -> _File:
     except SafetensorError as error:
         raise KVPolicyError(f"it is damaged or no cache of kvpolicy ({error})") from None
     try:
-        fields = Fields(parse(metadata[_KEY].encode()))
+        document = parse(metadata[_KEY].encode())
+        check_json(document, "")
+        fields = Fields(document)
         if fields.raw("format") != FORMAT:
             raise KVPolicyError(f"its format is {describe(fields.raw('format'))}, expected '{FORMAT}'")
         if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
             raise KVPolicyError(
                 f"its version is {describe(fields.raw('version'))}, expected {VERSION}: use the kvpolicy that wrote it"
             )
-        if fields.raw("crc32") != _crc32(tensors):
-            raise KVPolicyError("it is damaged: the checksum of its tensors is another")
+        if fields.raw(_CHECKSUM) != _crc32({k: v for k, v in document.items() if k != _CHECKSUM}, tensors):
+            raise KVPolicyError("it is damaged: its checksum is another")
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
     return _File(fields, tensors)
@@ -260,10 +267,10 @@ def _owned(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    """Checksum of names and contents."""
-    result = 0
-    for name in sorted(tensors):
-        content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
-        result = zlib.crc32(content, zlib.crc32(name.encode(), result))
+def _crc32(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """Checksum of a document and of the names, dtypes, shapes and contents of tensors."""
+    result = zlib.crc32(render(document).encode())
+    for name, tensor in sorted(tensors.items()):
+        result = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), result)
+        result = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, result)
     return result
