@@ -36,7 +36,9 @@ def test_a_full_budget_equals_the_stock_cache(architecture):
     expected = stepped_logits(architecture, ids, DynamicCache(config=architecture.config), STEPS)
     cache = kvpolicy.new_cache(architecture, retention=1.0)
     got = stepped_logits(architecture, ids, cache, STEPS)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():  # Gemma 4's stock cache differs from no cache by up to 5e-5 already
+        rounding = float((architecture(ids, use_cache=False).logits - expected).abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=max(1e-5, rounding))
     assert not torch.equal(cache.lengths, torch.zeros_like(cache.lengths))
     assert bool((cache.lengths == sum(STEPS)).all())
 
