@@ -4,19 +4,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpolicy_kernels.ragged_attention import ragged_attention
-from kvpolicy_kernels.ragged_attention.reference import BLOCK
+from kvpolicy_kernels.ragged_attention import decode, ragged_attention, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 
 
-def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2):
-    """keys, values, starts, lengths: segments in reverse order, with rows of NaN before, between and after them."""
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Blocks of 4 queries and, as if there were 6 threads, segments cut in up to 6 parts, so that small cases do."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(reference, "BLOCK", 4)
+    patch.setattr(decode, "SHORTEST_PART", 3)
+    patch.setattr(torch, "get_num_threads", lambda: 6)
+    yield
+    patch.undo()
+
+
+def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2, backwards=True):
+    """keys, values, starts, lengths, with rows of NaN before, between and after the segments."""
     rows = sum(lengths) + gap * (len(lengths) + 1)
     keys, values = torch.full((rows, dim), NAN), torch.full((rows, value_dim), NAN)
     starts, row = [0] * len(lengths), gap
-    for i in reversed(range(len(lengths))):
+    order = range(len(lengths))
+    for i in reversed(order) if backwards else order:
         starts[i] = row
         keys[row : row + lengths[i]] = torch.randn(lengths[i], dim)
         values[row : row + lengths[i]] = torch.randn(lengths[i], value_dim)
@@ -24,56 +35,51 @@ def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2):
     return keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths)
 
 
-def sees(chunk_mask, b, i, j, offset):
-    return j <= i + offset if chunk_mask is None else bool(chunk_mask[b % len(chunk_mask), 0, i, j])
-
-
 def oracle(query, keys, values, starts, lengths, *, scale=None, softcap=None, sink_logits=None,
            chunk_key=None, chunk_value=None, chunk_mask=None, entry_mask=None):  # fmt: skip
-    """One query at a time in fp64, over the list of what it sees."""
-    batch, num_q_heads, n, dim = query.shape
-    num_kv_heads = len(starts) // batch
-    scale = dim**-0.5 if scale is None else scale
-    out = torch.zeros(batch, num_q_heads, n, values.shape[1], dtype=torch.float64)
-    for b in range(batch):
-        for hq in range(num_q_heads):
-            h = hq // (num_q_heads // num_kv_heads)
-            s = b * num_kv_heads + h
-            start, length = int(starts[s]), int(lengths[s])
-            for i in range(n):
-                entries = [j for j in range(length) if entry_mask is None or entry_mask[s][i, j]]
-                rows = torch.tensor([start + j for j in entries], dtype=torch.int64)
-                k, v = keys.cpu().double()[rows], values.cpu().double()[rows]
-                if chunk_key is not None:
-                    m = chunk_key.shape[2]
-                    tokens = torch.tensor([j for j in range(m) if sees(chunk_mask, b, i, j, m - n)], dtype=torch.int64)
-                    k = torch.cat([k, chunk_key.cpu().double()[b, h, tokens]])
-                    v = torch.cat([v, chunk_value.cpu().double()[b, h, tokens]])
-                x = k @ query.cpu().double()[b, hq, i] * scale
-                x = x if softcap is None else softcap * (x / softcap).tanh()
-                total = x.exp().sum() + (0 if sink_logits is None else math.exp(sink_logits[hq]))
-                out[b, hq, i] = (x.exp() / total) @ v if len(x) else 0
-    return out
+    """Dense exponentials in fp64, times a mask of what is seen, one segment at a time."""
+    (batch, num_q_heads, n, dim), num_segments = query.shape, len(starts)
+    num_kv_heads = num_segments // batch
+    grouped = query.double().reshape(num_segments, -1, n, dim)
+    sinks = torch.full((num_q_heads,), -math.inf) if sink_logits is None else sink_logits
+    out = []
+    for s, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        b, h = divmod(s, num_kv_heads)
+        k, v = (x[start : start + length].double() for x in (keys, values))
+        seen = torch.ones(n, length, device=DEVICE) if entry_mask is None else entry_mask[s]
+        if chunk_key is not None:
+            m = chunk_key.shape[2]
+            k, v = torch.cat([k, chunk_key[b, h].double()]), torch.cat([v, chunk_value[b, h].double()])
+            causal = torch.tensor([[j <= i + m - n for j in range(m)] for i in range(n)], device=DEVICE)
+            seen = torch.cat([seen, causal if chunk_mask is None else chunk_mask[b % len(chunk_mask), 0]], 1)
+        x = grouped[s] @ k.T * (dim**-0.5 if scale is None else scale)
+        weights = (x if softcap is None else softcap * (x / softcap).tanh()).exp() * seen
+        total = weights.sum(-1, keepdim=True) + sinks.view(num_kv_heads, -1, 1, 1)[h].double().exp().to(DEVICE)
+        out.append(weights / torch.where(total > 0, total, 1) @ v)
+    return torch.stack(out).view(batch, num_q_heads, n, -1)
 
 
 def check(query, keys, values, starts, lengths, tolerance=1e-5, **kwargs):
     out = ragged_attention(query, keys, values, starts, lengths, **kwargs)
     expected = oracle(query, keys, values, starts, lengths, **kwargs)
     assert out.dtype == query.dtype
-    error = (out.cpu().double() - expected).abs().max()
+    error = (out.double() - expected).abs().max()
     assert error <= tolerance, f"error {error:.2e}"
 
 
-# batch, query heads, lengths of the segments, queries, head dim, value dim
+# batch, query heads, lengths of the segments, queries, value dim (the head dim is 8)
 DECODE = [
-    (1, 3, [5, 5, 5], 1, 16, 16),
-    (1, 9, [40, 0, 1], 1, 16, 24),
-    (2, 6, [7, 1, 0, 129], 1, 16, 8),
-    (2, 4, [33, 33, 33, 33], 2, 8, 8),
-    (1, 3, [2500], 1, 16, 16),
-    (1, 4, [2049, 1300, 700, 4099], 1, 8, 8),
-    (1, 2, [0, 0], 1, 8, 8),
-    (1, 2, [3, 20], BLOCK + 3, 8, 8),
+    (1, 3, [5, 5, 5], 1, 8),
+    (1, 9, [20, 0, 1], 1, 8),
+    (1, 9, [20, 0, 1], 1, 12),
+    (2, 6, [7, 1, 0, 29], 1, 8),
+    (2, 4, [13, 13, 13, 13], 1, 8),
+    (1, 4, [20, 20, 6, 6], 2, 8),
+    (1, 1, [6], 1, 8),
+    (1, 2, [1, 1], 1, 8),
+    (1, 2, [0, 0], 1, 8),
+    (1, 2, [3, 20], 9, 8),
+    (1, 2, [3, 20], 9, 4),
 ]
 VARIANTS = [{}, {"softcap": 2.0}, {"sinks": True}, {"scale": 0.6}, {"softcap": 3.0, "sinks": True}]
 
@@ -84,14 +90,15 @@ def options(variant, num_q_heads):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("backwards", [True, False])
 @pytest.mark.parametrize("case", DECODE, ids=str)
-def test_decode(case, variant):
-    batch, num_q_heads, lengths, n, dim, value_dim = case
-    query = torch.randn(batch, num_q_heads, n, dim, device=DEVICE)
-    check(query, *arena(lengths, dim, value_dim), **options(variant, num_q_heads))
+def test_decode(case, backwards, variant):
+    batch, num_q_heads, lengths, n, value_dim = case
+    query = torch.randn(batch, num_q_heads, n, 8, device=DEVICE)
+    check(query, *arena(lengths, 8, value_dim, backwards=backwards), **options(variant, num_q_heads))
 
 
-def chunked(batch, num_q_heads, lengths, n, m, dim=8, value_dim=12):
+def chunked(batch, num_q_heads, lengths, n, m, value_dim, dim=8):
     num_kv_heads = len(lengths) // batch
     chunk = {
         "chunk_key": torch.randn(batch, num_kv_heads, m, dim, device=DEVICE),
@@ -100,16 +107,17 @@ def chunked(batch, num_q_heads, lengths, n, m, dim=8, value_dim=12):
     return (torch.randn(batch, num_q_heads, n, dim, device=DEVICE), *arena(lengths, dim, value_dim)), chunk
 
 
-# batch, query heads, lengths of the segments, queries, tokens of the chunk
+# batch, query heads, lengths of the segments, queries, tokens of the chunk, value dim
 CHUNKS = [
-    (1, 1, [0], 5, 5),
-    (1, 3, [9], 1, 1),
-    (2, 2, [0, 6], 4, 7),
-    (1, 2, [3, 0], 6, 2),
-    (1, 3, [11, 0, 1], 6, 6),
-    (1, 1, [20], BLOCK + 2, BLOCK + 2),
-    (1, 1, [3], BLOCK + 5, 3),
-    (2, 6, [0, 1, 4, 3], 3, 0),
+    (1, 2, [0], 9, 9, 8),
+    (1, 2, [0], 9, 9, 5),
+    (2, 2, [0, 0], 3, 5, 8),
+    (1, 3, [9], 1, 1, 8),
+    (2, 2, [0, 6], 4, 7, 8),
+    (1, 2, [3, 0], 9, 2, 8),
+    (1, 3, [11, 0, 1], 5, 5, 12),
+    (1, 1, [20], 13, 14, 8),
+    (2, 6, [0, 1, 4, 3], 3, 0, 8),
 ]
 
 
@@ -125,21 +133,19 @@ def test_causal_chunk(case, variant):
 @pytest.mark.parametrize("case", CHUNKS, ids=str)
 def test_masks(case, shared, variant):
     """Random masks of the chunk and of the entries; the first query sees neither."""
-    batch, num_q_heads, lengths, n, m = case
+    batch, num_q_heads, lengths, n, m, _ = case
     inputs, chunk = chunked(*case)
     chunk_mask = torch.rand(1 if shared else batch, 1, n, m) < 0.5
     entry_mask = [torch.rand(n, length) < 0.5 for length in lengths]
-    chunk_mask[:, :, 0] = False
-    for mask in entry_mask:
+    for mask in (chunk_mask[0, 0], chunk_mask[-1, 0], *entry_mask):
         mask[0] = False
     masks = {"chunk_mask": chunk_mask.to(DEVICE), "entry_mask": [mask.to(DEVICE) for mask in entry_mask]}
     check(*inputs, **chunk, **masks, **options(variant, num_q_heads))
 
 
 def test_entry_mask_without_a_chunk():
-    keys, values, starts, lengths = arena([6, 3], 8, 8)
     masks = [torch.rand(4, 6, device=DEVICE) < 0.5, torch.zeros(4, 3, dtype=torch.bool, device=DEVICE)]
-    check(torch.randn(1, 4, 4, 8, device=DEVICE), keys, values, starts, lengths, entry_mask=masks)
+    check(torch.randn(1, 4, 4, 8, device=DEVICE), *arena([6, 3], 8, 8), entry_mask=masks)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,77 +156,72 @@ def test_any_layout(data):
     size = batch * num_kv_heads
     lengths = data.draw(st.lists(st.integers(0, 12), min_size=size, max_size=size))
     n, m = data.draw(st.integers(1, 6)), data.draw(st.none() | st.integers(0, 6))
-    inputs, chunk = chunked(batch, group * num_kv_heads, lengths, n, m or 0)
+    inputs, chunk = chunked(batch, group * num_kv_heads, lengths, n, m or 0, data.draw(st.sampled_from([4, 8])))
     variant = data.draw(st.sampled_from(VARIANTS))
     check(*inputs, **({} if m is None else chunk), **options(variant, group * num_kv_heads))
 
 
-@pytest.mark.parametrize("lengths", [[300, 300, 300], [2700, 300, 900]])
-@pytest.mark.parametrize("variant", [{}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("lengths", [[300, 300, 300], [700, 40, 0]], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"sinks": True}, {"softcap": 5.0}], ids=str)
 def test_bfloat16(lengths, variant):
     """At most twice the error of dense torch products in bf16."""
-    keys, values, starts, lengths = arena(lengths, 64, 64, torch.bfloat16)
+    keys, values, starts, rows = arena(lengths, 64, 64, torch.bfloat16)
     query = torch.randn(1, 9, 1, 64, device=DEVICE).bfloat16()
-    sinks = options(variant, 9)
-    expected = oracle(query, keys, values, starts, lengths, **sinks)
+    given = options(variant, 9)
+    expected = oracle(query, keys, values, starts, rows, **given)
     plain = torch.zeros_like(expected)
     for head in range(9):
-        rows = slice(int(starts[head // 3]), int(starts[head // 3] + lengths[head // 3]))
-        scores = query[:, head] @ keys[rows].T * 64**-0.5
-        if sinks:
-            scores = torch.cat([scores, sinks["sink_logits"][head].bfloat16().expand(1, 1, 1)], -1)
-        plain[:, head] = (torch.softmax(scores, -1)[..., : int(lengths[head // 3])] @ values[rows]).double()
-    allowed = (plain - expected).abs().max()
-    check(query, keys, values, starts, lengths, 2 * allowed, **sinks)
+        segment = slice(int(starts[head // 3]), int(starts[head // 3]) + lengths[head // 3])
+        scores = query[0, head] @ keys[segment].T * 64**-0.5
+        if "softcap" in given:
+            scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
+        if "sink_logits" in given:
+            scores = torch.cat([scores, given["sink_logits"][head].bfloat16().expand(1, 1)], -1)
+        plain[0, head] = (torch.softmax(scores, -1)[:, : lengths[head // 3]] @ values[segment]).double()
+    check(query, keys, values, starts, rows, 2 * (plain - expected).abs().max(), **given)
 
 
 def test_hand_written_answer():
-    """Zero scores average what is visible: two entries, then one more token of the chunk per query."""
-    zeros, ones = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 1)
-    keys, values = torch.zeros(4, 4), torch.tensor([[NAN], [3.0], [5.0], [NAN]])
-    out = ragged_attention(
-        zeros, keys, values, torch.tensor([1]), torch.tensor([2]), chunk_key=zeros, chunk_value=10 * ones
-    )
-    torch.testing.assert_close(out.flatten(), torch.tensor([6.0, 7.0]))
+    """Zero scores average what is visible: two entries, then one more token of the chunk for each query."""
+    zeros, tens = torch.zeros(1, 1, 2, 4, device=DEVICE), torch.full((1, 1, 2, 1), 10.0, device=DEVICE)
+    keys, values = torch.zeros(4, 4, device=DEVICE), torch.tensor([[NAN], [3.0], [5.0], [NAN]], device=DEVICE)
+    segment = torch.tensor([1]), torch.tensor([2])
+    out = ragged_attention(zeros, keys, values, *segment, chunk_key=zeros, chunk_value=tens)
+    torch.testing.assert_close(out.flatten().cpu(), torch.tensor([6.0, 7.0]))
 
 
-def test_non_contiguous_queries():
-    keys, values, starts, lengths = arena([70, 5], 8, 8)
-    query = torch.randn(1, 3, 4, 8, device=DEVICE).transpose(1, 2)
-    check(query, keys, values, starts, lengths)
+@pytest.mark.parametrize("lengths", [[70, 5, 3, 3], [6, 6, 6, 6]], ids=str)
+def test_views(lengths):
+    """Queries that are not contiguous, and an arena that starts in the middle of its storage."""
+    keys, values, starts, rows = arena(lengths, 8, 8)
+    query = torch.randn(2, 1, 4, 8, device=DEVICE).transpose(1, 2)
+    check(query, keys[1:], values[1:], starts - 1, rows)
 
 
-def bad(name):
-    (query, keys, values, starts, lengths), chunk = chunked(2, 4, [3, 4, 5, 6], 3, 2)
+REFUSED = [
+    ("keys", lambda x: x[:, :5], r"needs keys \[R, 8\], got \[28, 5\]"),
+    ("values", lambda x: x[1:], r"expected values \[28, Dv\], got \[27, 12\]"),
+    ("lengths", lambda x: x[:2], r"starts and lengths must be .* got \[4\] and \[2\]"),
+    ("starts", lambda x: x + 5, "segment 0 of 3 rows from row 28 leaves the arena of 28 rows"),
+    ("sink_logits", lambda _: torch.zeros(3), r"expected sink_logits \[4\], got \[3\]"),
+    ("chunk_key", lambda x: x[:1], r"expected chunk_key .* got \[1, 2, 2, 8\]"),
+    ("chunk_value", lambda _: None, "come together"),
+    ("chunk_value", lambda x: x[..., :3], r"expected chunk_value \[2, 2, 2, 12\], got \[2, 2, 2, 3\]"),
+    ("chunk_mask", lambda _: torch.ones(2, 1, 2, 2).bool(), r"chunk_mask \[1 or 2, 1, 3, 2\], got \[2, 1, 2, 2\]"),
+    ("entry_mask", lambda _: [torch.ones(3, 3).bool()], "4 segments need as many masks, got 1"),
+    ("entry_mask", lambda _: [torch.ones(3, 3).bool()] * 4, r"expected entry_mask\[1\] \[3, 4\], got \[3, 3\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_does_not_fit_is_refused(name, spoil, message):
+    (query, keys, values, starts, lengths), chunk = chunked(2, 4, [3, 4, 5, 6], 3, 2, 12)
     arguments = dict(query=query, keys=keys, values=values, starts=starts, lengths=lengths, **chunk)
-    changes = {
-        "keys": keys[:, :5],
-        "values": values[1:],
-        "lengths": lengths[:2],
-        "starts": starts + 5,
-        "sink_logits": torch.zeros(3),
-        "chunk_key": chunk["chunk_key"][:1],
-        "chunk_value": None,
-        "chunk_mask": torch.ones(2, 1, 2, 2, dtype=torch.bool),
-        "entry_mask": [torch.ones(3, 3, dtype=torch.bool)],
-    }
-    return arguments | {name: changes[name]}
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("keys", r"needs keys \[R, 8\], got \[28, 5\]"),
-        ("values", r"expected values \[28, Dv\], got \[27, 12\]"),
-        ("lengths", r"starts and lengths must be .* got \[4\] and \[2\]"),
-        ("starts", "segment 0 of 3 rows from row 28 leaves the arena of 28 rows"),
-        ("sink_logits", r"expected sink_logits \[4\], got \[3\]"),
-        ("chunk_key", r"expected chunk_key .* got \[1, 2, 2, 8\]"),
-        ("chunk_value", "come together"),
-        ("chunk_mask", r"expected chunk_mask \[1 or 2, 1, 3, 2\], got \[2, 1, 2, 2\]"),
-        ("entry_mask", "4 segments need as many masks, got 1"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        ragged_attention(**bad(name))
+        ragged_attention(**arguments | {name: spoil(arguments.get(name))})
+
+
+def test_a_mask_needs_a_chunk():
+    query, *segments = torch.zeros(1, 2, 3, 8, device=DEVICE), *arena([2], 8, 8)
+    with pytest.raises(ValueError, match="chunk_mask needs a chunk"):
+        ragged_attention(query, *segments, chunk_mask=torch.ones(1, 1, 3, 2, dtype=torch.bool))

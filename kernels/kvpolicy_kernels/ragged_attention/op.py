@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvpolicy_kernels.ragged_attention.decode import decode_ragged_attention
@@ -56,9 +57,14 @@ def ragged_attention(
     if entry_mask is not None and len(entry_mask) != starts.shape[0]:
         raise ValueError(f"ragged_attention: {starts.shape[0]} segments need as many masks, got {len(entry_mask)}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    plain = chunk_key is None and entry_mask is None and softcap is None
-    if plain and query.device.type == "cpu" and values.shape[1] == keys.shape[1]:
-        return decode_ragged_attention(query, keys, values, starts, lengths, scale, sink_logits)
+    if softcap is None and values.shape[1] == keys.shape[1]:  # what torch's flash attention can do
+        if chunk_key is None and entry_mask is None and query.device.type == "cpu":
+            return decode_ragged_attention(query, keys, values, starts, lengths, scale, sink_logits)
+        if chunk_mask is None and sink_logits is None and _is_whole_prompt(query, chunk_key, lengths):
+            assert chunk_key is not None and chunk_value is not None
+            return F.scaled_dot_product_attention(
+                query, chunk_key, chunk_value, is_causal=True, scale=scale, enable_gqa=True
+            )
     return reference_ragged_attention(
         query,
         keys,
@@ -73,6 +79,10 @@ def ragged_attention(
         chunk_mask,
         entry_mask,
     )
+
+
+def _is_whole_prompt(query: Tensor, chunk_key: Tensor | None, lengths: Tensor) -> bool:
+    return chunk_key is not None and chunk_key.shape[2] == query.shape[2] and not bool(lengths.any())
 
 
 def check_segments(
