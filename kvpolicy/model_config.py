@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -165,9 +166,9 @@ def _scale(layer: Any, model_type: str) -> float | None:
     if model_type in _UNSCALED:
         return 1.0
     if getattr(layer, "query_pre_attn_scalar", None):
-        return float(layer.query_pre_attn_scalar) ** -0.5
-    multiplier = getattr(layer, "attention_multiplier", None)
-    return None if multiplier is None else float(multiplier)
+        return 1 / math.sqrt(layer.query_pre_attn_scalar)
+    multiplier: float | None = getattr(layer, "attention_multiplier", None)
+    return float(multiplier) if multiplier else None
 
 
 def _layer_config(text: Any, index: int) -> Any:

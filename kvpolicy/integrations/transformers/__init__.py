@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from kvpolicy.integrations.transformers.attach import attach, detach
-from kvpolicy.integrations.transformers.attached import attached
+from kvpolicy.integrations.transformers.attachment import attach, detach
 from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.conversation import generate
 from kvpolicy.integrations.transformers.corpus import read_corpus
-from kvpolicy.integrations.transformers.generate import generate
 from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
 from kvpolicy.integrations.transformers.save import load_cache
+from kvpolicy.integrations.transformers.supply import attached
 
 __all__ = [
     "Pace",

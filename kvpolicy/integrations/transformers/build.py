@@ -11,7 +11,7 @@ from kvpolicy.cache.schedule import MIN_TOKENS, Fixed, Schedule
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.integrations.transformers.attach import attach
+from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.parallel import rank_and_size

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.integrations.transformers.attach import mark
+from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.exchange import Attention
 from kvpolicy.integrations.transformers.masks import LazyMask, user_mask
 from kvpolicy.integrations.transformers.sources import layer_sources
@@ -348,8 +348,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
 
     def _stock(self) -> list[Any]:
-        """Layers that transformers made; a layer that reuses another's keys and values may have a dummy without state."""
-        return [x for x in self.layers if not isinstance(x, BudgetedLayer) and hasattr(x, "update") and hasattr(x, "reset")]
+        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
+        made = [layer for layer in self.layers if not isinstance(layer, BudgetedLayer)]
+        return [layer for layer in made if hasattr(layer, "update") and hasattr(layer, "reset")]
 
     def _crop_store(self, count: int) -> None:
         try:

@@ -34,14 +34,14 @@ class LazyMask:
         return self._dense[0]
 
     def newest(self, count: int) -> Tensor:
-        """bool [B, 1, n, count]: what each query sees of the newest `count` tokens."""
+        """What each query sees of the newest `count` tokens: bool [B, 1, n, count]."""
         end = int(self.given["q_offset"]) + int(self.given["q_length"])
         part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
         mask: Tensor = sdpa_mask(**self.given | part)
         return mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
 
     def valid(self, count: int) -> Tensor | None:
-        """bool [B, count], False where one of the newest `count` tokens is padding; None if none is."""
+        """Which of the newest `count` tokens are no padding: bool [B, count], None if all of them."""
         padding: Tensor | None = self.given.get("attention_mask")
         if padding is None:
             return None
@@ -70,7 +70,7 @@ def make_mask(base: str, given: dict[str, Any]) -> Any:
 
 
 def user_mask(mask: Tensor) -> Tensor:
-    """bool of the same shape, from a 4-D mask that a user gave: True or 0 is visible, a very negative number is not.
+    """A 4-D mask that a user gave, as bool of the same shape: True or 0 is visible, a very negative number is not.
 
     Raises `ValueError` for a mask with other values (a bias).
     """

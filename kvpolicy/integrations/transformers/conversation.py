@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attach import attach
+from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
 
 

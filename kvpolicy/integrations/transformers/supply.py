@@ -1,4 +1,4 @@
-"""Attaching for the length of a context, and supplying caches to code that makes its own (pipelines, other people's)."""
+"""Attaching for the length of a context, and supplying caches to code that makes its own (pipelines, third parties)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attach import attach, detach, is_attached
+from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
 from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.plan import BudgetPlan
@@ -34,7 +34,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
         if plan is not None or options:
             new_cache(model, plan, **options)  # refuses here what it would refuse in the first forward
 
-            def supply(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def supply(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
                 return args, _supplied(model, given, plan, options)
 
             handle = model.register_forward_pre_hook(supply, with_kwargs=True)
