@@ -29,6 +29,9 @@ class Row:
     def spanned(self, position):
         return any(begin <= position < end for begin, end in self.spans)
 
+    def is_protected(self, position):
+        return position < self.policy.num_sink_tokens or self.spanned(position)
+
     def capacity(self, head):
         sinks = self.policy.num_sink_tokens
         return self.table[head] + sum(self.spanned(p) for p in range(sinks, self.settled))
@@ -46,7 +49,7 @@ class Row:
             for head in range(self.num_heads):
                 candidates = [*self.kept[head], *folded]
                 scores = oracle_scores(self.policy, self, head, candidates, mass[head], window_mass[head])
-                order = sorted(candidates, key=lambda p: self.rank(p, scores[p]), reverse=True)  # noqa: B023
+                order = sorted(candidates, key=lambda p: self.rank(p, scores[p]), reverse=True)
                 self.kept[head] = {p: scores[p] for p in order[: self.capacity(head)]}
         return out
 
@@ -59,7 +62,7 @@ class Row:
         token = self.seen - 1
         for head, kept in enumerate(self.kept):
             if len(kept) >= self.capacity(head) and not self.append:
-                del kept[min(kept, key=lambda p: self.rank(p, kept[p]))]  # noqa: B023
+                del kept[min(kept, key=lambda p: self.rank(p, kept[p]))]
             kept[token] = self.policy.new_entry_score
         out, mass, _ = self.attend([token], [])
         if isinstance(self.policy, HeavyHitter):
@@ -79,7 +82,7 @@ class Row:
 
     def rank(self, position, score):
         """Larger is kept."""
-        if position < self.policy.num_sink_tokens or self.spanned(position):
+        if self.is_protected(position):
             return (2, 0.0, position)
         if position >= self.settled - self.policy.recent_window:
             return (1, 0.0, position)

@@ -58,7 +58,7 @@ class Play:
         )
         self.scoring = Scoring(**(options or {}))
         self.data = tensors(tokens, batch, self.heads, seed)
-        self.rows = [self._row(schedule, row, decode) for row in range(batch)]
+        self.rows = [self._row(self.store.schedule, row, decode) for row in range(batch)]
 
     def _row(self, schedule, index, decode):
         held = []
@@ -73,7 +73,7 @@ class Play:
         return Row(self.store.policy, *data, capacities, spans, decode == "append", self.scoring.options())
 
     def prompt(self, *counts, hold=0, valid=None):
-        """One forward of `counts[b]` tokens for each row, padded on the left, or where `valid` (bool [B, n]) is False."""
+        """One forward of `counts[b]` tokens for each row, padded on the left, or where `valid` [B, n] is False."""
         counts = counts * len(self.rows) if len(counts) == 1 else counts
         n = max(counts)
         if valid is None:
@@ -127,6 +127,7 @@ class Play:
             index, head = divmod(segment, self.heads)
             row, start = self.rows[index], int(arena.start[segment])
             assert sorted(held.tolist()) == sorted(row.kept[head])
+            assert {p for p in range(row.settled) if row.is_protected(p)} <= set(held.tolist())
             assert int(capacities[index, head]) == row.capacity(head)
             assert int(lengths[index, head]) == len(row.kept[head]) + len(row.pending)
             if self.store.decode_mode == "evict":
@@ -138,5 +139,6 @@ class Play:
 
 
 def room(length):
-    """Rows that a segment of this length may own."""
-    return length + max(16, length // 32)
+    """Rows that a segment of this length may own; int, or int tensor."""
+    length = torch.as_tensor(length)
+    return length + (length // 32).clamp(min=16)

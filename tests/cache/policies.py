@@ -27,7 +27,7 @@ class ValueNorm(EvictionPolicy):
     recent_window: int = 0
 
     def score_prompt(self, activations):
-        return activations.values.norm(dim=-1)
+        return activations.values.float().norm(dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class KeyNorm(EvictionPolicy):
     recent_window: int = 0
 
     def score_prompt(self, activations):
-        return -activations.keys.norm(dim=-1)
+        return -activations.keys.float().norm(dim=-1)
 
 
 @dataclass(frozen=True, slots=True)

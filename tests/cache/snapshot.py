@@ -8,7 +8,9 @@ def snapshot(store):
         arena, segments = held.arena, []
         for start, positions in zip(arena.start.tolist(), store.positions(index), strict=True):
             rows = start + positions.argsort()
-            names = ("positions", "keys", "values") if arena.scores is None else ("positions", "scores", "keys", "values")
+            names = (
+                ("positions", "keys", "values") if arena.scores is None else ("positions", "scores", "keys", "values")
+            )
             segments.append([getattr(arena, name)[rows].tolist() for name in names])
         pending = held.pending and [held.pending.positions.tolist(), held.pending.key.tolist()]
         state += [segments, held.seen.tolist(), held.evicted_at.tolist(), pending]

@@ -38,7 +38,7 @@ def test_padding_between_and_behind_tokens(policy):
 
 
 def test_prefill_takes_the_number_of_padding_tokens():
-    query, key, value = given = tensors(9)
+    given = tensors(9)
     padded = tuple(torch.cat([torch.full_like(x[:, :, :3], 1e3), x], 2) for x in given)
     alone, store = store_of(Recent(), [5, 7]), store_of(Recent(), [5, 7])
     expected = alone.prefill(0, *given)

@@ -86,7 +86,9 @@ def test_padded_rows_are_cropped_by_columns_of_pending_tokens():
 def test_a_refused_crop_changes_nothing(policy):
     play = Play(policy, [6, 9], spans=[(3, 5)]).prompt(7).decode(5).prompt(9, hold=4)
     before = snapshot(play.store)
-    with pytest.raises(BudgetError, match=r"the last 5 tokens cannot be taken back, only 4: entries were evicted since"):
+    with pytest.raises(
+        BudgetError, match=r"the last 5 tokens cannot be taken back, only 4: entries were evicted since"
+    ):
         play.store.crop(5)
     assert snapshot(play.store) == before
     play.crop(4)

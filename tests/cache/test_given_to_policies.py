@@ -1,0 +1,187 @@
+"""What a policy is handed, field by field."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from kvpolicy import EvictionPolicy, PluginError
+from kvpolicy.cache.store import Scoring
+from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
+
+SOURCES = {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(EvictionPolicy):
+    """Prefers small positions; remembers what it was given."""
+
+    requires: ClassVar[frozenset[str]] = frozenset(SOURCES)
+    new_entry_score: ClassVar[float] = 7.5
+    prompts: ClassVar[list] = []
+    steps: ClassVar[list] = []
+    num_sink_tokens: int = 1
+    observation_window: int = 4
+
+    def score_prompt(self, activations):
+        self.prompts.append(activations)
+        return -activations.positions.float()
+
+    def score_step(self, step):
+        self.steps.append(step)
+        return step.scores + 0.25
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    Recording.prompts.clear()
+    Recording.steps.clear()
+
+
+def parts(given, begin, end):
+    return tuple(x[:, :, begin:end] for x in given)
+
+
+def test_a_first_prompt():
+    given = query, key, value = tensors(9)
+    store_of(Recording(), [5, 6]).prefill(0, *given)
+    (seen,) = Recording.prompts
+    assert seen.layer == 0 and seen.positions.tolist() == [[list(range(9))] * 2]
+    for got, expected in ((seen.queries, query), (seen.keys, key), (seen.values, value)):
+        assert torch.equal(got, expected)
+    for name in ("output", "hidden_before", "attention_input", "hidden_after", "output_weight", "rope", "module"):
+        assert getattr(seen, name) is None
+    weights = causal_weights(query, key)
+    torch.testing.assert_close(seen.full_attention, weights.sum((2, 3)), **TOLERANCE)
+    torch.testing.assert_close(seen.window_attention, weights[:, :, :, -4:].sum((2, 3)), **TOLERANCE)
+
+
+def causal_weights(query, key):
+    """[B, H, group, n, n] in plain torch."""
+    scores = query.unflatten(1, (-1, GROUP)) @ key[:, :, None].transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+
+
+def test_a_later_chunk_covers_entries_and_chunk():
+    given, store = tensors(14), store_of(Recording(), [5, 8])
+    store.prefill(0, *parts(given, 0, 9))
+    held = store.positions(0)
+    store.prefill(0, *parts(given, 9, 14))
+    seen = Recording.prompts[1]
+    assert seen.positions.shape == (1, 2, 8 + 5)
+    assert seen.positions[0, 0, :8].tolist() == [*held[0].tolist(), -1, -1, -1], "absent entries are -1"
+    assert seen.positions[0, 1, :8].tolist() == held[1].tolist()
+    assert seen.positions[0, :, 8:].tolist() == [list(range(9, 14))] * 2
+    assert torch.equal(seen.queries, given[0][:, :, 9:])
+    for head in range(2):
+        present = seen.positions[0, head] >= 0
+        for got, x in ((seen.keys, given[1]), (seen.values, given[2])):
+            assert torch.equal(got[0, head][present], x[0, head, seen.positions[0, head][present]])
+    assert seen.full_attention.sum(2).allclose(torch.tensor(5.0 * GROUP))
+    assert seen.window_attention.sum(2).allclose(torch.tensor(4.0 * GROUP))
+    assert seen.full_attention[0, 0, 5:8].tolist() == [0, 0, 0]
+
+
+def test_padding_is_absent_and_asks_nothing():
+    store = store_of(Recording(), [5, 8], batch_size=2)
+    store.prefill(0, *tensors(9, batch=2), num_padding=[0, 6])
+    (seen,) = Recording.prompts
+    assert seen.positions[1].tolist() == [[-1] * 6 + [0, 1, 2]] * 2
+    queries = torch.tensor([9.0, 3.0])[:, None].expand(-1, 2)
+    torch.testing.assert_close(seen.full_attention.sum(2), queries * GROUP, **TOLERANCE)
+    torch.testing.assert_close(seen.window_attention.sum(2), queries.clamp(max=4) * GROUP, **TOLERANCE)
+    assert int(seen.full_attention[1, :, :6].count_nonzero()) == 0
+
+
+def test_pending_tokens_are_part_of_the_chunk():
+    given, store = tensors(12), store_of(Recording(), [5, 8])
+    for begin, end in ((0, 9), (9, 10), (10, 12)):
+        query, key, value = parts(given, begin, end)
+        store.keep(0, query, store.arrive(0, key, value), Scoring(), hold=2)
+    last = Recording.prompts[-1]
+    assert last.positions[0, 0, -4:].tolist() == [8, 9, 10, 11]
+    assert last.queries.shape[2] == 2 and torch.equal(last.keys[0, :, -4:], given[1][0, :, 8:])
+    assert last.full_attention.sum(2).allclose(torch.tensor(2.0 * GROUP))
+
+
+def test_a_decoding_step():
+    given, store = tensors(11), store_of(Recording(), [[9, 9], [5, 8]])
+    store.prefill(1, *parts(given, 0, 9))
+    store.decode(1, *parts(given, 9, 10))
+    store.decode(1, *parts(given, 10, 11))
+    first, second = Recording.steps
+    assert first.layer == 1 and first.indptr.tolist() == [0, 5, 13] and first.indptr.dtype == torch.int32
+    assert second.indptr.tolist() == [0, 5, 13]
+    held = torch.cat(store.positions(1))
+    assert second.positions.tolist() == held.tolist()
+    heads = torch.tensor([0] * 5 + [1] * 8)
+    assert torch.equal(second.keys, given[1][0, heads, held])
+    # what a prompt scored, 7.5 for what was decoded; and a quarter more for each step before
+    assert sorted(first.scores.tolist()) == sorted([0, -1, -2, -3, 7.5, 0, -1, -2, -3, -4, -5, -6, 7.5])
+    assert second.scores[second.positions == 9].tolist() == [7.75] * 2
+    assert second.scores[second.positions == 10].tolist() == [7.5] * 2
+    for head, part in ((0, slice(0, 5)), (1, slice(5, 13))):
+        query = given[0][0, head * GROUP : head * GROUP + GROUP, 10]
+        weights = (query @ second.keys[part].T * 8**-0.5).softmax(-1)
+        torch.testing.assert_close(second.attention[part], weights.sum(0), **TOLERANCE)
+
+
+def test_a_field_that_nobody_asked_for_is_none():
+    @dataclass(frozen=True, slots=True)
+    class Frugal(Recording):
+        requires: ClassVar[frozenset[str]] = frozenset({"positions"})
+
+    store = store_of(Frugal(), [5, 6])
+    store.prefill(0, *tensors(9))
+    store.decode(0, *tensors(1))
+    for name in SOURCES - {"positions", "decode_attention"}:
+        assert getattr(Recording.prompts[0], name) is None
+    assert Recording.steps[0].keys is None and Recording.steps[0].attention is None
+
+
+def test_a_policy_without_score_step_is_not_asked():
+    @dataclass(frozen=True, slots=True)
+    class Quiet(Recording):
+        score_step = EvictionPolicy.score_step
+
+    store = store_of(Quiet(), [5, 6])
+    store.prefill(0, *tensors(9))
+    store.decode(0, *tensors(1))
+    assert not Recording.steps
+
+
+def test_a_policy_that_writes_into_a_step_changes_no_entry():
+    @dataclass(frozen=True, slots=True)
+    class Careless(Recording):
+        def score_step(self, step):
+            step.keys.zero_()
+            step.positions.zero_()
+            return step.scores
+
+    store, given = store_of(Careless(), [5, 6]), tensors(9)
+    store.prefill(0, *given)
+    store.decode(0, *tensors(1, seed=1))
+    assert [sorted(p.tolist()) for p in store.positions(0)] == [[0, 1, 2, 3, 9], [0, 1, 2, 3, 4, 9]]
+    assert int((store.layers[0].arena.keys == 0).all(1).sum()) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Needy(EvictionPolicy):
+    requires: ClassVar[frozenset[str]] = frozenset({"hidden_before", "positions"})
+    num_sink_tokens: int = 1
+
+    def score_prompt(self, activations):
+        return activations.hidden_before[:, None, :, 0].expand(-1, 2, -1).contiguous()
+
+
+def test_sources_that_the_caller_supplies():
+    with pytest.raises(PluginError, match="Needy requires hidden_before, which this cache cannot supply"):
+        store_of(Needy(), [3, 3])
+    store = store_of(Needy(), [3, 3], supplied=frozenset({"hidden_before", "rope"}))
+    query, key, value = tensors(6)
+    hidden = torch.tensor([0.0, 5, 1, 4, 2, 3]).view(1, 6, 1)
+    store.keep(0, query, store.arrive(0, key, value), Scoring(), extra={"hidden_before": hidden, "rope": None})
+    assert [sorted(p.tolist()) for p in store.positions(0)] == [[0, 1, 3]] * 2
+    with pytest.raises(PluginError, match=r"Needy requires hidden_before: give it as extra="):
+        store.keep(0, query, store.arrive(0, key, value), Scoring())
