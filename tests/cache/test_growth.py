@@ -36,7 +36,7 @@ def prompt(store, length):
 
 
 PLANS = {
-    "a table": lambda: BudgetPlan.from_capacities(spec_of(2), [[10, 50], [40, 20]], context_length=100),
+    "a table": lambda: BudgetPlan.from_capacities(spec_of(2), [[100, 500], [400, 200]], context_length=1000),
     "several levels": lambda: plan_of(0.1, 0.3, 0.5),
 }
 
