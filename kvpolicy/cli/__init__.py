@@ -8,6 +8,7 @@ from typing import NoReturn, cast
 
 import typer
 
+from kvpolicy.cli.bench import bench
 from kvpolicy.cli.estimate import estimate
 from kvpolicy.cli.evaluate import evaluate
 from kvpolicy.cli.generate import generate
@@ -29,6 +30,7 @@ app.command()(profile)
 app.command()(show)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(bench)
 app.command()(estimate)
 app.command()(plugins)
 
