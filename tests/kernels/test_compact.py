@@ -29,11 +29,12 @@ def chunk(batch, heads, length, dim, layout, dtype=torch.float32):
         "transposed": lambda: make(batch, length, heads).transpose(1, 2),
         "sliced": lambda: make(batch, heads, length + 5)[:, :, 2 : length + 2],
         "fused": lambda: make(batch, length, 3 * heads)[:, :, heads : 2 * heads].transpose(1, 2),
+        "columns": lambda: make(batch, heads, length).mT.contiguous().mT,
         "expanded": lambda: make(batch, 1, length).expand(batch, heads, *([-1] * (1 + len(row)))),
     }[layout]()
 
 
-LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "fused", "expanded"])
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "fused", "columns", "expanded"])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64])
 DIMS = st.sampled_from([None, 1, 4])
 

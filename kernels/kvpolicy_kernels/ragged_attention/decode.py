@@ -18,7 +18,6 @@ from torch import Tensor
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 
 SHORTEST_PART = 1024  # entries; below it a second thread gains no more than the merge costs
-NOTHING = torch.finfo(torch.float32).min  # log-sum-exp of a part without entries; -inf would give NaN for no entry
 
 
 class _Run(NamedTuple):
@@ -79,7 +78,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float) ->
     """q: [segments, parts, rows, D]. Returns the parts' attention, shaped as q, and log-sum-exp, without D."""
     count, parts, rows, dim = q.shape
     if run.length == 0:
-        return q.new_zeros(q.shape), q.new_full((count, parts, rows), NOTHING, dtype=torch.float32)
+        return q.new_zeros(q.shape), q.new_zeros((count, parts, rows), dtype=torch.float32)
     used = min(parts, run.length)
     # equal distances, so each part but the first begins with the last `overlap` rows of the one before
     cut, overlap = divmod(run.length, used)
@@ -97,5 +96,5 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float) ->
         scale=scale,
     )
     if used < parts:
-        o, lse = F.pad(o, (0, 0, 0, 0, 0, parts - used)), F.pad(lse, (0, 0, 0, parts - used), value=NOTHING)
+        o, lse = F.pad(o, (0, 0, 0, 0, 0, parts - used)), F.pad(lse, (0, 0, 0, parts - used), value=float("-inf"))
     return o, lse

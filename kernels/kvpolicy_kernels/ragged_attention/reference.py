@@ -134,4 +134,5 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None)
     """q: [group, n, D]; k: [length, D]; v: [length, Dv]; visible: bool [n, length]. Returns [group, n, Dv]."""
     k, v = (x.expand(1, q.shape[0], -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q[None], k, v, attn_mask=visible, scale=scale)[0]
+    # a query that sees nothing: not every backend behind the call promises zeros
     return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
