@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ STORE_SOURCES = frozenset(
     {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
 )
 """What a store can hand to a policy by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer turns scores into attention: what the op needs besides queries, keys and values."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
 
 
 def score_chunk(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +16,7 @@ from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.scoring import STORE_SOURCES, chunk_mask, score_chunk, score_step
+from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError, PluginError
@@ -32,18 +32,6 @@ GROWTH_INTERVAL = 64
 
 ROLLBACK = 64
 """Last tokens that stay above the capacity while they may be taken back (speculative decoding)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How a layer turns scores into attention: what the op needs besides queries, keys and values."""
-
-    scale: float | None = None
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-
-    def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
 
 
 class RaggedStore:
@@ -165,6 +153,10 @@ class RaggedStore:
         valid = None
         if num_padding is not None:
             padding = torch.as_tensor(num_padding).cpu()
+            if padding.shape != (self.batch_size,):
+                raise BudgetError(
+                    f"num_padding must be [{self.batch_size}], one for each row, got {list(padding.shape)}"
+                )
             valid = torch.arange(key.shape[2])[None] >= padding[:, None]
         scoring = self._scoring(scale, sink_logits)
         chunk = self.arrive(layer, key, value, valid)
@@ -216,7 +208,10 @@ class RaggedStore:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
         held = self._open(layer, key, value)
         if key.shape[2] != 1 or not self.can_append(layer):
-            raise BudgetError(f"append takes one token behind a prompt, got {key.shape[2]}; prefill takes others")
+            raise BudgetError(
+                f"append takes one token where tokens are held and none is pending, got {key.shape[2]} for layer "
+                f"{layer}; prefill, or arrive and keep, take the others"
+            )
         held.decoded += 1
         if held.decoded % GROWTH_INTERVAL == 0:
             self._grow(layer, held, held.seen + 1)
@@ -236,7 +231,12 @@ class RaggedStore:
 
         key, value: [B, H, n, dim];  valid: bool [B, n], False for padding
         """
-        held = self._open(layer, key, value)
+        held, expected = self._open(layer, key, value), (self.batch_size, key.shape[2])
+        if not key.shape[2] or (valid is not None and valid.shape != expected):
+            came = None if valid is None else list(valid.shape)
+            raise BudgetError(
+                f"expected at least one token and valid={list(expected)} or None, got {key.shape[2]} and {came}"
+            )
         return held.arrive(key, value, None if valid is None else valid.cpu())
 
     def attend_chunk(

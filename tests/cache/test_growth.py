@@ -88,7 +88,7 @@ def test_chunks_keep_what_is_allowed_after_each():
 def test_growth_follows_the_oracle(policy):
     """Kept tokens too: what was evicted does not come back when a capacity grows."""
     schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), 0.3, 3, min_tokens=10)
-    play = Play(policy, schedule, batch=2, tokens=240).prompt(30, 14).decode(70).prompt(40, 3).decode(10)
+    play = Play(policy, schedule, batch=2, tokens=240).prompt(30, 14).decode(70).prompt(40, 3).decode(60)
     assert play.store.capacities.sum(2).tolist() == [[round(0.3 * 140 * 2), round(0.3 * 87 * 2)]]
     assert play.store.capacities[0, 0, 1] > 2 * play.store.capacities[0, 0, 0]
 

@@ -9,6 +9,7 @@ import torch
 from kvpolicy import BudgetError, EvictionPolicy, PluginError
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.store import Scoring
 from tests.cache.play import spec_of, store_of, tensors
 from tests.cache.policies import Recent, ValueNorm
 
@@ -138,14 +139,30 @@ def test_tokens_that_do_not_fit(name, change, error, how):
     assert (store.seen.tolist(), store.lengths.tolist()) == before
 
 
-def test_append_is_for_one_token_behind_a_prompt():
+def test_append_is_for_one_token_where_none_is_pending():
     store = store_of(Recent(), [5, 6])
-    _, key, value = tensors(2)
-    with pytest.raises(BudgetError, match="append takes one token behind a prompt"):
+    query, key, value = tensors(2)
+    error = r"append takes one token where tokens are held and none is pending, got {} for layer 0"
+    with pytest.raises(BudgetError, match=error.format(1)):
         store.append(0, key[:, :, :1], value[:, :, :1])
     store.prefill(0, *tensors(3))
-    with pytest.raises(BudgetError, match=r"append takes one token .* got 2"):
+    with pytest.raises(BudgetError, match=error.format(2)):
         store.append(0, key, value)
+    store.keep(0, query, store.arrive(0, key, value), Scoring(), hold=1)
+    with pytest.raises(BudgetError, match=error.format(1)):
+        store.append(0, key[:, :, :1], value[:, :, :1])
+    assert store.seen.tolist() == [5]
+
+
+def test_padding_of_another_shape():
+    store, (query, key, value) = store_of(Recent(), [5, 6], batch_size=2), tensors(4, batch=2)
+    with pytest.raises(BudgetError, match=r"num_padding must be \[2\], one for each row, got \[1\]"):
+        store.prefill(0, query, key, value, num_padding=[3])
+    with pytest.raises(BudgetError, match=r"valid=\[2, 4\] or None, got 4 and \[1, 4\]"):
+        store.arrive(0, key, value, torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(BudgetError, match=r"at least one token .* got 0 and None"):
+        store.prefill(0, query[:, :, :0], key[:, :, :0], value[:, :, :0])
+    assert store.seen.tolist() == [0, 0]
 
 
 def test_a_layer_that_holds_nothing_cannot_be_attended_to():

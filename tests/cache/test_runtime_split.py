@@ -71,11 +71,11 @@ def store_of(allocator, schedule=None, policy=None, **options):
     return RaggedStore(spec_of(LAYERS, HEADS), schedule, policy or ValueNorm(SINKS), split=split, **options)
 
 
-def prompts(length, batch=1, seed=0):
+def prompts(length, batch=1, seed=0, flipped=False):
     """Tokens of every layer; layers and heads differ in size, so that the budget is split unevenly."""
     layers = [tensors(length, batch, HEADS, seed * 100 + layer) for layer in range(LAYERS)]
     for layer, (_, _, value) in enumerate(layers):
-        value *= torch.tensor([1.0, 0.5 + layer])[:, None, None]
+        value *= torch.tensor([1.0, 0.5 + (LAYERS - 1 - layer if flipped else layer)])[:, None, None]
     return layers
 
 
@@ -203,13 +203,13 @@ def test_decoding_grows_what_the_prompt_found(allocator):
 
 @SCOPES
 def test_a_second_prompt_splits_what_is_new(allocator):
-    first, second = prompts(50), prompts(40, seed=3)
+    first, second = prompts(50), prompts(40, seed=3, flipped=True)
     store = feed(store_of(allocator), first)
     before, held = store.capacities, kept(store)
     feed(store, second)
     total = round(0.3 * 90 * LAYERS * HEADS)
     assert int(store.capacities.sum()) == total and torch.equal(store.lengths, store.capacities)
-    assert bool((store.capacities >= before).all())
+    assert bool((store.capacities >= before).all()) and bool((store.capacities == before).any()), "one is at its floor"
     for key, positions in kept(store).items():
         assert {p for p in positions if p < 50} <= set(held[key])
     if allocator.split_scope == "model":
@@ -292,6 +292,25 @@ def test_what_an_allocator_is_given():
     assert budget.total == total and int(budget.floors().min()) == FLOOR
     left = (total - FLOOR * HEADS) // 2
     assert [int((x > -torch.inf).sum()) for x in scores] == [left, left, HEADS * 48], "the kept ones, without spans"
+
+
+@dataclass(frozen=True, slots=True)
+class Swinging(Recording):
+    """Wants the first layer back that it gave away."""
+
+    def split(self, scores, budget):
+        shares = torch.ones(1, len(scores), HEADS)
+        shares[0, 0] = 9 if len(scores) == LAYERS else 0.1
+        return shares
+
+
+def test_what_an_earlier_layer_gave_away_is_gone():
+    store, capacities = store_of(Swinging()), []
+    for layer, tokens in enumerate(prompts(50)):
+        store.prefill(layer, *tokens)
+        capacities.append(store.capacities[:, 0])
+    assert bool((capacities[2][:2] <= capacities[1][:2]).all())
+    assert int(store.lengths.sum()) == int(store.capacities.sum()) == round(0.3 * 50 * LAYERS * HEADS)
 
 
 @dataclass(frozen=True, slots=True)
