@@ -60,9 +60,15 @@ def test_casts_to_out(layout):
     check(source, [23, 0, 7], [row for b in source for h in b for row in h], torch.bfloat16)
 
 
-def test_one_head_expanded_over_the_batch():
-    source = torch.randn(1, 1, 5, 4, device=DEVICE).expand(3, 1, 5, 4)
+@pytest.mark.parametrize("shape", [(1, 1, 5, 4), (1, 1, 1, 4)], ids=str)
+def test_one_head_expanded_over_the_batch(shape):
+    source = torch.randn(shape, device=DEVICE).expand(3, 1, 5, 4)
     check(source, [14, 4, 5], [row for b in source for h in b for row in h])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 4)], ids=str)
+def test_nothing_to_move(shape):
+    check(torch.zeros(shape, device=DEVICE), [], [torch.zeros(4, device=DEVICE)])
 
 
 def test_a_strided_chunk_is_not_copied_whole(monkeypatch):
