@@ -210,5 +210,7 @@ def test_ranks_get_the_same_total():
         part = (query[:, 3 * first : 3 * first + 3], key[:, first : first + 1], value[:, first : first + 1])
         for layer in range(2):
             store.prefill(layer, *part)
+        tensors_held = [x for layer in store.layers for x in layer.tensors.values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors_held), "a part, not a view of the whole"
     held = torch.cat([store.lengths for store in stores], 2)
     assert torch.equal(held[:, 0], schedule.at(500, None))
