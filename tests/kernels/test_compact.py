@@ -34,13 +34,13 @@ def chunk(batch, heads, length, dim, layout, dtype=torch.float32):
     }[layout]()
 
 
-LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "fused", "columns", "expanded"])
+LAYOUTS = ["contiguous", "transposed", "sliced", "fused", "columns", "expanded"]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64])
 DIMS = st.sampled_from([None, 1, 4])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), DIMS, LAYOUTS, DTYPES, st.data())
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), DIMS, st.sampled_from(LAYOUTS), DTYPES, st.data())
 def test_chunk(batch, heads, length, dim, layout, dtype, data):
     source = chunk(batch, heads, length, dim, layout, dtype)
     flat = [source[b, h, t] for b in range(batch) for h in range(heads) for t in range(length)]
@@ -54,16 +54,16 @@ def test_arena(num_rows, dim, dtype, data):
     check(source, data.draw(st.lists(st.integers(0, num_rows - 1), max_size=40)), list(source))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_casts_to_out(layout):
     source = chunk(2, 3, 4, 8, layout)
     check(source, [23, 0, 7], [row for b in source for h in b for row in h], torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5, 4), (1, 1, 1, 4)], ids=str)
-def test_one_head_expanded_over_the_batch(shape):
-    source = torch.randn(shape, device=DEVICE).expand(3, 1, 5, 4)
-    check(source, [14, 4, 5], [row for b in source for h in b for row in h])
+def test_one_row_or_head_expanded(shape):
+    source = torch.randn(shape, device=DEVICE).expand(3, 2, 5, 4)
+    check(source, [29, 4, 5], [row for b in source for h in b for row in h])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 4)], ids=str)
