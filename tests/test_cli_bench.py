@@ -19,7 +19,7 @@ LAYERS, HEADS, ENTRY = 2, 2, (8 + 8) * 4
 def bench(tiny_checkpoint, tiny_text):
     """The arguments of a short run; later ones win."""
     sizes = ["--context", "200", "--new-tokens", "5", "--repeats", "3", "--min-tokens", "16"]
-    return ["bench", "--model", tiny_checkpoint, "--text", tiny_text, "--dtype", "float32", *sizes]
+    return ["bench", "--model", tiny_checkpoint, "--text", tiny_text, "--device", "cpu", *sizes]
 
 
 def test_json_is_one_object_with_every_repeat(kvpolicy, bench):

@@ -21,7 +21,7 @@ LAYERS, HEADS, ENTRY = 2, 2, (8 + 8) * 4
 @pytest.fixture
 def generate(tiny_checkpoint):
     """The arguments of a short answer of the tiny model; later ones win."""
-    return ["generate", "--model", tiny_checkpoint, "--dtype", "float32", "--max-new-tokens", "12"]
+    return ["generate", "--model", tiny_checkpoint, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "12"]
 
 
 def expected_ids(folder, prompt, count, **options):
@@ -86,7 +86,7 @@ def test_a_short_prompt_is_kept_whole_and_said_to_be(kvpolicy, generate):
 
 def test_a_plan_brings_its_model_and_its_highest_level(kvpolicy, tuned):
     path, _ = tuned
-    options = ["--prompt", PROMPT, "--max-new-tokens", "4", "--min-tokens", "16", "--json"]
+    options = ["--prompt", PROMPT, "--device", "cpu", "--max-new-tokens", "4", "--min-tokens", "16", "--json"]
     found = kvpolicy("generate", path, *options).json
     assert found["model"] == package.load_plan(path).model.id
     assert found["retention"] == 0.5
@@ -105,6 +105,12 @@ def test_the_prompt_of_a_file_and_of_standard_input(kvpolicy, generate, tmp_path
     assert kvpolicy(*generate, "full", "--prompt-file", "-").out == as_option
 
 
+def test_more_tokens_than_the_model_was_made_for_are_said(kvpolicy, generate):
+    said = "tokens with the answer are more than the 256 that the model was made for"
+    assert said not in kvpolicy(*generate, "full", "--prompt", "bada gidu").err
+    assert said in kvpolicy(*generate, "full", "--prompt", PROMPT).err
+
+
 def test_quiet_prints_the_text_alone(kvpolicy, generate):
     result = kvpolicy(*generate, "full", "--prompt", PROMPT, "--quiet")
     assert (result.code, result.err) == (0, "")
@@ -116,7 +122,7 @@ def test_a_chat_template_is_used_unless_it_is_refused(kvpolicy, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %} bada:"
     tokenizer.save_pretrained(folder)
-    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", "4", "--json"]
+    options = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4", "--json"]
     chat = kvpolicy("generate", "full", "--prompt", "gidu", *options).json
     plain = kvpolicy("generate", "full", "--prompt", "<s>[user] gidu bada:", "--no-chat", *options).json
     assert (chat["chat"], plain["chat"]) == (True, False)

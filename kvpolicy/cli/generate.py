@@ -73,6 +73,9 @@ def generate(
     cache = choice.make(network, retention, tokens=tokens)
     progress = watcher(quiet or json)
     progress.note(f"{name} from {network.kvpolicy_source}, on {where}: {ids.shape[1]} tokens of prompt")
+    whole, known = ids.shape[1] + max_new_tokens, cache.spec.max_context
+    if whole > known > 0:
+        progress.note(f"{whole} tokens with the answer are more than the {known} that the model was made for")
     torch.manual_seed(seed)
     stream = _Stream(tokenizer, silent=json)
     _run(network, cache, ids, stream, max_new_tokens, temperature)
