@@ -280,6 +280,16 @@ def test_tokens_that_may_be_taken_back_are_saved(name, tmp_path):
     assert_same(facts(cache), facts(loaded))
 
 
+def test_padding_between_tokens_is_remembered(llama, tmp_path):
+    cache, ids, mask = kvpolicy.new_cache(llama, retention=0.3, min_tokens=8), tiny_ids(LENGTH, batch=2), left_padded(2)
+    mask[1, PROMPT : PROMPT + 3] = 0
+    feed(llama, cache, ids, [PROMPT, 7], mask)
+    loaded = saved(cache, llama, tmp_path)
+    assert torch.equal(*(feed(llama, each, ids, [1, 4, 1], mask) for each in (cache, loaded)))
+    with pytest.raises(ModelError, match="padding stands between"):
+        loaded.seen_mask()
+
+
 def test_a_conversation_goes_on(llama, tmp_path):
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cache = kvpolicy.new_cache(llama, retention=0.3, min_tokens=8)

@@ -13,6 +13,7 @@ from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.devices import check_devices
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import Recipe
@@ -98,6 +99,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None)
         )
 
     count = spec.num_kv_heads // size
+    check_devices(model, spec)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
     attach(model)
     prepare(model, spec, policy.requires)

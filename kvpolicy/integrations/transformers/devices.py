@@ -21,6 +21,22 @@ def layer_devices(model: PreTrainedModel, spec: ModelSpec) -> list[torch.device]
     return [_device_of(layer) for layer in layers]
 
 
+def check_devices(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Raises `ModelError` where a layer computes on another device than the budgeted one whose entries it reuses.
+
+    The keys that it gets there are a copy, which does not say which cache they belong to.
+    """
+    shared = [(index, owner) for index, layer in enumerate(spec.layers) if (owner := layer.shared_with) is not None]
+    shared = [(index, owner) for index, owner in shared if owner in spec.budgeted_layers]
+    devices = layer_devices(model, spec) if shared else []
+    for index, owner in shared:
+        if devices[index] != devices[owner]:
+            raise ModelError(
+                f"layer {index} is on {devices[index]} and reuses the keys and values of layer {owner} on "
+                f"{devices[owner]}: give a device_map that puts both on one device"
+            )
+
+
 def _device_of(layer: nn.Module) -> torch.device:
     device = next(layer.parameters()).device
     if device.type == "meta":  # offloaded: accelerate brings the weights to where they are used

@@ -17,28 +17,34 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 class LazyMask:
     """The arguments of a mask function. Sliceable in its query rows, as some models do.
 
-    given: batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, ...
+    given:  batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, ...
+    device: where a layer wants it, None for where it is made
     """
 
     def __init__(self, base: str, given: dict[str, Any], rows: slice = slice(None)) -> None:
         self.base, self.given, self.rows = base, given, rows
-        self._dense: list[Any] = []  # made once and shared by the layers of one kind
+        self.device: Any = None
+        self._dense: dict[Any, Any] = {}  # by device; made once and shared by the layers of one kind
 
     def dense(self) -> Any:
         """What the stock mask function returns; None where it says that plain causal attention is right."""
-        if not self._dense:
+        if None not in self._dense:
             whole = self.rows == slice(None)
             given = self.given if whole else self.given | {"allow_is_causal_skip": False}
             mask = ALL_MASK_ATTENTION_FUNCTIONS[self.base](**given)
-            self._dense.append(mask if whole or mask is None else mask[:, :, self.rows])
-        return self._dense[0]
+            self._dense[None] = mask if whole or mask is None else mask[:, :, self.rows]
+        if self.device not in self._dense:
+            mask = self._dense[None]
+            self._dense[self.device] = None if mask is None else mask.to(self.device)
+        return self._dense[self.device]
 
     def newest(self, count: int) -> Tensor:
         """What each query sees of the newest `count` tokens: bool [B, 1, n, count]."""
         end = int(self.given["q_offset"]) + int(self.given["q_length"])
         part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
         mask: Tensor = sdpa_mask(**self.given | part)
-        return mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
+        mask = mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
+        return mask if self.device is None else mask.to(self.device)
 
     def valid(self, count: int) -> Tensor | None:
         """Which of the newest `count` tokens are no padding: bool [B, count], None if all of them."""
@@ -48,15 +54,21 @@ class LazyMask:
         valid = padding[:, -count:].bool().cpu()
         return None if bool(valid.all()) else valid
 
-    def to(self, *_: Any, **__: Any) -> LazyMask:
-        """Does nothing: the mask is made where it is needed. accelerate asks for it."""
-        return self
+    def to(self, device: Any, *_: Any, **__: Any) -> LazyMask:
+        """The same for a layer on another device; accelerate asks for it. It is made where it would be, then moved."""
+        moved = LazyMask(self.base, self.given, self.rows)
+        moved.device, moved._dense = torch.device(device), self._dense
+        return moved
 
     def __getitem__(self, index: tuple[Any, ...]) -> LazyMask:
         """`mask[:, :, rows, :]`."""
         rows = index[2]
         whole = rows.start in (None, 0) and rows.stop is None
-        return self if whole else LazyMask(self.base, self.given, rows)
+        if whole:
+            return self
+        part = LazyMask(self.base, self.given, rows)
+        part.device = self.device
+        return part
 
 
 def make_mask(base: str, given: dict[str, Any]) -> Any:
