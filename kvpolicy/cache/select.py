@@ -79,7 +79,7 @@ def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: 
     key = (tier << (32 + _POSITION_BITS)) | positions
     if scores is not None:
         key = key | torch.where(tier == _PLAIN, _ordered(scores) << _POSITION_BITS, 0)
-    return torch.where(positions < 0, _ABSENT, key)
+    return key  # _ABSENT where positions are: -1 has every bit set
 
 
 def comparable(scores: Tensor, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:

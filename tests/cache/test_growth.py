@@ -127,6 +127,13 @@ def test_decode_append_grows_and_the_next_prompt_evicts():
     assert int(store.lengths.sum()) == round(0.3 * 320 * 4)
 
 
+def test_growing_moves_the_entries_once_in_16_tokens():
+    store = RaggedStore(spec_of(2), schedules.from_plan(plan_of(0.3)), Recent(4))
+    prompt(store, 16)
+    arenas = [store.layers[0].arena.keys for _ in decode(store, 112)]
+    assert len({id(arena) for arena in arenas}) <= 112 // 16 + 1
+
+
 def test_retention_1_evicts_nothing_and_scores_nothing():
     schedule = schedules.from_plan(plan_of(0.3), retention=1.0)
     store = RaggedStore(spec_of(2), schedule, ValueNorm(), protected=[(0, 3)])
