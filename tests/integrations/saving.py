@@ -1,0 +1,86 @@
+"""What the tests of saved caches share."""
+
+import dataclasses
+
+import torch
+
+from kvpolicy import BudgetPlan, ModelSpec
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.integrations.transformers.cache import BudgetedLayer
+from kvpolicy.plan_parts import PlanLevel
+
+PROMPT, STEPS = 48, [1] * 6 + [7] + [1] * 10 + [2] + [1] * 2
+LENGTH = PROMPT + sum(STEPS)
+
+
+def plan_of(model, levels=(0.2, 0.5), policy="streaming"):
+    """A plan whose shares differ between KV heads and between its levels."""
+    spec = ModelSpec.from_config(model.config)
+    plan = BudgetPlan.from_capacities(spec, torch.full(spec.table_shape, 100), 1000, policy=policy)
+    slope = torch.linspace(-0.6, 0.6, spec.num_budgeted_layers * spec.num_kv_heads, dtype=torch.float64)
+    shares = [level * (1 + slope.roll(i).view(spec.table_shape)) for i, level in enumerate(levels)]
+    return dataclasses.replace(plan, levels=tuple(map(PlanLevel, levels, shares)))
+
+
+def left_padded(batch):
+    """A mask [batch, LENGTH] with padding before each row's first token, another number in each."""
+    mask = torch.ones(batch, LENGTH, dtype=torch.int64)
+    for row in range(1, batch):
+        mask[row, : 5 * row] = 0
+    return mask
+
+
+@torch.no_grad()
+def feed(model, cache, ids, steps, mask=None):
+    """Logits of the next tokens of `ids`, in forwards of `steps`."""
+    parts = []
+    for count in steps:
+        begin = cache.get_seq_length()
+        seen = None if mask is None else mask[:, : begin + count]
+        part = ids[:, begin : begin + count]
+        parts.append(model(part, past_key_values=cache, attention_mask=seen).logits)
+    return torch.cat(parts, 1)
+
+
+def facts(cache):
+    """Every attribute that can matter, by name: the entries of an arena, not its free rows."""
+    found = {}
+
+    def add(owner, prefix, without=()):
+        for name, value in vars(owner).items():
+            if name in without:
+                continue
+            if isinstance(owner, LayerArena) and name in ("keys", "values", "positions", "scores"):
+                rows = owner.padded_rows()
+                found[f"{prefix}.rows"] = len(owner.keys)
+                value = None if value is None else value[rows[rows >= 0]]
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            found[f"{prefix}.{name}"] = value
+
+    add(cache, "cache", ("layers", "store", "make_store", "recipe", "_is_user_defined"))
+    found["recipe"] = cache.recipe.to_json()
+    add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy"))
+    add(cache.store.rows, "rows", ("schedule", "split"))
+    for index, layer in enumerate(cache.store.layers):
+        add(layer, f"store.{index}", ("arena",))
+        add(layer.arena, f"arena.{index}")
+    for index, layer in enumerate(cache.layers):
+        add(layer, f"layer.{index}", ("cache",) if isinstance(layer, BudgetedLayer) else ())
+    return found
+
+
+def assert_same(one, other, path=""):
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    else:
+        assert one == other, path
