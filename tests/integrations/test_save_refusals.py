@@ -294,7 +294,7 @@ def test_what_cannot_be_saved_says_why(llama, tmp_path):
     cache = kvpolicy.new_cache(llama, retention=0.3)
     feed(llama, cache, tiny_ids(9), [9])
     cache.layers[0].update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
-    with pytest.raises(ModelError, match="in the middle of a forward"):
+    with pytest.raises(ModelError, match=r"in the middle of a forward|not their attention"):
         cache.save(path)
     cache = kvpolicy.new_cache(llama, retention=0.3)
     feed(llama, cache, tiny_ids(9), [9])
