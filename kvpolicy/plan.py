@@ -176,7 +176,7 @@ class BudgetPlan:
         lowest level (its shares are scaled) or the context is over four times the one searched on.
         """
         context_length = positive("context_length", context_length)
-        self._warn_long(context_length)
+        self.warn_if_long(context_length)
         layers, heads = self.model.table_shape
         if tokens is None:
             retention = self._only_level() if retention is None else retention
@@ -215,6 +215,19 @@ class BudgetPlan:
                 PlanWarning,
                 stacklevel=2,
             )
+
+    def warn_if_long(self, context_length: int) -> bool:
+        """Warns, with `PlanWarning`, of a context over four times the one searched on. Returns whether it did."""
+        searched = self.provenance.get("context_length")
+        if searched is None or context_length <= 4 * searched:
+            return False
+        warnings.warn(
+            f"the context of {context_length} tokens is over four times the {searched} that the plan was made on: "
+            "check the quality there with 'kvpolicy eval --context'",
+            PlanWarning,
+            stacklevel=3,
+        )
+        return True
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, in the layout of the plan file."""
@@ -276,16 +289,6 @@ class BudgetPlan:
                 stacklevel=3,
             )
         return lowest.shares, kept
-
-    def _warn_long(self, context_length: int) -> None:
-        searched = self.provenance.get("context_length")
-        if searched is not None and context_length > 4 * searched:
-            warnings.warn(
-                f"the context of {context_length} tokens is over four times the {searched} that the plan was made on: "
-                "check the quality there with 'kvpolicy eval --context'",
-                PlanWarning,
-                stacklevel=3,
-            )
 
 
 def load_plan(path: str | os.PathLike[str]) -> BudgetPlan:

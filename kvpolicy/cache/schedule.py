@@ -150,9 +150,16 @@ def from_plan(
     plan.shares_at(retention)  # refuses now what it would refuse in the middle of a forward
     if retention == 1:
         return unlimited(shape)
+    least, warned = retention, False
+
+    def shares(kept: float, context: int) -> Tensor:
+        nonlocal warned
+        warned = warned or plan.warn_if_long(context)
+        return plan.shares_at(max(kept, least))
+
     return Growing(
         shape,
-        lambda kept, _: plan.shares_at(max(kept, retention)),
+        shares,
         retention,
         floor_of(plan.method.policy, UNLIMITED),
         positive("min_tokens", min_tokens),

@@ -138,13 +138,33 @@ def test_two_threads_on_one_model_do_not_meet():
             torch.testing.assert_close(got, expected[row], rtol=0, atol=0)
 
 
-def test_a_model_that_was_detached_is_noticed():
+@pytest.mark.parametrize("filled", [0, 30])
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_model_that_was_detached_is_noticed_at_once(filled, length):
     model, ids = tiny_model("Llama"), tiny_ids(30)
     cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8)
-    kvpolicy.detach(model)
+    with torch.no_grad():
+        if filled:
+            model(ids, past_key_values=cache)
+        kvpolicy.detach(model)
+        with pytest.raises(ModelError, match="not attached"):
+            model(ids[:, :length], past_key_values=cache)
+        kvpolicy.attach(model)
+        model(ids[:, :length], past_key_values=cache)
+    assert cache.get_seq_length() == filled + length
+
+
+def test_keys_that_never_reach_their_attention_are_noticed():
+    model, ids = tiny_model("Llama"), tiny_ids(30)
+    cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8)
+    key = torch.zeros(1, 2, 30, 16)
+    cache.update(key, key, 0)
+    with pytest.raises(ModelError, match="no budget was enforced"):
+        cache.update(key, key, 1)
+    with pytest.raises(ModelError, match="no budget was enforced"):
+        cache.report()
     with torch.no_grad(), pytest.raises(ModelError, match="no budget was enforced"):
         model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
 
 
 def test_offloading_is_refused():

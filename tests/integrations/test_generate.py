@@ -304,6 +304,8 @@ def test_attached_refuses_what_it_cannot_exchange(llama):
     with torch.no_grad(), kvpolicy.attached(llama, retention=0.5):
         with pytest.raises(ModelError, match="a StaticCache was given"):
             llama(ids, past_key_values=static)
+        with pytest.raises(ModelError, match="a cache that offloads was given"):
+            llama(ids, past_key_values=DynamicCache(config=llama.config, offloading=True))
         with pytest.raises(BudgetError, match="Assisted generation"):
             llama.generate(tiny_ids(300), max_new_tokens=20, prompt_lookup_num_tokens=3, do_sample=False)
     assert llama.config._attn_implementation == "sdpa"

@@ -7,6 +7,7 @@ model, stepped alternately or in two threads, cannot meet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from kvpolicy.integrations.transformers.exchange import (
     register,
     set_attention,
     stock_attention,
+    text_config,
 )
 from kvpolicy.integrations.transformers.masks import LazyMask, make_mask
 
@@ -73,3 +75,9 @@ def detach(model: PreTrainedModel) -> None:
 
 def is_attached(model: PreTrainedModel) -> bool:
     return attention_name(model).startswith(_PREFIX)
+
+
+def attachment_of(model: PreTrainedModel) -> Callable[[], bool]:
+    """Tells later on whether the model is still attached, without keeping the model alive."""
+    config = text_config(model)
+    return lambda: str(config._attn_implementation).startswith(_PREFIX)

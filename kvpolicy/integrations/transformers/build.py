@@ -11,7 +11,7 @@ from kvpolicy.cache.schedule import MIN_TOKENS, Fixed, Schedule
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.integrations.transformers.attachment import attach
+from kvpolicy.integrations.transformers.attachment import attach, attachment_of
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.devices import check_devices
 from kvpolicy.integrations.transformers.exchange import text_config
@@ -104,7 +104,8 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None)
     attach(model)
     prepare(model, spec, policy.requires)
     stock = DynamicCache(config=text_config(model)).layers
-    return RaggedCache(spec, make_store, stock, rank=rank, rollback=recipe.rollback, recipe=recipe)
+    attached = attachment_of(model)
+    return RaggedCache(spec, make_store, stock, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)
 
 
 def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:

@@ -70,13 +70,9 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Announces new tokens. key_states, value_states: [B, H, n, dim].
 
-        Raises `ModelError` when the tokens before these never reached our attention function.
+        Raises `ModelError` for a model that is not attached, and when tokens before these never reached our attention
+        function.
         """
-        if self.arrived:
-            raise ModelError(
-                f"layer {self.model_layer}: keys and values came, but not their attention, so no budget was enforced. "
-                "The model is not attached (any more): kvpolicy.attach(model) before the cache is used"
-            )
         self.cache.begin(key_states)
         self._finish()
         self.is_initialized = True
@@ -194,6 +190,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     spec:         the model's layers and heads
     make_store:   makes the store when the first tokens come
     stock_layers: what a stock cache holds, one for each model layer (layers that reuse others' may be missing)
+    attached:     tells whether the model still is
     rank:         tensor-parallel rank of this process
     rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
     recipe:       what the cache was made from, needed to save it
@@ -207,16 +204,19 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         spec: ModelSpec,
         make_store: StoreFactory,
         stock_layers: list[Any],
+        attached: Callable[[], bool],
         *,
         rank: int = 0,
         rollback: int = ROLLBACK,
         recipe: Recipe | None = None,
     ) -> None:
-        layers = list(stock_layers)
+        layers, self.budgeted = list(stock_layers), []
         for row, index in enumerate(spec.budgeted_layers):
             followers = sum(layer.shared_with == index for layer in spec.layers)
-            layers[index] = BudgetedLayer(self, row, index, followers)
+            self.budgeted.append(BudgetedLayer(self, row, index, followers))
+            layers[index] = self.budgeted[-1]
         super().__init__(layers=layers)
+        self.attached = attached
         self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
         self.store: RaggedStore | None = None
         self.recipe = recipe
@@ -226,6 +226,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def begin(self, key: Tensor) -> None:
         """Makes the store when the first keys come. key: [B, H, n, D]."""
+        if not self.attached():
+            raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
+        self.check_enforced()
         if self.store is not None:
             return
         batch, count = int(key.shape[0]), int(key.shape[1])
@@ -234,6 +237,15 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             raise ModelError(f"a rank holds {count} KV heads, no divisor of the model's {whole}")
         first = self.rank * count if count < whole else 0
         self.store = self.make_store(batch, (first, count))
+
+    def check_enforced(self) -> None:
+        """Raises `ModelError` where keys and values came to a layer, but not their attention."""
+        for layer in self.budgeted:
+            if layer.arrived:
+                raise ModelError(
+                    f"layer {layer.model_layer}: keys and values came, but not their attention, so no budget was "
+                    "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
+                )
 
     def opened(self) -> RaggedStore:
         if self.store is None:
@@ -270,11 +282,11 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         count = int(tokens_to_remove)
         if count > 0:
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
-        for layer in self._budgeted():
+        for layer in self.budgeted:
             layer._finish()
         if self.store is not None and count:
             self._crop_store(-count)
-        for layer in self._budgeted():
+        for layer in self.budgeted:
             layer.columns += count
         for layer in self._stock():
             layer.crop(tokens_to_remove)
@@ -297,7 +309,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def reset(self) -> None:
         """Forgets everything."""
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
-        for layer in self._budgeted():
+        for layer in self.budgeted:
             layer.columns, layer.arrived, layer.waiting = 0, 0, None
             layer.has_holes = layer.is_initialized = False
         for layer in self._stock():
@@ -318,7 +330,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """
         if self.store is None:
             return torch.ones(1, 0, dtype=torch.int64)
-        layer = self._budgeted()[0]
+        layer = self.budgeted[0]
         if layer.has_holes:
             raise ModelError("padding stands between the tokens of this cache, so its columns are not known")
         padding = layer.columns - self.store.seen
@@ -327,25 +339,26 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     @property
     def lengths(self) -> Tensor:
         """int64 [L, B, H], entries each KV head holds now."""
-        return self.opened().lengths
+        return self._enforced().lengths
 
     @property
     def capacities(self) -> Tensor:
         """int64 [L, B, H], entries each KV head may hold now."""
-        return self.opened().capacities
+        return self._enforced().capacities
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables and stock layers included."""
-        held = 0 if self.store is None else self.store.nbytes
+        held = 0 if self.store is None else self._enforced().nbytes
         return held + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
 
     def report(self) -> CacheReport:
         """Who was kept, what it weighs, and whether anything was evicted at all."""
-        return self.opened().report()
+        return self._enforced().report()
 
-    def _budgeted(self) -> list[BudgetedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
+    def _enforced(self) -> RaggedStore:
+        self.check_enforced()
+        return self.opened()
 
     def _stock(self) -> list[Any]:
         """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
@@ -364,7 +377,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             ) from None
 
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
-        for layer in self._budgeted():
+        for layer in self.budgeted:
             layer._finish()
         if self.store is not None:
             self.store.take(rows.long())

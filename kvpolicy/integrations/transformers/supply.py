@@ -53,9 +53,10 @@ def _supplied(
     cache = given.get("past_key_values")
     if isinstance(cache, RaggedCache) or given.get("use_cache") is False:
         return given
-    if cache is not None and not (type(cache) is DynamicCache and not cache.get_seq_length()):
+    if cache is not None and not (type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading):
+        kind = "cache that offloads" if getattr(cache, "offloading", False) else type(cache).__name__
         raise ModelError(
-            f"a {type(cache).__name__} was given to a model that is attached with a budget; only an empty DynamicCache "
+            f"a {kind} was given to a model that is attached with a budget; only an empty DynamicCache "
             "can be exchanged for a cache with budgets. Begin with a new one, or leave the context"
         )
     return given | {"past_key_values": new_cache(model, plan, **options)}
