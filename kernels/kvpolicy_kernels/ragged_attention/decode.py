@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 
-SHORTEST_PART = 1024  # entries; below it a second thread gains no more than the merge costs
+SHORTEST_PART = 512  # entries; below it a second thread gains no more than the merge costs
 
 
 class _Run(NamedTuple):
@@ -44,15 +44,15 @@ def decode_ragged_attention(
     segments = segment_list(starts, lengths, keys.shape[0])
     runs = list(_runs(segments))
     parts = _num_parts(runs)
-    q = query.reshape(len(segments), 1, -1, dim).expand(-1, parts, -1, -1)  # [segments, parts, group * n, D]
-    done = [_attend(q[run.first : run.end], keys, values, run, scale) for run in runs]
-    o, lse = done[0] if len(done) == 1 else (torch.cat(x) for x in zip(*done, strict=True))
+    q = query.reshape(len(segments), 1, -1, dim)  # [segments, 1, group * n, D]
+    o, lse = zip(*(_attend(q[run.first : run.end], keys, values, run, parts, scale) for run in runs), strict=True)
+    out = torch.cat(o)
     if sink_logits is not None:
         sinks = sink_logits[None, :, None].expand(batch, num_q_heads, n).reshape(len(segments), 1, -1)
-        lse = torch.cat([lse, sinks.to(lse.dtype)], 1)
-    if lse.shape[1] > 1:
-        o = (o * torch.softmax(lse, 1)[:, :parts, :, None]).sum(1).to(query.dtype)
-    return o.view(batch, num_q_heads, n, dim)
+        out = _merge(out, torch.cat([torch.cat(lse), sinks.to(lse[0].dtype)], 1))
+    elif parts > 1:
+        out = _merge(out, torch.cat(lse))
+    return out.view(batch, num_q_heads, n, dim)
 
 
 def _runs(segments: Sequence[tuple[int, int]]) -> Iterator[_Run]:
@@ -74,11 +74,11 @@ def _num_parts(runs: Sequence[_Run]) -> int:
     return max(1, min(wanted, max(run.length for run in runs) // SHORTEST_PART))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float) -> tuple[Tensor, Tensor]:
-    """q: [segments, parts, rows, D]. Returns the parts' attention, shaped as q, and log-sum-exp, without D."""
-    count, parts, rows, dim = q.shape
+def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, parts: int, scale: float) -> tuple[Tensor, Tensor]:
+    """q: [segments, 1, rows, D]. Returns each part's attention, [segments, parts, rows, D], and log-sum-exp."""
+    count, _, rows, dim = q.shape
     if run.length == 0:
-        return q.new_zeros(q.shape), q.new_zeros((count, parts, rows), dtype=torch.float32)
+        return q.new_zeros((count, parts, rows, dim)), q.new_zeros((count, parts, rows), dtype=torch.float32)
     used = min(parts, run.length)
     # equal distances, so each part but the first begins with the last `overlap` rows of the one before
     cut, overlap = divmod(run.length, used)
@@ -89,7 +89,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float) ->
         mask[:, 1:, :, :overlap] = float("-inf")
         mask = mask.expand(count, -1, rows, -1)
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(
-        q[:, :used],
+        q.expand(-1, used, -1, -1),
         keys.as_strided(size, stride, keys.storage_offset() + run.start * dim),
         values.as_strided(size, stride, values.storage_offset() + run.start * dim),
         attn_mask=mask,
@@ -98,3 +98,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float) ->
     if used < parts:
         o, lse = F.pad(o, (0, 0, 0, 0, 0, parts - used)), F.pad(lse, (0, 0, 0, parts - used), value=float("-inf"))
     return o, lse
+
+
+def _merge(o: Tensor, lse: Tensor) -> Tensor:
+    """o: [segments, parts, rows, D]; lse: [segments, parts or one more, rows], the last a sink with a zero value."""
+    weights = torch.softmax(lse, 1)[:, : o.shape[1], :, None]
+    return (o * weights).sum(1).to(o.dtype)
