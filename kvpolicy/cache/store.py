@@ -419,7 +419,8 @@ class RaggedStore:
     def _split(self, layer: int, held: StoreLayer, chunk: Chunk, scores: Tensor) -> None:
         """Run-time capacities of this layer, and of earlier ones that shrink for it. scores: float32 [S, width + n]."""
         earlier = [self._layer(index) for index in range(layer)]
-        compared = [*(each.compared() for each in earlier), held.compared(scores, chunk)]
+        device = held.arena.device  # layers may lie on several
+        compared = [*(each.compared().to(device) for each in earlier), held.compared(scores, chunk)]
         for each, table in zip((*earlier, held), self.rows.split_layer(compared, held.settled.tolist()), strict=True):
             each.table = table
         for each in earlier:

@@ -261,10 +261,20 @@ def test_rows_that_ended_at_different_times_are_refused(llama):
     free = generated(llama, ids, DynamicCache(config=llama.config), 12, do_sample=False, eos_token_id=None)[:, 20:]
     end = next(token for token in free[0].tolist() if token not in free[1].tolist())
     cache = kvpolicy.new_cache(llama, retention=1.0)
-    llama.generation_config.eos_token_id = end
-    kvpolicy.generate(llama, cache, ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    kvpolicy.generate(llama, cache, ids, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=0)
     with pytest.raises(ModelError, match="ended earlier than others"):
         kvpolicy.generate(llama, cache, tiny_ids(5, batch=2), max_new_tokens=4)
+
+
+def test_recording_can_end_without_taking_anything_back():
+    model, ids = tiny_model("Gemma3Window"), tiny_ids(70)
+    expected = stepped_logits(model, ids, kvpolicy.new_cache(model, retention=1.0), [50, 10, 10])
+    cache = kvpolicy.new_cache(model, retention=1.0)
+    cache.activate_past_recording()
+    first = stepped_logits(model, ids[:, :60], cache, [50, 10])
+    cache.stop_recording()
+    got = torch.cat([first, stepped_logits(model, ids[:, 60:], cache, [10])], 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 # --- attached

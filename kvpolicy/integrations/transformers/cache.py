@@ -271,7 +271,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Ends what `activate_past_recording` began; transformers never does."""
         self.recording = False
         for layer in self._stock():
-            if hasattr(layer, "record_past"):
+            if getattr(layer, "record_past", False):
+                layer.crop(0)  # lets it go back to its working size
                 layer.record_past = False
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:

@@ -48,7 +48,7 @@ def generate(
     finally:
         cache.stop_recording()
     ids = out if isinstance(out, Tensor) else out.sequences
-    _remember(model, cache, ids, fed.shape[1], seen)
+    _remember(cache, ids, fed.shape[1], seen, _end_tokens(model, options))
     return ids[:, unfed.shape[1] :]
 
 
@@ -63,15 +63,20 @@ def _unfed(cache: RaggedCache, input_ids: Tensor, seen: int) -> Tensor:
     return input_ids[:, :0] if cache.unfed is None else cache.unfed.to(input_ids)
 
 
-def _remember(model: PreTrainedModel, cache: RaggedCache, ids: Tensor, fed: int, seen: int) -> None:
+def _end_tokens(model: PreTrainedModel, options: dict[str, Any]) -> list[int]:
+    """The tokens at which generate ends a row, under these options."""
+    config = options.get("generation_config") or model.generation_config
+    ends = options.get("eos_token_id", config.eos_token_id)
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+
+def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[int]) -> None:
     """Notes what the next turn has to feed first, or why there cannot be one. ids: [rows, fed + generated]."""
     cache.ended = None
     if cache.store is None or cache.store.batch_size != ids.shape[0]:
         cache.ended = "its rows are beams or several samples of one prompt"
         return
     cache.unfed = ids[:, cache.get_seq_length() - seen :].clone()
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    early = sum((ids[:, fed:-1] == end).any(1) for end in ends) if ids.shape[0] > 1 else 0
-    if isinstance(early, Tensor) and bool(early.any()):
+    ended = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+    if ids.shape[0] > 1 and bool(ended.any()):
         cache.ended = "some of its rows ended earlier than others, and fillers stand behind their end"
