@@ -113,7 +113,11 @@ def test_hand_written_answer():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("keys", torch.zeros(9, 5), r"column_scores: query \[2, 4, 3, 8\] needs keys \[R, 8\], got \[9, 5\]"),
+        (
+            "keys",
+            torch.zeros(9, 5),
+            r"column_scores: query \[2, 4, 3, 8\] needs contiguous keys \[R, 8\], got \[9, 5\]",
+        ),
         ("starts", torch.tensor([0, 4, 6]), r"column_scores: starts and lengths must be .* got \[3\] and \[2\]"),
         ("lengths", torch.tensor([3, 9]), "segment 1 of 9 rows from row 4 leaves the arena of 9 rows"),
         ("sink_logits", torch.zeros(2), r"expected sink_logits \[4\], got \[2\]"),

@@ -199,8 +199,10 @@ def test_views(lengths):
 
 
 REFUSED = [
-    ("keys", lambda x: x[:, :5], r"needs keys \[R, 8\], got \[28, 5\]"),
-    ("values", lambda x: x[1:], r"expected values \[28, Dv\], got \[27, 12\]"),
+    ("keys", lambda x: x[:, :5], r"needs contiguous keys \[R, 8\], got \[28, 5\]"),
+    ("keys", lambda x: x.T.contiguous().T, r"got \[28, 8\] with strides \[1, 28\]"),
+    ("values", lambda x: x[1:], r"expected contiguous values \[28, Dv\], got \[27, 12\]"),
+    ("values", lambda x: x[:, ::2], r"got \[28, 6\] with strides \[12, 2\]"),
     ("lengths", lambda x: x[:2], r"starts and lengths must be .* got \[4\] and \[2\]"),
     ("starts", lambda x: x + 5, "segment 0 of 3 rows from row 28 leaves the arena of 28 rows"),
     ("sink_logits", lambda _: torch.zeros(3), r"expected sink_logits \[4\], got \[3\]"),

@@ -42,11 +42,14 @@ def ragged_attention(
     entry_mask: one bool [n, lengths[i]] per segment, True is visible; default: all are
 
     Returns [B, num_q_heads, n, Dv]. Memory beside the result is O(n + lengths.max()) for a block of queries.
-    Raises `ValueError` for shapes that do not fit and segments that leave the arena.
+    Raises `ValueError` for shapes or strides that do not fit and segments that leave the arena.
     """
     num_kv_heads = check_segments("ragged_attention", query, keys, starts, lengths, sink_logits)
-    if values.dim() != 2 or values.shape[0] != keys.shape[0]:
-        raise ValueError(f"ragged_attention: expected values [{keys.shape[0]}, Dv], got {list(values.shape)}")
+    if values.dim() != 2 or values.shape[0] != keys.shape[0] or not values.is_contiguous():
+        raise ValueError(
+            f"ragged_attention: expected contiguous values [{keys.shape[0]}, Dv], got {list(values.shape)} "
+            f"with strides {list(values.stride())}"
+        )
     if (chunk_key is None) != (chunk_value is None):
         raise ValueError("ragged_attention: chunk_key and chunk_value come together, got one of them")
     check_chunk("ragged_attention", query, num_kv_heads, chunk_key, chunk_mask)
@@ -90,8 +93,11 @@ def check_segments(
 ) -> int:
     """Returns the number of KV heads; raises `ValueError` for shapes that do not fit."""
     batch, num_q_heads, _, dim = query.shape
-    if keys.dim() != 2 or keys.shape[1] != dim:
-        raise ValueError(f"{op}: query {list(query.shape)} needs keys [R, {dim}], got {list(keys.shape)}")
+    if keys.dim() != 2 or keys.shape[1] != dim or not keys.is_contiguous():
+        raise ValueError(
+            f"{op}: query {list(query.shape)} needs contiguous keys [R, {dim}], got {list(keys.shape)} "
+            f"with strides {list(keys.stride())}"
+        )
     segments = starts.shape[0]
     if starts.shape != lengths.shape or segments == 0 or segments % batch or num_q_heads % (segments // batch):
         raise ValueError(
