@@ -176,7 +176,11 @@ class BudgetAllocator(_Role):
         return None
 
     def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
-        """Run-time shares `[B, l + 1, H]` from the kept scores `[B, H, n]` of layers 0 to l.
+        """Run-time shares `[B, l + 1, H]` from the scores `[B, H, n]` of layers 0 to l, of what each layer still holds.
+
+        +inf stands for entries that are kept in any case (sink tokens, the recent window), -inf for absent ones and
+        for protected spans, which are on top of the budget: sums and means have to leave both out. Under the scope
+        "layer" there is one layer, the one that has just run; `budget.shape` is `(l + 1, H)`.
 
         Only called when `split_scope` is not "none". Raises `NotImplementedError` unless overridden.
         """

@@ -190,7 +190,7 @@ class PowerAllocator(BudgetAllocator):
         return importance.per_head**self.exponent
 
     def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
-        return torch.stack([score.mean(-1) for score in scores], dim=1)
+        return torch.stack([finite_mean(score) for score in scores], dim=1)
 
     @classmethod
     def suggest(cls, trial: Trial) -> Self:
@@ -225,6 +225,11 @@ def shares(function: Callable[[Importance, Budget], object]) -> type[PowerAlloca
     return allocator(shares=lambda self, importance, budget: function(importance, budget))
 
 
+def finite_mean(scores: Tensor) -> Tensor:
+    """Mean over the entries that compete: +inf is kept in any case, -inf is absent."""
+    return scores.masked_fill(~scores.isfinite(), 0).mean(-1)
+
+
 def split(function: Callable[[Sequence[Tensor]], object]) -> type[PowerAllocator]:
     return allocator(split=lambda self, scores, budget: function(scores))
 
@@ -248,10 +253,14 @@ def suggest(function: Callable[[type, Trial], object]) -> type[PowerAllocator]:
             "Budget.floor",
         ),
         (shares(lambda i, b: i.per_head * i.per_layer[:, None]), "shares raised TypeError"),
-        (split(lambda s: s[-1].mean(-1)[:, None]), "split has shape [B, l + 1, H]"),
-        (split(lambda s: torch.stack([x.mean(-1) - 1 for x in s], 1)), "split is not negative"),
-        (split(lambda s: torch.stack([x.mean(-1) * 0 for x in s], 1)), "split is not all zero"),
-        (split(lambda s: torch.stack([x.mul_(2).mean(-1) for x in s], 1)), "changed `scores`"),
+        (
+            split(lambda s: torch.cat([finite_mean(s[-1]), finite_mean(s[-1])])[:, None]),
+            "split has shape [B, l + 1, H]",
+        ),
+        (split(lambda s: torch.stack([finite_mean(x) - 1 for x in s], 1)), "split is not negative"),
+        (split(lambda s: torch.stack([finite_mean(x) * 0 for x in s], 1)), "split is not all zero"),
+        (split(lambda s: torch.stack([finite_mean(x.mul_(2)) for x in s], 1)), "changed `scores`"),
+        (split(lambda s: torch.stack([x.mean(-1) for x in s], 1)), "split is finite"),
         (split(lambda s: torch.rand(2, len(s), 2)), "same for the same arguments"),
         (suggest(lambda cls, t: cls(t.suggest_float("power", 0, 1))), "'power', which is no field"),
         (suggest(lambda cls, t: cls(t.suggest_float("exponent", 2, 3))), "outside the searched range [2, 3]"),

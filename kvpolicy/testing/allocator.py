@@ -62,13 +62,19 @@ def _check_shares(allocator: BudgetAllocator, given: str, importance: Importance
 
 def _check_split(allocator: BudgetAllocator) -> None:
     generator = torch.Generator().manual_seed(0)
-    (layers, heads), batch, budget = _SHAPE, 2, _budgets()[0]
+    (layers, heads), batch = _SHAPE, 2
     every = [torch.rand(batch, heads, 20, generator=generator) for _ in range(layers)]
-    for count in range(1, layers + 1):
-        given = f"scores [{batch}, {heads}, 20] of {count} layers"
-        scores = [score.clone() for score in every[:count]]
+    for layer in every:
+        layer[:, :, :4] = float("inf")  # sink tokens
+        layer[:, 0, 15:] = float("-inf")  # absent
+    for last in range(layers):
+        shown = every[: last + 1] if allocator.split_scope == "model" else every[last : last + 1]
+        count = len(shown)
+        budget = Budget(total=10 * count * heads, shape=(count, heads), floor=5, ceiling=20)
+        given = f"scores [{batch}, {heads}, 20] of {count} layers, +inf for 4 sink tokens, -inf for absent entries"
+        scores = [score.clone() for score in shown]
         shares = call(allocator, "split", given, allocator.split, scores, budget)
-        untouched = len(scores) == count and all(map(torch.equal, scores, every))
+        untouched = len(scores) == count and all(map(torch.equal, scores, shown))
         law = "split leaves its arguments unchanged, and changed `scores`"
         hold(untouched, allocator, law, given, scores[0], "work on a copy; avoid methods ending in '_'")
         hold_tensor(allocator, "split", given, shares, (batch, count, heads), "[B, l + 1, H]")
