@@ -79,6 +79,16 @@ def test_the_stock_cache_is_right_on_an_attached_model(architecture):
         torch.testing.assert_close(architecture(ids, attention_mask=mask).logits, before, rtol=0, atol=0)
 
 
+def test_another_model_is_not_touched():
+    model, other, ids = tiny_model("Llama"), tiny_model("Llama", layers=2), tiny_ids(40)
+    with torch.no_grad():
+        before = other(ids).logits
+        cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8)
+        model(ids, past_key_values=cache)
+        torch.testing.assert_close(other(ids).logits, before, rtol=0, atol=0)
+    assert other.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_cannot_work_is_refused(name):
     with pytest.raises(ModelError):

@@ -15,7 +15,7 @@ from tests.integrations.ragged_oracle import masked_logits, ragged_table, steppe
 from tests.tiny import tiny_model
 
 SINKS = 4
-TEXT = "A cache keeps what its budget allows; each head keeps another part of what was said. " * 40
+TEXT = "A cache keeps what its budget allows; each head keeps another part of what was said. " * 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def test_a_ragged_budget_equals_a_mask_per_head(model, ids, steps):
 def test_bytes_are_those_of_the_entries_kept(model, ids, retention, policy):
     spec, length = ModelSpec.from_config(model.config), 1000
     chosen = None if policy == "streaming" else ValueNorm()
-    plan = ragged_plan(spec)
+    plan = ragged_plan(spec, context_length=length)
     cache = kvpolicy.new_cache(model, plan, retention=retention, min_tokens=32, policy=chosen)
     stepped_logits(model, ids[:, :length], cache, [length])
     kept = int(cache.lengths.sum())
@@ -140,7 +140,7 @@ def test_a_budget_grows_with_a_long_answer():
     prompt = torch.arange(3, 19)[None]
     mask = torch.ones_like(prompt)
     options = {"max_new_tokens": 1500, "do_sample": True, "eos_token_id": None}
-    cache = kvpolicy.new_cache(model, ragged_plan(spec), retention=0.3)
+    cache = kvpolicy.new_cache(model, ragged_plan(spec, context_length=1024), retention=0.3)
     torch.manual_seed(0)
     got = model.generate(prompt, attention_mask=mask, past_key_values=cache, **options)
     torch.manual_seed(0)

@@ -57,6 +57,17 @@ def test_smollm2_gives_the_tokens_of_the_stock_cache(smollm2, mode):
         kvpolicy.detach(model)
 
 
+def test_smollm2_as_its_own_assistant_gives_the_tokens_of_the_stock_cache(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer("One two three four, one two three", return_tensors="pt").input_ids
+    expected = generated(model, ids, DynamicCache(config=model.config), 12, assistant_model=model, do_sample=False)
+    try:
+        cache = kvpolicy.new_cache(model, retention=1.0)
+        assert torch.equal(generated(model, ids, cache, 12, assistant_model=model, do_sample=False), expected)
+    finally:
+        kvpolicy.detach(model)
+
+
 def test_assisted_generation_gives_the_tokens_of_the_stock_cache(llama):
     ids, assistant = tiny_ids(30), tiny_model("Llama", layers=1)
     expected = generated(llama, ids, DynamicCache(config=llama.config), assistant_model=assistant, do_sample=False)

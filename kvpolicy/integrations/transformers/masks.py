@@ -24,7 +24,10 @@ class LazyMask:
     def __init__(self, base: str, given: dict[str, Any], rows: slice = slice(None)) -> None:
         self.base, self.given, self.rows = base, given, rows
         self.device: Any = None
-        self._dense: dict[Any, Any] = {}  # by device; made once and shared by the layers of one kind
+        # made once and shared by the layers of one kind
+        self._dense: dict[Any, Any] = {}  # by device
+        self._newest: dict[int, Tensor] = {}  # by count
+        self._valid: dict[int, Tensor | None] = {}
 
     def dense(self) -> Any:
         """What the stock mask function returns; None where it says that plain causal attention is right."""
@@ -40,24 +43,28 @@ class LazyMask:
 
     def newest(self, count: int) -> Tensor:
         """What each query sees of the newest `count` tokens: bool [B, 1, n, count]."""
-        end = int(self.given["q_offset"]) + int(self.given["q_length"])
-        part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
-        mask: Tensor = sdpa_mask(**self.given | part)
-        mask = mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
-        return mask if self.device is None else mask.to(self.device)
+        if count not in self._newest:
+            end = int(self.given["q_offset"]) + int(self.given["q_length"])
+            part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
+            mask: Tensor = sdpa_mask(**self.given | part)
+            self._newest[count] = mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
+        return self._newest[count] if self.device is None else self._newest[count].to(self.device)
 
     def valid(self, count: int) -> Tensor | None:
         """Which of the newest `count` tokens are no padding: bool [B, count], None if all of them."""
         padding: Tensor | None = self.given.get("attention_mask")
         if padding is None:
             return None
-        valid = padding[:, -count:].bool().cpu()
-        return None if bool(valid.all()) else valid
+        if count not in self._valid:
+            valid = padding[:, -count:].bool().cpu()
+            self._valid[count] = None if bool(valid.all()) else valid
+        return self._valid[count]
 
     def to(self, device: Any, *_: Any, **__: Any) -> LazyMask:
         """The same for a layer on another device; accelerate asks for it. It is made where it would be, then moved."""
         moved = LazyMask(self.base, self.given, self.rows)
-        moved.device, moved._dense = torch.device(device), self._dense
+        moved.device = torch.device(device)
+        moved._dense, moved._newest, moved._valid = self._dense, self._newest, self._valid
         return moved
 
     def __getitem__(self, index: tuple[Any, ...]) -> LazyMask:
