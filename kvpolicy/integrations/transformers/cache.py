@@ -272,7 +272,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.recording = False
         for layer in self._stock():
             if getattr(layer, "record_past", False):
-                layer.crop(0)  # lets it go back to its working size
+                layer.crop(0)  # lets it go back to its working size, without which the next forward fails
                 layer.record_past = False
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
