@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.window_attention.blocked import blocked_window_attention
-
-Backend = Literal["auto", "torch", "triton"]
 
 
 def window_attention(
@@ -39,11 +37,11 @@ def window_attention(
     backend: "auto" is Triton on CUDA and torch elsewhere
 
     Returns [B, num_q_heads, T, Dv]. Memory is O(T): no [heads, T, T] mask is made.
-    Raises `ValueError` for shapes or capacities that do not fit.
+    Raises `ValueError` for shapes or capacities that do not fit, and for a backend that cannot run here.
     """
     _check(query, key, value, capacities, num_sink_tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton" or (backend == "auto" and query.is_cuda):
+    if uses_triton("window_attention", backend, query):
         from kvpolicy_kernels.window_attention.kernel import triton_window_attention
 
         window = torch.tensor([int(c) - num_sink_tokens for c in capacities], dtype=torch.int32, device=query.device)

@@ -1,0 +1,99 @@
+"""What every kernel benchmark shares: medians over a cold L2, the ceilings of the device, and the CSV.
+
+A call is timed in a CUDA graph that runs it over several sets of arguments in turn, together larger than the L2 cache,
+so that no call finds its own data there and no launch waits for Python.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+COLD_BYTES = (
+    400_000_000  # bytes that lie between two calls over one set of arguments, at least; an H200 has 60 MB of L2
+)
+
+
+def copies_needed(nbytes: int) -> int:
+    """Sets of arguments, of so many bytes each, that a cold measurement rotates over."""
+    return max(2, -(-COLD_BYTES // max(nbytes, 1)))
+
+
+def cold_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> tuple[float, float]:
+    """Seconds of one call. calls: the same work over different memory, see `copies_needed`.
+
+    Returns the median over replays of the graph, and the spread: (largest - smallest) / median.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for _ in range(2):
+        graph.replay()
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) * 1e-3 / len(calls) for begin, end in events]
+    median = statistics.median(times)
+    del graph
+    return median, (max(times) - min(times)) / median
+
+
+@triton.jit
+def _read_kernel(x_ptr, o_ptr, per_program, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * per_program
+    total = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in tl.range(0, per_program, BLOCK, num_stages=4):
+        total ^= tl.load(x_ptr + first + start + tl.arange(0, BLOCK))  # per_program is a multiple of BLOCK
+    tl.store(o_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), total)
+
+
+def read_limit() -> float:
+    """Bytes per second that a kernel which only reads reaches on 4 GB: the ceiling of attention over a cache."""
+    block, best = 4096, 0.0
+    for programs in (2, 4, 8):
+        programs *= torch.cuda.get_device_properties(0).multi_processor_count
+        per_program = 2**30 // programs // block * block
+        x = torch.randint(-(2**31), 2**31 - 1, (per_program * programs,), dtype=torch.int32, device="cuda")
+        out = torch.empty(programs * block, dtype=torch.int32, device="cuda")
+        seconds, _ = cold_time([lambda x=x, o=out, n=per_program: _read_kernel[(len(o) // block,)](x, o, n, block)])
+        best = max(best, x.nbytes / seconds)
+        del x
+    return best
+
+
+def copy_limit() -> float:
+    """Bytes read plus bytes written per second of a 4 GB device-to-device copy."""
+    x = torch.randint(-(2**31), 2**31 - 1, (2**29,), dtype=torch.int32, device="cuda")
+    out = torch.empty_like(x)
+    seconds, _ = cold_time([lambda: out.copy_(x)])
+    return 2 * x.nbytes / seconds
+
+
+def machine() -> dict[str, str]:
+    """Device and versions, the last columns of every CSV."""
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+
+
+def write_csv(path: str | Path, rows: Sequence[dict[str, object]]) -> None:
+    """One line a row, in the columns of all rows together."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

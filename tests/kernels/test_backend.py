@@ -1,0 +1,45 @@
+import os
+
+import pytest
+import torch
+from kvpolicy_kernels import backend as module
+from kvpolicy_kernels.backend import uses_triton
+
+HERE = torch.zeros(1)
+
+
+def test_auto_is_torch_on_a_cpu():
+    assert not uses_triton("op", "auto", HERE)
+    assert not uses_triton("op", "torch", HERE)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
+def test_triton_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="op: backend='triton' cannot do this: Triton runs on CUDA tensors, got cpu"):
+        uses_triton("op", "triton", HERE)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="one of auto, torch, triton, got 'cuda'"):
+        uses_triton("op", "cuda", HERE)
+
+
+def test_what_a_kernel_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert uses_triton("op", "triton", HERE)
+    with pytest.raises(ValueError, match="cannot do this: 17 queries, 16 at most"):
+        uses_triton("op", "triton", HERE, "17 queries, 16 at most")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        uses_triton("op", "triton", HERE)
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_a_gpu():
+    cuda = torch.zeros(1, device="cuda")
+    assert uses_triton("op", "auto", cuda)
+    assert not uses_triton("op", "auto", cuda, "entry masks")
+    assert not uses_triton("op", "torch", cuda)
