@@ -54,7 +54,7 @@ def cold_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> tuple
 
 
 @triton.jit
-def _read_kernel(x_ptr, o_ptr, per_program, BLOCK: tl.constexpr):
+def _read_kernel(x_ptr, o_ptr, per_program, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     first = tl.program_id(0).to(tl.int64) * per_program
     total = tl.zeros([BLOCK], dtype=tl.int32)
     for start in tl.range(0, per_program, BLOCK, num_stages=4):
