@@ -1,0 +1,414 @@
+"""Triton: split-K over segments, one program a fixed share of all entries, and a second kernel that merges the shares.
+
+The queries of a group are the rows of one tile, so that an entry is read once. See `plan.py` for who reads what.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvpolicy_kernels.decode_attention.plan import UNIT, WorkPlan, plan_work
+from kvpolicy_kernels.ragged_attention.reference import segment_list
+
+LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
+
+
+@triton.jit
+def _plan_kernel(
+    lengths_ptr, units_ptr, quantum_ptr, programs_ptr, pieces_ptr, num_segments, num_programs,
+    UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Every program scans all lengths of its layer, and answers for BLOCK_C programs and as many segments."""
+    i_l = tl.program_id(1).to(tl.int64)
+    lengths_ptr += i_l * num_segments
+    total = tl.zeros([], dtype=tl.int32)
+    for first in range(0, num_segments, BLOCK_S):
+        o_s = first + tl.arange(0, BLOCK_S)
+        # [BLOCK_S]
+        b_length = tl.load(lengths_ptr + o_s, mask=o_s < num_segments, other=0).to(tl.int32)
+        total += tl.sum(tl.where(o_s < num_segments, tl.cdiv(b_length, UNIT) + 1, 0))
+    quantum = tl.cdiv(total, num_programs)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    target = o_c * quantum
+    segment = tl.zeros([BLOCK_C], dtype=tl.int32)  # segments that end at or before the target
+    ended = tl.zeros([BLOCK_C], dtype=tl.int32)  # their units
+    before = tl.zeros([BLOCK_C], dtype=tl.int32)  # units before segment o_c
+    own = tl.zeros([BLOCK_C], dtype=tl.int32)  # units of segment o_c
+    passed = tl.zeros([], dtype=tl.int32)
+    for first in range(0, num_segments, BLOCK_S):
+        o_s = first + tl.arange(0, BLOCK_S)
+        # [BLOCK_S]
+        b_length = tl.load(lengths_ptr + o_s, mask=o_s < num_segments, other=0).to(tl.int32)
+        units = tl.where(o_s < num_segments, tl.cdiv(b_length, UNIT) + 1, 0)
+        end = passed + tl.cumsum(units, 0)
+        m_ended = (end[None, :] <= target[:, None]) & (o_s < num_segments)[None, :]
+        segment += tl.sum(m_ended.to(tl.int32), 1)
+        ended += tl.sum(tl.where(m_ended, units[None, :], 0), 1)
+        before += tl.sum(tl.where(o_s[None, :] < o_c[:, None], units[None, :], 0), 1)
+        own += tl.sum(tl.where(o_s[None, :] == o_c[:, None], units[None, :], 0), 1)
+        passed += tl.sum(units)
+    m_c = o_c < num_programs
+    tl.store(programs_ptr + (i_l * num_programs + o_c) * 2, segment, mask=m_c)
+    tl.store(programs_ptr + (i_l * num_programs + o_c) * 2 + 1, target - ended, mask=m_c)
+    m_s = o_c < num_segments
+    begin = before // quantum
+    tl.store(units_ptr + i_l * num_segments + o_c, own, mask=m_s)
+    tl.store(pieces_ptr + (i_l * num_segments + o_c) * 2, begin + o_c, mask=m_s)
+    tl.store(pieces_ptr + (i_l * num_segments + o_c) * 2 + 1, (before + own - 1) // quantum - begin + 1, mask=m_s)
+    if tl.program_id(0) == 0:
+        tl.store(quantum_ptr + i_l, quantum)
+
+
+def triton_plan(lengths: Tensor, num_programs: int) -> WorkPlan:
+    """Arguments as in `plan_work`."""
+    lengths = lengths.contiguous()
+    shape, num_segments = lengths.shape[:-1], lengths.shape[-1]
+    table = torch.empty(
+        lengths.numel() * 3 + shape.numel() * (2 * num_programs + 1), dtype=torch.int32, device=lengths.device
+    )
+    sizes = [(*shape, num_segments), shape, (*shape, num_programs, 2), (*shape, num_segments, 2)]
+    parts = table.split([torch.Size(size).numel() for size in sizes])
+    plan = WorkPlan(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+    block = 16
+    grid = (triton.cdiv(max(num_programs, num_segments), block), shape.numel())
+    _plan_kernel[grid](
+        lengths, plan.units, plan.quantum, plan.programs, plan.pieces, num_segments, num_programs,
+        UNIT=UNIT, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block,
+    )  # fmt: skip
+    return plan
+
+
+@triton.jit
+def _attend_tile(
+    acc, row_max, row_sum, b_q, b_k, b_v, visible, scale_log2, softcap_log2, tanh_scale, logits_ptrs, m_logits,
+    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+    if HAS_SOFTCAP:
+        # softcap * tanh(x / softcap), with x and the result in units of log2(e); both come scaled from the host
+        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * tanh_scale)))
+    if HAS_LOGITS:
+        tl.store(logits_ptrs, scores, mask=m_logits)
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # a row that has seen nothing yet keeps -inf; subtracting it would give NaN
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    shrink = tl.exp2(row_max - safe_max)
+    p = tl.exp2(scores - safe_max[:, None])
+    acc = acc * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    return acc, new_max, row_sum * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr,
+    chunk_k_ptr, chunk_v_ptr, chunk_mask_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr, programs_ptr,
+    stride_qb, stride_qh, stride_qn, stride_ckb, stride_ckh, stride_ckm, stride_cvb, stride_cvh, stride_cvm,
+    stride_mb, stride_mn, num_segments, num_kv_heads, group, n, m, scale_log2, softcap_log2, tanh_scale,
+    D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    i_c = tl.program_id(1)
+    i_s = tl.load(programs_ptr + i_c * 2)
+    unit = tl.load(programs_ptr + i_c * 2 + 1)
+    left = tl.load(quantum_ptr)
+    num_rows = group * n
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_m = o_m < num_rows
+    while (left > 0) & (i_s < num_segments):
+        units = tl.load(units_ptr + i_s)
+        length = tl.load(lengths_ptr + i_s).to(tl.int32)
+        start = tl.load(starts_ptr + i_s).to(tl.int64)
+        i_b = (i_s // num_kv_heads).to(tl.int64)
+        i_h = (i_s % num_kv_heads).to(tl.int64)
+        # [BLOCK_M, BLOCK_D]; row r is query r % n of the group's head r // n
+        b_q = tl.load(
+            q_ptr + i_b * stride_qb + (i_h * group + o_m // n)[:, None] * stride_qh + (o_m % n)[:, None] * stride_qn
+            + o_d[None, :],
+            mask=m_m[:, None] & (o_d < D)[None, :],
+            other=0.0,
+        )  # fmt: skip
+        take = tl.minimum(left, units - unit)
+        is_last = unit + take == units
+        # the first unit of a segment stands for the cost of beginning it
+        begin = tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
+        end = tl.minimum(tl.maximum(unit + take - 1, 0) * UNIT, length)
+        end = tl.where(is_last, length, end)
+        full = begin + (end - begin) // BLOCK_N * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if HAS_SINK:  # it takes part once, in the first piece of a segment
+            # [BLOCK_M]
+            sink = tl.load(sink_ptr + i_h * group + o_m // n, mask=m_m, other=0.0).to(tl.float32)
+            row_max = tl.where(unit == 0, sink * 1.4426950408889634, float("-inf"))
+            row_sum += tl.where(unit == 0, 1.0, 0.0)
+        k_ptrs = k_ptr + (start + begin) * D + o_n[:, None] * D + o_d[None, :]
+        v_ptrs = v_ptr + (start + begin) * DV + o_n[:, None] * DV + o_dv[None, :]
+        logits_ptrs = k_ptrs  # not used
+        if HAS_LOGITS:
+            logits_ptrs = logits_ptr + (start + begin) * num_rows + o_n[None, :] * num_rows + o_m[:, None]
+        for _ in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+            # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; all rows of a full tile are entries
+            b_k = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, mask=(o_d < D)[None, :], other=0.0)
+            b_v = tl.load(v_ptrs) if DV == BLOCK_DV else tl.load(v_ptrs, mask=(o_dv < DV)[None, :], other=0.0)
+            acc, row_max, row_sum = _attend_tile(
+                acc, row_max, row_sum, b_q, b_k, b_v, m_m[:, None], scale_log2, softcap_log2, tanh_scale,
+                logits_ptrs, m_m[:, None], False, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
+            )  # fmt: skip
+            k_ptrs += BLOCK_N * D
+            v_ptrs += BLOCK_N * DV
+            if HAS_LOGITS:
+                logits_ptrs += BLOCK_N * num_rows
+        if full < end:
+            m_n = full + o_n < end
+            # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; what lies behind the segment may be NaN
+            b_k = tl.load(k_ptrs, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+            b_v = tl.load(v_ptrs, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)
+            acc, row_max, row_sum = _attend_tile(
+                acc, row_max, row_sum, b_q, b_k, b_v, m_n[None, :], scale_log2, softcap_log2, tanh_scale,
+                logits_ptrs, m_m[:, None] & m_n[None, :], True, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
+            )  # fmt: skip
+        if HAS_CHUNK:
+            for first in tl.range(0, tl.where(is_last, m, 0), BLOCK_N, num_stages=1):
+                o_j = first + o_n
+                m_n = o_j < m
+                # [BLOCK_N, BLOCK_D]
+                b_k = tl.load(
+                    chunk_k_ptr + i_b * stride_ckb + i_h * stride_ckh + o_j[:, None].to(tl.int64) * stride_ckm
+                    + o_d[None, :],
+                    mask=m_n[:, None] & (o_d < D)[None, :],
+                    other=0.0,
+                )  # fmt: skip
+                # [BLOCK_N, BLOCK_DV]
+                b_v = tl.load(
+                    chunk_v_ptr + i_b * stride_cvb + i_h * stride_cvh + o_j[:, None].to(tl.int64) * stride_cvm
+                    + o_dv[None, :],
+                    mask=m_n[:, None] & (o_dv < DV)[None, :],
+                    other=0.0,
+                )  # fmt: skip
+                visible = m_m[:, None] & m_n[None, :]
+                if HAS_MASK:
+                    # [BLOCK_M, BLOCK_N]
+                    b_seen = tl.load(
+                        chunk_mask_ptr + i_b * stride_mb + (o_m % n)[:, None] * stride_mn + o_j[None, :],
+                        mask=visible,
+                        other=0,
+                    )
+                    visible = visible & (b_seen != 0)
+                else:
+                    visible = visible & (o_j[None, :] <= (o_m % n)[:, None] + m - n)
+                acc, row_max, row_sum = _attend_tile(
+                    acc, row_max, row_sum, b_q, b_k, b_v, visible, scale_log2, softcap_log2, tanh_scale,
+                    logits_ptrs, m_n[None, :], True, HAS_SOFTCAP, False, PRECISION,
+                )  # fmt: skip
+        # a query that has seen nothing gets zeros, and -inf
+        safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        b_out = acc / safe_sum[:, None]
+        b_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(safe_sum))
+        m_out = m_m[:, None] & (o_dv < DV)[None, :]
+        if (unit == 0) & is_last:  # the whole segment: nothing to merge
+            rows = i_s.to(tl.int64) * num_rows + o_m
+            tl.store(out_ptr + rows[:, None] * DV + o_dv[None, :], b_out.to(out_ptr.dtype.element_ty), mask=m_out)
+            if HAS_LSE:
+                tl.store(lse_ptr + rows, b_lse * 0.6931471805599453, mask=m_m)
+        else:
+            rows = (i_c + i_s).to(tl.int64) * num_rows + o_m
+            tl.store(part_ptr + rows[:, None] * DV + o_dv[None, :], b_out, mask=m_out)
+            tl.store(part_lse_ptr + rows, b_lse, mask=m_m)
+        left -= take
+        i_s += 1
+        unit = 0
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, pieces_ptr, num_rows,
+    DV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one segment, weighed by their log-sum-exps; BLOCK_R of its [rows, DV] results a program."""
+    i_s = tl.program_id(0)
+    first = tl.load(pieces_ptr + i_s * 2)
+    count = tl.load(pieces_ptr + i_s * 2 + 1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # every program waits: a grid that ended without it would count as merged
+    if count > 1:
+        o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_r = o_r < num_rows * DV
+        row = o_r // DV
+        acc = tl.zeros([BLOCK_P, BLOCK_R], dtype=tl.float32)
+        total = tl.zeros([BLOCK_P, BLOCK_R], dtype=tl.float32)
+        peak = tl.full([BLOCK_P, BLOCK_R], float("-inf"), dtype=tl.float32)
+        for i_p in range(0, count, BLOCK_P):
+            o_p = i_p + tl.arange(0, BLOCK_P)
+            m_p = (o_p < count)[:, None] & m_r[None, :]
+            rows = (first + o_p).to(tl.int64)[:, None] * num_rows
+            # [BLOCK_P, BLOCK_R]
+            b_lse = tl.load(part_lse_ptr + rows + row[None, :], mask=m_p, other=float("-inf"))
+            # [BLOCK_P, BLOCK_R]
+            b_part = tl.load(part_ptr + rows * DV + o_r[None, :], mask=m_p, other=0.0)
+            new_peak = tl.maximum(peak, b_lse)
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            shrink = tl.exp2(peak - safe)
+            weight = tl.exp2(b_lse - safe)
+            acc = acc * shrink + b_part * weight
+            total = total * shrink + weight
+            peak = new_peak
+        top = tl.max(peak, 0)
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(peak - safe[None, :])
+        norm = tl.sum(total * weight, 0)
+        safe_norm = tl.where(norm == 0.0, 1.0, norm)
+        result = tl.sum(acc * weight, 0) / safe_norm
+        at = i_s.to(tl.int64) * num_rows
+        tl.store(out_ptr + at * DV + o_r, result.to(out_ptr.dtype.element_ty), mask=m_r)
+        if HAS_LSE:
+            m_row = m_r & (o_r % DV == 0)
+            b_lse = tl.where(norm == 0.0, float("-inf"), safe + tl.log2(safe_norm))
+            tl.store(lse_ptr + at + row, b_lse * 0.6931471805599453, mask=m_row)
+
+
+@triton.jit
+def _mass_kernel(
+    mass_ptr, logits_ptr, lse_ptr, starts_ptr, lengths_ptr, num_rows,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """exp(logit - lse), summed over a segment's queries. Programs of one segment take its tiles in turn."""
+    i_s = tl.program_id(0)
+    start = tl.load(starts_ptr + i_s).to(tl.int64)
+    length = tl.load(lengths_ptr + i_s).to(tl.int32)
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < num_rows
+    # [BLOCK_M]
+    b_lse = tl.load(lse_ptr + i_s.to(tl.int64) * num_rows + o_m, mask=m_m, other=0.0) * 1.4426950408889634
+    for first in range(tl.program_id(1) * BLOCK_N, length, tl.num_programs(1) * BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        m_n = o_n < length
+        # [BLOCK_N, BLOCK_M]
+        b_logits = tl.load(
+            logits_ptr + (start + o_n)[:, None] * num_rows + o_m[None, :],
+            mask=m_n[:, None] & m_m[None, :],
+            other=float("-inf"),
+        )
+        tl.store(mass_ptr + start + o_n, tl.sum(tl.exp2(b_logits - b_lse[None, :]), 1), mask=m_n)
+
+
+def launch_config(dtype: torch.dtype, dim: int, rows: int) -> dict[str, int]:
+    """Tile sizes and launch options.
+
+    dim: the larger of D and Dv;  rows: queries times query heads of a group
+    The largest tiles that compile without a spill on sm_80 and sm_90, in every variant. A tile of keys and values has
+    at most 64 KB, so that two programs fit into a multiprocessor. More rows than BLOCK_M go to programs side by side,
+    which find the entries in the L2 cache. fp32 products in three tf32 passes spill a little from head dim 128 on,
+    whatever the tile.
+    """
+    if dtype == torch.float32:
+        block_m, block_n, warps = (16, 64, 4) if dim <= 64 else (16, 32, 8) if dim <= 128 else (16, 16, 8)
+    elif dim <= 128:
+        block_m, block_n, warps = (16, 128, 8) if rows <= 16 else (32, 64, 8)
+    else:
+        block_m, block_n, warps = 16, 64, 8
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 2, "num_warps": warps}
+
+
+def merge_config(num_segments: int, num_programs: int, results: int) -> dict[str, int]:
+    """Tile sizes of the merge. results: rows times Dv of a segment.
+
+    Few segments have many pieces each, and are cut small to use the whole device; many have few.
+    """
+    block_r = 32 if num_segments * results <= 2**16 else 128
+    pieces = triton.next_power_of_2(4 * num_programs // num_segments + 1)
+    return {"BLOCK_P": max(16, min(pieces, 4096 // block_r)), "BLOCK_R": block_r}
+
+
+def triton_decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    chunk_key: Tensor | None = None,
+    chunk_value: Tensor | None = None,
+    chunk_mask: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    with_lse: bool = False,
+    with_mass: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Shapes as in `decode_attention`."""
+    if lengths.device != query.device:
+        segment_list(starts, lengths, keys.shape[0])
+        starts, lengths = torch.stack([starts, lengths]).to(query.device, non_blocking=True)
+    batch, num_q_heads, n, dim = query.shape
+    num_segments, value_dim = len(starts), values.shape[1]
+    num_kv_heads = num_segments // batch
+    group = num_q_heads // num_kv_heads
+    rows = group * n
+    plan = plan_work(lengths, backend="triton") if plan is None else plan
+    num_programs = plan.programs.shape[0]
+    query, chunk_key, chunk_value = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, chunk_key, chunk_value)
+    )
+    mask = None if chunk_mask is None else chunk_mask.contiguous().view(torch.uint8)
+    out = query.new_empty(batch, num_q_heads, n, value_dim)
+    single = torch.float32
+    lse = query.new_empty(batch, num_q_heads, n, dtype=single) if with_lse or with_mass else None
+    logits = query.new_empty(keys.shape[0], rows, dtype=single) if with_mass else None
+    parts = query.new_empty(num_programs + num_segments, rows, value_dim, dtype=single)
+    part_lse = query.new_empty(num_programs + num_segments, rows, dtype=single)
+    config = launch_config(query.dtype, max(dim, value_dim), rows)
+    # programmatic dependent launch: the merge is set up while the pieces are still being computed
+    early = _can_launch_early(query)
+    _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
+        query, keys, values, out, lse, parts, part_lse, logits, sink_logits, chunk_key, chunk_value, mask,
+        starts, lengths, plan.units, plan.quantum, plan.programs,
+        *query.stride()[:3], *_strides(chunk_key), *_strides(chunk_value),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
+        num_segments, num_kv_heads, group, n, 0 if chunk_key is None else chunk_key.shape[2],
+        scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
+        D=dim, DV=value_dim, UNIT=UNIT,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk_key is not None, HAS_MASK=mask is not None,
+        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None, EARLY=early,
+        # plain tf32 would lose three digits of an fp32 model
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config,
+    )  # fmt: skip
+    merge = merge_config(num_segments, num_programs, rows * value_dim)
+    _merge_kernel[(num_segments, triton.cdiv(rows * value_dim, merge["BLOCK_R"]))](
+        out, lse, parts, part_lse, plan.pieces, rows,
+        DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **merge, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    if logits is None:
+        return out, lse, None
+    mass = query.new_zeros(keys.shape[0], dtype=single)
+    _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
+        mass, logits, lse, starts, lengths, rows, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64
+    )
+    return out, lse if with_lse else None, mass
+
+
+def _strides(chunk: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if chunk is None else chunk.stride()[:3]
+
+
+def _can_launch_early(query: Tensor) -> bool:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (9, 0)

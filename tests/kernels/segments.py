@@ -1,0 +1,68 @@
+"""Segments in an arena with garbage around them, and their attention computed in another way."""
+
+import math
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+VARIANTS = [{}, {"softcap": 2.0}, {"sinks": True}, {"scale": 0.6}, {"softcap": 3.0, "sinks": True}]
+
+
+def options(variant, num_q_heads):
+    kept = {name: x for name, x in variant.items() if name != "sinks"}
+    return kept | ({"sink_logits": torch.linspace(-1, 2, num_q_heads, device=DEVICE)} if "sinks" in variant else {})
+
+
+def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2, backwards=True):
+    """keys, values, starts, lengths, with rows of NaN before, between and after the segments."""
+    rows = sum(lengths) + gap * (len(lengths) + 1)
+    keys, values = torch.full((rows, dim), NAN), torch.full((rows, value_dim), NAN)
+    starts, row = [0] * len(lengths), gap
+    order = range(len(lengths))
+    for i in reversed(order) if backwards else order:
+        starts[i] = row
+        keys[row : row + lengths[i]] = torch.randn(lengths[i], dim)
+        values[row : row + lengths[i]] = torch.randn(lengths[i], value_dim)
+        row += lengths[i] + gap
+    return keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths)
+
+
+def oracle(query, keys, values, starts, lengths, *, scale=None, softcap=None, sink_logits=None,
+           chunk_key=None, chunk_value=None, chunk_mask=None, entry_mask=None):  # fmt: skip
+    """Dense exponentials in fp64, times a mask of what is seen, one segment at a time.
+
+    Returns the attention, the log-sum-exps [B, num_q_heads, n], and the mass of each row of the arena.
+    """
+    (batch, num_q_heads, n, dim), num_segments = query.shape, len(starts)
+    num_kv_heads = num_segments // batch
+    grouped = query.double().reshape(num_segments, -1, n, dim)
+    sinks = torch.full((num_q_heads,), -math.inf) if sink_logits is None else sink_logits
+    out, lse, mass = [], [], torch.zeros(len(keys), dtype=torch.float64, device=DEVICE)
+    for s, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        b, h = divmod(s, num_kv_heads)
+        k, v = (x[start : start + length].double() for x in (keys, values))
+        seen = torch.ones(n, length, device=DEVICE) if entry_mask is None else entry_mask[s]
+        if chunk_key is not None:
+            m = chunk_key.shape[2]
+            k, v = torch.cat([k, chunk_key[b, h].double()]), torch.cat([v, chunk_value[b, h].double()])
+            causal = torch.tensor([[j <= i + m - n for j in range(m)] for i in range(n)], device=DEVICE)
+            seen = torch.cat([seen, causal if chunk_mask is None else chunk_mask[b % len(chunk_mask), 0]], 1)
+        x = grouped[s] @ k.T * (dim**-0.5 if scale is None else scale)
+        weights = (x if softcap is None else softcap * (x / softcap).tanh()).exp() * seen
+        total = weights.sum(-1, keepdim=True) + sinks.view(num_kv_heads, -1, 1, 1)[h].double().exp().to(DEVICE)
+        p = weights / torch.where(total > 0, total, 1)
+        out.append(p @ v)
+        lse.append(total.log())
+        mass[start : start + length] = p[..., :length].sum((0, 1))
+    shape = (batch, num_q_heads, n)
+    return torch.stack(out).view(*shape, -1), torch.stack(lse).view(shape), mass
+
+
+def chunked(batch, num_q_heads, lengths, n, m, value_dim, dim=8):
+    num_kv_heads = len(lengths) // batch
+    chunk = {
+        "chunk_key": torch.randn(batch, num_kv_heads, m, dim, device=DEVICE),
+        "chunk_value": torch.randn(batch, num_kv_heads, m, value_dim, device=DEVICE),
+    }
+    return (torch.randn(batch, num_q_heads, n, dim, device=DEVICE), *arena(lengths, dim, value_dim)), chunk

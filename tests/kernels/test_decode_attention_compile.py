@@ -1,0 +1,94 @@
+"""The kernels compile to machine code for sm_80 and sm_90 on a machine without a GPU."""
+
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency")
+
+from kvpolicy_kernels.decode_attention import kernel as kernels  # noqa: E402
+from kvpolicy_kernels.decode_attention.plan import UNIT  # noqa: E402
+
+from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled, spilled_bytes  # noqa: E402
+
+OPTIONAL = ("lse_ptr", "logits_ptr", "sink_ptr", "chunk_k_ptr", "chunk_v_ptr", "chunk_mask_ptr")
+
+
+def compile_attend(dtype, dim, group, n, arch, *variants):
+    """variants: names of what the launch has besides, such as "CHUNK"."""
+    config = kernels.launch_config(dtype, dim, group * n)
+    warps = config.pop("num_warps")
+    block = max(16, triton.next_power_of_2(dim))
+    has = {f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "LOGITS", "LSE")}
+    constants = {
+        "D": dim, "DV": dim, "UNIT": UNIT, "BLOCK_D": block, "BLOCK_DV": block, "EARLY": arch >= 90,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config, **has,
+    }  # fmt: skip
+    belongs = {
+        "sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS", "chunk_k_ptr": "CHUNK", "chunk_v_ptr": "CHUNK",
+        "chunk_mask_ptr": "MASK",
+    }  # fmt: skip
+    constants |= {name: None for name, variant in belongs.items() if variant not in variants}
+    types = {}
+    for name in kernels._attend_kernel.arg_names:
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "chunk_k_ptr", "chunk_v_ptr"):
+            types[name] = f"*{NAMES[dtype]}"
+        elif name.endswith("_ptr"):
+            types[name] = {"starts_ptr": "*i64", "lengths_ptr": "*i64", "chunk_mask_ptr": "*u8"}.get(name, "*i32")
+            if name in ("lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"):
+                types[name] = "*fp32"
+        else:
+            types[name] = "fp32" if name in ("scale_log2", "softcap_log2", "tanh_scale") else "i32"
+    small = ("quantum_ptr", "chunk_mask_ptr", "stride_mb", "stride_mn")
+    aligned = [x for x in types if x.startswith("stride_") or x.endswith("_ptr")]
+    aligned = [x for x in aligned if x not in small and x not in constants]
+    return compiled(kernels._attend_kernel, arch, constants, types, aligned, warps, 3)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group", "n"),
+    [
+        (torch.bfloat16, 64, 3, 1),
+        (torch.bfloat16, 80, 1, 1),
+        (torch.bfloat16, 128, 4, 1),
+        (torch.float16, 256, 2, 1),
+        (torch.bfloat16, 64, 8, 16),
+        (torch.bfloat16, 128, 7, 4),
+        (torch.float32, 64, 3, 1),
+        (torch.float32, 128, 4, 1),
+    ],
+    ids=str,
+)
+def test_attention_compiles(dtype, dim, group, n, arch, tmp_path):
+    kernel = compile_attend(dtype, dim, group, n, arch)
+    ptx = kernel.asm["ptx"]
+    assert len(kernel.asm["cubin"]) > 0
+    assert "mma" in ptx, "the products must run on tensor cores"
+    assert kernel.metadata.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
+    assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10", ptx), "loads of 16 bytes"
+    assert ("griddepcontrol.launch_dependents" in ptx) == (arch >= 90)
+    if dtype != torch.float32 or dim <= 64:  # see launch_config
+        assert spilled_bytes(ptx, arch, tmp_path) == 0
+
+
+@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize(
+    "variants", [("SOFTCAP", "SINK"), ("CHUNK", "LSE"), ("CHUNK", "MASK"), ("LOGITS", "LSE")], ids=str
+)
+def test_variants_compile(variants, n, tmp_path):
+    kernel = compile_attend(torch.bfloat16, 128, 4, n, 90, *variants)
+    assert kernel.metadata.shared <= SHARED_MEMORY[90] // 2
+    assert spilled_bytes(kernel.asm["ptx"], 90, tmp_path) == 0
+
+
+@pytest.mark.parametrize("sizes", [(8, 264, 512), (512, 264, 512)], ids=str)
+def test_merge_compiles(sizes, tmp_path):
+    constants = {"DV": 128, "HAS_LSE": True, "EARLY": True, **kernels.merge_config(*sizes)}
+    types = {"out_ptr": "*bf16", "pieces_ptr": "*i32", "num_rows": "i32"}
+    types |= dict.fromkeys(("lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
+    aligned = [name for name in types if name.endswith("_ptr")]
+    kernel = compiled(kernels._merge_kernel, 90, constants, types, aligned, 4, 3)
+    assert "griddepcontrol.wait" in kernel.asm["ptx"]
+    assert spilled_bytes(kernel.asm["ptx"], 90, tmp_path) == 0
