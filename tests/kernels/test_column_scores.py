@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -7,17 +8,34 @@ from kvpolicy_kernels.column_scores import column_scores
 from kvpolicy_kernels.ragged_attention import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
+nan_queries = pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of such a row
 NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
+    """Of the torch path."""
     monkeypatch.setattr(reference, "BLOCK", 4)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What the kernels write into holds NaN first."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(NAN) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
 def arena(lengths, dim=8, dtype=torch.float32):
-    """keys, starts, lengths: segments in reverse order, with a row of NaN before, between and after them."""
+    """keys, starts, lengths: segments in reverse order; before, between and after them a row of NaN and infinity."""
     keys = torch.full((sum(lengths) + len(lengths) + 1, dim), NAN)
+    keys[:, ::2] = float("inf")
     starts, row = [0] * len(lengths), 1
     for i in reversed(range(len(lengths))):
         starts[i] = row
@@ -49,58 +67,207 @@ def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logit
     return out
 
 
-def check(query, keys, starts, lengths, **kwargs):
-    out = column_scores(query, keys, starts, lengths, **kwargs).cpu()
-    expected = oracle(query, keys, starts, lengths, **kwargs)
+def check(query, keys, starts, lengths, backend="torch", **kwargs):
+    """The error is at most twice torch's, and nothing stands where nothing belongs."""
+    out = column_scores(query, keys, starts, lengths, **kwargs, backend=backend).cpu()
+    plain = column_scores(query, keys, starts, lengths, **kwargs, backend="torch").cpu()
+    exact = oracle(query, keys, starts, lengths, **kwargs)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-5)
-    assert (out[expected == 0] == 0).all(), "an absent or invisible column got mass"
+    torch.testing.assert_close(plain.double(), exact, atol=2e-5, rtol=1e-5)
+    assert (out[exact == 0] == 0).all(), "an absent or invisible column got mass"
+    error, allowed = (float((x.double() - exact).abs().max()) if x.numel() else 0.0 for x in (out, plain))
+    assert error <= 2 * allowed + 1e-5, f"error {error:.2e}, torch {allowed:.2e}"
 
 
-# batch, query heads, lengths of the segments, queries, tokens of the chunk or None
+# batch, query heads, lengths of the segments, queries, tokens of the chunk or None, head dim
 CASES = [
-    (1, 3, [5], 1, None),
-    (1, 6, [7, 0], 9, None),
-    (2, 2, [3, 1, 0, 6], 3, 3),
-    (1, 3, [0], 9, 9),
-    (1, 2, [4, 0], 6, 2),
-    (2, 3, [2, 11], 5, 7),
-    (1, 1, [0], 2, None),
+    (1, 3, [5], 1, None, 8),
+    (1, 6, [7, 0], 9, None, 8),
+    (2, 2, [3, 1, 0, 6], 3, 3, 8),
+    (1, 3, [0], 9, 9, 8),
+    (1, 2, [4, 0], 6, 2, 8),
+    (2, 3, [2, 11], 5, 7, 8),
+    (1, 1, [0], 2, None, 8),
 ]
 VARIANTS = [{}, {"softcap": 2.0}, {"sinks": True}, {"scale": 0.6}]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inputs(case, variant, dtype=torch.float32):
-    batch, num_q_heads, lengths, n, m = case
-    query = torch.randn(batch, num_q_heads, n, 8, device=DEVICE).to(dtype)
+    batch, num_q_heads, lengths, n, m, dim = case
+    torch.manual_seed(sum(lengths) + n)
+    query = torch.randn(batch, num_q_heads, n, dim).to(DEVICE, dtype)
     kwargs = {name: x for name, x in variant.items() if name != "sinks"}
     if "sinks" in variant:
         kwargs["sink_logits"] = torch.linspace(-1, 2, num_q_heads, device=DEVICE)
     if m is not None:
-        kwargs["chunk_key"] = torch.randn(batch, len(lengths) // batch, m, 8, device=DEVICE).to(dtype)
-    return (query, *arena(lengths, 8, dtype)), kwargs
+        kwargs["chunk_key"] = torch.randn(batch, len(lengths) // batch, m, dim).to(DEVICE, dtype)
+    return (query, *arena(lengths, dim, dtype)), kwargs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_definition(case, variant, dtype):
-    arguments, kwargs = inputs(case, variant, dtype)
-    check(*arguments, **kwargs)
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("case", [c for c in CASES if c[-1]], ids=str)
-def test_masks(case, shared, variant):
+def masked(case, arguments, shared=False):
     """Random masks of the chunk; the first query sees none of it. Padding queries are NaN, as from padding tokens."""
-    arguments, kwargs = inputs(case, variant)
-    batch, _, _, n, m = case
+    batch, _, _, n, m, _ = case
     mask = torch.rand(1 if shared else batch, 1, n, m) < 0.5
     mask[:, :, 0] = False
     counts = torch.rand(batch, n) < 0.5
     arguments[0][~counts.to(DEVICE)[:, None].expand(arguments[0].shape[:3])] = NAN
-    check(*arguments, **kwargs, chunk_mask=mask.to(DEVICE), query_mask=counts.to(DEVICE))
+    return {"chunk_mask": mask.to(DEVICE), "query_mask": counts.to(DEVICE)}
+
+
+def skip_what_the_interpreter_cannot(dtype):
+    if INTERPRET and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bf16 as integers")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_matches_the_definition(case, variant, dtype):
+    arguments, kwargs = inputs(case, variant, dtype)
+    check(*arguments, **kwargs)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_matches_the_definition(case, variant, dtype, poisoned):
+    skip_what_the_interpreter_cannot(dtype)
+    arguments, kwargs = inputs(case, variant, dtype)
+    check(*arguments, "triton", **kwargs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("case", [c for c in CASES if c[4]], ids=str)
+def test_torch_masks(case, shared, variant):
+    arguments, kwargs = inputs(case, variant)
+    check(*arguments, **kwargs, **masked(case, arguments, shared))
+
+
+@needs_triton
+@nan_queries
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("case", [c for c in CASES if c[4]], ids=str)
+def test_triton_masks(case, shared, variant, poisoned):
+    arguments, kwargs = inputs(case, variant)
+    check(*arguments, "triton", **kwargs, **masked(case, arguments, shared))
+
+
+# edges of the tiles and one past: 64 and 32 in fp32 up to head dim 64, 32 up to 128, 16 above; 128 and 64 in 16 bits
+EDGES = [
+    (1, 8, [128, 129], 16, None, 64),
+    (1, 6, [32, 33, 0], 33, 33, 16),
+    (1, 5, [0], 26, 129, 80),
+    (1, 7, [127], 19, 128, 96),
+    (1, 16, [70], 8, 8, 16),
+    (2, 1, [0, 200], 1, 40, 256),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("programs", [1, 5, 528], ids=lambda n: f"programs{n}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_triton_tile_edges(case, dtype, programs, poisoned, monkeypatch):
+    """One walk over all keys, and the walk in parts."""
+    from kvpolicy_kernels.column_scores import kernel
+
+    skip_what_the_interpreter_cannot(dtype)
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    arguments, kwargs = inputs(case, {"sinks": True} if programs == 5 else {}, dtype)
+    check(*arguments, "triton", **kwargs)
+
+
+@needs_triton
+@nan_queries
+def test_triton_a_long_prompt_with_padding(poisoned):
+    """Several blocks of rows, tiles of columns and sequences under an explicit causal mask."""
+    case = (2, 4, [0, 0, 0, 0], 70, 100, 16)
+    (query, *tables), kwargs = inputs(case, {})
+    padding = torch.arange(100)[None] < torch.tensor([[37], [0]])  # tokens on the left
+    mask = (torch.ones(70, 100).tril(30).bool() & ~padding[:, None])[:, None]
+    counts = ~padding[:, 30:]
+    query[0, :, :7], kwargs["chunk_key"][0, :, :37] = NAN, NAN
+    check(query, *tables, "triton", **kwargs, chunk_mask=mask.to(DEVICE), query_mask=counts.to(DEVICE))
+
+
+@needs_triton
+@nan_queries
+@pytest.mark.parametrize("inner", [1, 2], ids=["rows", "elements"])
+def test_triton_inputs_that_are_not_contiguous(inner, poisoned):
+    """Every argument but the arena is a view with strides of its own; the last dimension is strided too, or not."""
+    case = (2, 6, [40, 0, 9, 64], 5, 35, 24)
+    arguments, kwargs = inputs(case, {})
+    kwargs |= masked(case, arguments)
+    expected = column_scores(*arguments, **kwargs, backend="triton")
+
+    def strided(x, inner=1):
+        wide = torch.full((*x.transpose(0, -2).shape[:-1], 2 * inner * x.shape[-1]), 7).to(x.device, x.dtype)
+        view = wide[..., : inner * x.shape[-1] : inner].transpose(0, -2)
+        assert not view.is_contiguous()
+        return view.copy_(x)
+
+    views = {name: strided(x, inner if x.is_floating_point() else 1) for name, x in kwargs.items()}
+    out = column_scores(strided(arguments[0], inner), *arguments[1:], **views, backend="triton")
+    assert torch.equal(out, expected)
+
+
+@needs_triton
+def test_triton_gives_equal_bits(poisoned):
+    """Twice, and from tables on the device."""
+    (query, keys, starts, lengths), kwargs = inputs((1, 8, [300, 20], 20, 40, 64), {}, torch.float16)
+    first = column_scores(query, keys, starts, lengths, **kwargs, backend="triton")
+    for tables in ((starts, lengths), (starts.to(DEVICE), lengths.to(DEVICE))):
+        assert torch.equal(column_scores(query, keys, *tables, **kwargs, backend="triton"), first)
+
+
+@needs_triton
+def test_triton_empty_shapes():
+    """An arena without rows beside a chunk, as a prompt finds it; no queries; no columns."""
+    query, keys, tables = torch.randn(1, 2, 3, 8).to(DEVICE), torch.empty(0, 8, device=DEVICE), (torch.tensor([0]),) * 2
+    check(query, keys, *tables, "triton", chunk_key=torch.randn(1, 1, 3, 8).to(DEVICE))
+    assert column_scores(query, keys, *tables, backend="triton").shape == (1, 1, 0)
+    none = column_scores(query[:, :, :0], keys, *tables, chunk_key=query[:, :1], backend="triton")
+    assert torch.equal(none.cpu(), torch.zeros(1, 1, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_triton_beyond_two_to_the_31_elements():
+    """The segment, and the chunk's second token, lie more than 2 ** 31 elements behind the pointer."""
+    dim, rows, length = 128, 2**24 + 400, 300
+    keys = torch.full((rows, dim), NAN, dtype=torch.float16, device=DEVICE)
+    keys[-length:] = torch.randn(length, dim)
+    chunk = keys[:: 2**24 + 50][None, None]
+    chunk[0, 0] = torch.randn(2, dim)
+    query = torch.randn(1, 4, 2, dim, dtype=torch.float16, device=DEVICE)
+    tables = (torch.tensor([rows - length]), torch.tensor([length]))
+    out = column_scores(query, keys, *tables, chunk_key=chunk, backend="triton")
+    near = (keys[-length:].clone(), torch.tensor([0]), tables[1])
+    expected = column_scores(query, *near, chunk_key=chunk.contiguous(), backend="triton")
+    assert torch.equal(out, expected)
+    check(query, *near, "triton", chunk_key=chunk.contiguous())
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([9])}, "segment 0 of 9 rows from row 0 leaves the arena of 8 rows"),
+        ({"chunk_key": torch.zeros(1, 1, 2, 8, dtype=torch.float16)}, "got torch.float16, torch.float32"),
+        ({"query": torch.zeros(1, 1, 2, 512), "keys": torch.zeros(8, 512)}, "head dim 512 is above 256"),
+    ],
+    ids=["segment", "dtypes", "head dim"],
+)
+def test_triton_refuses(change, message):
+    arguments = {"query": torch.zeros(1, 1, 2, 8), "keys": torch.zeros(8, 8)} | change
+    arguments = {name: x.to(DEVICE) if x.is_floating_point() else x for name, x in arguments.items()}
+    tables = {"starts": torch.tensor([0]), "lengths": torch.tensor([8])}
+    with pytest.raises(ValueError, match=message):
+        column_scores(**tables | arguments, backend="triton")
 
 
 def test_hand_written_answer():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.column_scores.reference import reference_column_scores
-from kvpolicy_kernels.ragged_attention.op import check_chunk, check_segments
+from kvpolicy_kernels.ragged_attention.reference import segment_list
+from kvpolicy_kernels.segments import check_chunk, check_segments
 
 
 def column_scores(
@@ -20,16 +23,26 @@ def column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """The attention mass of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
 
-    query_mask: bool [B, n], True counts; queries of padding contribute nothing
-    The other arguments are those of `ragged_attention`.
+    The last queries of a prompt give the scores of SnapKV (arXiv:2404.14469), all of them those of H2O
+    (arXiv:2306.14048), and the query of a decoding step what H2O adds to them.
+
+    query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
+    backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere
+    The other arguments are those of `ragged_attention`. `chunk_key` may have any strides.
 
     Returns float32 [B, num_kv_heads, N] with N = lengths.max() + m: column j below the segment's length is its entry
     j, column lengths.max() + j is token j of the chunk, and all others are exactly 0. A learned sink takes its share
-    of the mass. Memory beside the result is O(N) for a block of queries.
-    Raises `ValueError` for shapes that do not fit and segments that leave the arena.
+    of the mass. Equal arguments give equal bits. Memory beside the result is O(N) for a block of queries in torch,
+    and O(n * num_q_heads) in Triton.
+
+    Tables on the CPU need no word from the device. Tables on the device are read once for N, which waits for it, and
+    Triton does not check them.
+    Raises `ValueError` for shapes that do not fit, for segments that leave the arena, and for a backend that cannot
+    run here.
     """
     num_kv_heads = check_segments("column_scores", query, keys, starts, lengths, sink_logits)
     check_chunk("column_scores", query, num_kv_heads, chunk_key, chunk_mask)
@@ -38,6 +51,32 @@ def column_scores(
             f"column_scores: expected query_mask {[query.shape[0], query.shape[2]]}, got {list(query_mask.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if uses_triton("column_scores", backend, query, _unsupported(query, keys, chunk_key)):
+        from kvpolicy_kernels.column_scores.kernel import triton_column_scores
+
+        if lengths.device.type == "cpu" and starts.device.type == "cpu":
+            segment_list(starts, lengths, len(keys))  # raises for a segment that leaves the arena
+        out: Tensor = triton_column_scores(
+            query,
+            keys,
+            starts.to(query.device, non_blocking=True),
+            lengths.to(query.device, non_blocking=True),
+            int(lengths.max()),
+            scale,
+            softcap,
+            sink_logits,
+            chunk_key,
+            chunk_mask,
+            query_mask,
+        )
+        return out
     return reference_column_scores(
         query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask
     )
+
+
+def _unsupported(query: Tensor, keys: Tensor, chunk_key: Tensor | None) -> str | None:
+    dtypes = {x.dtype for x in (query, keys, chunk_key) if x is not None}
+    if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"query and keys must both be float32, bfloat16 or float16, got {', '.join(sorted(map(str, dtypes)))}"
+    return f"head dim {query.shape[-1]} is above 256" if query.shape[-1] > 256 else None

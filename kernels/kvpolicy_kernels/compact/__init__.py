@@ -1,5 +1,5 @@
-"""Moves chosen rows of an arena or of a chunk of new tokens into an arena."""
+"""Moves chosen rows: of an arena or of a chunk of new tokens into an arena, or within an arena's segments."""
 
-from kvpolicy_kernels.compact.op import compact
+from kvpolicy_kernels.compact.op import compact, compact_in_place
 
-__all__ = ["compact"]
+__all__ = ["compact", "compact_in_place"]

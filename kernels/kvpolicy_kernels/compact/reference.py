@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +31,15 @@ def _rows_in_memory(chunk: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     segment = rows // length
     places = segment // num_heads * per_b + segment % num_heads * per_h + rows % length * per_t
     return chunk.as_strided((last + 1, *chunk.shape[3:]), (unit, *chunk.stride()[3:])), places
+
+
+def reference_compact_in_place(arenas: Sequence[Tensor], starts: Tensor, columns: Tensor, counts: Tensor) -> None:
+    """Shapes as in `compact_in_place`."""
+    place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    counted = place < counts[:, None]
+    steps = columns.diff(dim=1, prepend=torch.full_like(columns[:, :1], -1))
+    if bool((counted & (steps < 1)).any()):
+        raise ValueError("compact_in_place: the columns of a segment must ascend, and from 0 on")
+    rows, source_rows = ((starts[:, None] + column)[counted] for column in (place, columns))
+    for arena in arenas:
+        arena.index_copy_(0, rows, arena.index_select(0, source_rows))

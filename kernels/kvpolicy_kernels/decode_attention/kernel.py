@@ -239,48 +239,49 @@ def _attend_kernel(
 @triton.jit
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, pieces_ptr, num_rows,
-    DV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
+    DV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of one segment, weighed by their log-sum-exps; BLOCK_R of its [rows, DV] results a program."""
+    """The pieces of one row of a segment, weighed by their log-sum-exps."""
     i_s = tl.program_id(0)
+    i_r = tl.program_id(1)
     first = tl.load(pieces_ptr + i_s * 2)
     count = tl.load(pieces_ptr + i_s * 2 + 1)
     if EARLY:
         tl.extra.cuda.gdc_wait()  # every program waits: a grid that ended without it would count as merged
     if count > 1:
-        o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_r = o_r < num_rows * DV
-        row = o_r // DV
-        acc = tl.zeros([BLOCK_P, BLOCK_R], dtype=tl.float32)
-        total = tl.zeros([BLOCK_P, BLOCK_R], dtype=tl.float32)
-        peak = tl.full([BLOCK_P, BLOCK_R], float("-inf"), dtype=tl.float32)
+        o_dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+        m_dv = o_dv < DV
+        acc = tl.zeros([BLOCK_P, BLOCK_DV], dtype=tl.float32)
+        total = tl.zeros([BLOCK_P], dtype=tl.float32)
+        peak = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
         for i_p in range(0, count, BLOCK_P):
             o_p = i_p + tl.arange(0, BLOCK_P)
-            m_p = (o_p < count)[:, None] & m_r[None, :]
-            rows = (first + o_p).to(tl.int64)[:, None] * num_rows
-            # [BLOCK_P, BLOCK_R]
-            b_lse = tl.load(part_lse_ptr + rows + row[None, :], mask=m_p, other=float("-inf"))
-            # [BLOCK_P, BLOCK_R]
-            b_part = tl.load(part_ptr + rows * DV + o_r[None, :], mask=m_p, other=0.0)
+            m_p = o_p < count
+            rows = (first + o_p).to(tl.int64) * num_rows + i_r
+            # [BLOCK_P]
+            b_lse = tl.load(part_lse_ptr + rows, mask=m_p, other=float("-inf"))
+            # [BLOCK_P, BLOCK_DV]
+            b_part = tl.load(
+                part_ptr + rows[:, None] * DV + o_dv[None, :], mask=m_p[:, None] & m_dv[None, :], other=0.0
+            )
             new_peak = tl.maximum(peak, b_lse)
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             shrink = tl.exp2(peak - safe)
             weight = tl.exp2(b_lse - safe)
-            acc = acc * shrink + b_part * weight
+            acc = acc * shrink[:, None] + b_part * weight[:, None]
             total = total * shrink + weight
             peak = new_peak
         top = tl.max(peak, 0)
         safe = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(peak - safe[None, :])
+        weight = tl.exp2(peak - safe)
         norm = tl.sum(total * weight, 0)
         safe_norm = tl.where(norm == 0.0, 1.0, norm)
-        result = tl.sum(acc * weight, 0) / safe_norm
-        at = i_s.to(tl.int64) * num_rows
-        tl.store(out_ptr + at * DV + o_r, result.to(out_ptr.dtype.element_ty), mask=m_r)
+        result = tl.sum(acc * weight[:, None], 0) / safe_norm
+        row = i_s.to(tl.int64) * num_rows + i_r
+        tl.store(out_ptr + row * DV + o_dv, result.to(out_ptr.dtype.element_ty), mask=m_dv)
         if HAS_LSE:
-            m_row = m_r & (o_r % DV == 0)
             b_lse = tl.where(norm == 0.0, float("-inf"), safe + tl.log2(safe_norm))
-            tl.store(lse_ptr + at + row, b_lse * 0.6931471805599453, mask=m_row)
+            tl.store(lse_ptr + row, b_lse * 0.6931471805599453)  # the programs of a row store the same
 
 
 @triton.jit
@@ -308,32 +309,37 @@ def _mass_kernel(
         tl.store(mass_ptr + start + o_n, tl.sum(tl.exp2(b_logits - b_lse[None, :]), 1), mask=m_n)
 
 
-def launch_config(dtype: torch.dtype, dim: int, rows: int) -> dict[str, int]:
+def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[str, int]:
     """Tile sizes and launch options.
 
     dim: the larger of D and Dv;  rows: queries times query heads of a group
-    The largest tiles that compile without a spill on sm_80 and sm_90, in every variant. A tile of keys and values has
-    at most 64 KB, so that two programs fit into a multiprocessor. More rows than BLOCK_M go to programs side by side,
-    which find the entries in the L2 cache. fp32 products in three tf32 passes spill a little from head dim 128 on,
-    whatever the tile.
+    plain: neither softcap, nor mask, nor mass, which take registers of their own
+
+    Measured on an H200, among the tiles that compile without a spill on sm_80 and sm_90. More rows than BLOCK_M go to
+    programs side by side, which find the entries in the L2 cache. fp32 products in three tf32 passes spill a little
+    from head dim 128 on, whatever the tile.
     """
+    block_m, stages, warps = 16, 2, 4
     if dtype == torch.float32:
-        block_m, block_n, warps = (16, 64, 4) if dim <= 64 else (16, 32, 8) if dim <= 128 else (16, 16, 8)
-    elif dim <= 128:
-        block_m, block_n, warps = (16, 128, 8) if rows <= 16 else (32, 64, 8)
+        block_n, warps = (64, 4) if dim <= 64 else (32, 8) if dim <= 128 else (16, 8)
+    elif dim > 128:
+        block_n = 32
+    elif rows > 16:
+        block_m, block_n = 32, 32
     else:
-        block_m, block_n, warps = 16, 64, 8
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 2, "num_warps": warps}
+        block_n = 128 if plain else 64
+        stages = 3 if dim <= 64 else 2
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
-def merge_config(num_segments: int, num_programs: int, results: int) -> dict[str, int]:
-    """Tile sizes of the merge. results: rows times Dv of a segment.
+def merge_config(num_segments: int, num_programs: int, rows: int, value_dim: int) -> dict[str, int]:
+    """Tile sizes of the merge. rows: of a segment.
 
     Few segments have many pieces each, and are cut small to use the whole device; many have few.
     """
-    block_r = 32 if num_segments * results <= 2**16 else 128
+    block_dv = 32 if num_segments * rows * value_dim <= 2**16 else triton.next_power_of_2(value_dim)
     pieces = triton.next_power_of_2(4 * num_programs // num_segments + 1)
-    return {"BLOCK_P": max(16, min(pieces, 4096 // block_r)), "BLOCK_R": block_r}
+    return {"BLOCK_P": max(16, min(pieces, 4096 // block_dv)), "BLOCK_DV": block_dv}
 
 
 def triton_decode_attention(
@@ -373,7 +379,8 @@ def triton_decode_attention(
     logits = query.new_empty(keys.shape[0], rows, dtype=single) if with_mass else None
     parts = query.new_empty(num_programs + num_segments, rows, value_dim, dtype=single)
     part_lse = query.new_empty(num_programs + num_segments, rows, dtype=single)
-    config = launch_config(query.dtype, max(dim, value_dim), rows)
+    plain = softcap is None and mask is None and not with_mass
+    config = launch_config(query.dtype, max(dim, value_dim), rows, plain)
     # programmatic dependent launch: the merge is set up while the pieces are still being computed
     early = _can_launch_early(query)
     _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
@@ -390,8 +397,8 @@ def triton_decode_attention(
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config,
     )  # fmt: skip
-    merge = merge_config(num_segments, num_programs, rows * value_dim)
-    _merge_kernel[(num_segments, triton.cdiv(rows * value_dim, merge["BLOCK_R"]))](
+    merge = merge_config(num_segments, num_programs, rows, value_dim)
+    _merge_kernel[(num_segments, rows, triton.cdiv(value_dim, merge["BLOCK_DV"]))](
         out, lse, parts, part_lse, plan.pieces, rows,
         DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **merge, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Appending one entry per segment: bf16 keys and values of 128 dims, positions and scores.
+
+python kernels/benchmarks/bench_append.py --out kernels/benchmarks/results/append_h200.csv
+
+Bytes are those of the entries, read and written. `cat` is what a cache without arenas does with keys and values of
+`LENGTH` tokens; its bytes are those of the whole cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from harness import cold_time, copies_needed, copy_limit, machine, write_csv
+from kvpolicy_kernels.append import append, append_next
+from torch import Tensor
+
+SEGMENTS = (8, 64, 512)
+LENGTH, DIM, PINNED = 1024, 128, 4
+SETS = 64  # calls over different rows and entries
+Calls = list[Callable[[], object]]
+
+
+def new_arenas(num_segments: int) -> list[Tensor]:
+    """Keys, values, positions and scores of segments of `LENGTH` rows."""
+    num_rows = num_segments * LENGTH
+    wide = [torch.zeros(num_rows, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    return [*wide, *(torch.zeros(num_rows, dtype=dtype, device="cuda") for dtype in (torch.int32, torch.float32))]
+
+
+def new_entries(num_segments: int) -> list[Tensor]:
+    wide = [torch.randn(1, num_segments, 1, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    return [*wide, torch.randint(2**20, (num_segments,), device="cuda"), torch.rand(num_segments, device="cuda")]
+
+
+def tables(num_segments: int, full: bool) -> list[Tensor]:
+    """Starts, lengths, capacities and cursors."""
+    starts = LENGTH * torch.arange(num_segments, device="cuda")
+    capacities = torch.full_like(starts, LENGTH)
+    lengths = capacities.clone() if full else torch.randint_like(starts, LENGTH // 2)
+    return [starts, lengths, capacities, torch.randint_like(starts, LENGTH - PINNED)]
+
+
+def check(num_segments: int) -> None:
+    """Raises `AssertionError` where the backends differ."""
+    entries, rows = new_entries(num_segments), torch.randperm(num_segments * LENGTH, device="cuda")[:num_segments]
+    ours, theirs = new_arenas(num_segments), new_arenas(num_segments)
+    append(ours, rows, entries, backend="triton")
+    append(theirs, rows, entries, backend="torch")
+    for full in (False, True):
+        ours += tables(num_segments, full)
+        theirs += [table.clone() for table in ours[-4:]]
+        for state, backend in ((ours, "triton"), (theirs, "torch")):
+            append_next(state[:4], entries, *state[-4:], PINNED, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def calls(num_segments: int) -> dict[str, Calls]:
+    """The implementations, each over `SETS` sets of rows and entries."""
+    arenas = new_arenas(num_segments)
+    found: dict[str, Calls] = {
+        name: [] for name in ("append", "append_next grow", "append_next ring", "append_next slots", "index_copy_")
+    }
+    for _ in range(SETS):
+        entries, rows = new_entries(num_segments), torch.randperm(len(arenas[0]), device="cuda")[:num_segments]
+        grow, ring = (tables(num_segments, full) for full in (False, True))
+        found["append"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="triton"))
+        found["index_copy_"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="torch"))
+        for name, state, slots in (("grow", grow, None), ("ring", ring, None), ("slots", ring, rows % LENGTH)):
+            found[f"append_next {name}"].append(
+                lambda e=entries, t=state, s=slots: append_next(arenas, e, *t, PINNED, slots=s, backend="triton")
+            )
+    return found
+
+
+def cat_calls(num_segments: int) -> Calls:
+    keys, values = new_entries(num_segments)[:2]
+    shape = (2, 1, num_segments, LENGTH, DIM)
+    nbytes = 2 * num_segments * LENGTH * DIM * 2
+    caches = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies_needed(nbytes))]
+    return [lambda c=c: (torch.cat([c[0], keys], 2), torch.cat([c[1], values], 2)) for c in caches]
+
+
+def line(name: str, num_segments: int, calls: Calls, nbytes: int, limit: float) -> dict[str, object]:
+    """A row of the CSV. nbytes: read and written by one call; limit: bytes per second of a copy."""
+    seconds, spread = cold_time(calls)
+    return {
+        "implementation": name,
+        "segments": num_segments,
+        "us": round(seconds * 1e6, 2),
+        "spread": round(spread, 3),
+        "gb_per_s": round(nbytes / seconds * 1e-9, 1),
+        "of_copy_limit": round(nbytes / seconds / limit, 3),
+        "copy_limit_gb_per_s": round(limit * 1e-9, 1),
+        **machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True)
+    out, limit, lines = parser.parse_args().out, copy_limit(), []
+    for num_segments in SEGMENTS:
+        check(num_segments)
+        nbytes = 2 * num_segments * (2 * DIM * 2 + 4 + 4)
+        lines += [line(name, num_segments, each, nbytes, limit) for name, each in calls(num_segments).items()]
+        whole = 2 * 2 * num_segments * (LENGTH + 1) * DIM * 2
+        lines.append(line("cat", num_segments, cat_calls(num_segments), whole, limit))
+    write_csv(out, lines)
+
+
+if __name__ == "__main__":
+    main()
