@@ -214,7 +214,7 @@ def tables(pool: tuple[torch.Tensor, torch.Tensor], limits: dict[str, float], co
 
 
 def parts(pool: tuple[torch.Tensor, torch.Tensor], limits: dict[str, float]) -> list[dict[str, object]]:
-    """What is not in the cells: small problems, the plan, mass, drafts of several tokens, other head dims and dtypes."""
+    """What is not in the cells: small problems, the plan, mass, drafts, other head dims and groups."""
     rows = []
 
     def add(name: str, seconds: float, nbytes: int | str = "") -> None:

@@ -86,10 +86,12 @@ def test_variants_compile(variants, n, tmp_path):
 
 @pytest.mark.parametrize("sizes", [(8, 264, 4, 128), (512, 264, 4, 128)], ids=str)
 def test_merge_compiles(sizes, tmp_path):
-    constants = {"DV": 128, "HAS_LSE": True, "EARLY": True, **kernels.merge_config(*sizes)}
+    config = kernels.merge_config(*sizes)
+    warps = config.pop("num_warps")
+    constants = {"DV": 128, "HAS_LSE": True, "EARLY": True, **config}
     types = {"out_ptr": "*bf16", "pieces_ptr": "*i32", "num_rows": "i32"}
     types |= dict.fromkeys(("lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
     aligned = [name for name in types if name.endswith("_ptr")]
-    kernel = compiled(kernels._merge_kernel, 90, constants, types, aligned, 4, 3)
+    kernel = compiled(kernels._merge_kernel, 90, constants, types, aligned, warps, 3)
     assert "griddepcontrol.wait" in kernel.asm["ptx"]
     assert spilled_bytes(kernel.asm["ptx"], 90, tmp_path) == 0

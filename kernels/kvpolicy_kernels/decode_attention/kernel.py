@@ -319,27 +319,30 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[
     programs side by side, which find the entries in the L2 cache. fp32 products in three tf32 passes spill a little
     from head dim 128 on, whatever the tile.
     """
-    block_m, stages, warps = 16, 2, 4
+    block_m = 16
     if dtype == torch.float32:
-        block_n, warps = (64, 4) if dim <= 64 else (32, 8) if dim <= 128 else (16, 8)
+        block_n, stages, warps = (64, 2, 4) if dim <= 64 else (32, 2, 8) if dim <= 128 else (16, 2, 8)
     elif dim > 128:
-        block_n = 32
+        block_n, stages, warps = 32, 2, 4
     elif rows > 16:
-        block_m, block_n = 32, 32
+        block_m, block_n, stages, warps = (32, 32, 3, 4) if plain else (32, 64, 2, 8)
+    elif dim <= 64:
+        block_n, stages, warps = 64, 4, 4
     else:
-        block_n = 128 if plain else 64
-        stages = 3 if dim <= 64 else 2
+        block_n, stages, warps = (128, 2, 4) if plain else (64, 2, 4)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
 def merge_config(num_segments: int, num_programs: int, rows: int, value_dim: int) -> dict[str, int]:
-    """Tile sizes of the merge. rows: of a segment.
+    """Tile sizes and launch options of the merge. rows: of a segment.
 
-    Few segments have many pieces each, and are cut small to use the whole device; many have few.
+    Few segments have many pieces each, and are cut small to use the whole device. Many have few, and then it counts
+    how soon all programs have been launched: one warp each.
     """
     block_dv = 32 if num_segments * rows * value_dim <= 2**16 else triton.next_power_of_2(value_dim)
     pieces = triton.next_power_of_2(4 * num_programs // num_segments + 1)
-    return {"BLOCK_P": max(16, min(pieces, 4096 // block_dv)), "BLOCK_DV": block_dv}
+    block_p = max(16, min(pieces, 4096 // block_dv))
+    return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p // 32)}
 
 
 def triton_decode_attention(
