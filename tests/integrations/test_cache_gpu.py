@@ -1,0 +1,40 @@
+"""A compressed cache on a GPU, where the kernels are Triton's, does what it does on the CPU."""
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy import ModelSpec
+from tests.cache.policies import HeavyHitter, KeyNorm, LastQueries
+from tests.integrations.ragged_oracle import masked_logits, ragged_table, stepped_logits, visible_tokens
+from tests.integrations.test_cache import SINKS, STEPS, fixed_cache, within_capacity
+from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny_architectures import ARCHITECTURES
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_ragged_budget_equals_a_mask_per_head(name):
+    model = tiny_model(name, attention=attention_of(name))
+    ids = tiny_ids(sum(STEPS), batch=2)
+    table = ragged_table(ModelSpec.from_config(model.config), SINKS + 1, 30)
+    expected = masked_logits(model, ids, visible_tokens(table, SINKS, STEPS))
+    cache = fixed_cache(model.cuda(), table, 64)
+    got = stepped_logits(model, ids.cuda(), cache, STEPS, within_capacity)
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-4)
+    kvpolicy.detach(model)
+
+
+@pytest.mark.parametrize("policy", [HeavyHitter(), LastQueries(), KeyNorm()], ids=lambda policy: type(policy).__name__)
+def test_policies_keep_the_same_entries(policy):
+    kept, logits = [], []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("Llama").to(device)
+        cache = kvpolicy.new_cache(model, policy=policy, allocator="uniform", retention=0.3, min_tokens=8)
+        logits.append(stepped_logits(model, tiny_ids(sum(STEPS), batch=2).to(device), cache, STEPS).cpu())
+        store = cache.opened()
+        kept.append([sorted(x.tolist()) for layer in range(len(store.layers)) for x in store.positions(layer)])
+        kvpolicy.detach(model)
+    assert kept[0] == kept[1]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-4)
