@@ -134,9 +134,9 @@ def main() -> None:
             }
             print(row, flush=True)
             rows.append(row | {"kv_heads": num_kv_heads, "group": group, "dim": dim} | machine())
+            write_csv(out, rows)  # compiling takes minutes: what was measured is kept
         del sets, expected
         torch.cuda.empty_cache()
-    write_csv(out, rows)
 
 
 if __name__ == "__main__":

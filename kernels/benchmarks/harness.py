@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-COLD_BYTES = (
-    400_000_000  # bytes that lie between two calls over one set of arguments, at least; an H200 has 60 MB of L2
-)
+COLD_BYTES = 400_000_000  # at least, between two calls over one set of arguments; an H200 has 60 MB of L2
+WARM_SECONDS = 0.05  # of replays before the first one that counts: clocks fall while Python and compilers work
 
 
 def copies_needed(nbytes: int) -> int:
@@ -40,8 +40,10 @@ def cold_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> tuple
             for call in calls:
                 call()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for _ in range(2):
+    warm_until = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < warm_until:
         graph.replay()
+        torch.cuda.synchronize()
     for begin, end in events:
         begin.record()
         graph.replay()

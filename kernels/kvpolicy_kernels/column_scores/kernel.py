@@ -111,6 +111,8 @@ def _row_lse_kernel(
     start, length = tl.load(start_ptr + i_s), tl.load(length_ptr + i_s).to(tl.int32)
     q_base = q_ptr + i_b * stride_qb + i_h * GROUP * stride_qh
     b_q, o_i = _query_tile(q_base, i_m * BLOCK_M, num_rows, stride_qh, stride_qm, stride_qd, GROUP, D, BLOCK_M, BLOCK_D)
+    # rows past the end see nothing: an explicit mask has no row for them
+    o_i = tl.where(i_m * BLOCK_M + tl.arange(0, BLOCK_M) < num_rows, o_i, -NO_BOUND - 1)
     # the tiles that the last query of the block sees, in equal parts
     last_query = (tl.minimum((i_m + 1) * BLOCK_M, num_rows) - 1) // GROUP
     tokens = tl.minimum(tl.maximum(last_query + token_shift + 1, 0), num_tokens)
