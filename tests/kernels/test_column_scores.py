@@ -20,18 +20,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(reference, "BLOCK", 4)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """What the kernels write into holds NaN first."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
 def arena(lengths, dim=8, dtype=torch.float32):
     """keys, starts, lengths: segments in reverse order; before, between and after them a row of NaN and infinity."""
     keys = torch.full((sum(lengths) + len(lengths) + 1, dim), NAN)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.decode_attention.plan import UNIT, WorkPlan, plan_work
+from kvpolicy_kernels.decode_attention.plan import UNIT, WorkPlan, default_programs
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 
 LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
@@ -370,7 +370,7 @@ def triton_decode_attention(
     num_kv_heads = num_segments // batch
     group = num_q_heads // num_kv_heads
     rows = group * n
-    plan = plan_work(lengths, backend="triton") if plan is None else plan
+    plan = triton_plan(lengths, default_programs(lengths.device)) if plan is None else plan
     num_programs = plan.programs.shape[0]
     query, chunk_key, chunk_value = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, chunk_key, chunk_value)
