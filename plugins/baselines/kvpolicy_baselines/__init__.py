@@ -16,3 +16,9 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the first tokens and the most recent ones.",
         paper="arXiv:2309.17453",
     )
+    register.policy(
+        "l2norm",
+        f"{module}.l2norm:L2NormPolicy",
+        summary="Keep the entries with the shortest keys.",
+        paper="arXiv:2406.11430",
+    )
