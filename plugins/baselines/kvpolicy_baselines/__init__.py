@@ -17,6 +17,12 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2309.17453",
     )
     register.policy(
+        "h2o",
+        f"{module}.h2o:H2OPolicy",
+        summary="Keep what all queries so far have attended to most, and the most recent.",
+        paper="arXiv:2306.14048",
+    )
+    register.policy(
         "l2norm",
         f"{module}.l2norm:L2NormPolicy",
         summary="Keep the entries with the shortest keys.",
