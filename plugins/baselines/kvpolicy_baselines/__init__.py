@@ -23,6 +23,12 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2306.14048",
     )
     register.policy(
+        "tova",
+        f"{module}.tova:TOVAPolicy",
+        summary="Keep what the last query attends to.",
+        paper="arXiv:2401.06104",
+    )
+    register.policy(
         "l2norm",
         f"{module}.l2norm:L2NormPolicy",
         summary="Keep the entries with the shortest keys.",
