@@ -34,3 +34,9 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the entries with the shortest keys.",
         paper="arXiv:2406.11430",
     )
+    register.policy(
+        "keydiff",
+        f"{module}.keydiff:KeyDiffPolicy",
+        summary="Keep the entries whose keys are unlike the others.",
+        paper="arXiv:2504.15364",
+    )
