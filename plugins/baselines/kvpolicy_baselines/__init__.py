@@ -23,6 +23,12 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2306.14048",
     )
     register.policy(
+        "snapkv",
+        f"{module}.snapkv:SnapKVPolicy",
+        summary="Keep what the prompt's last queries attend to, in clusters.",
+        paper="arXiv:2404.14469",
+    )
+    register.policy(
         "tova",
         f"{module}.tova:TOVAPolicy",
         summary="Keep what the last query attends to.",
