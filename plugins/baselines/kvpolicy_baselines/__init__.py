@@ -16,6 +16,12 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the first tokens and the most recent ones.",
         paper="arXiv:2309.17453",
     )
+    register.allocator(
+        "pyramid",
+        f"{module}.pyramid:PyramidAllocator",
+        summary="More entries for the first layers, fewer for the last.",
+        paper="arXiv:2406.02069",
+    )
     register.policy(
         "h2o",
         f"{module}.h2o:H2OPolicy",
