@@ -22,6 +22,12 @@ def kvpolicy_register(register: Register) -> None:
         summary="More entries for the first layers, fewer for the last.",
         paper="arXiv:2406.02069",
     )
+    register.allocator(
+        "adakv",
+        f"{module}.adakv:AdaKVAllocator",
+        summary="Split each layer's budget by the prompt's best scores, at run time.",
+        paper="arXiv:2407.11550",
+    )
     register.policy(
         "h2o",
         f"{module}.h2o:H2OPolicy",
