@@ -16,3 +16,46 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the first tokens and the most recent ones.",
         paper="arXiv:2309.17453",
     )
+    register.allocator(
+        "pyramid",
+        f"{module}.pyramid:PyramidAllocator",
+        summary="More entries for the first layers, fewer for the last.",
+        paper="arXiv:2406.02069",
+    )
+    register.allocator(
+        "adakv",
+        f"{module}.adakv:AdaKVAllocator",
+        summary="Split each layer's budget by the prompt's best scores, at run time.",
+        paper="arXiv:2407.11550",
+    )
+    register.policy(
+        "h2o",
+        f"{module}.h2o:H2OPolicy",
+        summary="Keep what all queries so far have attended to most, and the most recent.",
+        paper="arXiv:2306.14048",
+    )
+    register.policy(
+        "snapkv",
+        f"{module}.snapkv:SnapKVPolicy",
+        summary="Keep what the prompt's last queries attend to, in clusters.",
+        paper="arXiv:2404.14469",
+    )
+    register.policy(
+        "tova",
+        f"{module}.tova:TOVAPolicy",
+        summary="Keep what the last query attends to.",
+        paper="arXiv:2401.06104",
+    )
+    register.policy(
+        "l2norm",
+        f"{module}.l2norm:L2NormPolicy",
+        summary="Keep the entries with the shortest keys.",
+        paper="arXiv:2406.11430",
+    )
+    register.policy(
+        "keydiff",
+        f"{module}.keydiff:KeyDiffPolicy",
+        summary="Keep the entries whose keys are unlike the others.",
+        paper="arXiv:2504.15364",
+    )
+    register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")

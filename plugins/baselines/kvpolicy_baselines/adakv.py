@@ -1,0 +1,58 @@
+"""Ada-KV: split a layer's budget by where the best scores of the prompt at hand are.
+
+Source: Ada-KV, arXiv:2407.11550; FFY0/AdaKV, adaptive_snapkv/monkeypatch/snapkv_utils.py,
+`AdaptiveSnapKVCluster`. Different on purpose:
+
+- The total is exact. The source rounds each head by itself and may miss it by half an entry a head.
+- Budgets are those of KV heads, and any policy's scores are compared, as long as they are on one scale in all heads.
+- The options `normalize`, `skip` and `pyram_mode` are not there; all layers get the same total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy import Budget, BudgetAllocator, Importance, PluginError
+
+
+@dataclass(frozen=True, slots=True)
+class AdaKVAllocator(BudgetAllocator):
+    """A head's share is the number of its entries among the best of its layer, mixed with the uniform share.
+
+    The best are as many as the layer may keep besides what stays in any case (sink tokens, the recent window). Heads
+    with spread attention get more, heads with few heavy entries less.
+
+    safeguard: part of the budget that is split evenly, in [0, 1]; 1 is uniform
+    """
+
+    needs_importance: ClassVar[bool] = False
+    split_scope: ClassVar[Literal["none", "layer", "model"]] = "layer"
+
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.safeguard <= 1:
+            raise PluginError(f"adakv: safeguard must lie in [0, 1], got {self.safeguard}")
+
+    def shares(self, importance: Importance, budget: Budget) -> Tensor:
+        """Uniform: nothing is known before a prompt."""
+        return torch.ones(budget.shape)
+
+    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+        """Shares in entries, which sum to the budget where there are enough of them."""
+        return torch.stack([self._row(row, budget) for row in scores[-1]])[:, None]
+
+    def _row(self, scores: Tensor, budget: Budget) -> Tensor:
+        """scores: `[H, n]` of one sequence. Returns `[H]`, float64, > 0."""
+        staying, plain = (scores == torch.inf).sum(1), scores.isfinite()
+        free = max(0, budget.total - int(staying.sum()))
+        count = min(free, int(plain.sum()))
+        owner = scores.masked_fill(~plain, -torch.inf).flatten().topk(count).indices // scores.shape[1]
+        chosen = owner.bincount(minlength=len(scores))
+        mixed = (1 - self.safeguard) * chosen.double() + self.safeguard * free / len(scores)
+        return (staying + mixed).clamp(min=1e-6)  # where nothing can be compared: evenly

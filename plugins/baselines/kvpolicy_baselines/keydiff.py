@@ -1,0 +1,49 @@
+"""KeyDiff: keep the entries whose keys are unlike the others.
+
+Source: KeyDiff, arXiv:2504.15364, the algorithm with the mean of normalised keys as anchor; read too: NVIDIA/kvpress,
+kvpress/presses/keydiff_press.py. Different on purpose: absent entries are left out of the anchor, so that a padded row
+keeps what it keeps alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDiffPolicy(EvictionPolicy):
+    """The score of an entry is minus the cosine of its key and the anchor, the mean of the KV head's normalised keys.
+
+    Keys that point elsewhere than most tend to draw much attention, and no query is needed to find them. The anchor is
+    that of the entries held now and the new ones: it moves with each chunk and each decoding step.
+
+    num_sink_tokens: first positions that are never evicted
+    recent_window:   last positions that are never evicted; the paper's variant with a sliding window
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys", "positions"})
+
+    num_sink_tokens: int = 0
+    recent_window: int = 0
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        assert activations.keys is not None  # `requires` lists both
+        assert activations.positions is not None
+        absent = (activations.positions < 0)[..., None]
+        keys = activations.keys.float().masked_fill(absent, 0.0)  # before any product: they may hold NaN
+        anchor = normalize(keys, dim=-1).sum(2, keepdim=True)  # a cosine does not see that it is no mean
+        return -cosine_similarity(keys, anchor, dim=-1)
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        assert step.keys is not None
+        keys, lengths = step.keys.float(), step.indptr.diff()
+        segment = torch.arange(len(lengths), device=keys.device).repeat_interleave(lengths)
+        anchors = keys.new_zeros(len(lengths), keys.shape[1]).index_add(0, segment, normalize(keys, dim=-1))
+        return -cosine_similarity(keys, anchors[segment], dim=-1)

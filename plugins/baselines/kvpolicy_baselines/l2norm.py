@@ -1,0 +1,49 @@
+"""L2 norm: keep the entries with the shortest keys.
+
+Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430;
+alessiodevoto/l2compress, cache.py. Different on purpose:
+
+- Every budgeted layer is compressed; the paper leaves the first two as they are.
+- When to begin is the cache's `min_tokens`; in the source it is `prune_after`, 2048 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
+
+
+@dataclass(frozen=True, slots=True)
+class L2NormPolicy(EvictionPolicy):
+    """The score of an entry is minus the L2 norm of its key, after RoPE, which leaves the norm as it is.
+
+    Short keys tend to draw much attention, and the norm needs no queries. Decoded tokens compete as those of a prompt
+    do.
+
+    num_sink_tokens: first positions that are never evicted
+    recent_window:   last positions that are never evicted
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys", "positions"})
+
+    num_sink_tokens: int = 0
+    recent_window: int = 0
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        assert activations.keys is not None  # `requires` lists both
+        assert activations.positions is not None
+        absent = activations.positions < 0  # their keys may hold anything, NaN too
+        return _score(activations.keys).masked_fill(absent, 0.0)
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        assert step.keys is not None
+        return _score(step.keys)
+
+
+def _score(keys: Tensor) -> Tensor:
+    """Minus the L2 norm over the last dimension, float32."""
+    return -keys.float().square().sum(-1).sqrt()
