@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 MAX_QUERIES = 16
@@ -11,11 +12,20 @@ MAX_ROWS = 128
 """Queries times query heads of a group, likewise."""
 
 
-def too_many(query: Tensor, num_kv_heads: int) -> str | None:
-    """What of these queries is beyond that kernel, None if nothing is. query: [B, num_q_heads, n, D]."""
+MAX_DIM = 256
+"""The larger of its key and value dims."""
+
+
+def beyond_kernel(query: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int) -> str | None:
+    """What of these arguments is beyond that kernel, None if nothing is. query: [B, num_q_heads, n, D]."""
     n, group = query.shape[2], query.shape[1] // num_kv_heads
     if n > MAX_QUERIES or n * group > MAX_ROWS:
         return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
+    if max(keys.shape[1], values.shape[1]) > MAX_DIM:
+        return f"head dims {keys.shape[1]} and {values.shape[1]}, where {MAX_DIM} is the most"
+    dtypes = {query.dtype, keys.dtype, values.dtype}
+    if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"queries, keys and values of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
     return None
 
 

@@ -249,6 +249,23 @@ def test_a_plan_of_nothing_is_refused(arguments, message):
         plan_work(**arguments)
 
 
+@needs_triton
+def test_triton_refuses_other_dims_and_dtypes():
+    with pytest.raises(ValueError, match="cannot do this: head dims 288 and 16, where 256 is the most"):
+        decode_attention(*inputs((1, 2, [4, 5], 1, 288, 16)), backend="triton")
+    with pytest.raises(ValueError, match=r"cannot do this: queries, keys and values of torch.float64, not of one"):
+        decode_attention(*inputs((1, 2, [4, 5], 1, 16, 16), torch.float64), backend="triton")
+    assert decode_attention(*inputs((1, 2, [4, 5], 1, 288, 16))).out.shape == (1, 2, 1, 16)
+
+
+def test_a_plan_of_other_segments_is_refused():
+    given = inputs((1, 2, [4, 5], 1, 16, 16))
+    with pytest.raises(ValueError, match=r"2 segments need a plan whose pieces are \[2, 2\], got \[3, 2\]"):
+        decode_attention(*given, plan=plan_work(torch.tensor([1, 2, 3])))
+    with pytest.raises(ValueError, match=r"got \[2, 2, 2\]; a plan of several layers"):
+        decode_attention(*given, plan=plan_work(torch.tensor([[1, 2], [3, 4]])))
+
+
 def test_what_does_not_fit_is_refused():
     query, keys, values, starts, lengths = inputs((1, 2, [4, 5], 1, 16, 16))
     with pytest.raises(ValueError, match=r"decode_attention: expected contiguous values \[15, Dv\], got \[14, 16\]"):

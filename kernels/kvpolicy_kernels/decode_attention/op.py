@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.decode_attention.plan import WorkPlan
 from kvpolicy_kernels.decode_attention.reference import reference_decode_attention
-from kvpolicy_kernels.segments import check_attention, too_many
+from kvpolicy_kernels.segments import beyond_kernel, check_attention
 
 
 class Attended(NamedTuple):
@@ -52,7 +52,7 @@ def decode_attention(
     plan: of `plan_work` for these segments, to be used again from step to step; None makes one
     with_lse, with_mass: what to return besides; `mass` covers entries, not the chunk
     backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes 16 queries at most, and 128 together with the
-        query heads of a group
+        query heads of a group, head dims up to 256, and tensors of one dtype: float32, bfloat16 or float16
 
     On CUDA the key and value of an entry are read once, for all queries of its group, and equal work goes to every
     multiprocessor whatever the lengths: split-K as in Flash-Decoding (Dao et al., 2023) under the schedule of
@@ -62,8 +62,13 @@ def decode_attention(
     num_kv_heads = check_attention(
         "decode_attention", query, keys, values, starts, lengths, sink_logits, chunk_key, chunk_value, chunk_mask
     )
+    if plan is not None and plan.pieces.shape != (len(starts), 2):
+        raise ValueError(
+            f"decode_attention: {len(starts)} segments need a plan whose pieces are [{len(starts)}, 2], got "
+            f"{list(plan.pieces.shape)}; a plan of several layers is taken layer by layer: plan.layer(i)"
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton("decode_attention", backend, query, too_many(query, num_kv_heads)):
+    if uses_triton("decode_attention", backend, query, beyond_kernel(query, keys, values, num_kv_heads)):
         from kvpolicy_kernels.decode_attention.kernel import triton_decode_attention
 
         return Attended(

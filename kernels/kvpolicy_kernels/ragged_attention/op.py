@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.ragged_attention.decode import decode_ragged_attention
 from kvpolicy_kernels.ragged_attention.reference import reference_ragged_attention
-from kvpolicy_kernels.segments import check_attention, too_many
+from kvpolicy_kernels.segments import beyond_kernel, check_attention
 
 
 def ragged_attention(
@@ -56,7 +56,7 @@ def ragged_attention(
     if entry_mask is not None and len(entry_mask) != starts.shape[0]:
         raise ValueError(f"ragged_attention: {starts.shape[0]} segments need as many masks, got {len(entry_mask)}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = too_many(query, num_kv_heads) if entry_mask is None else "an entry_mask"
+    unsupported = beyond_kernel(query, keys, values, num_kv_heads) if entry_mask is None else "an entry_mask"
     if uses_triton("ragged_attention", backend, query, unsupported):
         from kvpolicy_kernels.decode_attention.kernel import triton_decode_attention
 
