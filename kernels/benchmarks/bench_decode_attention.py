@@ -60,7 +60,7 @@ class Case:
         self.on_device = lengths.cuda()
         heads = len(lengths) // batch * group
         self.query = torch.randn(batch, heads, n, dim, device="cuda").bfloat16()
-        self.plan = plan_work(self.on_device)
+        self.plan = plan_work(self.on_device, head_dim=dim)
 
     def ours(self, **options: object) -> list[Callable[[], object]]:
         return [

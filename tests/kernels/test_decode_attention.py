@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpolicy_kernels.decode_attention import decode_attention, plan_work
-from kvpolicy_kernels.decode_attention.plan import UNIT, reference_plan
+from kvpolicy_kernels.decode_attention.plan import reference_plan, unit_of
 from kvpolicy_kernels.ragged_attention import ragged_attention
 
 from tests.kernels.segments import DEVICE, VARIANTS, arena, chunked, options, oracle
@@ -14,10 +14,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
 
 
-def check(backend, query, keys, values, starts, lengths, tolerance=1e-5, num_programs=7, **kwargs):
+def check(backend, query, keys, values, starts, lengths, tolerance=1e-5, num_programs=7, head_dim=None, **kwargs):
     """Attention, log-sum-exps and mass; with few programs, so that segments are cut and programs hold several."""
     if backend == "triton":
-        kwargs["plan"] = plan_work(lengths.to(DEVICE), num_programs=num_programs, backend="triton")
+        dim = head_dim or max(keys.shape[1], values.shape[1])
+        kwargs["plan"] = plan_work(lengths.to(DEVICE), head_dim=dim, num_programs=num_programs, backend="triton")
     found = decode_attention(
         query, keys, values, starts, lengths, backend=backend, with_lse=True, with_mass=True, **kwargs
     )
@@ -39,7 +40,7 @@ CASES = [
     (2, 14, [127, 128, 129, 1], 1, 64, 64),
     (2, 10, [700, 0], 1, 80, 80),
     (1, 16, [400], 1, 16, 16),
-    (1, 1, [UNIT * 3], 1, 96, 96),
+    (1, 1, [384], 1, 96, 96),
     (1, 2, [0, 0], 1, 16, 16),
     (1, 4, [3, 260], 9, 16, 8),
     (1, 8, [130], 16, 16, 16),
@@ -104,8 +105,9 @@ def test_triton_strides(shared):
 
 @needs_triton
 @pytest.mark.parametrize("num_programs", [1, 2, 5, 40])
-def test_triton_any_number_of_programs(num_programs, poisoned):
-    check("triton", *inputs((1, 6, [1000, 0, 130], 1, 16, 16)), num_programs=num_programs)
+@pytest.mark.parametrize("head_dim", [16, 256])
+def test_triton_any_number_of_programs_and_any_unit(num_programs, head_dim, poisoned):
+    check("triton", *inputs((1, 6, [1000, 0, 130], 1, 16, 16)), num_programs=num_programs, head_dim=head_dim)
 
 
 @needs_triton
@@ -177,10 +179,10 @@ def test_offsets_beyond_two_to_the_31():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 5 * UNIT), min_size=1, max_size=40), st.integers(1, 60))
-def test_a_plan_covers_every_unit_once(lengths, num_programs):
+@given(st.lists(st.integers(0, 640), min_size=1, max_size=40), st.integers(1, 60), st.sampled_from([32, 128]))
+def test_a_plan_covers_every_unit_once(lengths, num_programs, unit_size):
     """Walks the plan as the kernel does."""
-    plan = reference_plan(torch.tensor(lengths), num_programs)
+    plan = reference_plan(torch.tensor(lengths), num_programs, unit_size)
     covered = {segment: [] for segment in range(len(lengths))}
     for program, (segment, unit) in enumerate(plan.programs.tolist()):
         left = int(plan.quantum)
@@ -194,22 +196,23 @@ def test_a_plan_covers_every_unit_once(lengths, num_programs):
         assert [number for number, _, _ in pieces] == list(range(first, first + count))
         ends = [0, *(end for _, _, end in pieces)]
         assert [begin for _, begin, _ in pieces] == ends[:-1]
-        assert ends[-1] == -(-lengths[segment] // UNIT) + 1
+        assert ends[-1] == -(-lengths[segment] // unit_size) + 1
 
 
 @needs_triton
 @pytest.mark.parametrize("shape", [(1,), (3,), (70,), (2, 5), (3, 40)], ids=str)
 @pytest.mark.parametrize("num_programs", [1, 20])
-def test_triton_plan(shape, num_programs):
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_triton_plan(shape, num_programs, head_dim):
     lengths = torch.randint(0, 1000, shape, device=DEVICE)
-    found, expected = plan_work(lengths, num_programs=num_programs, backend="triton"), reference_plan(
-        lengths, num_programs
-    )  # fmt: skip
+    found = plan_work(lengths, head_dim=head_dim, num_programs=num_programs, backend="triton")
+    expected = reference_plan(lengths, num_programs, unit_of(head_dim))
+    assert found.unit == expected.unit
     for name in ("units", "quantum", "programs", "pieces"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     if len(shape) == 2:
         last = found.layer(shape[0] - 1)
-        assert torch.equal(last.programs, reference_plan(lengths[-1], num_programs).programs)
+        assert torch.equal(last.programs, reference_plan(lengths[-1], num_programs, expected.unit).programs)
 
 
 @needs_triton

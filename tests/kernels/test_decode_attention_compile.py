@@ -8,7 +8,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency")
 
 from kvpolicy_kernels.decode_attention import kernel as kernels  # noqa: E402
-from kvpolicy_kernels.decode_attention.plan import UNIT  # noqa: E402
+from kvpolicy_kernels.decode_attention.plan import unit_of  # noqa: E402
 
 from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled, spilled_bytes  # noqa: E402
 
@@ -23,7 +23,7 @@ def compile_attend(dtype, dim, group, n, arch, *variants):
     block = max(16, triton.next_power_of_2(dim))
     has = {f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "LOGITS", "LSE")}
     constants = {
-        "D": dim, "DV": dim, "UNIT": UNIT, "BLOCK_D": block, "BLOCK_DV": block, "EARLY": arch >= 90,
+        "D": dim, "DV": dim, "UNIT": unit_of(dim), "BLOCK_D": block, "BLOCK_DV": block, "EARLY": arch >= 90,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config, **has,
     }  # fmt: skip
     belongs = {

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.decode_attention.plan import UNIT, WorkPlan, default_programs
+from kvpolicy_kernels.decode_attention.plan import WorkPlan, default_programs, unit_of
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 
 LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
@@ -64,8 +64,8 @@ def _plan_kernel(
         tl.store(quantum_ptr + i_l, quantum)
 
 
-def triton_plan(lengths: Tensor, num_programs: int) -> WorkPlan:
-    """Arguments as in `plan_work`."""
+def triton_plan(lengths: Tensor, num_programs: int, unit: int) -> WorkPlan:
+    """Arguments as in `plan_work`. unit: entries."""
     lengths = lengths.contiguous()
     shape, num_segments = lengths.shape[:-1], lengths.shape[-1]
     table = torch.empty(
@@ -73,12 +73,12 @@ def triton_plan(lengths: Tensor, num_programs: int) -> WorkPlan:
     )
     sizes = [(*shape, num_segments), shape, (*shape, num_programs, 2), (*shape, num_segments, 2)]
     parts = table.split([torch.Size(size).numel() for size in sizes])
-    plan = WorkPlan(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+    plan = WorkPlan(*(part.view(size) for part, size in zip(parts, sizes, strict=True)), unit)
     block = 16
     grid = (triton.cdiv(max(num_programs, num_segments), block), shape.numel())
     _plan_kernel[grid](
         lengths, plan.units, plan.quantum, plan.programs, plan.pieces, num_segments, num_programs,
-        UNIT=UNIT, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block,
+        UNIT=unit, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block,
     )  # fmt: skip
     return plan
 
@@ -337,12 +337,12 @@ def merge_config(num_segments: int, num_programs: int, rows: int, value_dim: int
     """Tile sizes and launch options of the merge. rows: of a segment.
 
     Few segments have many pieces each, and are cut small to use the whole device. Many have few, and then it counts
-    how soon all programs have been launched: one warp each.
+    how soon all programs have been launched: one warp each, two for head dims above 128.
     """
-    block_dv = 32 if num_segments * rows * value_dim <= 2**16 else triton.next_power_of_2(value_dim)
+    block_dv = 32 if num_segments * rows * value_dim < 2**17 else triton.next_power_of_2(value_dim)
     pieces = triton.next_power_of_2(4 * num_programs // num_segments + 1)
     block_p = max(16, min(pieces, 4096 // block_dv))
-    return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p // 32)}
+    return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p // 32, block_dv // 128)}
 
 
 def triton_decode_attention(
@@ -370,7 +370,8 @@ def triton_decode_attention(
     num_kv_heads = num_segments // batch
     group = num_q_heads // num_kv_heads
     rows = group * n
-    plan = triton_plan(lengths, default_programs(lengths.device)) if plan is None else plan
+    if plan is None:
+        plan = triton_plan(lengths, default_programs(lengths.device), unit_of(max(dim, value_dim)))
     num_programs = plan.programs.shape[0]
     query, chunk_key, chunk_value = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, chunk_key, chunk_value)
@@ -393,7 +394,7 @@ def triton_decode_attention(
         0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
         num_segments, num_kv_heads, group, n, 0 if chunk_key is None else chunk_key.shape[2],
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
-        D=dim, DV=value_dim, UNIT=UNIT,
+        D=dim, DV=value_dim, UNIT=plan.unit,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk_key is not None, HAS_MASK=mask is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None, EARLY=early,
