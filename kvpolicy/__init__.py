@@ -9,6 +9,7 @@ from kvpolicy.apportion import apportion
 from kvpolicy.cache import RaggedStore
 from kvpolicy.errors import (
     BudgetError,
+    GraphWarning,
     KVPolicyError,
     ModelError,
     PlanError,
@@ -35,6 +36,7 @@ from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers import (
+        DecodeRunner,
         RaggedCache,
         TransformersProbe,
         attach,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DecodeRunner": "kvpolicy.integrations.transformers",
     "RaggedCache": "kvpolicy.integrations.transformers",
     "TransformersProbe": "kvpolicy.integrations.transformers",
     "TuneSettings": "kvpolicy.tuning",
@@ -78,8 +81,10 @@ __all__ = [
     "BudgetAllocator",
     "BudgetError",
     "BudgetPlan",
+    "DecodeRunner",
     "DecodeStep",
     "EvictionPolicy",
+    "GraphWarning",
     "Importance",
     "ImportanceEstimator",
     "KVPolicyError",

@@ -41,3 +41,7 @@ class PluginWarning(UserWarning):
 
 class PlanWarning(UserWarning):
     """A plan is used outside the conditions it was made for."""
+
+
+class GraphWarning(UserWarning):
+    """Decoding is slower than asked for: it could not be compiled, or not be captured in a CUDA graph."""

@@ -194,6 +194,11 @@ class LayerArena:
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor = torch.zeros_like(counts)
 
+    def release(self) -> None:
+        """Gives the entries up and their memory back. The arena is of no use afterwards; its tables stay."""
+        self.keys, self.values, self.positions = (x[:0].clone() for x in (self.keys, self.values, self.positions))
+        self.scores = None if self.scores is None else self.scores[:0].clone()
+
     def take(self, segments: Tensor) -> None:
         """Keeps these segments, in this order and as often as they stand there. segments: int64 [S'] on the CPU."""
         for name in _TABLES:

@@ -19,7 +19,7 @@ from kvpolicy.errors import BudgetError
 _PLAIN, _RECENT, _PINNED = 1, 2, 3
 _POSITION_BITS = 29
 MAX_TOKENS = 2**_POSITION_BITS - 1
-_ABSENT = -1
+ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: 
     key = (tier << (32 + _POSITION_BITS)) | positions
     if scores is not None:
         key = key | torch.where(tier == _PLAIN, _ordered(scores) << _POSITION_BITS, 0)
-    return key  # _ABSENT where positions are: -1 has every bit set
+    return key  # ABSENT where positions are: -1 has every bit set
 
 
 def comparable(scores: Tensor, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
@@ -109,7 +109,7 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
 
 def evictable(keys: Tensor) -> Tensor:
     """Column of each segment's worst candidate that is present. keys: [S, N]; returns int64 [S]."""
-    return torch.where(keys == _ABSENT, torch.iinfo(torch.int64).max, keys).argmin(1)
+    return torch.where(keys == ABSENT, torch.iinfo(torch.int64).max, keys).argmin(1)
 
 
 def _tiers(positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:

@@ -7,6 +7,7 @@ from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.conversation import generate
 from kvpolicy.integrations.transformers.corpus import read_corpus
+from kvpolicy.integrations.transformers.decode_runner import DecodeRunner
 from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
@@ -14,6 +15,7 @@ from kvpolicy.integrations.transformers.save import load_cache
 from kvpolicy.integrations.transformers.supply import attached
 
 __all__ = [
+    "DecodeRunner",
     "Pace",
     "RaggedCache",
     "TransformersProbe",

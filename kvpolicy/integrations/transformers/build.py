@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import MIN_TOKENS, Fixed, Schedule
 from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.cache.static import check_static
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import attach, attachment_of
@@ -18,6 +19,7 @@ from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare
+from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan
 from kvpolicy.registry import registry
@@ -37,6 +39,7 @@ def new_cache(
     decode: DecodeMode = "evict",
     min_tokens: int = MIN_TOKENS,
     rollback: int = ROLLBACK,
+    static: bool = False,
 ) -> RaggedCache:
     """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
 
@@ -50,6 +53,8 @@ def new_cache(
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     min_tokens: mean entries per KV head that a growing budget never goes below
     rollback:  last tokens that assisted generation can take back
+    static:    fixed addresses, for `DecodeRunner` and for compiled decoding in `model.generate`. Needs
+        `context_length`, takes its prompt in one forward, and can be used for prompt after prompt (`reset`)
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -69,10 +74,12 @@ def new_cache(
         decode=decode,
         rollback=rollback,
     )
-    return cache_of(model, recipe)
+    return cache_of(model, recipe, static=static)
 
 
-def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None) -> RaggedCache:
+def cache_of(
+    model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None, *, static: bool = False
+) -> RaggedCache:
     """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
     spec = ModelSpec.from_config(model.config)
     rank, size = rank_and_size(model, spec)
@@ -103,9 +110,23 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
     attach(model)
     prepare(model, spec, policy.requires)
-    stock = DynamicCache(config=text_config(model)).layers
     attached = attachment_of(model)
-    return RaggedCache(spec, make_store, stock, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)
+    if static:
+        length = _static_length(recipe)
+        layers = StaticCache(config=text_config(model), max_cache_len=length).layers
+        return StaticRaggedCache(spec, make_store, layers, attached, rank=rank, recipe=recipe, context_length=length)
+    layers = DynamicCache(config=text_config(model)).layers
+    return RaggedCache(spec, make_store, layers, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)
+
+
+def _static_length(recipe: Recipe) -> int:
+    """The tokens that a static cache is made for. Raises `BudgetError` for what fixed addresses rule out."""
+    check_static(recipe.policy)
+    if recipe.context_length is None:
+        raise BudgetError("static=True needs context_length=: memory is set aside for that many tokens up front")
+    if recipe.decode != "evict":
+        raise BudgetError(f"static=True holds the capacities at every step, got decode={recipe.decode!r}")
+    return recipe.context_length
 
 
 def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:

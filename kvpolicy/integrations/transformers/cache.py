@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if not self.arrived:
             return self._follow(stock, module, query, key, value, mask, options, scoring)
         self.arrived = 0
-        valid = mask.valid(key.shape[2]) if isinstance(mask, LazyMask) else None
+        valid = self.valid_tokens(mask, key.shape[2])
         single = key.shape[2] == 1 and valid is None and not isinstance(mask, Tensor)
         if single and not self.cache.recording and store.can_append(self.row):
             store.append(self.row, key, value)
@@ -112,6 +112,10 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if not self.followers:
             self._finish()
         return result
+
+    def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
+        """Which of the newest tokens are no padding: bool [B, count], None if all of them."""
+        return mask.valid(count) if isinstance(mask, LazyMask) else None
 
     def _follow(
         self,
@@ -199,6 +203,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ended: why no further turn can follow, or None
     """
 
+    layer_class: ClassVar[type[BudgetedLayer]] = BudgetedLayer
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -210,10 +216,11 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         rollback: int = ROLLBACK,
         recipe: Recipe | None = None,
     ) -> None:
-        layers, self.budgeted = list(stock_layers), []
+        layers: list[Any] = list(stock_layers)
+        self.budgeted: list[BudgetedLayer] = []
         for row, index in enumerate(spec.budgeted_layers):
             followers = sum(layer.shared_with == index for layer in spec.layers)
-            self.budgeted.append(BudgetedLayer(self, row, index, followers))
+            self.budgeted.append(self.layer_class(self, row, index, followers))
             layers[index] = self.budgeted[-1]
         super().__init__(layers=layers)
         self.attached = attached

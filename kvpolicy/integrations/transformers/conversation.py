@@ -32,7 +32,7 @@ def generate(
     Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, and rows that
     ended at different times have fillers behind their end.
     """
-    seen = cache.get_seq_length()
+    seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
     if "past_key_values" in options:
         raise ModelError("kvpolicy.generate takes its cache as the second argument, not as past_key_values")
@@ -76,7 +76,7 @@ def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[i
     if cache.store is None or cache.store.batch_size != ids.shape[0]:
         cache.ended = "its rows are beams or several samples of one prompt"
         return
-    cache.unfed = ids[:, cache.get_seq_length() - seen :].clone()
+    cache.unfed = ids[:, int(cache.get_seq_length()) - seen :].clone()
     ended = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
     if ids.shape[0] > 1 and bool(ended.any()):
         cache.ended = "some of its rows ended earlier than others, and fillers stand behind their end"

@@ -80,8 +80,11 @@ class LazyMask:
 
 def make_mask(base: str, given: dict[str, Any]) -> Any:
     """What stands for the mask of one kind of layer. For a static cache, which is longer than the tokens seen, it is
-    the stock mask: generate makes those ahead of the forward and looks into them.
+    the stock mask: generate makes those ahead of the forward and looks into them. A mask over no columns is None: a
+    static cache of ours holds no padding, and its one new token sees all of it.
     """
+    if given["kv_length"] == 0:
+        return None
     end = given["q_offset"] + given["q_length"]
     if isinstance(end, Tensor) or end != given["kv_offset"] + given["kv_length"]:
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**given)

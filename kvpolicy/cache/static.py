@@ -1,0 +1,183 @@
+"""A store at fixed addresses, for decoding in a CUDA graph.
+
+One arena holds the entries of all layers. Capacities, starts and lengths are data on the device, so that a graph
+captured once serves every prompt that fits. Each segment is a ring in the order in which its entries will be evicted
+(`eviction_order`), so a decoding step is three launches a layer: write the entry, attend, merge.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from kvpolicy_kernels.append import append_next
+from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.decode_attention import WorkPlan, decode_attention, plan_work
+from torch import Tensor
+
+from kvpolicy.cache.eviction_order import eviction_order
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.scoring import Scoring
+from kvpolicy.errors import BudgetError
+from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.spec import ModelSpec
+
+PLAN_INTERVAL = 64
+"""Decoded tokens after which the work is planned anew while segments still grow."""
+
+
+def check_static(policy: EvictionPolicy) -> None:
+    """Raises `BudgetError` for a policy that a static store cannot serve: one that rescores while it decodes."""
+    if type(policy).score_step is not EvictionPolicy.score_step or policy.new_entry_score != math.inf:
+        raise BudgetError(
+            f"{type(policy).__name__} changes its scores at every decoded token, which a static store cannot: leave "
+            "static out, or take a policy that scores the prompt alone"
+        )
+
+
+class StaticStore:
+    """Keys and values of every budgeted layer in one arena, a segment per (sequence, KV head).
+
+    spec: the model's layers and heads
+    rows: entries of all segments together
+    num_heads:  KV heads held here
+    num_pinned: first entries of a segment, which are never evicted
+    device, dtype: of keys and values
+
+    keys [R, D];  values [R, Dv];  positions int32 [R]
+    starts, lengths, capacities, cursors: int64 [L, S]; starts in rows of the arena
+    position: int32 [S], of the token decoded last
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rows: int,
+        *,
+        batch_size: int,
+        num_heads: int,
+        num_pinned: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape, segments = spec.attention, batch_size * num_heads
+        self.batch_size, self.num_heads, self.num_pinned = batch_size, num_heads, num_pinned
+        self.keys = torch.empty(rows, shape.key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(rows, shape.value_dim, dtype=dtype, device=device)
+        self.positions = torch.empty(rows, dtype=torch.int32, device=device)
+        tables = torch.zeros(4, spec.num_budgeted_layers, segments, dtype=torch.int64, device=device)
+        self.starts, self.lengths, self.capacities, self.cursors = tables
+        self.position = torch.zeros(segments, dtype=torch.int32, device=device)
+        self.plan = self._make_plan()
+        self.clear()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        tables = [self.starts, self.lengths, self.capacities, self.cursors, self.position]
+        plan = [self.plan.units, self.plan.quantum, self.plan.programs, self.plan.pieces]
+        return [self.keys, self.values, self.positions, *tables, *plan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [B], tokens of each sequence so far, padding excluded."""
+        return self.position.view(self.batch_size, self.num_heads)[:, 0].long() + 1
+
+    def clear(self) -> None:
+        """Forgets everything; addresses stay."""
+        for table in (self.starts, self.lengths, self.capacities, self.cursors):
+            table.zero_()
+        self.position.fill_(-1)
+        self.used = 0  # rows that were given to segments
+        self.growth = 0  # tokens until no segment grows any more
+
+    def rehearse(self) -> None:
+        """Makes room for one token a segment, so that a step can be run, and captured, before any prompt has come."""
+        self.clear()
+        self.capacities.fill_(1)
+        self.starts.copy_(torch.arange(self.starts.shape[1], device=self.starts.device).clamp(max=len(self.keys) - 1))
+        self.replan()
+
+    def take(self, layer: int, held: StoreLayer, most: int) -> None:
+        """Moves a layer's entries here after its prompt, each segment in the order in which they will be evicted.
+
+        most: entries that a segment is allowed at most, where its capacity has no limit
+
+        Raises `BudgetError` where the layer does not fit, and for protected spans that go beyond the prompt.
+        """
+        arena, capacity = held.arena, held.capacity.clamp(max=most)
+        if held.protection.end > int(held.seen.min()):
+            raise BudgetError(
+                f"protected spans end at token {held.protection.end}, the shortest prompt has {int(held.seen.min())}: "
+                "a static store takes spans inside the prompt alone"
+            )
+        if bool((arena.length > capacity).any()):
+            raise BudgetError(f"a prompt of {int(held.seen.max())} tokens was given a static store for {most}")
+        if self.used + int(capacity.sum()) > len(self.keys):
+            raise BudgetError(
+                f"layer {layer} needs {int(capacity.sum())} rows, the static store has {len(self.keys) - self.used} "
+                f"of {len(self.keys)} left: its budget differs from the one it was made for"
+            )
+        start = self.used + capacity.cumsum(0) - capacity
+        seen = held.seen.repeat_interleave(self.num_heads)[:, None].to(arena.device)
+        positions = arena.padded_positions()
+        order = eviction_order(arena.padded_scores(), positions, seen, capacity - arena.length, held.protection)
+        segment, offset = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
+        rows, segment, offset = ((start[segment] + offset), segment, offset)
+        rows, segment, offset = (x.to(arena.device) for x in (rows, segment, offset))
+        source = arena.start.to(arena.device)[segment] + order[segment, offset]
+        for out, entries in zip(
+            (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
+        ):
+            compact(out, rows, entries, source)
+        self.starts[layer].copy_(start)
+        self.lengths[layer].copy_(arena.length)
+        self.capacities[layer].copy_(capacity)
+        self.used += int(capacity.sum())
+        self.growth = max(self.growth, int((capacity - arena.length).max()))
+        self.position.copy_(seen[:, 0] - 1)
+
+    def replan(self) -> None:
+        """Shares the work of a step anew among the device's programs, after lengths have changed."""
+        fresh = self._make_plan()
+        for name in ("units", "quantum", "programs", "pieces"):
+            getattr(self.plan, name).copy_(getattr(fresh, name))
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes one token into every segment; over the entry that leaves next where it is full.
+
+        key, value: [B, H, 1, dim]
+
+        The first layer counts the token; all layers of one step have to come, in order.
+        """
+        if layer == 0:
+            self.position.add_(1)
+        append_next(
+            (self.keys, self.values, self.positions),
+            (key, value, self.position),
+            self.starts[layer],
+            self.lengths[layer],
+            self.capacities[layer],
+            self.cursors[layer],
+            self.num_pinned,
+        )
+
+    def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
+        """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
+        return decode_attention(
+            query,
+            self.keys,
+            self.values,
+            self.starts[layer],
+            self.lengths[layer],
+            plan=self.plan.layer(layer),
+            **scoring.options(),
+        ).out
+
+    def _make_plan(self) -> WorkPlan:
+        return plan_work(self.lengths, head_dim=max(self.keys.shape[1], self.values.shape[1]))

@@ -1,0 +1,269 @@
+"""The transformers cache over a static store: its decoding step can be compiled and captured in a CUDA graph.
+
+A prompt goes the way of every ragged cache, layer by layer, and each layer moves its part into the static store as soon
+as it has been scored. From then on a forward of one token changes nothing in Python: the store is reached through one
+opaque operator a layer, which a compiler neither looks into nor reorders.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from kvpolicy.cache.report import CacheReport
+from kvpolicy.cache.schedule import UNLIMITED
+from kvpolicy.cache.scoring import Scoring
+from kvpolicy.cache.static import StaticStore
+from kvpolicy.cache.store import RaggedStore
+from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attachment import mark
+from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache, tensors_of
+from kvpolicy.integrations.transformers.exchange import Attention
+from kvpolicy.integrations.transformers.masks import user_mask
+
+_STORES: WeakValueDictionary[int, StaticStore] = WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+@torch.library.custom_op("kvpolicy::static_attention", mutates_args=())
+def static_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    handle: int,
+    layer: int,
+    append: bool,
+) -> Tensor:
+    """One decoding step of one layer: `append`, if it owns its keys, and `attend`. query: [B, num_q_heads, 1, D].
+
+    What it changes is behind `handle`, out of a compiler's sight; the layers of a step depend on one another.
+    Returns [B, 1, num_q_heads, Dv].
+    """
+    store = _STORES[handle]
+    if append:
+        store.append(layer, key, value)
+    return store.attend(layer, query, Scoring(scale, softcap, sink_logits)).transpose(1, 2)
+
+
+@static_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, num_q_heads, n, _dim = query.shape
+    return query.new_empty(batch, n, num_q_heads, value.shape[-1])
+
+
+class StaticLayer(BudgetedLayer):
+    """One full-attention layer of a `StaticRaggedCache`."""
+
+    cache: StaticRaggedCache
+    is_compileable = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As in `BudgetedLayer`, for the prompt; after it, one token at a time.
+
+        Raises `ModelError` for more than one.
+        """
+        if not self.cache.decoding:
+            return super().update(key_states, value_states)
+        if key_states.shape[2] != 1:
+            raise ModelError(
+                f"a static cache takes its prompt in one forward and then one token at a time, got "
+                f"{key_states.shape[2]} tokens behind its prompt: feed them singly, reset() the cache for a new "
+                "prompt, or leave static out"
+            )
+        if self.row == 0:
+            self.cache.columns.add_(1)
+        self.arrived = 1
+        return mark(key_states, self), value_states
+
+    def attention(
+        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
+    ) -> tuple[Tensor, Any]:
+        if not self.cache.decoding:
+            return super().attention(stock, module, query, key, value, mask, options)
+        append, self.arrived = bool(self.arrived), 0
+        arguments = (query, key, value, options.get("s_aux"), options.get("scaling"), options.get("softcap"))
+        return static_attention(*arguments, self.cache.handle, self.row, append), None
+
+    def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
+        """From the dense mask: the last token sees all that is no padding."""
+        if not isinstance(mask, Tensor):
+            return super().valid_tokens(mask, count)
+        valid = user_mask(mask)[:, 0, -1, -count:].cpu()
+        return None if bool(valid.all()) else valid
+
+    def _finish(self) -> None:
+        waiting = self.waiting is not None
+        super()._finish()
+        if waiting:
+            self.cache.settle(self.row)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (0, 0) if self.cache.decoding else super().get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> Any:
+        """A tensor, as of every cache that can be compiled; on the device once decoding has begun."""
+        return self.cache.columns if self.cache.decoding else torch.tensor(self.columns)
+
+
+class StaticRaggedCache(RaggedCache):
+    """A `RaggedCache` at fixed addresses; `new_cache(..., static=True)` makes it.
+
+    context_length: tokens that its capacities were made for; without a limit, as many entries are kept at most
+    columns:  int64 [], tokens seen, padding included, on the device
+    decoding: whether the prompt is in the static store
+    """
+
+    layer_class: ClassVar[type[BudgetedLayer]] = StaticLayer
+
+    def __init__(self, *args: Any, context_length: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.context_length = context_length
+        self.static: StaticStore | None = None
+        self.handle = next(_HANDLES)
+        self.columns = torch.zeros((), dtype=torch.int64)
+        self.decoding = False
+        self._left = len(self.budgeted)  # layers whose prompt is not in the static store yet
+
+    def begin(self, key: Tensor) -> None:
+        super().begin(key)
+        self.allocate(self.opened(), key.device, key.dtype)
+
+    def allocate(self, store: RaggedStore, device: torch.device, dtype: torch.dtype) -> StaticStore:
+        """The static store for what `store` will keep; the one there is, where it is right.
+
+        Raises `BudgetError` where the one there is was made for another batch, device or dtype.
+        """
+        if (held := self.static) is not None:
+            made, asked = (held.batch_size, held.keys.device, held.keys.dtype), (store.batch_size, device, dtype)
+            if made != asked:
+                raise BudgetError(
+                    f"this static cache was made for a batch of {made[0]} on {made[1]} in {made[2]}, got {asked[0]} on "
+                    f"{asked[1]} in {asked[2]}: make another one"
+                )
+            return held
+        self.static = StaticStore(
+            store.spec,
+            store.batch_size * self._rows(store),
+            batch_size=store.batch_size,
+            num_heads=store.num_heads,
+            num_pinned=store.protection.num_pinned,
+            device=device,
+            dtype=dtype,
+        )
+        self.columns = self.columns.to(device)
+        _STORES[self.handle] = self.static
+        return self.static
+
+    def rehearse(self) -> None:
+        """Makes decoding possible before a prompt, for a capture; `reset` ends it."""
+        self.opened_static().rehearse()
+        self.columns.zero_()
+        self.decoding = True
+
+    def settle(self, row: int) -> None:
+        """Moves a layer's prompt into the static store and frees what held it until now.
+
+        Under run-time allocation a later layer may still look at this one, so all of them move at the end.
+        """
+        store, static = self.opened(), self.opened_static()
+        self._left -= 1
+        for index in [row] if store.split is None else range(0 if self._left else len(self.budgeted)):
+            held = store.layers[index]
+            assert held is not None  # its prompt has been kept
+            static.take(index, held, self.context_length)
+            held.arena.release()
+        if not self._left:
+            static.replan()
+            self.columns.fill_(self.budgeted[0].columns)
+            self.decoding = True
+
+    def opened_static(self) -> StaticStore:
+        if self.static is None:
+            raise ModelError("this cache is empty: a prompt comes first")
+        return self.static
+
+    def reset(self) -> None:
+        """Forgets everything but its addresses, so that a captured graph serves the next prompt."""
+        super().reset()
+        self.decoding, self._left = False, len(self.budgeted)
+        if self.static is not None:
+            self.static.clear()
+
+    # --- accounting
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head holds now."""
+        return self._tabulated(self.opened_static().lengths)
+
+    @property
+    def capacities(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head may hold."""
+        return self._tabulated(self.opened_static().capacities)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, tables and stock layers included; those of a prompt that is coming in, too."""
+        static = 0 if self.static is None else self.static.nbytes
+        coming = 0 if self.store is None else self.store.nbytes
+        return static + coming + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
+
+    def report(self) -> CacheReport:
+        """Who was kept, what it weighs, and whether anything was evicted at all."""
+        static, prompt = self.opened_static(), super().report()
+        seen = static.seen.cpu()
+        entries = self.lengths.sum((0, 2))
+        full = seen * len(self.budgeted) * static.num_heads
+        dense = prompt.dense_nbytes * int(seen.sum()) // max(1, sum(prompt.seen))
+        return replace(
+            prompt,
+            seen=tuple(seen.tolist()),
+            entries=tuple(entries.tolist()),
+            full=tuple(full.tolist()),
+            nbytes=self.nbytes,
+            dense_nbytes=dense,
+            evicted=bool((entries < full).any()),
+        )
+
+    def seen_mask(self) -> Tensor:
+        padding = int(self.columns) - self.opened_static().seen.cpu() if self.decoding else torch.zeros(1).long()
+        return (torch.arange(int(self.columns))[None] >= padding[:, None]).long()
+
+    # --- what fixed addresses rule out
+
+    def activate_past_recording(self) -> None:
+        raise self._refusal("assisted generation")
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        raise self._refusal("crop")
+
+    def save(self, path: Any) -> None:
+        raise self._refusal("save")
+
+    def _take(self, rows: Tensor, on_stock: Any) -> None:
+        raise self._refusal("beam search and other changes of the batch")
+
+    def _refusal(self, what: str) -> ModelError:
+        return ModelError(f"a static cache does not offer {what}: make the cache without static=True")
+
+    def _tabulated(self, table: Tensor) -> Tensor:
+        static = self.opened_static()
+        return table.view(-1, static.batch_size, static.num_heads).cpu()
+
+    def _rows(self, store: RaggedStore) -> int:
+        """Entries of one sequence at its capacities, protected spans included."""
+        heads = slice(store.first_head, store.first_head + store.num_heads)
+        table = store.schedule.at(self.context_length, None)[:, heads]
+        spanned = store.protection.num_spanned(store.protection.end) * table.numel()
+        if store.split is not None and store.schedule.evicts:
+            return max(store.schedule.total(self.context_length), store.split.floor * table.numel()) + spanned
+        limited = table if int(table.max()) < UNLIMITED else table.clamp(max=self.context_length)
+        return int(limited.sum()) + spanned
