@@ -46,7 +46,9 @@ class DecodeRunner:
 
     def __init__(self, model: PreTrainedModel, cache: StaticRaggedCache, *, compiled: bool = True) -> None:
         if not isinstance(cache, StaticRaggedCache):
-            raise ModelError("DecodeRunner needs a static cache: new_cache(model, ..., context_length=..., static=True)")
+            raise ModelError(
+                "DecodeRunner needs a static cache: new_cache(model, ..., context_length=..., static=True)"
+            )
         self.model, self.cache, self.compiled = model, cache, compiled
         self.mode: Literal["graph", "eager"] = "eager"
         self.why: str | None = None
@@ -161,7 +163,7 @@ class DecodeRunner:
                 return
 
     def _captured(self, forward: Callable[..., Any]) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of torch
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(self.model)  # layers of other kinds set their memory aside, which a compiler would trace
@@ -176,9 +178,7 @@ class DecodeRunner:
 
     def _forward(self, forward: Callable[..., Any]) -> Tensor:
         """One token a row, from `_ids` at `_positions`."""
-        out = forward(
-            input_ids=self._ids, position_ids=self._positions, past_key_values=self.cache, use_cache=True
-        )
+        out = forward(input_ids=self._ids, position_ids=self._positions, past_key_values=self.cache, use_cache=True)
         self._positions.add_(1)
         logits: Tensor = out.logits[:, -1]
         return logits

@@ -27,7 +27,7 @@ from kvpolicy.integrations.transformers.exchange import Attention
 from kvpolicy.integrations.transformers.masks import user_mask
 
 _STORES: WeakValueDictionary[int, StaticStore] = WeakValueDictionary()
-_HANDLES = itertools.count()
+"""By handle, a constant in compiled code. Small numbers are used again, and what was compiled with them."""
 
 
 @torch.library.custom_op("kvpolicy::static_attention", mutates_args=())
@@ -78,7 +78,7 @@ class StaticLayer(BudgetedLayer):
                 f"{key_states.shape[2]} tokens behind its prompt: feed them singly, reset() the cache for a new "
                 "prompt, or leave static out"
             )
-        if self.row == 0:
+        if self is self.cache.budgeted[-1]:  # earlier layers still ask how many came before
             self.cache.columns.add_(1)
         self.arrived = 1
         return mark(key_states, self), value_states
@@ -127,7 +127,7 @@ class StaticRaggedCache(RaggedCache):
         super().__init__(*args, **options)
         self.context_length = context_length
         self.static: StaticStore | None = None
-        self.handle = next(_HANDLES)
+        self.handle = -1  # once there is a static store
         self.columns = torch.zeros((), dtype=torch.int64)
         self.decoding = False
         self._left = len(self.budgeted)  # layers whose prompt is not in the static store yet
@@ -159,6 +159,7 @@ class StaticRaggedCache(RaggedCache):
             dtype=dtype,
         )
         self.columns = self.columns.to(device)
+        self.handle = next(handle for handle in itertools.count() if handle not in _STORES)
         _STORES[self.handle] = self.static
         return self.static
 
