@@ -1,0 +1,264 @@
+"""What a user feels: a whole model of Llama-3-8B's shape decoding, as transformers does it and in kvpolicy's graph.
+
+    python benchmarks/decode_graph.py --out benchmarks/results/decode_graph_h200
+
+Random bf16 weights, real prompts of random tokens, ragged plans (shares lognormal with sigma 1). One row for each cache,
+context and share kept: seconds to the first token, milliseconds a token, peak memory; and the floor, which is bytes
+(weights and kept entries) over the read limit of the device, measured in the same run. `over_base_ms` is what the cache
+adds to the same compiled model at 128 tokens; `allowed_ms` is 1.35 times the kept bytes over the read limit, and 0.25 ms.
+Then the largest batches that fit, over caches filled with random entries. An H200 takes about seven minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import kvpolicy
+from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "benchmarks"))
+from harness import machine, read_limit  # noqa: E402
+
+KEPT = (1.0, 0.3, 0.1)
+BASE_CONTEXT = 128
+ROOM = 256  # tokens behind the prompt
+BATCH_CONTEXT, BATCH_KEPT = 32768, 0.2
+SPARE_BYTES = 8e9  # left to the allocator and to activations where a batch is chosen
+
+
+def build_model(num_layers: int) -> Any:
+    """The shape of Llama-3-8B; random weights, which decode as fast as trained ones."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=num_layers, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0, max_position_embeddings=262144,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def plan_of(model: Any, kept: float, context: int) -> BudgetPlan:
+    """`kept` of the context, by shares that are lognormal with sigma 1; all heads alike where everything is kept."""
+    spec = ModelSpec.from_config(model.config)
+    shares = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
+    budget = Budget(spec.total_entries(kept, context), spec.table_shape, 5, context)
+    return BudgetPlan.from_capacities(spec, apportion(shares, budget), context_length=context)
+
+
+def static_cache(model: Any, kept: float, context: int) -> Any:
+    if kept == 1.0:
+        return kvpolicy.new_cache(model, retention=1.0, context_length=context + ROOM, static=True)
+    return kvpolicy.new_cache(model, plan_of(model, kept, context), context_length=context, static=True)
+
+
+def token_ms(step: Callable[[], object], count: int, warm: int = 3) -> float:
+    """Median milliseconds of a step, by events around each."""
+    for _ in range(warm):
+        step()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def clean() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+class Bench:
+    """The rows, and what all of them share."""
+
+    def __init__(self, model: Any, out: str, tokens: int) -> None:
+        self.model, self.out, self.tokens = model, out, tokens
+        self.limit = read_limit()
+        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        embedding = model.get_input_embeddings().weight.nbytes  # one row of it is read
+        self.read_weights = self.weights - embedding
+        self.base_ms = float("nan")
+        self.rows: list[dict[str, Any]] = []
+        print(f"read limit {self.limit / 1e12:.2f} TB/s, weights {self.weights / 1e9:.2f} GB", flush=True)
+
+    def add(self, cache: str, context: int, batch: int, kept: float, ms: float, kv_bytes: int, **more: Any) -> None:
+        floor = (self.read_weights + kv_bytes) / self.limit * 1e3
+        row = {
+            "cache": cache, "context": context, "batch": batch, "kept": kept, "ms_per_token": round(ms, 3),
+            "tokens_per_second": round(batch / ms * 1e3, 1), "floor_ms": round(floor, 3),
+            "share_of_floor": round(floor / ms, 3), "kv_gigabytes": round(kv_bytes / 1e9, 3),
+            "over_base_ms": round(ms - self.base_ms, 3),
+            "allowed_ms": round(1.35 * kv_bytes / self.limit * 1e3 + 0.25, 3),
+            "ttft_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
+            "model": f"Llama-3-8B shape, {self.model.config.num_hidden_layers} layers, random",
+            "weights_gigabytes": round(self.weights / 1e9, 2),
+            "read_limit_gigabytes_per_second": round(self.limit / 1e9), "n": self.tokens, "seed": 0,
+            "transformers": transformers.__version__, "kvpolicy": kvpolicy.__version__, **machine(),
+        }  # fmt: skip
+        self.rows.append(row)
+        print(*list(row.values())[:14], sep="\t", flush=True)
+        with open(f"{self.out}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for each in self.rows for name in each)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def prompt(self, context: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(context)
+        return torch.randint(0, self.model.config.vocab_size, (1, context), generator=generator).cuda()
+
+    def ours(self, context: int, kept: float, **more: Any) -> float:
+        """A prompt and tokens in a graph. The first one compiles; the others find what was compiled."""
+        clean()
+        cache = static_cache(self.model, kept, context)
+        runner = kvpolicy.DecodeRunner(self.model, cache)
+        prompt = self.prompt(context)
+        runner.prefill(prompt[:, : min(BASE_CONTEXT, context)])
+        assert runner.mode == "graph" and runner.why is None, runner.why
+        clean()
+        arena = sum(tensor.nbytes for tensor in cache.static.tensors)
+        ttft, logits = timed(lambda: runner.prefill(prompt))
+        peak = torch.cuda.max_memory_allocated()
+        token = logits.argmax(-1)
+        ms = token_ms(lambda: runner.step(token), self.tokens)
+        kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
+        if context == BASE_CONTEXT:
+            self.base_ms = ms
+        self.add("kvpolicy", context, 1, kept, ms, kv_bytes, **memory(peak, self.weights), ttft_s=round(ttft, 3),
+                 arena_gigabytes=round(arena / 1e9, 3), **more)  # fmt: skip
+        return ms
+
+    @torch.no_grad()
+    def dynamic(self, context: int) -> None:
+        clean()
+        kvpolicy.detach(self.model)
+        cache, prompt = DynamicCache(config=self.model.config), self.prompt(context)
+        ttft, out = timed(lambda: self.model(prompt, past_key_values=cache, logits_to_keep=1))
+        peak, token = torch.cuda.max_memory_allocated(), out.logits[:, -1].argmax(-1, keepdim=True)
+        ms = token_ms(lambda: self.model(token, past_key_values=cache), min(self.tokens, 24))
+        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self.add("DynamicCache, eager", context, 1, 1.0, ms, kv_bytes, **memory(peak, self.weights),
+                 ttft_s=round(ttft, 3))  # fmt: skip
+
+    @torch.no_grad()
+    def static(self, context: int) -> None:
+        """transformers' own way: a static cache, and the step compiled with CUDA graphs."""
+        clean()
+        kvpolicy.detach(self.model)
+        cache = StaticCache(config=self.model.config, max_cache_len=context + ROOM)
+        prompt = self.prompt(context)
+        ttft, out = timed(lambda: self.model(prompt, past_key_values=cache, logits_to_keep=1))
+        peak, token = torch.cuda.max_memory_allocated(), out.logits[:, -1].argmax(-1, keepdim=True)
+        step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        position = torch.full((1, 1), context, device="cuda")
+
+        def one() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            step(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+
+        ms = token_ms(one, min(self.tokens, 24), warm=5)
+        kv_bytes = context * self.model.config.num_hidden_layers * 8 * 2 * 128 * 2
+        self.add("StaticCache, compiled", context, 1, 1.0, ms, kv_bytes, **memory(peak, self.weights),
+                 ttft_s=round(ttft, 3))  # fmt: skip
+
+    @torch.no_grad()
+    def largest_dense(self) -> None:
+        """The most sequences whose full caches fit beside the weights, filled with random entries."""
+        clean()
+        kvpolicy.detach(self.model)
+        layers = self.model.config.num_hidden_layers
+        each = BATCH_CONTEXT * 8 * 2 * 128 * 2
+        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
+        batch = int(free // (each * (layers + 2)))  # a layer that grows exists twice
+        cache = DynamicCache(config=self.model.config)
+        shape = (batch, 8, BATCH_CONTEXT, 128)
+        for layer in range(layers):
+            cache.update(*(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)), layer)
+        token = torch.ones(batch, 1, dtype=torch.int64, device="cuda")
+        ms = token_ms(lambda: self.model(token, past_key_values=cache), 5, warm=2)
+        self.add("DynamicCache, eager", BATCH_CONTEXT, batch, 1.0, ms, batch * each * layers)
+
+    @torch.no_grad()
+    def largest_ours(self) -> None:
+        clean()
+        layers = self.model.config.num_hidden_layers
+        each = BATCH_KEPT * BATCH_CONTEXT * 8 * (2 * 128 * 2 + 4) * layers
+        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
+        batch = int(free // each)
+        cache = static_cache(self.model, BATCH_KEPT, BATCH_CONTEXT)
+        runner = kvpolicy.DecodeRunner(self.model, cache)
+        runner.prefill(self.prompt(BASE_CONTEXT).expand(batch, -1))
+        assert runner.mode == "graph" and runner.why is None, runner.why
+        fill(cache, plan_of(self.model, BATCH_KEPT, BATCH_CONTEXT))
+        token = torch.ones(batch, dtype=torch.int64, device="cuda")
+        ms = token_ms(lambda: runner.step(token), 16)
+        kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
+        self.add("kvpolicy", BATCH_CONTEXT, batch, BATCH_KEPT, ms, kv_bytes)
+
+
+def fill(cache: Any, plan: BudgetPlan) -> None:
+    """Every segment full of random entries: what so many prompts would leave, without the hour that they take."""
+    static = cache.static
+    table = plan.capacities(BATCH_CONTEXT)[:, None].expand(-1, static.batch_size, -1).flatten(1)
+    static.capacities.copy_(table)
+    static.lengths.copy_(table)
+    static.starts.copy_((table.flatten().cumsum(0) - table.flatten()).view_as(table))
+    static.cursors.zero_()
+    static.position.fill_(BATCH_CONTEXT - 1)
+    for part in (static.keys, static.values):
+        for rows in part.split(2**24):
+            rows.normal_()
+    static.replan()
+
+
+def memory(peak: int, weights: int) -> dict[str, float]:
+    return {"peak_gigabytes": round(peak / 1e9, 2), "over_weights_gigabytes": round((peak - weights) / 1e9, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="beginning of the file's name: OUT.csv")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--skip-batches", action="store_true")
+    options = parser.parse_args()
+    bench = Bench(build_model(options.layers), options.out, options.tokens)
+    bench.ours(BASE_CONTEXT, 1.0)
+    for context in options.contexts:
+        for kept in KEPT:
+            bench.ours(context, kept)
+        bench.dynamic(context)
+    if not options.skip_batches:
+        bench.largest_ours()
+        bench.largest_dense()
+    for context in options.contexts:
+        bench.static(context)
+
+
+if __name__ == "__main__":
+    main()
