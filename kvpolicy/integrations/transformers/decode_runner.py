@@ -36,7 +36,8 @@ class DecodeRunner:
     compiled: whether `torch.compile` fuses the model's small operations first. It takes a minute for a large model,
         and without it a token takes up to twice as long
 
-    The graph is captured before the first prompt and serves all that follow, of any length.
+    The graph is captured before the first prompt and serves all that follow, of any length. Where the model has layers
+    with a sliding window too, tokens before that window is full are decoded without it.
 
     mode: "graph", or "eager" where a graph is not possible: not on CUDA, layers on several devices, an operation that
         cannot be captured. A `GraphWarning` says why, and `why` keeps it.
@@ -54,6 +55,7 @@ class DecodeRunner:
         self.why: str | None = None
         self._prepared = False
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._windows: list[Any] = []
         self._steps = 0
 
     @torch.no_grad()
@@ -94,10 +96,13 @@ class DecodeRunner:
         if 0 < self._steps <= static.growth + PLAN_INTERVAL and self._steps % PLAN_INTERVAL == 0:
             static.replan()
         self._steps += 1
-        if self._graph is None:
-            self._logits = self._forward(self.model)
-        else:
-            self._graph.replay()
+        if self._graph is None or not all(
+            layer.cumulative_length_int >= layer.max_cache_len for layer in self._windows
+        ):
+            return self._forward(self.model)
+        self._graph.replay()
+        for layer in self._windows:
+            layer.cumulative_length_int += 1
         return self._logits
 
     def generate(
@@ -136,6 +141,8 @@ class DecodeRunner:
         attach(model)
         cache.reset()
         cache.begin(torch.empty(batch_size, heads, 1, spec.attention.key_dim, dtype=model.dtype, device=model.device))
+        # stock layers with a window count in Python until it is full, and do the same at every step from there on
+        self._windows = [layer for layer in cache.layers if hasattr(layer, "cumulative_length_int")]
         self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros_like(self._ids)
         self._prepared = True
@@ -151,7 +158,7 @@ class DecodeRunner:
     def _capture(self) -> None:
         forwards: list[Callable[..., Any]] = [self.model]
         if self.compiled:
-            forwards.insert(0, torch.compile(self.model.forward, dynamic=False))
+            forwards.insert(0, torch.compile(self.model.forward, dynamic=False, mode="max-autotune-no-cudagraphs"))
         for forward in forwards:
             try:
                 self._graph = self._captured(forward)
@@ -167,6 +174,8 @@ class DecodeRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(self.model)  # layers of other kinds set their memory aside, which a compiler would trace
+            for layer in self._windows:
+                layer.cumulative_length_int = layer.max_cache_len
             for _ in range(_WARM_UP):
                 self._forward(forward)
         torch.cuda.current_stream().wait_stream(stream)
