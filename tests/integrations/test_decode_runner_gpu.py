@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # torch's compiler, of itself
     pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),  # one that inductor begins with
 ]
 
 
@@ -33,7 +34,7 @@ def runner_of(model, *, compiled=False, **options):
 
 
 def check_architecture(name, make):
-    """A prompt that does not fill a sliding window, and tokens beyond that; twice."""
+    """Two prompts, behind the first of which more has been decoded than the second holds."""
     model, ids = tiny_model(name, attention=attention_of(name)).cuda(), tiny_ids(72).cuda()
     options = {"policy": "snapkv", "allocator": "uniform", "retention": 0.5, "context_length": CONTEXT}
     runner = make(model, **options)
@@ -46,15 +47,15 @@ def check_architecture(name, make):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma2Window", "Gemma3Window", "Llama4"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi3", "Gemma2"])
 def test_architectures(name, compiled):
     check_architecture(name, lambda model, **options: runner_of(model, compiled=compiled, **options))
 
 
-@pytest.mark.parametrize("name", ["GptOss", "Gemma3n", "Qwen3Next"])
+@pytest.mark.parametrize("name", ["GptOss", "Gemma3n", "Gemma3Window", "Llama4", "Qwen3Next"])
 @pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
 def test_architectures_that_may_fall_back(name):
-    """Some models copy from the CPU in every step, which a capture cannot hold. The tokens are right all the same."""
+    """Some models copy from the CPU in every step, or count in Python. The logits are right all the same."""
 
     def make(model, **options):
         return kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, static=True, **options))
@@ -141,10 +142,9 @@ def test_nothing_waits_nothing_grows_nothing_is_joined():
     model = tiny_model("Llama").cuda()
     runner = runner_of(model, retention=0.3, context_length=512)
     logits = runner.prefill(tiny_ids(100).cuda())
-    runner.step(logits.argmax(-1))
+    token = runner.step(logits.argmax(-1)).argmax(-1)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
-    token = logits.argmax(-1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(64):

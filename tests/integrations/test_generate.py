@@ -159,6 +159,16 @@ def test_beams_carry_their_own_capacities(llama):
         assert torch.equal(cache.lengths[:, 3 * row], own.lengths[:, 0])
 
 
+def test_linear_layers_go_with_their_beams_and_are_reset():
+    model, ids = tiny_model("Qwen3Next"), tiny_ids(20, batch=2)
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 10, "eos_token_id": None}
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    cache = kvpolicy.new_cache(model, retention=1.0)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    cache.reset()
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+
+
 def test_rows_can_be_selected_and_repeated(llama):
     ids = tiny_ids(40, batch=3)
     more = tiny_ids(12, batch=1).expand(4, -1)

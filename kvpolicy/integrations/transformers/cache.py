@@ -306,13 +306,13 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows. indices: int64 [B'], or bool [B]."""
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self._take(rows, lambda layer: layer.batch_select_indices(indices))
+        self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
         batch = 1 if self.store is None else self.store.batch_size
         rows = torch.arange(batch).repeat_interleave(repeats)
-        self._take(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+        self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -370,8 +370,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _stock(self) -> list[Any]:
         """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
-        made = [layer for layer in self.layers if not isinstance(layer, BudgetedLayer)]
-        return [layer for layer in made if hasattr(layer, "update") and hasattr(layer, "reset")]
+        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
 
     def _crop_store(self, count: int) -> None:
         try:

@@ -36,11 +36,10 @@ class DecodeRunner:
     compiled: whether `torch.compile` fuses the model's small operations first. It takes a minute for a large model,
         and without it a token takes up to twice as long
 
-    The graph is captured before the first prompt and serves all that follow, of any length. Where the model has layers
-    with a sliding window too, tokens before that window is full are decoded without it.
+    The graph is captured before the first prompt and serves all that follow, of any length.
 
-    mode: "graph", or "eager" where a graph is not possible: not on CUDA, layers on several devices, an operation that
-        cannot be captured. A `GraphWarning` says why, and `why` keeps it.
+    mode: "graph", or "eager" where a graph is not possible: not on CUDA, layers on several devices, layers with a
+        sliding window, an operation that cannot be captured. A `GraphWarning` says why, and `why` keeps it.
 
     Raises `ModelError` for a cache that is not static.
     """
@@ -55,7 +54,6 @@ class DecodeRunner:
         self.why: str | None = None
         self._prepared = False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._windows: list[Any] = []
         self._steps = 0
 
     @torch.no_grad()
@@ -141,8 +139,6 @@ class DecodeRunner:
         attach(model)
         cache.reset()
         cache.begin(torch.empty(batch_size, heads, 1, spec.attention.key_dim, dtype=model.dtype, device=model.device))
-        # stock layers with a window count in Python until it is full, and do the same at every step from there on
-        self._windows = [layer for layer in cache.layers if hasattr(layer, "cumulative_length_int")]
         self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros_like(self._ids)
         self._prepared = True
@@ -151,6 +147,8 @@ class DecodeRunner:
             self._fall_back(f"the model is on {model.device}, CUDA graphs need a CUDA device")
         elif len(devices) > 1:
             self._fall_back(f"the model lies on {len(devices)} devices, a CUDA graph on one")
+        elif any(cache.is_sliding):
+            self._fall_back("layers with a sliding window count their tokens in Python, which a graph would not do")
         else:
             cache.rehearse()
             self._capture()
@@ -174,8 +172,6 @@ class DecodeRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(self.model)  # layers of other kinds set their memory aside, which a compiler would trace
-            for layer in self._windows:
-                layer.cumulative_length_int = layer.max_cache_len
             for _ in range(_WARM_UP):
                 self._forward(forward)
         torch.cuda.current_stream().wait_stream(stream)
