@@ -78,7 +78,9 @@ def test_a_cache_splits_each_layer_by_snapkvs_scores(safeguard):
 
 def test_without_a_safeguard_a_layer_keeps_its_best_whatever_their_head():
     length = 60
-    cache = after_prompt(ids_of(length), L2NormPolicy(), retention=0.3, allocator=AdaKVAllocator(safeguard=0))
+    cache = after_prompt(
+        ids_of(length), L2NormPolicy(num_skipped_layers=0), retention=0.3, allocator=AdaKVAllocator(safeguard=0)
+    )
     for layer, (_, key) in enumerate(observed(ids_of(length))):
         every = sorted((float(k.norm()), head, p) for head in range(2) for p, k in enumerate(key[head]))
         chosen = sorted((head, p) for _, head, p in every[:36])
