@@ -59,3 +59,9 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2504.15364",
     )
     register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")
+    register.policy(
+        "corm",
+        f"{module}.corm:CORMPolicy",
+        summary="Keep what recent queries found important.",
+        paper="arXiv:2404.15949",
+    )
