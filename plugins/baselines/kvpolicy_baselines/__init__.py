@@ -65,3 +65,9 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep what recent queries found important.",
         paper="arXiv:2404.15949",
     )
+    register.policy(
+        "r_kv",
+        f"{module}.r_kv:RKVPolicy",
+        summary="Keep what is attended to and not said twice, for long output.",
+        paper="arXiv:2505.24133",
+    )
