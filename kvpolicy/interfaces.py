@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from kvpolicy.spec import Budget, Importance, ModelSpec
@@ -21,9 +22,11 @@ SplitScope = Literal["none", "layer", "model"]
 SOURCES = frozenset(
     {
         "positions",
+        "scores",
         "keys",
         "values",
         "queries",
+        "query_attention",
         "window_attention",
         "full_attention",
         "decode_attention",
@@ -36,7 +39,10 @@ SOURCES = frozenset(
         "module",
     }
 )
-"""What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`."""
+"""What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`.
+
+Only a cache has `scores` and `decode_attention`: a probe refuses them.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +58,11 @@ class LayerActivations:
     hidden_after:     [B, n, hidden_size], residual stream after attention was added
     output_weight:    [hidden_size, num_q_heads * value_dim], the output projection
     positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
-    window_attention: [B, num_kv_heads, n], attention of the observation window's queries, summed
+    scores:           [B, num_kv_heads, n] float32, those of the entries so far: what the policy last returned, or
+                      `new_entry_score` for a decoded one since; 0 for this chunk and for absent entries
+    query_attention:  [B, num_kv_heads, w, n], attention of each query of the observation window, summed over its
+                      query group; the w queries are the last w of n, and those of padding are 0
+    window_attention: [B, num_kv_heads, n], the same, summed over the queries too
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
     rope:             (cos, sin) of the layer, for the tokens of this forward
     module:           the attention module
@@ -68,6 +78,8 @@ class LayerActivations:
     hidden_after: Tensor | None = None
     output_weight: Tensor | None = None
     positions: Tensor | None = None
+    scores: Tensor | None = None
+    query_attention: Tensor | None = None
     window_attention: Tensor | None = None
     full_attention: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
@@ -81,17 +93,26 @@ class DecodeStep:
     Segment i belongs to sequence `i // num_kv_heads` and KV head `i % num_kv_heads` and spans
     `indptr[i]` to `indptr[i + 1]`.
 
+    num_kv_heads: KV heads of the layer; under tensor parallelism those of this rank
     scores, positions: [num_entries];  indptr: [B * num_kv_heads + 1] int32
     keys:      [num_entries, key_dim], or None unless "keys" is required
     attention: [num_entries] mass of this step summed over the query group, or None unless "decode_attention" is
     """
 
     layer: int
+    num_kv_heads: int
     scores: Tensor
     positions: Tensor
     indptr: Tensor
     keys: Tensor | None = None
     attention: Tensor | None = None
+
+    @property
+    def segment(self) -> Tensor:
+        """int64 [num_entries], the segment of each entry."""
+        lengths = self.indptr.diff()
+        segments = torch.arange(len(lengths), device=lengths.device)
+        return segments.repeat_interleave(lengths, output_size=len(self.scores))
 
 
 class Trial(Protocol):
@@ -207,7 +228,8 @@ class EvictionPolicy(_Role):
         starts from 0.
     num_sink_tokens: first positions that are never evicted
     recent_window:   last positions that are never evicted, as far as the capacity reaches
-    observation_window: queries at the end of a prompt whose attention `window_attention` sums
+    observation_window: queries at the end of a prompt whose attention `query_attention` holds and `window_attention`
+        sums
     """
 
     window_rule: ClassVar[bool] = False

@@ -49,9 +49,10 @@ def test_probe_supplies_every_source_that_has_a_field() -> None:
 
     def visit(activations: LayerActivations) -> None:
         seen.append(activations.layer)
-        assert all(getattr(activations, name) is not None for name in SOURCES - {"decode_attention"})
+        assert all(getattr(activations, name) is not None for name in supplied)
 
-    SyntheticProbe(lengths=(9, 12)).observe(visit, SOURCES - {"decode_attention"})
+    supplied = SOURCES - {"scores", "decode_attention"}
+    SyntheticProbe(lengths=(9, 12)).observe(visit, supplied)
     assert seen == [0, 1, 2, 0, 1, 2]
 
 
@@ -65,6 +66,9 @@ def test_probe_fields_fit_each_other() -> None:
     assert x.output.shape == (2, 6, 10, 8) and x.full_attention.shape == (2, 2, 10)
     torch.testing.assert_close(x.full_attention.sum(), torch.tensor(2.0 * 6 * 10))  # each query's mass is 1
     torch.testing.assert_close(x.window_attention.sum(), torch.tensor(2.0 * 6 * 8))
+    assert x.query_attention is not None and x.query_attention.shape == (2, 2, 8, 10)
+    torch.testing.assert_close(x.query_attention.sum(2), x.window_attention)
+    assert x.scores is not None and x.scores.tolist() == torch.zeros(2, 2, 10).tolist()
 
 
 def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
@@ -75,9 +79,10 @@ def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
     assert other is not None and not torch.equal(first.keys, other)
 
 
-def test_probe_refuses_a_source_without_a_field() -> None:
-    with pytest.raises(PluginError, match="decode_attention"):
-        SyntheticProbe().observe(lambda _: None, frozenset({"decode_attention"}))
+@pytest.mark.parametrize("source", ["scores", "decode_attention"])
+def test_probe_refuses_what_only_a_cache_has(source: str) -> None:
+    with pytest.raises(PluginError, match=f"cannot supply \\['{source}'\\]"):
+        SyntheticProbe().observe(lambda _: None, frozenset({source}))
 
 
 def test_probe_loss_falls_with_each_capacity() -> None:
@@ -158,6 +163,7 @@ def _in_place(self: object, activations: LayerActivations) -> Tensor:
         ),
         (estimator(result=lambda s, t: Importance(t, None, -t[..., None], torch.arange(1))), "not negative"),
         (estimator(requires=frozenset({"decode_attention"})), "cannot supply ['decode_attention']"),
+        (estimator(requires=frozenset({"scores"})), "cannot supply ['scores']"),
         (estimator(requires=frozenset({"logits"})), "`requires` lists 'logits'"),
     ],
 )
@@ -315,7 +321,9 @@ class RecentPolicy(EvictionPolicy):
 class KeyPolicy(EvictionPolicy):
     """Right: distance to the mean key of the present entries, and attention mass while decoding."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"positions", "keys", "decode_attention", "window_attention"})
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {"positions", "scores", "keys", "decode_attention", "window_attention"}
+    )
     num_sink_tokens: int = 0
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
@@ -365,6 +373,11 @@ def _recency_by_index(a: Any) -> Tensor:
         (prompt(lambda a: torch.rand(a.positions.shape)), "same for the same arguments"),
         (prompt(lambda a: a.keys.mul_(2).norm(dim=-1)), "changed `LayerActivations.keys`"),
         (prompt(lambda a: a.values.norm(dim=-1)), "score_prompt raised AttributeError"),
+        (
+            prompt(lambda a: a.keys.norm(dim=-1) + a.scores),
+            "score_prompt is finite",
+        ),  # decoded entries have infinite ones
+        (prompt(lambda a: a.query_attention.sum(2)), "score_prompt raised AttributeError"),
         (prompt(_mean_of_all), "absent entries (position -1) do not change the order"),
         (prompt(lambda a: -a.positions.float(), RecentPolicy), "keeps the most recent"),
         (prompt(_recency_by_index, RecentPolicy), "keeps the most recent"),
@@ -377,6 +390,8 @@ def _recency_by_index(a: Any) -> Tensor:
         (step(lambda s: s.scores / 0), "score_step is finite"),
         (step(lambda s: torch.rand(s.scores.shape)), "same for the same arguments"),
         (step(lambda s: s.scores.add_(s.attention)), "changed `DecodeStep.scores`"),
+        (step(lambda s: s.scores.view(-1, s.num_kv_heads)), "score_step has shape [num_entries]"),
+        (step(lambda s: s.segment), "score_step is float32"),
         (step(lambda s: s.missing), "score_step raised AttributeError"),
         (step(lambda s: -s.scores, RecentPolicy), "after a step too"),
         (policy(requires=frozenset({"attention"})), "`requires` lists 'attention'"),

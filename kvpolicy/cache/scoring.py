@@ -9,13 +9,24 @@ from typing import Any
 import torch
 from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
 
 STORE_SOURCES = frozenset(
-    {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+    {
+        "positions",
+        "scores",
+        "keys",
+        "values",
+        "queries",
+        "query_attention",
+        "window_attention",
+        "full_attention",
+        "decode_attention",
+    }
 )
 """What a store can hand to a policy by itself."""
 
@@ -57,12 +68,17 @@ def score_chunk(
     rows = arena.padded_rows()
     if "positions" in policy.requires:
         given["positions"] = _positions(arena, chunk)
+    if "scores" in policy.requires:
+        given["scores"] = _scores(arena, rows, chunk)
     if "keys" in policy.requires:
         given["keys"] = _with_chunk(arena.keys, rows, chunk.key)
     if "values" in policy.requires:
         given["values"] = _with_chunk(arena.values, rows, chunk.value)
     if "queries" in policy.requires:
         given["queries"] = query
+    if "query_attention" in policy.requires:
+        last = query[:, :, -policy.observation_window :]
+        given["query_attention"] = attention_of_each(arena, last, chunk, options)
     if "window_attention" in policy.requires:
         last = query[:, :, -policy.observation_window :]
         given["window_attention"] = attention_mass(arena, last, chunk, options)
@@ -91,6 +107,7 @@ def score_step(
         attention = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
     step = DecodeStep(
         layer=layer,
+        num_kv_heads=len(arena.start) // query.shape[0],
         scores=arena.scores[rows],
         positions=arena.positions[rows],
         indptr=torch.cat([arena.length.new_zeros(1), arena.length.cumsum(0)]).to(arena.device, torch.int32),
@@ -124,6 +141,16 @@ def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapp
     )
 
 
+def attention_of_each(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
+    """`attention_mass` of one query after the other, float32 [B, H, n, width + len(chunk)]."""
+    num_queries, rows = query.shape[2], []
+    for index in range(num_queries):
+        later = num_queries - 1 - index  # tokens of the chunk that this query does not see
+        seen = chunk.part(slice(0, len(chunk) - later))
+        rows.append(pad(attention_mass(arena, query[:, :, index : index + 1], seen, options), (0, later)))
+    return torch.stack(rows, 2)
+
+
 def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
     """What the chunk's last n tokens see of it: causal, padding excluded. Returns bool [B, 1, n, m]."""
     length = len(chunk)
@@ -136,6 +163,12 @@ def _positions(arena: LayerArena, chunk: Chunk) -> Tensor:
     batch, heads = chunk.key.shape[:2]
     fresh = chunk.positions.to(arena.device)[:, None].expand(-1, heads, -1)
     return torch.cat([arena.padded_positions().view(batch, heads, -1), fresh], 2)
+
+
+def _scores(arena: LayerArena, rows: Tensor, chunk: Chunk) -> Tensor:
+    assert arena.scores is not None  # the store asks only where entries are scored
+    fresh = torch.zeros(*chunk.key.shape[:3], 1, device=arena.device)
+    return _with_chunk(arena.scores[:, None], rows, fresh)[..., 0]
 
 
 def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from kvpolicy.testing.synthetic import SyntheticProbe
 
 _BATCH, _LENGTH, _CHUNK = 2, 24, 8
 _SEGMENTS = (0, 1, 7, 12)  # entries of each (sequence, KV head) in a decoding step
-_NUM_ABSENT = 5
+_NUM_ABSENT, _NUM_DECODED = 5, 2
 _LATER = f"{_LENGTH} entries, of them {_NUM_ABSENT} absent in one KV head, the last {_CHUNK} a new chunk"
 
 
@@ -35,7 +35,8 @@ def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None
     instance: EvictionPolicy = instance_of("policy", policy)
     for layer in (0, 2):
         _check_prompt(instance, f"a first prompt of {_LENGTH} tokens, layer {layer}", _prompt(instance, layer))
-        _check_prompt(instance, f"{_LATER}, layer {layer}", _later_chunk(_prompt(instance, layer), garbage=0))
+        later = _later_chunk(_prompt(instance, layer), instance, garbage=0)
+        _check_prompt(instance, f"{_LATER}, layer {layer}", later)
     if "positions" in instance.requires:
         _check_absent(instance)
     if instance.window_rule:
@@ -48,9 +49,10 @@ def _prompt(policy: EvictionPolicy, layer: int) -> LayerActivations:
     return SyntheticProbe().activations(layer, requires=requires, batch_size=_BATCH, length=_LENGTH)
 
 
-def _later_chunk(prompt: LayerActivations, garbage: float) -> LayerActivations:
+def _later_chunk(prompt: LayerActivations, policy: EvictionPolicy, garbage: float) -> LayerActivations:
     """The same entries as after an eviction: in no order, with gaps between positions, some absent in KV head 0.
 
+    policy:  whose `new_entry_score` the entries have that were decoded
     garbage: what the keys and values of absent entries hold, which is nobody's promise.
     """
     positions = _later_positions(SyntheticProbe().spec.num_kv_heads)
@@ -61,6 +63,10 @@ def _later_chunk(prompt: LayerActivations, garbage: float) -> LayerActivations:
     for name in ("window_attention", "full_attention"):
         if (mass := getattr(prompt, name)) is not None:
             changed[name] = mass.masked_fill(absent, 0.0)
+    if prompt.query_attention is not None:
+        changed["query_attention"] = prompt.query_attention.masked_fill(absent[:, :, None], 0.0)
+    if prompt.scores is not None:
+        changed["scores"] = _held_scores(positions, policy.new_entry_score)
     for name in ("keys", "values"):
         if (states := getattr(prompt, name)) is not None:
             changed[name] = states.masked_fill(absent[..., None], garbage)
@@ -77,6 +83,14 @@ def _later_positions(num_kv_heads: int) -> Tensor:
     return positions
 
 
+def _held_scores(positions: Tensor, new_entry_score: float) -> Tensor:
+    """float32 `[B, H, n]`: those of scored entries, then of decoded ones, 0 for the chunk and for absent entries."""
+    scores = torch.rand(positions.shape, generator=torch.Generator().manual_seed(2))
+    scores[:, :, -_CHUNK - _NUM_DECODED : -_CHUNK] = new_entry_score
+    scores[:, :, -_CHUNK:] = 0.0
+    return scores.masked_fill(positions < 0, 0.0)
+
+
 def _check_prompt(policy: EvictionPolicy, given: str, activations: LayerActivations) -> None:
     before = snapshot(activations)
     scores = call(policy, "score_prompt", given, policy.score_prompt, activations)
@@ -89,7 +103,9 @@ def _check_prompt(policy: EvictionPolicy, given: str, activations: LayerActivati
 
 def _check_absent(policy: EvictionPolicy) -> None:
     positions = _later_positions(SyntheticProbe().spec.num_kv_heads)
-    zero, garbage = (policy.score_prompt(_later_chunk(_prompt(policy, 1), garbage=value)) for value in (0.0, 50.0))
+    zero, garbage = (
+        policy.score_prompt(_later_chunk(_prompt(policy, 1), policy, garbage=value)) for value in (0.0, 50.0)
+    )
     for row in range(_BATCH):
         present = positions[row, 0] >= 0
         flips = _flipped(zero[row, 0][present], garbage[row, 0][present])
@@ -111,7 +127,7 @@ def _check_window_rule(policy: EvictionPolicy) -> None:
     advice = "score by `positions` (slots are reused, so the order of entries is not their age), or drop window_rule"
     hold("positions" in policy.requires, policy, law, "`requires`", sorted(policy.requires), advice)
     positions = _later_positions(SyntheticProbe().spec.num_kv_heads).flatten(0, 1)
-    scores = policy.score_prompt(_later_chunk(_prompt(policy, 1), garbage=0.0)).flatten(0, 1)
+    scores = policy.score_prompt(_later_chunk(_prompt(policy, 1), policy, garbage=0.0)).flatten(0, 1)
     for row_positions, row_scores in zip(positions, scores, strict=True):
         _check_recency(policy, law, advice, row_positions, row_scores)
 
@@ -148,6 +164,7 @@ def _step(policy: EvictionPolicy) -> DecodeStep:
     random = torch.rand(total, generator=generator)
     return DecodeStep(
         layer=1,
+        num_kv_heads=spec.num_kv_heads,
         scores=positions.to(torch.float32) if policy.window_rule else random,
         positions=positions,
         indptr=torch.tensor([0, *_SEGMENTS]).cumsum(0).to(torch.int32),

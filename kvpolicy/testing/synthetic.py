@@ -53,8 +53,11 @@ class SyntheticProbe(ModelProbe):
         return 64
 
     def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
-        """Calls `visit` for each layer of each prompt (batch size 1), with the fields in `requires` alone."""
-        supplied = SOURCES - {"decode_attention"}
+        """Calls `visit` for each layer of each prompt (batch size 1), with the fields in `requires` alone.
+
+        Raises `PluginError` for "scores" and "decode_attention": nothing is scored and nothing decoded here.
+        """
+        supplied = SOURCES - {"scores", "decode_attention"}
         if missing := sorted(requires - supplied):
             raise PluginError(f"the synthetic probe cannot supply {missing}; it supplies {sorted(supplied)}")
         for prompt, length in enumerate(self._lengths):
@@ -125,6 +128,8 @@ class _Attention(nn.Module):
             "hidden_after": hidden + self.o_proj(output.transpose(1, 2).flatten(2)),
             "output_weight": self.o_proj.weight,
             "positions": torch.arange(length).repeat(batch, self.num_kv_heads, 1),
+            "scores": torch.zeros(batch, self.num_kv_heads, length),
+            "query_attention": by_group[:, :, -_OBSERVATION_WINDOW:],
             "window_attention": by_group[:, :, -_OBSERVATION_WINDOW:].sum(2),
             "full_attention": by_group.sum(2),
             "rope": rope,

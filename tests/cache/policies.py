@@ -60,13 +60,13 @@ class Coarse(EvictionPolicy):
 class HeavyHitter(EvictionPolicy):
     """Attention of all queries so far, summed (H2O)."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"full_attention", "decode_attention"})
+    requires: ClassVar[frozenset[str]] = frozenset({"scores", "full_attention", "decode_attention"})
     new_entry_score: ClassVar[float] = 0.0
     num_sink_tokens: int = 0
     recent_window: int = 0
 
     def score_prompt(self, activations):
-        return activations.full_attention
+        return activations.scores + activations.full_attention
 
     def score_step(self, step):
         return step.scores + step.attention
@@ -93,6 +93,6 @@ def oracle_scores(policy, row, head, positions, mass, window_mass):
         ValueNorm: lambda: {p: float(v[p].norm()) for p in positions},
         KeyNorm: lambda: {p: -float(k[p].norm()) for p in positions},
         Coarse: lambda: {p: float(torch.round(v[p, 0])) for p in positions},
-        HeavyHitter: lambda: {p: mass[p] for p in positions},
+        HeavyHitter: lambda: {p: row.kept[head].get(p, 0.0) + mass[p] for p in positions},
         LastQueries: lambda: {p: window_mass[p] for p in positions},
     }[type(policy)]()

@@ -10,7 +10,8 @@ from kvpolicy import EvictionPolicy, PluginError
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
-SOURCES = {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+ATTENTION = {"query_attention", "window_attention", "full_attention", "decode_attention"}
+SOURCES = {"positions", "scores", "keys", "values", "queries", *ATTENTION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ def test_a_first_prompt():
     weights = causal_weights(query, key)
     torch.testing.assert_close(seen.full_attention, weights.sum((2, 3)), **TOLERANCE)
     torch.testing.assert_close(seen.window_attention, weights[:, :, :, -4:].sum((2, 3)), **TOLERANCE)
+    torch.testing.assert_close(seen.query_attention, weights[:, :, :, -4:].sum(2), **TOLERANCE)
+    assert torch.equal(seen.scores, torch.zeros(1, 2, 9)) and seen.scores.dtype == torch.float32
 
 
 def causal_weights(query, key):
@@ -81,6 +84,39 @@ def test_a_later_chunk_covers_entries_and_chunk():
     assert seen.full_attention.sum(2).allclose(torch.tensor(5.0 * GROUP))
     assert seen.window_attention.sum(2).allclose(torch.tensor(4.0 * GROUP))
     assert seen.full_attention[0, 0, 5:8].tolist() == [0, 0, 0]
+    assert seen.query_attention.sum(3).allclose(torch.tensor(1.0 * GROUP))
+    torch.testing.assert_close(seen.query_attention.sum(2), seen.window_attention, **TOLERANCE)
+    assert seen.query_attention[0, :, :, 8 + 1 :].triu(1).count_nonzero() == 0, "later tokens are not seen"
+
+
+def test_a_later_chunk_brings_the_scores_so_far():
+    given, store = tensors(14), store_of(Recording(), [5, 8])
+    store.prefill(0, *parts(given, 0, 9))
+    store.decode(0, *parts(given, 9, 10))
+    store.prefill(0, *parts(given, 10, 14))
+    seen = Recording.prompts[1]
+    for head, held in ((0, 5), (1, 8)):
+        # minus its position from the prompt, 7.5 for what was decoded, and a quarter more for the step
+        expected = [7.75 if p == 9 else 0.25 - p for p in seen.positions[0, head, :held].tolist()]
+        assert seen.scores[0, head, :held].tolist() == expected and 9 in seen.positions[0, head]
+        assert seen.scores[0, head, held:].count_nonzero() == 0, "absent entries and the chunk are 0"
+
+
+def test_the_attention_of_each_query_is_that_of_a_forward_of_its_own():
+    given, store, alone = tensors(15), *(store_of(Recording(), [20, 20]) for _ in range(2))
+    store.prefill(0, *parts(given, 0, 12))
+    store.prefill(0, *parts(given, 12, 15))  # fewer queries than the window has
+    assert Recording.prompts[0].query_attention.shape == (1, 2, 4, 12)
+    assert Recording.prompts[1].query_attention.shape == (1, 2, 3, 15)
+    for position in range(15):
+        alone.prefill(0, *parts(given, position, position + 1))
+    for which, last in ((0, 12), (1, 15)):
+        each = Recording.prompts[which].query_attention
+        for index in range(each.shape[2]):
+            position = last - each.shape[2] + index
+            own = Recording.prompts[2 + position].full_attention
+            torch.testing.assert_close(each[:, :, index, : position + 1], own, **TOLERANCE)
+            assert each[:, :, index, position + 1 :].count_nonzero() == 0
 
 
 def test_padding_is_absent_and_asks_nothing():
@@ -92,6 +128,9 @@ def test_padding_is_absent_and_asks_nothing():
     torch.testing.assert_close(seen.full_attention.sum(2), queries * GROUP, **TOLERANCE)
     torch.testing.assert_close(seen.window_attention.sum(2), queries.clamp(max=4) * GROUP, **TOLERANCE)
     assert int(seen.full_attention[1, :, :6].count_nonzero()) == 0
+    asking = torch.tensor([[1.0] * 4, [0.0, 1.0, 1.0, 1.0]])[:, None].expand(-1, 2, -1)
+    torch.testing.assert_close(seen.query_attention.sum(3), asking * GROUP, **TOLERANCE)
+    torch.testing.assert_close(seen.query_attention.sum(2), seen.window_attention, **TOLERANCE)
 
 
 def test_pending_tokens_are_part_of_the_chunk():
@@ -112,7 +151,8 @@ def test_a_decoding_step():
     store.decode(1, *parts(given, 10, 11))
     first, second = Recording.steps
     assert first.layer == 1 and first.indptr.tolist() == [0, 5, 13] and first.indptr.dtype == torch.int32
-    assert second.indptr.tolist() == [0, 5, 13]
+    assert second.indptr.tolist() == [0, 5, 13] and second.num_kv_heads == 2
+    assert second.segment.tolist() == [0] * 5 + [1] * 8
     held = torch.cat(store.positions(1))
     assert second.positions.tolist() == held.tolist()
     heads = torch.tensor([0] * 5 + [1] * 8)
@@ -125,6 +165,17 @@ def test_a_decoding_step():
         query = given[0][0, head * GROUP : head * GROUP + GROUP, 10]
         weights = (query @ second.keys[part].T * 8**-0.5).softmax(-1)
         torch.testing.assert_close(second.attention[part], weights.sum(0), **TOLERANCE)
+
+
+def test_a_decoding_step_of_a_batch():
+    store, given = store_of(Recording(), [4, 5, 6], batch_size=2), tensors(9, batch=2, heads=3)
+    store.prefill(0, *parts(given, 0, 8), num_padding=[0, 3])
+    store.decode(0, *parts(given, 8, 9))
+    (step,) = Recording.steps
+    assert step.num_kv_heads == 3 and len(step.indptr) == 7
+    assert step.segment.tolist() == [s for s, n in enumerate((4, 5, 6, 4, 5, 6)) for _ in range(n)]
+    newest = step.positions[(step.segment // step.num_kv_heads == 1)].max()
+    assert int(newest) == 5
 
 
 def test_a_field_that_nobody_asked_for_is_none():

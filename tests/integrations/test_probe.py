@@ -61,10 +61,11 @@ def test_hidden_states_around_attention(name):
         torch.testing.assert_close(after[index], expected, rtol=0, atol=1e-5)
 
 
-def test_observe_refuses_by_name_before_any_work():
+@pytest.mark.parametrize("source", ["decode_attention", "scores", "query_attention"])
+def test_observe_refuses_by_name_before_any_work(source):
     probe = TransformersProbe(tiny_model("Llama"), tiny_ids(64), [tiny_ids(30)[0]])
-    with pytest.raises(PluginError, match="cannot supply decode_attention"):
-        probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys", "decode_attention"}))
+    with pytest.raises(PluginError, match=f"cannot supply {source};"):
+        probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys", source}))
 
 
 def plain_loss(model, x, first):

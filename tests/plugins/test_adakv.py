@@ -49,6 +49,16 @@ def test_split_equals_loops_in_each_row(safeguard):
         assert int(apportion(split[row], budget).sum()) == 70
 
 
+def test_ties_for_the_last_places_are_shared():
+    # 5 free: 9 and 8, then three places for the four that are equal, three of them in the first head
+    scores = torch.tensor([[[INF, 9, 7, 7, 7, 1], [INF, 8, 7, 2, 1, -INF]]])
+    budget = Budget(7, (1, 2), 1, 6)
+    split = AdaKVAllocator(safeguard=0).split([scores], budget)
+    assert split.tolist() == [[[1 + 1 + 3 * 3 / 4, 1 + 1 + 3 * 1 / 4]]]
+    turned = AdaKVAllocator(safeguard=0).split([scores.flip(2)], budget)
+    assert torch.equal(turned, split), "wherever they lie"
+
+
 def test_nothing_to_compare_is_split_evenly():
     for scores in (torch.full((1, 2, 3), -INF), torch.full((1, 2, 3), INF)):
         split = AdaKVAllocator(safeguard=0).split([scores], Budget(4, (1, 2), 1, 3))
@@ -78,7 +88,9 @@ def test_a_cache_splits_each_layer_by_snapkvs_scores(safeguard):
 
 def test_without_a_safeguard_a_layer_keeps_its_best_whatever_their_head():
     length = 60
-    cache = after_prompt(ids_of(length), L2NormPolicy(), retention=0.3, allocator=AdaKVAllocator(safeguard=0))
+    cache = after_prompt(
+        ids_of(length), L2NormPolicy(num_skipped_layers=0), retention=0.3, allocator=AdaKVAllocator(safeguard=0)
+    )
     for layer, (_, key) in enumerate(observed(ids_of(length))):
         every = sorted((float(k.norm()), head, p) for head in range(2) for p, k in enumerate(key[head]))
         chosen = sorted((head, p) for _, head, p in every[:36])

@@ -6,8 +6,9 @@ import torch
 import kvpolicy
 from tests.plugins.direct import after_prompt, ids_of, kept
 
-SMALL = {"h2o": {"recent_window": 4}, "snapkv": {"observation_window": 4, "recent_window": 4}}
-POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random"]
+WINDOW = {"observation_window": 4, "recent_window": 4}
+SMALL = {"h2o": {"recent_window": 4}, "snapkv": WINDOW, "corm": WINDOW, "r_kv": WINDOW}
+POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv"]
 
 
 @pytest.mark.parametrize("name", POLICIES)

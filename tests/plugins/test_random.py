@@ -63,7 +63,7 @@ def test_an_entry_has_the_same_lot_in_every_chunk_and_row():
     store = store_of(RandomPolicy(num_sink_tokens=0), [8, 12], batch_size=2)
     given = tensors(60, batch=2)
     held = {head: [] for head in range(2)}
-    for begin, end in ((0, 20), (20, 21), (21, 60)):
+    for begin, end in ((0, 20), (20, 21), (21, 60)):  # every chunk by itself
         store.prefill(0, *(x[:, :, begin:end] for x in given))
         for head, capacity in enumerate((8, 12)):
             every = {p: lot(0, 0, head, p) for p in [*held[head], *range(begin, end)]}
@@ -72,6 +72,24 @@ def test_an_entry_has_the_same_lot_in_every_chunk_and_row():
                 assert sorted(store.positions(0)[row * 2 + head].tolist()) == held[head]
     # chunks make no difference in the end: a lot that loses once would lose again
     assert held[0] == best({p: lot(0, 0, 0, p) for p in range(60)}, 8, seen=60)
+
+
+def test_decoded_tokens_have_their_lots_too():
+    store, given = store_of(RandomPolicy(num_sink_tokens=0), [[1, 1, 1], [8, 12, 9]], batch_size=2), tensors(60, 2, 3)
+    store.prefill(1, *(x[:, :, :20] for x in given))
+    held = [
+        best({p: lot(0, 1, head, p) for p in range(20)}, capacity, seen=20) for head, capacity in enumerate((8, 12, 9))
+    ]
+    for token in range(20, 60):
+        store.decode(1, *(x[:, :, token : token + 1] for x in given))
+        for head, capacity in enumerate((8, 12, 9)):
+            stay = best({p: lot(0, 1, head, p) for p in held[head]}, capacity - 1, seen=token)
+            held[head] = sorted([*stay, token])
+            for row in range(2):
+                assert sorted(store.positions(1)[row * 3 + head].tolist()) == held[head]
+    # but for the last token, which had to come in, what a prompt of as many tokens keeps of them
+    for head, capacity in enumerate((8, 12, 9)):
+        assert held[head][:-1] == best({p: lot(0, 1, head, p) for p in range(59)}, capacity - 1, seen=60)
 
 
 def test_seeds_keep_different_entries():

@@ -59,3 +59,15 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2504.15364",
     )
     register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")
+    register.policy(
+        "corm",
+        f"{module}.corm:CORMPolicy",
+        summary="Keep what recent queries found important.",
+        paper="arXiv:2404.15949",
+    )
+    register.policy(
+        "r_kv",
+        f"{module}.r_kv:RKVPolicy",
+        summary="Keep what is attended to and not said twice, for long output.",
+        paper="arXiv:2505.24133",
+    )

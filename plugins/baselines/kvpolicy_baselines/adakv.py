@@ -3,6 +3,7 @@
 Source: Ada-KV, arXiv:2407.11550; FFY0/AdaKV, adaptive_snapkv/monkeypatch/snapkv_utils.py,
 `AdaptiveSnapKVCluster`. Different on purpose:
 
+- Entries that tie for the last places are shared in proportion to how many of them each head has.
 - The total is exact. The source rounds each head by itself and may miss it by half an entry a head.
 - Budgets are those of KV heads, and any policy's scores are compared, as long as they are on one scale in all heads.
 - The options `normalize`, `skip` and `pyram_mode` are not there; all layers get the same total.
@@ -52,7 +53,9 @@ class AdaKVAllocator(BudgetAllocator):
         staying, plain = (scores == torch.inf).sum(1), scores.isfinite()
         free = max(0, budget.total - int(staying.sum()))
         count = min(free, int(plain.sum()))
-        owner = scores.masked_fill(~plain, -torch.inf).flatten().topk(count).indices // scores.shape[1]
-        chosen = owner.bincount(minlength=len(scores))
-        mixed = (1 - self.safeguard) * chosen.double() + self.safeguard * free / len(scores)
+        competing = scores.masked_fill(~plain, -torch.inf)
+        last = competing.flatten().topk(max(count, 1)).values[-1]
+        above, equal = (competing > last).sum(1), (competing == last).sum(1)
+        chosen = above + (count - above.sum()) * equal.double() / equal.sum()  # ties must not depend on padding
+        mixed = (1 - self.safeguard) * chosen + self.safeguard * free / len(scores)
         return (staying + mixed).clamp(min=1e-6)  # where nothing can be compared: evenly

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -43,7 +42,6 @@ class KeyDiffPolicy(EvictionPolicy):
 
     def score_step(self, step: DecodeStep) -> Tensor:
         assert step.keys is not None
-        keys, lengths = step.keys.float(), step.indptr.diff()
-        segment = torch.arange(len(lengths), device=keys.device).repeat_interleave(lengths)
-        anchors = keys.new_zeros(len(lengths), keys.shape[1]).index_add(0, segment, normalize(keys, dim=-1))
+        keys, segment = step.keys.float(), step.segment
+        anchors = keys.new_zeros(len(step.indptr) - 1, keys.shape[1]).index_add(0, segment, normalize(keys, dim=-1))
         return -cosine_similarity(keys, anchors[segment], dim=-1)

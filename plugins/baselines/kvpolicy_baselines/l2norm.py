@@ -3,7 +3,8 @@
 Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430;
 alessiodevoto/l2compress, cache.py. Different on purpose:
 
-- Every budgeted layer is compressed; the paper leaves the first two as they are.
+- The source leaves the layers that it skips as they are. A capacity is the allocator's and holds in every layer: in a
+  skipped one the most recent entries are kept, whatever the norms.
 - When to begin is the cache's `min_tokens`; in the source it is `prune_after`, 2048 tokens.
 """
 
@@ -14,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
+from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations, PluginError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,25 +23,35 @@ class L2NormPolicy(EvictionPolicy):
     """The score of an entry is minus the L2 norm of its key, after RoPE, which leaves the norm as it is.
 
     Short keys tend to draw much attention, and the norm needs no queries. Decoded tokens compete as those of a prompt
-    do.
+    do. The first layers are not scored by norm: they keep the most recent entries.
 
-    num_sink_tokens: first positions that are never evicted
-    recent_window:   last positions that are never evicted
+    num_skipped_layers: first budgeted layers that keep the most recent; the source skips layers 0 and 1
+    num_sink_tokens:    first positions that are never evicted
+    recent_window:      last positions that are never evicted
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"keys", "positions"})
 
+    num_skipped_layers: int = 2
     num_sink_tokens: int = 0
     recent_window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_skipped_layers < 0:
+            raise PluginError(f"l2norm: num_skipped_layers must be at least 0, got {self.num_skipped_layers}")
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         assert activations.keys is not None  # `requires` lists both
         assert activations.positions is not None
+        if activations.layer < self.num_skipped_layers:
+            return activations.positions.float()
         absent = activations.positions < 0  # their keys may hold anything, NaN too
         return _score(activations.keys).masked_fill(absent, 0.0)
 
     def score_step(self, step: DecodeStep) -> Tensor:
         assert step.keys is not None
+        if step.layer < self.num_skipped_layers:
+            return step.positions.float()
         return _score(step.keys)
 
 

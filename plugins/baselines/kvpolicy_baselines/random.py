@@ -12,15 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvpolicy import EvictionPolicy, LayerActivations
+from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
 
 
 @dataclass(frozen=True, slots=True)
 class RandomPolicy(EvictionPolicy):
     """The score of an entry is a hash of (seed, layer, KV head, position), uniform in [0, 1).
 
-    It is the same in every row of a batch, after every chunk, on every device. Decoded tokens are left alone until
-    the next chunk scores them.
+    It is the same in every row of a batch, in a chunk and decoded, on every device.
 
     seed:            another seed, other lots
     num_sink_tokens: first positions that are never evicted; without them a lot would measure lost sink tokens alone
@@ -35,9 +34,16 @@ class RandomPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         assert activations.positions is not None  # `requires` lists it
-        positions = activations.positions.long()
-        heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
-        lots = _mixed(positions ^ _mixed(heads ^ _mixed(torch.full_like(heads, activations.layer) ^ _start(self.seed))))
+        heads = torch.arange(activations.positions.shape[1], device=activations.positions.device)
+        return self._lots(activations.layer, heads[:, None], activations.positions)
+
+    def score_step(self, step: DecodeStep) -> Tensor:
+        return self._lots(step.layer, step.segment % step.num_kv_heads, step.positions)
+
+    def _lots(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
+        """Float32. heads: int64, positions: int; broadcast against each other."""
+        of_layer = _mixed(torch.full_like(heads, layer) ^ _start(self.seed))
+        lots = _mixed(positions.long() ^ _mixed(heads ^ of_layer))
         return (lots & 0xFFFFFF).float() / 2**24  # 24 bits are exact in float32
 
 

@@ -14,14 +14,12 @@ Source: SnapKV, arXiv:2404.14469; FasterDecoding/SnapKV, snapkv/monkeypatch/snap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
 
 from kvpolicy import EvictionPolicy, LayerActivations, PluginError
-
-Pooling = Literal["avg", "max"]
+from kvpolicy_baselines.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +58,6 @@ class SnapKVPolicy(EvictionPolicy):
         assert positions is not None
         seen = positions.amax((1, 2), keepdim=True) + 1  # [B, 1, 1]
         window = positions >= seen - self.observation_window
-        scores = self._pooled(mass.float().masked_fill(window, 0.0), positions.long())
+        scores = pooled(mass.float().masked_fill(window, 0.0), positions.long(), self.kernel_size, self.pooling)
         best = scores.masked_fill(window, 0.0).amax(2, keepdim=True)
         return scores.where(~window, best)  # the last of the prompt to go in decoding: ties keep the more recent
-
-    def _pooled(self, mass: Tensor, positions: Tensor) -> Tensor:
-        """Pools over positions, whatever the order of the entries. [B, H, n] both; absent entries give a number too."""
-        spare = int(positions.max()) + 1  # a place behind the last position, which takes no attention anywhere
-        place = positions.where(positions >= 0, spare)
-        absent = positions < 0
-        dense = mass.new_zeros(*mass.shape[:2], spare + 1).scatter(2, place, mass.masked_fill(absent, 0.0))
-        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        pooled: Tensor = pool(dense, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return pooled.gather(2, place)
