@@ -26,6 +26,7 @@ SOURCES = frozenset(
         "queries",
         "window_attention",
         "full_attention",
+        "repeat_attention",
         "decode_attention",
         "hidden_before",
         "hidden_after",
@@ -54,6 +55,8 @@ class LayerActivations:
     positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
     window_attention: [B, num_kv_heads, n], attention of the observation window's queries, summed
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
+    repeat_attention: [B, num_kv_heads, n], the largest attention that any query of the group gives the entry while the
+                      model repeats its context; the context is held whole until it has
     rope:             (cos, sin) of the layer, for the tokens of this forward
     module:           the attention module
     """
@@ -70,6 +73,7 @@ class LayerActivations:
     positions: Tensor | None = None
     window_attention: Tensor | None = None
     full_attention: Tensor | None = None
+    repeat_attention: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
     module: nn.Module | None = None
 
@@ -208,6 +212,10 @@ class EvictionPolicy(_Role):
     num_sink_tokens: first positions that are never evicted
     recent_window:   last positions that are never evicted, as far as the capacity reaches
     observation_window: queries at the end of a prompt whose attention `window_attention` sums
+    repeat_chunk:    tokens that the model repeats at a time, for `repeat_attention`
+
+    A policy that requires `repeat_attention` is asked once, after the context has been repeated, and may require no
+    source of the prompt's own queries and hidden states besides. Tokens that come later enter with `new_entry_score`.
     """
 
     window_rule: ClassVar[bool] = False
@@ -216,6 +224,7 @@ class EvictionPolicy(_Role):
     num_sink_tokens: int
     recent_window: int = 0
     observation_window: int = 32
+    repeat_chunk: int = 2048
 
     @abc.abstractmethod
     def score_prompt(self, activations: LayerActivations) -> Tensor:

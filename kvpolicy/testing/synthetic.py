@@ -127,6 +127,7 @@ class _Attention(nn.Module):
             "positions": torch.arange(length).repeat(batch, self.num_kv_heads, 1),
             "window_attention": by_group[:, :, -_OBSERVATION_WINDOW:].sum(2),
             "full_attention": by_group.sum(2),
+            "repeat_attention": mass.reshape(batch, self.num_kv_heads, -1, length).amax(2),
             "rope": rope,
             "module": self,
         }

@@ -105,7 +105,16 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None)
     prepare(model, spec, policy.requires)
     stock = DynamicCache(config=text_config(model)).layers
     attached = attachment_of(model)
-    return RaggedCache(spec, make_store, stock, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)
+    return RaggedCache(
+        spec,
+        make_store,
+        stock,
+        attached,
+        rank=rank,
+        rollback=recipe.rollback,
+        recipe=recipe,
+        repeats=schedule.evicts and "repeat_attention" in policy.requires,
+    )
 
 
 def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:

@@ -59,3 +59,9 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2504.15364",
     )
     register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")
+    register.policy(
+        "kvzip",
+        f"{module}.kvzip:KVzipPolicy",
+        summary="Keep what the model looks at when it repeats its context.",
+        paper="arXiv:2505.23416",
+    )
