@@ -15,8 +15,8 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.cache.scoring import check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
+from kvpolicy.cache.scoring import check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError

@@ -1,8 +1,8 @@
 """Having a model repeat its context, so that a policy sees which entries that takes.
 
 Source: KVzip, arXiv:2505.23416; snu-mllab/KVzip, attention/score.py; NVIDIA/kvpress, kvpress/presses/kvzip_press.py.
-The prompt has been read over a full cache. Then the model is given an instruction and the context again, chunk by chunk,
-over that same cache. What is fed in this pass leaves no trace; only then does each layer keep its part.
+The prompt has been read over a full cache. Then the model is given an instruction and the context again, chunk by
+chunk, over that same cache. What is fed in this pass leaves no trace; only then does each layer keep its part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.cache.scoring import Scoring, attention_mass
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.cache import RaggedCache, Waiting
+from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache, Waiting
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -100,7 +100,8 @@ class Repetition:
         cache, held = self.cache, self.cache.opened().layers
         counts = [(layer.columns, layer.has_holes) for layer in cache.budgeted]
         tokens = [None if each is None else each.seen for each in held]
-        stock = [(layer, _copied(vars(layer))) for layer in cache._stock()]
+        others = [layer for layer in cache.layers if not isinstance(layer, BudgetedLayer)]
+        states = [_copied(vars(layer)) for layer in others]
         cache.watch = self._note
         try:
             yield
@@ -114,7 +115,7 @@ class Repetition:
             for each, seen in zip(held, tokens, strict=True):
                 if each is not None and seen is not None:
                     each.seen = seen
-            for layer, state in stock:
+            for layer, state in zip(others, states, strict=True):
                 vars(layer).clear()
                 vars(layer).update(state)
 
@@ -168,8 +169,8 @@ def _rows(cache: RaggedCache, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     if ids.dim() != 2 or ids.shape[0] != batch or (mask is not None and mask.shape != ids.shape):
         came = None if mask is None else list(mask.shape)
         raise ModelError(
-            f"this cache holds {batch} sequences: expected context_ids [{batch}, n] and an attention_mask of that shape "
-            f"or None, got {list(ids.shape)} and {came}"
+            f"this cache holds {batch} sequences: expected context_ids [{batch}, n] and an attention_mask of that "
+            f"shape or None, got {list(ids.shape)} and {came}"
         )
     valid = torch.ones_like(ids) if mask is None else mask
     rows = [row[keep] for row, keep in zip(ids.cpu(), valid.bool().cpu(), strict=True)]
