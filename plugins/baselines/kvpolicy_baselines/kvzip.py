@@ -5,7 +5,7 @@ Different on purpose:
 
 - Attention is the softmax over everything that a repeating query sees, and queries of any chunk count for any entry.
   The source takes, for a context of several chunks, the softmax over the first tokens, the chunk that is repeated and
-  the repetition alone, and scores that chunk with it. For one chunk both are the same.
+  the repetition alone, and scores that chunk with it. For one chunk behind no more than sink tokens both are the same.
 - The source keeps every token that comes after the context. Here the capacity holds: such tokens are kept before those
   of the context.
 """
