@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         load_model,
         new_cache,
         read_corpus,
+        repeat_context,
     )
     from kvpolicy.tuning import TuneSettings, tune
 
@@ -65,6 +66,7 @@ _LAZY = {
     "load_model": "kvpolicy.integrations.transformers",
     "new_cache": "kvpolicy.integrations.transformers",
     "read_corpus": "kvpolicy.integrations.transformers",
+    "repeat_context": "kvpolicy.integrations.transformers",
     "tune": "kvpolicy.tuning",
 }
 
@@ -118,6 +120,7 @@ __all__ = [
     "new_cache",
     "read_corpus",
     "registry",
+    "repeat_context",
     "save_plan",
     "tune",
 ]

@@ -29,6 +29,7 @@ SOURCES = frozenset(
         "query_attention",
         "window_attention",
         "full_attention",
+        "repeat_attention",
         "decode_attention",
         "hidden_before",
         "hidden_after",
@@ -64,6 +65,8 @@ class LayerActivations:
                       query group; the w queries are the last w of n, and those of padding are 0
     window_attention: [B, num_kv_heads, n], the same, summed over the queries too
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
+    repeat_attention: [B, num_kv_heads, n], the largest attention that any query of the group gives the entry while the
+                      model repeats its context; the context is held whole until it has
     rope:             (cos, sin) of the layer, for the tokens of this forward
     module:           the attention module
     """
@@ -82,6 +85,7 @@ class LayerActivations:
     query_attention: Tensor | None = None
     window_attention: Tensor | None = None
     full_attention: Tensor | None = None
+    repeat_attention: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
     module: nn.Module | None = None
 
@@ -230,6 +234,10 @@ class EvictionPolicy(_Role):
     recent_window:   last positions that are never evicted, as far as the capacity reaches
     observation_window: queries at the end of a prompt whose attention `query_attention` holds and `window_attention`
         sums
+    repeat_chunk:    tokens that the model repeats at a time, for `repeat_attention`
+
+    A policy that requires `repeat_attention` is asked once, after the context has been repeated, and may require no
+    source of the prompt's own queries and hidden states besides. Tokens that come later enter with `new_entry_score`.
     """
 
     window_rule: ClassVar[bool] = False
@@ -238,6 +246,7 @@ class EvictionPolicy(_Role):
     num_sink_tokens: int
     recent_window: int = 0
     observation_window: int = 32
+    repeat_chunk: int = 2048
 
     @abc.abstractmethod
     def score_prompt(self, activations: LayerActivations) -> Tensor:

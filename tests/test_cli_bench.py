@@ -41,6 +41,11 @@ def test_json_is_one_object_with_every_repeat(kvpolicy, bench):
         assert row["prefill_seconds"] > 0
 
 
+def test_a_policy_that_has_the_context_repeated(kvpolicy, bench):
+    (row,) = kvpolicy(*bench, "-r", "0.5", "--policy", "kvzip", "--repeats", "1", "--json").json["caches"]
+    assert row["entries"] == round(0.5 * 200 * LAYERS * HEADS) and row["evicted"] is True
+
+
 def test_a_plan_is_timed_at_its_levels(kvpolicy, bench, tuned):
     result = kvpolicy(*bench, tuned[0], "--repeats", "1")
     assert result.code == 0
@@ -100,8 +105,8 @@ def steps(monkeypatch):
     seen = []
     run = bench_module._run
 
-    def spy(model, ids, prompt, make, cost):
-        run(model, ids, prompt, make, cost)
+    def spy(model, ids, prompt, make, cost, tokenizer):
+        run(model, ids, prompt, make, cost, tokenizer)
         seen.append((cost.name, ids.shape[1], is_attached(model)))
 
     monkeypatch.setattr(bench_module, "_run", spy)

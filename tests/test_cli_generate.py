@@ -97,6 +97,20 @@ def test_a_plan_brings_its_model_and_its_highest_level(kvpolicy, tuned):
     assert (tokens.json["retention"], tokens.json["tokens"]) == (None, 20)
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "adakv"])
+def test_a_policy_that_has_the_context_repeated(kvpolicy, generate, tiny_checkpoint, allocator):
+    options = ["--retention", "0.3", "--min-tokens", "16", "--policy", "kvzip", "--allocator", allocator, "--json"]
+    found = kvpolicy(*generate, "--prompt", PROMPT, *options).json
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    cache = package.new_cache(model, policy="kvzip", allocator=allocator, retention=0.3, min_tokens=16)
+    out = package.generate(model, cache, ids, tokenizer=tokenizer, max_new_tokens=12, do_sample=False)
+    assert found["text"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert (found["policy"], found["evicted"], found["entries"]) == ("kvzip", True, int(cache.lengths.sum()))
+    assert found["entries_seen"] == (found["prompt_tokens"] + found["new_tokens"] - 1) * LAYERS * HEADS
+
+
 def test_the_prompt_of_a_file_and_of_standard_input(kvpolicy, generate, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     as_option = kvpolicy(*generate, "full", "--prompt", PROMPT).out

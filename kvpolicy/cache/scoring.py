@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpolicy_kernels.column_scores import column_scores
+from kvpolicy_kernels.column_scores import Reduction, column_scores
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,6 +30,8 @@ STORE_SOURCES = frozenset(
 )
 """What a store can hand to a policy by itself."""
 
+_AFTER_REPEAT = frozenset({"positions", "keys", "values", "decode_attention", "module", "output_weight"})
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
@@ -41,6 +43,22 @@ class Scoring:
 
     def options(self) -> dict[str, Any]:
         return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
+
+
+def check_sources(policy: EvictionPolicy, supplied: frozenset[str]) -> None:
+    """Raises `PluginError` where a policy requires what it cannot be given. supplied: besides `STORE_SOURCES`."""
+    name, missing = type(policy).__name__, policy.requires - STORE_SOURCES - supplied
+    if missing:
+        raise PluginError(
+            f"the policy {name} requires {', '.join(sorted(missing))}, which this cache cannot "
+            f"supply; it supplies {', '.join(sorted(STORE_SOURCES | supplied))}"
+        )
+    gone = policy.requires - _AFTER_REPEAT - {"repeat_attention"}
+    if "repeat_attention" in policy.requires and gone:
+        raise PluginError(
+            f"the policy {name} requires repeat_attention and {', '.join(sorted(gone))}: once the context has been "
+            f"repeated, only {', '.join(sorted(_AFTER_REPEAT))} are left of its own forward"
+        )
 
 
 def score_chunk(
@@ -60,6 +78,8 @@ def score_chunk(
     Raises `PluginError` for a source that is missing in `extra`, for scores of another shape, and for NaN.
     """
     missing = policy.requires - STORE_SOURCES - extra.keys()
+    if missing == {"repeat_attention"} and arena.width:
+        return _unasked(policy, arena, chunk)
     if missing:
         raise PluginError(
             f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
@@ -119,8 +139,10 @@ def score_step(
     arena.scores[rows] = scores.detach().to(arena.device)
 
 
-def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
-    """Attention that [entries held ; chunk] get from these queries, summed over queries and group.
+def attention_mass(
+    arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any], reduction: Reduction = "sum"
+) -> Tensor:
+    """Attention that [entries held ; chunk] get from these queries: the sum, or the largest, over queries and group.
 
     query: [B, num_q_heads, n, D] of the chunk's last n tokens. Returns float32 [B, H, width + len(chunk)].
     """
@@ -137,6 +159,7 @@ def attention_mass(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapp
         chunk_key=chunk.key,
         chunk_mask=mask,
         query_mask=query_mask,
+        reduction=reduction,
         **options,
     )
 
@@ -157,6 +180,13 @@ def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
     query = torch.arange(length - num_queries, length)[:, None]
     causal = torch.arange(length)[None] <= query
     return (causal[None] & (chunk.positions >= 0)[:, None]).unsqueeze(1).to(chunk.key.device)
+
+
+def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
+    """Scores of entries and of tokens behind a context that was repeated: theirs, and a decoded token's."""
+    held = arena.padded_scores()
+    assert held is not None  # nobody else is scored
+    return torch.cat([held, held.new_full((len(held), len(chunk)), policy.new_entry_score)], 1)
 
 
 def _positions(arena: LayerArena, chunk: Chunk) -> Tensor:

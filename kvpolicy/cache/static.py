@@ -27,11 +27,20 @@ PLAN_INTERVAL = 64
 
 
 def check_static(policy: EvictionPolicy) -> None:
-    """Raises `BudgetError` for a policy that a static store cannot serve: one that rescores while it decodes."""
+    """Raises `BudgetError` for a policy that a static store cannot serve.
+
+    That is one that rescores while it decodes, and one whose context is held whole until it has been repeated.
+    """
     if type(policy).score_step is not EvictionPolicy.score_step or policy.new_entry_score != math.inf:
         raise BudgetError(
             f"{type(policy).__name__} changes its scores at every decoded token, which a static store cannot: leave "
             "static out, or take a policy that scores the prompt alone"
+        )
+    if "repeat_attention" in policy.requires:
+        raise BudgetError(
+            f"{type(policy).__name__} requires repeat_attention: its context is held whole until the model has "
+            "repeated it, and a static store takes each layer's part right after the prompt: leave static out, or "
+            "take a policy that requires no repetition"
         )
 
 

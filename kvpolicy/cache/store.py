@@ -15,11 +15,11 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.cache.scoring import STORE_SOURCES, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
+from kvpolicy.cache.scoring import check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.split import RuntimeSplit
-from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan import BudgetPlan
 from kvpolicy.registry import registry
@@ -44,9 +44,9 @@ class RaggedStore:
     decode:     "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     split:      run-time allocation instead of the schedule's own shares
     heads:      (first, count) of the KV heads held here, under tensor parallelism
-    supplied:   sources besides `STORE_SOURCES` that the caller hands in with each forward
+    supplied:   sources that a store has not by itself and the caller hands in with each forward
 
-    Raises `PluginError` when the policy requires a source that nobody supplies, `BudgetError` for a schedule of
+    Raises `PluginError` when the policy requires a source that it cannot be given, `BudgetError` for a schedule of
     another model.
     """
 
@@ -63,12 +63,7 @@ class RaggedStore:
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
     ) -> None:
-        missing = policy.requires - STORE_SOURCES - supplied
-        if missing:
-            raise PluginError(
-                f"the policy {type(policy).__name__} requires {', '.join(sorted(missing))}, which this cache cannot "
-                f"supply; it supplies {', '.join(sorted(STORE_SOURCES | supplied))}"
-            )
+        check_sources(policy, supplied)
         if schedule.shape != spec.table_shape:
             raise BudgetError(
                 f"the budget is for (layers, KV heads) = {schedule.shape}, the model has {spec.table_shape}"

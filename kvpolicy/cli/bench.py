@@ -54,7 +54,8 @@ def bench(
     makers = {_label(plan, kept): partial(choice.make, network, kept) for kept in retentions}
     for make in makers.values():
         make()  # what is refused is refused before the work
-    costs = measure_decode(network, ids, makers, new_tokens=new_tokens, repeats=repeats, progress=watcher(quiet))
+    options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "tokenizer": tokenizer}
+    costs = measure_decode(network, ids, makers, **options, progress=watcher(quiet))
     rows = [_row(cost, costs[0], kept) for cost, kept in zip(costs, [None, *retentions], strict=True)]
     run = {"model": name, "plan": plan, "policy": choice.policy_name, "context_length": context}
     run |= {"new_tokens": new_tokens, "repeats": repeats, "batch_size": batch_size, "device": _device(where)}

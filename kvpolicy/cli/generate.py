@@ -138,7 +138,7 @@ class _Stream:
     """
 
     def __init__(self, tokenizer: Any, *, silent: bool) -> None:
-        self._tokenizer, self._silent = tokenizer, silent
+        self.tokenizer, self._silent = tokenizer, silent
         self.ids: list[int] = []
         self.begun: float | None = None
         self.times: list[float] = []  # one for each token
@@ -172,7 +172,7 @@ class _Stream:
         self._first, self._shown = self._shown, len(self.ids)
 
     def _decode(self, begin: int, end: int) -> str:
-        decoded: str = self._tokenizer.decode(
+        decoded: str = self.tokenizer.decode(
             self.ids[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return decoded
@@ -198,6 +198,7 @@ def _run(network: Any, cache: Any, ids: torch.Tensor, stream: _Stream, count: in
                 num_beams=1,
                 num_return_sequences=1,
                 pad_token_id=network.generation_config.pad_token_id or filler,
+                tokenizer=stream.tokenizer,
                 streamer=stream,
                 **sampling,
             )

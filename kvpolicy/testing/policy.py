@@ -60,7 +60,7 @@ def _later_chunk(prompt: LayerActivations, policy: EvictionPolicy, garbage: floa
     changed: dict[str, Any] = {}
     if prompt.positions is not None:
         changed["positions"] = positions
-    for name in ("window_attention", "full_attention"):
+    for name in ("window_attention", "full_attention", "repeat_attention"):
         if (mass := getattr(prompt, name)) is not None:
             changed[name] = mass.masked_fill(absent, 0.0)
     if prompt.query_attention is not None:

@@ -132,6 +132,7 @@ class _Attention(nn.Module):
             "query_attention": by_group[:, :, -_OBSERVATION_WINDOW:],
             "window_attention": by_group[:, :, -_OBSERVATION_WINDOW:].sum(2),
             "full_attention": by_group.sum(2),
+            "repeat_attention": mass.reshape(batch, self.num_kv_heads, -1, length).amax(2),
             "rope": rope,
             "module": self,
         }

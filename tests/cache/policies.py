@@ -31,6 +31,18 @@ class ValueNorm(EvictionPolicy):
 
 
 @dataclass(frozen=True, slots=True)
+class Repeated(EvictionPolicy):
+    """What the model looks at while it repeats its context."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"repeat_attention"})
+    num_sink_tokens: int = 2
+    recent_window: int = 0
+
+    def score_prompt(self, activations):
+        return activations.repeat_attention
+
+
+@dataclass(frozen=True, slots=True)
 class KeyNorm(EvictionPolicy):
     """Prefers small keys, and lets a decoded token compete from the start."""
 

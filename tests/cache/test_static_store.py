@@ -7,7 +7,7 @@ from kvpolicy import BudgetError
 from kvpolicy.cache.static import StaticStore, check_static
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import store_of, tensors
-from tests.cache.policies import Coarse, HeavyHitter, KeyNorm, LastQueries, Recent, ValueNorm
+from tests.cache.policies import Coarse, HeavyHitter, KeyNorm, LastQueries, Recent, Repeated, ValueNorm
 
 MOST = 64
 POLICIES = [Recent(), Recent(0), ValueNorm(), ValueNorm(0), ValueNorm(recent_window=4), ValueNorm(1, 9), LastQueries()]
@@ -132,6 +132,11 @@ def test_bytes_are_those_of_the_capacities():
 def test_policies_that_rescore_are_refused(policy):
     with pytest.raises(BudgetError, match=f"{type(policy).__name__} .* static store"):
         check_static(policy)
+
+
+def test_a_policy_that_has_the_context_repeated_is_refused():
+    with pytest.raises(BudgetError, match="Repeated requires repeat_attention: its context is held"):
+        check_static(Repeated())
 
 
 def test_what_does_not_fit_is_refused():

@@ -33,7 +33,7 @@ def arena(lengths, dim=8, dtype=torch.float32):
 
 
 def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logits=None, chunk_key=None,
-           chunk_mask=None, query_mask=None):  # fmt: skip
+           chunk_mask=None, query_mask=None, reduction="sum"):  # fmt: skip
     """One query at a time in fp64; every visible column gets its weight."""
     batch, num_q_heads, n, dim = query.shape
     num_kv_heads = len(starts) // batch
@@ -51,7 +51,11 @@ def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logit
         x = k.cpu().double() @ query[b, hq, i].cpu().double() * (dim**-0.5 if scale is None else scale)
         x = x if softcap is None else softcap * (x / softcap).tanh()
         total = x.exp().sum() + (0 if sink_logits is None else math.exp(sink_logits[hq]))
-        out[b, h, [*range(length), *(longest + j for j in tokens)]] += x.exp() / total
+        columns = [*range(length), *(longest + j for j in tokens)]
+        given = x.exp() / total
+        out[b, h, columns] = (
+            torch.maximum(out[b, h, columns], given) if reduction == "max" else out[b, h, columns] + given
+        )
     return out
 
 
@@ -132,6 +136,15 @@ def test_triton_matches_the_definition(case, variant, dtype, poisoned):
 def test_torch_masks(case, shared, variant):
     arguments, kwargs = inputs(case, variant)
     check(*arguments, **kwargs, **masked(case, arguments, shared))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_largest_weight_instead_of_the_sum(case, variant):
+    arguments, kwargs = inputs(case, variant)
+    check(*arguments, **kwargs, reduction="max")
+    if case[4]:
+        check(*arguments, **kwargs, **masked(case, arguments), reduction="max")
 
 
 @needs_triton
@@ -247,12 +260,13 @@ def test_triton_beyond_two_to_the_31_elements():
         ({"lengths": torch.tensor([9])}, "segment 0 of 9 rows from row 0 leaves the arena of 8 rows"),
         ({"chunk_key": torch.zeros(1, 1, 2, 8, dtype=torch.float16)}, "got torch.float16, torch.float32"),
         ({"query": torch.zeros(1, 1, 2, 512), "keys": torch.zeros(8, 512)}, "head dim 512 is above 256"),
+        ({"reduction": "max"}, "reduction='max'"),
     ],
-    ids=["segment", "dtypes", "head dim"],
+    ids=["segment", "dtypes", "head dim", "reduction"],
 )
 def test_triton_refuses(change, message):
     arguments = {"query": torch.zeros(1, 1, 2, 8), "keys": torch.zeros(8, 8)} | change
-    arguments = {name: x.to(DEVICE) if x.is_floating_point() else x for name, x in arguments.items()}
+    arguments = {n: x.to(DEVICE) if n != "reduction" and x.is_floating_point() else x for n, x in arguments.items()}
     tables = {"starts": torch.tensor([0]), "lengths": torch.tensor([8])}
     with pytest.raises(ValueError, match=message):
         column_scores(**tables | arguments, backend="triton")
@@ -278,6 +292,7 @@ def test_hand_written_answer():
         ("sink_logits", torch.zeros(2), r"expected sink_logits \[4\], got \[2\]"),
         ("chunk_key", torch.zeros(2, 2, 3, 8), r"column_scores: expected chunk_key .* got \[2, 2, 3, 8\]"),
         ("chunk_mask", torch.ones(1, 1, 2, 3).bool(), r"chunk_mask \[1 or 2, 1, 3, 3\], got \[1, 1, 2, 3\]"),
+        ("reduction", "mean", "column_scores: expected reduction 'sum' or 'max', got 'mean'"),
         ("query_mask", torch.ones(1, 3).bool(), r"expected query_mask \[2, 3\], got \[1, 3\]"),
     ],
 )

@@ -1,5 +1,5 @@
 """The attention mass that each cache entry gets from a block of queries."""
 
-from kvpolicy_kernels.column_scores.op import column_scores
+from kvpolicy_kernels.column_scores.op import Reduction, column_scores
 
-__all__ = ["column_scores"]
+__all__ = ["Reduction", "column_scores"]

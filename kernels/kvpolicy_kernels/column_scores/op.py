@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.column_scores.reference import reference_column_scores
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 from kvpolicy_kernels.segments import check_chunk, check_segments
+
+Reduction = Literal["sum", "max"]
 
 
 def column_scores(
@@ -23,15 +27,19 @@ def column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    reduction: Reduction = "sum",
     backend: Backend = "auto",
 ) -> Tensor:
-    """The attention mass of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
+    """The attention of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
 
     The last queries of a prompt give the scores of SnapKV (arXiv:2404.14469), all of them those of H2O
-    (arXiv:2306.14048), and the query of a decoding step what H2O adds to them.
+    (arXiv:2306.14048), and the query of a decoding step what H2O adds to them. The largest weight instead of the sum
+    is what KVzip (arXiv:2505.23416) asks for.
 
     query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
-    backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere
+    reduction: "sum", or "max" for the largest weight that any query of the group gives
+    backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere; "max" is
+        torch everywhere
     The other arguments are those of `ragged_attention`. `chunk_key` may have any strides.
 
     Returns float32 [B, num_kv_heads, N] with N = lengths.max() + m: column j below the segment's length is its entry
@@ -50,8 +58,11 @@ def column_scores(
         raise ValueError(
             f"column_scores: expected query_mask {[query.shape[0], query.shape[2]]}, got {list(query_mask.shape)}"
         )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"column_scores: expected reduction 'sum' or 'max', got {reduction!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton("column_scores", backend, query, _unsupported(query, keys, chunk_key)):
+    unsupported = "reduction='max'" if reduction == "max" else _unsupported(query, keys, chunk_key)
+    if uses_triton("column_scores", backend, query, unsupported):
         from kvpolicy_kernels.column_scores.kernel import triton_column_scores
 
         if lengths.device.type == "cpu" and starts.device.type == "cpu":
@@ -71,7 +82,7 @@ def column_scores(
         )
         return out
     return reference_column_scores(
-        query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask
+        query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask, reduction == "max"
     )
 
 

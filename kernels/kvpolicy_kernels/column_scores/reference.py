@@ -19,12 +19,14 @@ def reference_column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    largest: bool = False,
 ) -> Tensor:
-    """Shapes as in `column_scores`."""
+    """Shapes as in `column_scores`; largest: of the weights instead of their sum."""
     batch, _, n, _ = query.shape
     longest = int(lengths.max())
     m = 0 if chunk_key is None else chunk_key.shape[2]
     out = torch.zeros(batch, len(starts) // batch, longest + m, device=query.device)
+    combine = torch.maximum if largest else torch.add
     segments = split_segments(query, keys, starts, lengths, sink_logits, chunk_key, chunk_mask)
     for b, h, heads, _, length, k, seen_tokens, sinks in segments:
         k = k.float()
@@ -32,7 +34,8 @@ def reference_column_scores(
             p = probabilities(scores(query[b, heads, rows].float(), k[:columns], scale, softcap), sinks, visible)
             if query_mask is not None:
                 p = p.masked_fill(~query_mask[b, rows, None], 0.0)  # not a product: padding may give NaN
-            mass = p.sum((0, 1))
-            out[b, h, :length] += mass[:length]
-            out[b, h, longest : longest + columns - length] += mass[length:]
+            came = p.amax((0, 1)) if largest else p.sum((0, 1))
+            fresh = slice(longest, longest + columns - length)
+            out[b, h, :length] = combine(out[b, h, :length], came[:length])
+            out[b, h, fresh] = combine(out[b, h, fresh], came[length:])
     return out

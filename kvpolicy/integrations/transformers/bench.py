@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
 from kvpolicy.integrations.transformers.cache import RaggedCache, tensors_of
 from kvpolicy.integrations.transformers.exchange import text_config
+from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.progress import Progress
 
 MakeCache = Callable[[], Cache]
@@ -64,6 +65,7 @@ def measure_decode(
     *,
     new_tokens: int = 32,
     repeats: int = 3,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> list[DecodeCost]:
     """The cost of a stock `DynamicCache` on the model as it is, and of each of `make_caches`, in this order.
@@ -73,6 +75,7 @@ def measure_decode(
     make_caches: by name, what makes an empty cache
     repeats:     the caches take turns within a repeat, and who begins moves on, so that a drift of the machine's speed
         hits all of them
+    tokenizer:   for caches whose policy has the context repeated; the time of that is the prompt's
 
     Raises `BudgetError` for an input without a prompt. Afterwards the model is attached, or not, as before.
     """
@@ -87,11 +90,11 @@ def measure_decode(
     try:
         warm_up = prompt if ids.device.type == "cuda" else min(prompt, _WARM_UP)
         for make in makers.values():
-            _run(model, ids[:, : warm_up + 2], warm_up, make, DecodeCost(""))
+            _run(model, ids[:, : warm_up + 2], warm_up, make, DecodeCost(""), tokenizer)
         for repeat in range(repeats):
             turn = repeat % len(costs)
             for cost in [*costs[turn:], *costs[:turn]]:
-                _run(model, ids, prompt, makers[cost.name], cost)
+                _run(model, ids, prompt, makers[cost.name], cost, tokenizer)
                 progress.advance(f"{cost.name}: {1e3 * cost.token_seconds[-1]:.1f} ms a token")
     finally:
         progress.end()
@@ -100,7 +103,14 @@ def measure_decode(
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, ids: Tensor, prompt: int, make: MakeCache, cost: DecodeCost) -> None:
+def _run(
+    model: PreTrainedModel,
+    ids: Tensor,
+    prompt: int,
+    make: MakeCache,
+    cost: DecodeCost,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """One prompt and its tokens; adds to `cost`."""
     cache = make()
     (attach if isinstance(cache, RaggedCache) else detach)(model)
@@ -108,6 +118,8 @@ def _run(model: PreTrainedModel, ids: Tensor, prompt: int, make: MakeCache, cost
     gc.collect()
     begun = _now(ids)
     model(ids[:, :prompt], past_key_values=cache, use_cache=True, **last)
+    if isinstance(cache, RaggedCache) and cache.awaits_repeat and tokenizer is not None:  # without, decoding refuses
+        repeat_context(model, cache, ids[:, :prompt], tokenizer)
     filled = _now(ids)
     for step in range(prompt, ids.shape[1]):
         model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)

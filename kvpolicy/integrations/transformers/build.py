@@ -116,7 +116,10 @@ def cache_of(
         layers = StaticCache(config=text_config(model), max_cache_len=length).layers
         return StaticRaggedCache(spec, make_store, layers, attached, rank=rank, recipe=recipe, context_length=length)
     layers = DynamicCache(config=text_config(model)).layers
-    return RaggedCache(spec, make_store, layers, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)
+    repeats = schedule.evicts and "repeat_attention" in policy.requires
+    return RaggedCache(
+        spec, make_store, layers, attached, rank=rank, rollback=recipe.rollback, recipe=recipe, repeats=repeats
+    )
 
 
 def _static_length(recipe: Recipe) -> int:

@@ -34,8 +34,8 @@ StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
-    """A prompt whose keys and values later layers still read (KV sharing)."""
+class Waiting:
+    """New tokens of a layer whose keys and values others may still read (KV sharing)."""
 
     query: Tensor
     chunk: Chunk
@@ -61,7 +61,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.cache, self.row, self.model_layer, self.followers = cache, row, model_layer, followers
         self.columns = 0  # tokens seen, padding included
         self.arrived = 0  # tokens whose attention has not come yet
-        self.waiting: _Waiting | None = None
+        self.waiting: Waiting | None = None
         self.has_holes = False  # padding elsewhere than before a row's first token
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -108,7 +108,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         else:
             result = _as_stock(self._over_entries(store, query, chunk, mask, scoring)), None
         extra = layer_sources(module, store.spec, store.policy.requires)
-        self.waiting = _Waiting(query, chunk, scoring, extra, empty, self.followers)
+        self.waiting = Waiting(query, chunk, scoring, extra, empty, self.followers)
         if not self.followers:
             self._finish()
         return result
@@ -163,16 +163,16 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     def _finish(self) -> None:
         """Lets the store keep its part of a prompt that nobody reads any more."""
-        if (waiting := self.waiting) is not None:
-            self.waiting = None
-            self.cache.opened().keep(
-                self.row,
-                waiting.query,
-                waiting.chunk,
-                waiting.scoring,
-                hold=self.cache.rollback if self.cache.recording else 0,
-                extra=waiting.extra,
-            )
+        if (waiting := self.waiting) is None:
+            return
+        self.waiting, cache = None, self.cache
+        if cache.watch is not None:
+            cache.watch(self.row, waiting)
+            return
+        hold = cache.rollback if cache.recording else 0
+        if cache.awaits_repeat:
+            hold = len(waiting.chunk)
+        cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
@@ -198,7 +198,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     rank:         tensor-parallel rank of this process
     rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
     recipe:       what the cache was made from, needed to save it
+    repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
 
+    watch: takes the tokens of a forward instead of the store, while the context is repeated
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
     """
@@ -215,6 +217,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         rank: int = 0,
         rollback: int = ROLLBACK,
         recipe: Recipe | None = None,
+        repeats: bool = False,
     ) -> None:
         layers: list[Any] = list(stock_layers)
         self.budgeted: list[BudgetedLayer] = []
@@ -226,7 +229,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.attached = attached
         self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
         self.store: RaggedStore | None = None
-        self.recipe = recipe
+        self.recipe, self.repeats = recipe, repeats
+        self.watch: Callable[[int, Waiting], None] | None = None
         self.recording = False
         self.unfed: Tensor | None = None
         self.ended: str | None = None
@@ -254,6 +258,21 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
                     "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
                 )
 
+    @property
+    def awaits_repeat(self) -> bool:
+        """Whether every token is still held, until `repeat_context` has shown which entries the budget is for."""
+        last = None if not self.repeats or self.store is None else self.store.layers[-1]
+        return self.repeats and (last is None or not last.arena.width)
+
+    def check_repeated(self) -> None:
+        """Raises `ModelError` where the budget waits for the context to be repeated."""
+        if self.awaits_repeat and self.watch is None:
+            raise ModelError(
+                "this cache still holds every token, as its policy requires repeat_attention: after the prompt, before "
+                "decoding, call kvpolicy.repeat_context(model, cache, input_ids, tokenizer), or let "
+                "kvpolicy.generate(model, cache, input_ids, tokenizer=tokenizer) do both"
+            )
+
     def opened(self) -> RaggedStore:
         if self.store is None:
             raise ModelError("this cache is empty: a prompt comes first")
@@ -265,10 +284,13 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """As in transformers. Raises `ModelError` where the cache is to be offloaded."""
         if self.offloading:
             raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
+        if key_states.shape[2] == 1 and self.budgeted[-1].columns:  # not a prompt of one token
+            self.check_repeated()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
+        self.check_repeated()
         self.recording = True
         for layer in self._stock():
             if hasattr(layer, "activate_past_recording"):
@@ -366,7 +388,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _enforced(self) -> RaggedStore:
         self.check_enforced()
-        return self.opened()
+        store = self.opened()
+        self.check_repeated()
+        return store
 
     def _stock(self) -> list[Any]:
         """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.repeat import repeat_context
 
 
 def generate(
@@ -24,13 +25,15 @@ def generate(
 
     input_ids:      int64 [B, n], new tokens only
     attention_mask: [B, n] of the new tokens; left padding is for the first turn. None: no padding
-    options:        of `model.generate`
+    options:        of `model.generate`; `tokenizer` is needed where the policy has the context repeated (see
+                    `repeat_context`): that is done once, with the first turn's tokens, before an answer begins
 
     Returns int64 [B, n + generated]: the new tokens and what was generated, as `model.generate` does. The last
     generated token has not been fed yet; the next turn does it.
 
     Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, and rows that
-    ended at different times have fillers behind their end.
+    ended at different times have fillers behind their end. And for one whose context has to be repeated, without a
+    tokenizer, or where tokens came before that are not in `input_ids`.
     """
     seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
@@ -43,6 +46,8 @@ def generate(
     past = cache.seen_mask().to(input_ids).expand(input_ids.shape[0], -1)
     mask = torch.cat([past, torch.ones_like(unfed), new], 1)
     attach(model)
+    if cache.awaits_repeat:
+        options = _repeating(model, cache, fed, seen, options)
     try:
         out = model.generate(fed, attention_mask=mask, past_key_values=cache, **options)
     finally:
@@ -50,6 +55,48 @@ def generate(
     ids = out if isinstance(out, Tensor) else out.sequences
     _remember(cache, ids, fed.shape[1], seen, _end_tokens(model, options))
     return ids[:, unfed.shape[1] :]
+
+
+class _RepeatPrompt(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+    """Has the prompt repeated between its own forward, which is dense, and the choice of the first new token.
+
+    That is when generate calls a logits processor first. Beams and samples of a prompt are rows by then.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: RaggedCache, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.cache, self.tokenizer = model, cache, tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.cache.awaits_repeat:
+            mask, positions = self.cache.seen_mask(), self.cache.opened().seen  # generate counts positions by the mask
+            repeat_context(
+                self.model, self.cache, input_ids, self.tokenizer, attention_mask=mask, next_position=positions
+            )
+        return scores
+
+
+def _repeating(
+    model: PreTrainedModel, cache: RaggedCache, fed: Tensor, seen: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options, with the prompt repeated behind its forward. Raises `ModelError` where that cannot be."""
+    if seen:
+        raise ModelError(
+            f"this cache has seen {seen} tokens that nobody has repeated: call kvpolicy.repeat_context(model, cache, "
+            "input_ids, tokenizer) with them before the next turn"
+        )
+    if options.get("tokenizer") is None:
+        raise ModelError(
+            "this cache's policy has the context repeated, which takes a tokenizer: pass tokenizer= to "
+            "kvpolicy.generate, or feed the prompt and call kvpolicy.repeat_context with token ids of your own"
+        )
+    chunk = options.get("prefill_chunk_size")
+    if chunk and fed.shape[1] > 1 and fed.shape[1] % chunk == 1:
+        raise ModelError(
+            f"prefill_chunk_size={chunk} leaves one token of {fed.shape[1]} alone, which looks like a step of decoding "
+            "before the context was repeated: take another size"
+        )
+    own = _RepeatPrompt(model, cache, options["tokenizer"])
+    return options | {"logits_processor": LogitsProcessorList([*(options.get("logits_processor") or ()), own])}
 
 
 def _unfed(cache: RaggedCache, input_ids: Tensor, seen: int) -> Tensor:

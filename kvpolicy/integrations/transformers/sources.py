@@ -14,7 +14,7 @@ from kvpolicy.integrations.transformers.observe import hidden_of, output_weight
 from kvpolicy.spec import ModelSpec
 
 _HOOKED = frozenset({"hidden_before", "attention_input", "rope"})
-RUN_SOURCES = _HOOKED | {"module", "output_weight"}
+RUN_SOURCES = _HOOKED | {"module", "output_weight", "repeat_attention"}
 """What a transformers model can hand to a policy while it runs, besides what the store supplies."""
 
 _NOW = threading.local()  # inputs of the layer that runs now, in this thread

@@ -32,7 +32,11 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
     handle = None
     try:
         if plan is not None or options:
-            new_cache(model, plan, **options)  # refuses here what it would refuse in the first forward
+            if new_cache(model, plan, **options).repeats:  # refuses here what it would refuse in the first forward
+                raise ModelError(
+                    "this policy requires repeat_attention: the context is repeated behind the prompt, and code that "
+                    "makes its own cache does not do that. Give kvpolicy.generate a cache with this policy instead"
+                )
 
             def supply(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
                 return args, _supplied(model, given, plan, options)

@@ -71,3 +71,9 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep what is attended to and not said twice, for long output.",
         paper="arXiv:2505.24133",
     )
+    register.policy(
+        "kvzip",
+        f"{module}.kvzip:KVzipPolicy",
+        summary="Keep what the model looks at when it repeats its context.",
+        paper="arXiv:2505.23416",
+    )
