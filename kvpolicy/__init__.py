@@ -35,6 +35,7 @@ from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers import (
+        PromptProbe,
         RaggedCache,
         TransformersProbe,
         attach,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "PromptProbe": "kvpolicy.integrations.transformers",
     "RaggedCache": "kvpolicy.integrations.transformers",
     "TransformersProbe": "kvpolicy.integrations.transformers",
     "TuneSettings": "kvpolicy.tuning",
@@ -93,6 +95,7 @@ __all__ = [
     "PluginConflictError",
     "PluginError",
     "PluginWarning",
+    "PromptProbe",
     "RaggedCache",
     "RaggedStore",
     "Register",
