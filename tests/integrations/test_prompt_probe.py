@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_decoding_token_by_token(model_name, name, params):
     expected = stepped_loss(model, ids, table, name, params)
     found = make_probe(model, ids, name, params).loss(table)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    assert (found - dense_loss(model, ids)).abs().max() > 1e-2, "eviction must have had an effect"
+    assert (found - dense_loss(model, ids)).abs().max() > 1e-3, "eviction must have had an effect"
 
 
 def test_one_table_after_another_gives_what_each_gives_alone():
