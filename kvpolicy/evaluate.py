@@ -67,7 +67,7 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
 
     Raises `BudgetError` if the cache does not hold exactly what the table allows.
     """
-    limits = capacities.clamp(max=probe.budget_length)
+    limits = capacities.clamp(max=probe.context_length)
     store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)
     held = store.lengths[:, 0]
     if not torch.equal(held, limits):

@@ -327,7 +327,7 @@ def test_a_search_says_how_it_measures_and_what_that_costs(tmp_path):
     notes = Notes()
     settings = make_settings(tmp_path, policy="snapkv", context_length=96)
     tune(tiny_model("Llama", layers=2), make_corpus(), settings, progress=notes)
-    assert "a prompt of 48 tokens, compressed once by SnapKVPolicy; the 48 tokens behind it" in notes.said
+    assert "the loss under snapkv: a prompt of 48 tokens is compressed once; the 48 tokens behind it" in notes.said
     # a level's trials and its uniform, twice the held-out part, that part in full; its prompts, and those to profile
     assert f"at most {(3 + 1) * 4 + 2 * 8 + 8 + 8 + 6} forwards" in notes.said
 

@@ -79,7 +79,6 @@ def evaluate(
         loaded.check_model(probe.spec)
     tables = [_table(plan, loaded, probe, kept) for kept in retentions]
     named = {"policy": policy or (loaded.method.policy.name if loaded else "streaming"), "protocol": probe.protocol}
-    progress.note(f"{len(tables)} x {count} sequences: {probe.described}")
     progress.begin("evaluate", len(tables))
     rows = []
     for kept, table in zip(retentions, tables, strict=True):
@@ -110,7 +109,7 @@ def _default_retentions(name: str, plan: BudgetPlan | None) -> list[float]:
 
 def _table(name: str, plan: BudgetPlan | None, probe: Any, retention: float) -> Tensor:
     """Capacities `[L, H]`."""
-    spec, context = probe.spec, probe.budget_length
+    spec, context = probe.spec, probe.context_length
     if plan is not None:
         return plan.capacities(context_length=context, retention=retention)
     if name == "full":
@@ -124,7 +123,7 @@ def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed
     from kvpolicy.evaluate import measured_bytes, perplexity
     from kvpolicy.stats import mean_interval
 
-    losses = probe.loss(table)
+    losses, length = probe.loss(table), int(probe.sequences.shape[1])
     held = measured_bytes(probe, table)
     return {
         "task": task,
@@ -134,8 +133,8 @@ def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed
         "interval": [math.exp(bound) for bound in mean_interval(losses, seed)],
         "loss": float(losses.mean()),
         "n": len(losses),
-        "scored_tokens": len(losses) * (probe.context_length - probe.first_scored),
-        "context_length": probe.context_length,
+        "scored_tokens": len(losses) * (length - probe.first_scored),
+        "context_length": length,
         "prefill_length": probe.prefill_length,
         "bytes": held.bytes,
         "dense_bytes": held.dense_bytes,
@@ -150,11 +149,10 @@ def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("plan", "policy", "kept", "perplexity", "95 %", "MB", "MB of a full cache", "n")
+    table = Table("plan", "kept", "perplexity", "95 %", "MB", "MB of a full cache", "n")
     for row in rows:
         table.add_row(
             row["plan"],
-            row["policy"],
             f"{row['retention']:.0%}",
             f"{row['perplexity']:.3f}",
             "{:.3f} to {:.3f}".format(*row["interval"]),
@@ -164,4 +162,4 @@ def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"measured: {described}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"measured under {rows[0]['policy']}: {described}", highlight=False, markup=False, soft_wrap=True)

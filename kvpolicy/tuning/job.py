@@ -179,7 +179,7 @@ def _announce(
     scored, others = levels * ((trials + 1) * SEARCH_SEQUENCES + 2 * held) + held, len(search.prompts)
     if isinstance(search, PromptProbe):
         others += held  # prompts; those of the search have been run
-        progress.note(f"the loss of a sequence: {search.described}")
+        progress.note(f"the loss under {settings.policy}: {search.described}")
     minutes = max(1, round((scored * seconds + others * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     progress.note(

@@ -89,7 +89,7 @@ def test_a_full_budget_gives_the_dense_loss(name):
 
 def test_the_prompt_is_half_of_a_sequence_where_nothing_else_is_said():
     probe = PromptProbe(tiny_model("Llama"), tiny_ids(LENGTH), policy=registry.create("policy", "h2o"))
-    assert (probe.prefill_length, probe.budget_length, probe.first_scored) == (60, 60, 60)
+    assert (probe.prefill_length, probe.context_length, probe.first_scored) == (60, 60, 60)
     assert next(probe.token_losses(torch.full((3, 2), 30))).shape == (1, 60)
 
 
@@ -141,7 +141,7 @@ def test_the_probe_of_a_policy():
     assert type(window) is TransformersProbe and (window.protocol, window.prefill_length) == ("window", 0)
     prompt = probe_for(registry.create("policy", "snapkv"), model, ids, prefill_length=90)
     assert type(prompt) is PromptProbe and (prompt.protocol, prompt.prefill_length) == ("prompt", 90)
-    assert "a prompt of 90 tokens" in prompt.described and "SnapKV" in prompt.described
+    assert "a prompt of 90 tokens" in prompt.described and "the 30 tokens behind it" in prompt.described
 
 
 @pytest.mark.parametrize("length", [0, LENGTH - 1, LENGTH])

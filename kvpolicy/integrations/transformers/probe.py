@@ -75,17 +75,12 @@ class TransformersProbe(ModelProbe):
         return int(self.sequences.shape[1])
 
     @property
-    def budget_length(self) -> int:
-        """Tokens that a table of capacities is for: one that gives each KV head as many keeps everything."""
-        return self.context_length
-
-    @property
     def described(self) -> str:
         """What `loss` measures, in words."""
         prompt = f"a prompt of {self.prefill_length} tokens attends densely, then " if self.prefill_length else ""
         return (
             f"{prompt}every token is decoded under the budget (window rule); tokens from position {self.first_scored} "
-            f"to {self.context_length - 1} are scored"
+            f"to {self.sequences.shape[1] - 1} are scored"
         )
 
     @property

@@ -86,7 +86,7 @@ class PromptProbe(TransformersProbe):
             self._new_cache()
 
     @property
-    def budget_length(self) -> int:
+    def context_length(self) -> int:
         return self.prefill_length
 
     @property
@@ -95,10 +95,10 @@ class PromptProbe(TransformersProbe):
 
     @property
     def described(self) -> str:
+        behind = self.sequences.shape[1] - self.prefill_length
         return (
-            f"a prompt of {self.prefill_length} tokens, compressed once by {type(self.policy).__name__}; the "
-            f"{self.context_length - self.prefill_length} tokens behind it, decoded on top of the budget "
-            '(decode="append"), are scored'
+            f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on top "
+            'of the budget (decode="append"), are scored'
         )
 
     def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
