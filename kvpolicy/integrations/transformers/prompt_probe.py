@@ -97,8 +97,8 @@ class PromptProbe(TransformersProbe):
     def described(self) -> str:
         behind = self.sequences.shape[1] - self.prefill_length
         return (
-            f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on top "
-            'of the budget (decode="append"), are scored'
+            f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on "
+            'top of the budget (decode="append"), are scored'
         )
 
     def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
