@@ -37,6 +37,7 @@ from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers import (
         DecodeRunner,
+        PromptProbe,
         RaggedCache,
         TransformersProbe,
         attach,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "DecodeRunner": "kvpolicy.integrations.transformers",
+    "PromptProbe": "kvpolicy.integrations.transformers",
     "RaggedCache": "kvpolicy.integrations.transformers",
     "TransformersProbe": "kvpolicy.integrations.transformers",
     "TuneSettings": "kvpolicy.tuning",
@@ -100,6 +102,7 @@ __all__ = [
     "PluginConflictError",
     "PluginError",
     "PluginWarning",
+    "PromptProbe",
     "RaggedCache",
     "RaggedStore",
     "Register",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
-from kvpolicy.integrations.transformers import TransformersProbe
-from kvpolicy.interfaces import LayerActivations
+from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
+from kvpolicy.interfaces import EvictionPolicy, LayerActivations
 from kvpolicy.registry import registry
 
 
@@ -26,19 +28,57 @@ class CacheBytes:
     entries: int
 
 
+def probe_for(
+    policy: EvictionPolicy,
+    model: Any,
+    sequences: Tensor,
+    prompts: Sequence[Tensor] = (),
+    *,
+    prefill_length: int | None = None,
+    batch_size: int = 1,
+) -> TransformersProbe:
+    """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
+    behind a compressed prompt. Arguments as for the probes.
+
+    prefill_length: None means 0 for a window rule, else half of a sequence
+    """
+    if not policy.window_rule:
+        return PromptProbe(
+            model, sequences, prompts, policy=policy, prefill_length=prefill_length, batch_size=batch_size
+        )
+    return TransformersProbe(
+        model,
+        sequences,
+        prompts,
+        num_sink_tokens=policy.num_sink_tokens,
+        prefill_length=prefill_length or 0,
+        batch_size=batch_size,
+    )
+
+
 def perplexity(losses: Tensor) -> float:
     """Exp of the mean loss; losses: nats per token, `[n]`, sequences of equal length."""
     return math.exp(float(losses.double().mean()))
 
 
 def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
-    """Fills one real cache with the probe's first sequence under `capacities` (int `[L, H]`) and weighs it.
+    """Fills one real cache with the probe's first sequence, or its prompt, under `capacities` (int `[L, H]`) and weighs
+    it.
 
     Raises `BudgetError` if the cache does not hold exactly what the table allows.
     """
-    spec, limits = probe.spec, capacities.clamp(max=probe.context_length)
+    limits = capacities.clamp(max=probe.context_length)
+    store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)
+    held = store.lengths[:, 0]
+    if not torch.equal(held, limits):
+        raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
+    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
+
+
+def _filled(probe: TransformersProbe, limits: Tensor) -> RaggedStore:
+    """A store under the window rule that has seen the first sequence."""
     policy = registry.create("policy", "streaming", {"num_sink_tokens": probe.num_sink_tokens})
-    store = RaggedStore(spec, Fixed(limits), policy)
+    store = RaggedStore(probe.spec, Fixed(limits), policy)
 
     def fill(activations: LayerActivations) -> None:
         query, key, value = activations.queries, activations.keys, activations.values
@@ -47,7 +87,4 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
 
     single = TransformersProbe(probe.model, probe.sequences[:1], [probe.sequences[0]])
     single.observe(fill, frozenset({"queries", "keys", "values"}))
-    held = store.lengths[:, 0]
-    if not torch.equal(held, limits):
-        raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
-    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
+    return store

@@ -138,7 +138,10 @@ class ModelProbe(abc.ABC):
     @property
     @abc.abstractmethod
     def context_length(self) -> int:
-        """Tokens of one sequence that `loss` scores."""
+        """Tokens that a table of capacities is for: as many for each KV head keep everything.
+
+        A whole sequence under a window rule; the prompt where a prompt is compressed.
+        """
 
     @abc.abstractmethod
     def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
@@ -152,8 +155,9 @@ class ModelProbe(abc.ABC):
     def loss(self, capacities: Tensor) -> Tensor:
         """Mean loss of each sequence, float64 `[num_sequences]`, nats per scored token.
 
-        capacities: int `[L, H]`, the entries each KV head may keep under the window rule (sink tokens and
-        the most recent ones). Exact: the loss of token-by-token decoding under these capacities.
+        capacities: int `[L, H]`, the entries each KV head may keep of `context_length` tokens under the policy that
+        the probe is for. Exact: the loss of token-by-token decoding, from the first token on under a window rule, else
+        behind a prompt that the policy has compressed once to these capacities.
         """
 
 

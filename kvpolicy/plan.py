@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.apportion import apportion
-from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning
+from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning, PluginError
 from kvpolicy.files import write_bytes
+from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan_json import (
     Fields,
     check_json,
@@ -46,6 +48,7 @@ from kvpolicy.plan_parts import (
     read_method,
     read_model,
 )
+from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, Importance, ModelSpec
 
 __all__ = [
@@ -91,8 +94,9 @@ class BudgetPlan:
                         f"levels[{index}].retention is {level.retention}, which levels[{earlier}] has already; keep one"
                     )
         check_json(self.provenance, "provenance")
-        if self.provenance.get("context_length") is not None:
-            whole(self.provenance["context_length"], "provenance.context_length", 1)
+        for name, least in (("context_length", 1), ("prefill_length", 0)):
+            if self.provenance.get(name) is not None:
+                whole(self.provenance[name], f"provenance.{name}", least)
 
     @classmethod
     def from_capacities(
@@ -224,6 +228,26 @@ class BudgetPlan:
         warnings.warn(
             f"the context of {context_length} tokens is over four times the {searched} that the plan was made on: "
             "check the quality there with 'kvpolicy eval --context'",
+            PlanWarning,
+            stacklevel=3,
+        )
+        return True
+
+    def warn_if_other_policy(self, policy: EvictionPolicy) -> bool:
+        """Warns, with `PlanWarning`, where a tuned plan is used with another policy. Returns whether it did.
+
+        A table of a user's own was tuned for no policy.
+        """
+        tuned, own = self.method.policy, None
+        if self.method.allocator is None:
+            return False
+        with contextlib.suppress(PluginError):  # a policy that is not installed here is another one
+            own = registry.create("policy", tuned.name, tuned.params)
+        if type(own) is type(policy) and own is not None and own.params() == policy.params():
+            return False
+        warnings.warn(
+            f"the plan was tuned for the policy '{tuned.name}' {tuned.params}, but {policy!r} evicts here: the budgets "
+            "may not suit it; 'kvpolicy eval --policy' tells",
             PlanWarning,
             stacklevel=3,
         )

@@ -20,11 +20,13 @@ from kvpolicy import (
     ImportanceEstimator,
     ModelError,
     PluginError,
+    PromptProbe,
     StudyError,
     TextError,
     load_plan,
     save_plan,
 )
+from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.text import Corpus
 from kvpolicy.tuning import TuneSettings, job, level, search, storage, tune
@@ -290,6 +292,53 @@ def test_the_number_of_trials_is_chosen_and_kept_on_resume(tmp_path, monkeypatch
     monkeypatch.setattr(job, "SEARCH_SECONDS", 1e9)
     assert run(replace(settings, resume=True)).provenance["trials"] == job.LEAST_TRIALS
     assert len(the_study(settings).trials) == job.LEAST_TRIALS
+
+
+# --- another policy than the window rule
+
+
+@pytest.mark.parametrize("prefill", [None, 48])
+def test_a_plan_for_a_policy_that_scores_is_searched_behind_compressed_prompts(tmp_path, prefill):
+    model, corpus = tiny_model("Llama", layers=2), make_corpus()
+    settings = make_settings(tmp_path, policy="h2o", context_length=96, prefill_length=prefill)
+    plan, length = run(settings, model, corpus), prefill or 48
+    policy = registry.create("policy", "h2o")
+    assert (plan.method.policy.name, plan.method.policy.params) == ("h2o", policy.params())
+    assert {x: plan.provenance[x] for x in ("context_length", "protocol", "prefill_length")} == {
+        "context_length": 96,
+        "protocol": "prompt",
+        "prefill_length": length,
+    }
+    level, table = plan.levels[0], plan.capacities(length, retention=0.4)
+    assert int(table.sum()) == round(0.4 * length * 4), "the budget is the prompt's"
+    for part, count in (("search", 4), ("heldout", 8)):
+        probe = PromptProbe(model, corpus.sequences(part, count, 96), policy=policy, prefill_length=length)
+        assert level.perplexity[part] == pytest.approx(job.perplexity(probe.loss(table)), rel=1e-6)
+    assert level.perplexity["heldout_full"] == pytest.approx(job.perplexity(probe.full_loss()), rel=1e-6)
+
+
+def test_a_search_says_how_it_measures_and_what_that_costs(tmp_path):
+    class Notes(Progress):
+        said = ""
+
+        def note(self, message):
+            self.said += message + "\n"
+
+    notes = Notes()
+    settings = make_settings(tmp_path, policy="snapkv", context_length=96)
+    tune(tiny_model("Llama", layers=2), make_corpus(), settings, progress=notes)
+    assert "the loss under snapkv: a prompt of 48 tokens is compressed once; the 48 tokens behind it" in notes.said
+    # a level's trials and its uniform, twice the held-out part, that part in full; its prompts, and those to profile
+    assert f"at most {(3 + 1) * 4 + 2 * 8 + 8 + 8 + 6} forwards" in notes.said
+
+
+def test_resume_for_another_policy_is_refused_by_name(tmp_path):
+    settings = make_settings(tmp_path, policy="snapkv", context_length=96, trials=1)
+    run(settings)
+    with pytest.raises(StudyError, match=r'\(policy was \{"name": "snapkv".*, now \{"name": "h2o".*\)'):
+        run(replace(settings, policy="h2o", resume=True))
+    with pytest.raises(StudyError, match=r"\(prefill_length was null, now 40\)"):
+        run(replace(settings, prefill_length=40, resume=True))
 
 
 # --- pruning
@@ -601,6 +650,8 @@ def test_a_retention_outside_0_and_1_is_refused(tmp_path, retention):
         ({"retentions": (0.5, 0.3, 0.5)}, "each retention once, got 0.5, 0.3, 0.5"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"context_length": 63}, "context_length must be at least 64, got 63"),
+        ({"prefill_length": 64}, "prefill_length must be below the context of 64, got 64"),
+        ({"prefill_length": -1}, "prefill_length must be below the context of 64, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -10,26 +10,29 @@ import typer
 from torch import Tensor
 
 from kvpolicy.apportion import apportion
+from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
+from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan import BudgetPlan, load_plan
-from kvpolicy.spec import Budget, ModelSpec
+from kvpolicy.registry import registry
+from kvpolicy.spec import Budget
 
 TASKS = ("perplexity",)
-NUM_SINK_TOKENS = 4
 
 
 def evaluate(
     plan: Annotated[str, typer.Argument(help="A plan file, or: uniform, full.", show_default=False)] = "full",
     task: Annotated[str, typer.Option(help="What to measure: perplexity.")] = "perplexity",
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; needed for uniform")] = None,
+    policy: caches.Policy = None,
     model: Annotated[
         str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
     ] = None,
     text: opt.Text = None,
     context: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the plan's, or 1024.")] = None,
-    prefill: Annotated[int, typer.Option(min=0, help="Tokens at the start that attend densely.")] = 0,
+    prefill: Annotated[int | None, opt.prefills("the plan's; without one ")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     device: opt.Device = "auto",
@@ -41,44 +44,55 @@ def evaluate(
 ) -> None:
     """Measure quality and bytes on the held-out part of a text (the part that tune never searches).
 
-    Perplexity is exact for token-by-token decoding under the plan's capacities; tokens past the first quarter of each
-    sequence are scored. Bytes are those of one real cache, filled with one sequence.
+    Perplexity is exact for token-by-token decoding under the plan's capacities. Under the window rule all tokens are
+    decoded so, and those past the first quarter of each sequence are scored. Under any other policy the first --prefill
+    tokens are a prompt, which is compressed once; what follows is kept on top of the capacities (decode="append") and
+    scored. Bytes are those of one real cache, filled with one sequence or one prompt. The output names the protocol;
+    figures of two protocols cannot be compared.
     """
     if task not in TASKS:
         raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
     loaded = None if plan in ("uniform", "full") else load_plan(plan)
     if plan == "full" and retention:
         raise PlanError("eval full keeps everything; leave --retention out, or evaluate uniform")
+    evicts = _policy(loaded, policy)
+    other = loaded is not None and loaded.warn_if_other_policy(evicts)
+    if prefill is None and loaded is not None and not other and context is None:
+        prefill = loaded.provenance.get("prefill_length")
     context = opt.check_context(_own_context(loaded) if context is None else context)
-    if prefill >= context:
+    if prefill is not None and prefill >= context:
         raise BudgetError(f"--prefill must be below the context of {context} tokens, got {prefill}")
     retentions = [opt.check_retention(r) for r in (retention or _default_retentions(plan, loaded))]
     where = opt.pick_device(device)
 
-    from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+    from kvpolicy.evaluate import probe_for
+    from kvpolicy.integrations.transformers import load_model, read_corpus
 
     progress = watcher(quiet)
     name = model or (loaded.model.id if loaded else "") or "smollm2-135m"
     network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     corpus = read_corpus(tokenizer, text)
     count = max(1, min(limit, corpus.room("heldout", context)))
-    probe = TransformersProbe(
-        network,
-        corpus.sequences("heldout", count, context),
-        num_sink_tokens=NUM_SINK_TOKENS if loaded is None else loaded.num_sink_tokens,
-        prefill_length=prefill,
-        batch_size=batch_size,
-    )
+    sequences = corpus.sequences("heldout", count, context)
+    probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size)
     if loaded is not None:
         loaded.check_model(probe.spec)
-    tables = [_table(plan, loaded, probe.spec, context, kept) for kept in retentions]
+    tables = [_table(plan, loaded, probe, kept) for kept in retentions]
+    named = {"policy": policy or (loaded.method.policy.name if loaded else "streaming"), "protocol": probe.protocol}
     progress.begin("evaluate", len(tables))
     rows = []
     for kept, table in zip(retentions, tables, strict=True):
-        rows.append(_row(probe, table, task, plan, kept, seed))
+        rows.append(_row(probe, table, task, plan, kept, seed) | named)
         progress.advance(f"{kept:.0%} kept: perplexity {rows[-1]['perplexity']:.3f}")
     progress.end()
-    _report(rows, json)
+    _report(rows, probe.described, json)
+
+
+def _policy(plan: BudgetPlan | None, name: str | None) -> EvictionPolicy:
+    """The policy that was asked for, else the plan's."""
+    if name is None and plan is not None:
+        return registry.create("policy", plan.method.policy.name, plan.method.policy.params)
+    return registry.create("policy", name or "streaming")
 
 
 def _own_context(plan: BudgetPlan | None) -> int:
@@ -93,13 +107,14 @@ def _default_retentions(name: str, plan: BudgetPlan | None) -> list[float]:
     raise PlanError("eval uniform needs --retention")
 
 
-def _table(name: str, plan: BudgetPlan | None, spec: ModelSpec, context: int, retention: float) -> Tensor:
+def _table(name: str, plan: BudgetPlan | None, probe: Any, retention: float) -> Tensor:
     """Capacities `[L, H]`."""
+    spec, context = probe.spec, probe.context_length
     if plan is not None:
         return plan.capacities(context_length=context, retention=retention)
     if name == "full":
         return torch.full(spec.table_shape, context)
-    floor = NUM_SINK_TOKENS + 1
+    floor = probe.num_sink_tokens + 1
     total = max(spec.total_entries(retention, context), floor * spec.num_budgeted_layers * spec.num_kv_heads)
     return apportion(torch.ones(spec.table_shape), Budget(total, spec.table_shape, floor, context))
 
@@ -108,7 +123,7 @@ def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed
     from kvpolicy.evaluate import measured_bytes, perplexity
     from kvpolicy.stats import mean_interval
 
-    losses = probe.loss(table)
+    losses, length = probe.loss(table), int(probe.sequences.shape[1])
     held = measured_bytes(probe, table)
     return {
         "task": task,
@@ -118,15 +133,16 @@ def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed
         "interval": [math.exp(bound) for bound in mean_interval(losses, seed)],
         "loss": float(losses.mean()),
         "n": len(losses),
-        "scored_tokens": len(losses) * (probe.context_length - probe.first_scored),
-        "context_length": probe.context_length,
+        "scored_tokens": len(losses) * (length - probe.first_scored),
+        "context_length": length,
+        "prefill_length": probe.prefill_length,
         "bytes": held.bytes,
         "dense_bytes": held.dense_bytes,
         "entries": held.entries,
     }
 
 
-def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
     if as_json:
         opt.print_json(rows[0] if len(rows) == 1 else rows)
         return
@@ -144,4 +160,6 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
             f"{row['dense_bytes'] / 1e6:.2f}",
             str(row["n"]),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"measured under {rows[0]['policy']}: {described}", highlight=False, markup=False, soft_wrap=True)

@@ -38,6 +38,12 @@ def retentions(default: str) -> Any:
     return typer.Option("--retention", "-r", help=told, show_default=False)
 
 
+def prefills(default: str) -> Any:
+    """The --prefill option of a verb; `default` says in words what comes before the policy's own default."""
+    told = f"Tokens at the start that attend densely. Default: {default}none under a window rule, else half."
+    return typer.Option("--prefill", min=0, help=told, show_default=False)
+
+
 DEFAULT_CONTEXT = 1024
 LEAST_CONTEXT = 16
 

@@ -18,11 +18,12 @@ def tune_command(
     model: opt.Model = "smollm2-135m",
     estimator: Annotated[str, typer.Option(help="Who measures importance.")] = "cosine",
     allocator: Annotated[str, typer.Option(help="Who turns importance into budgets.")] = "baklava",
-    policy: Annotated[str, typer.Option(help="Who evicts; a window rule.")] = "streaming",
+    policy: Annotated[str, typer.Option(help="Who evicts.")] = "streaming",
     param: opt.Params = None,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     text: opt.Text = None,
     context: opt.Context = opt.DEFAULT_CONTEXT,
+    prefill: Annotated[int | None, opt.prefills("")] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Of each level; default: what fits about 200 s.", show_default=False)
     ] = None,
@@ -43,7 +44,9 @@ def tune_command(
     """Search per-head budgets for a model on a text, and write them as a plan.
 
     Profiles the model once, then runs one Optuna study for each --retention (default 0.5, 0.3, 0.1) with perplexity
-    as the objective, and reports the result on a part of the text that the search never saw.
+    as the objective, and reports the result on a part of the text that the search never saw. Under the window rule
+    perplexity is that of decoding from the first token on; under any other policy that of the text behind a prompt,
+    which the policy compresses once. The plan records the policy.
     """
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
@@ -61,6 +64,7 @@ def tune_command(
         policy=policy,
         retentions=tuple(retention or (0.5, 0.3, 0.1)),
         context_length=context,
+        prefill_length=prefill,
         trials=trials,
         seed=seed,
         sampler=sampler,  # type: ignore[arg-type]  # checked above
@@ -90,7 +94,8 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         levels = [
             {"retention": x.retention, "perplexity": x.perplexity, "comparison": x.comparison} for x in plan.levels
         ]
-        opt.print_json({"plan": str(out), "model": plan.model.id, "levels": levels})
+        how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in ("protocol", "prefill_length")}
+        opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return
     from rich.console import Console
 

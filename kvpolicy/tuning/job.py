@@ -12,8 +12,15 @@ from optuna.storages import BaseStorage
 from torch import Tensor
 
 from kvpolicy.errors import PluginError, TextError
-from kvpolicy.evaluate import perplexity
-from kvpolicy.integrations.transformers import Pace, TransformersProbe, cast_parameters, set_pace, weights_sha256
+from kvpolicy.evaluate import perplexity, probe_for
+from kvpolicy.integrations.transformers import (
+    Pace,
+    PromptProbe,
+    TransformersProbe,
+    cast_parameters,
+    set_pace,
+    weights_sha256,
+)
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.plan import BudgetPlan, PlanChoice, PlanMethod, PlanModel
 from kvpolicy.progress import Progress
@@ -56,15 +63,18 @@ def tune(
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
-    _check_roles(settings, allocator, policy)
+    _check_roles(settings, allocator)
     search, heldout = _probes(model, corpus, settings, policy)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
     pace = _pace(model, search.sequences[0], settings, storage)
-    common = _common_settings(settings, corpus, search.spec, estimator, allocator, pace) | {"weights": weights}
-    trials = _trial_count(settings, allocator, pace, storage)
-    studies = _open_studies(settings, storage, common, trials)
-    _announce(progress, settings, search, heldout, trials, pace)
+    common = _common_settings(settings, corpus, search.spec, estimator, allocator, policy, pace) | {"weights": weights}
+    studies = _open_studies(settings, storage, common)
+    seconds = search.seconds() if isinstance(search, PromptProbe) else pace.seconds
+    trials = _trial_count(settings, allocator, seconds, storage)
+    for study in studies.values():
+        study.set_user_attr(_TRIALS, trials)
+    _announce(progress, settings, search, heldout, trials, pace, seconds)
     progress.begin("profile", 1)
     with blamed("estimator", settings.estimator):
         importance = estimator.estimate(search)
@@ -89,12 +99,7 @@ def tune(
     )
 
 
-def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], policy: EvictionPolicy) -> None:
-    if not policy.window_rule:
-        raise PluginError(
-            f"tune searches under a window-rule policy such as 'streaming'; '{settings.policy}' scores entries by "
-            "their content"
-        )
+def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
     if allocator.split_scope != "none":
         raise PluginError(
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
@@ -114,15 +119,15 @@ def _probes(
             f"on and {len(corpus.heldout)} to report on, a context of {length} needs {6 * length} and "
             f"{SEARCH_SEQUENCES * length}; give a longer --text or a smaller --context"
         )
-    options: dict[str, Any] = {"num_sink_tokens": policy.num_sink_tokens, "batch_size": settings.batch_size}
     search = corpus.sequences("search", SEARCH_SEQUENCES, length)
+    options: dict[str, Any] = {"prefill_length": settings.prefill_length, "batch_size": settings.batch_size}
     return (
-        TransformersProbe(model, search, corpus.prompts(length), **options),
-        TransformersProbe(model, corpus.sequences("heldout", held, length), **options),
+        probe_for(policy, model, search, corpus.prompts(length), **options),
+        probe_for(policy, model, corpus.sequences("heldout", held, length), **options),
     )
 
 
-def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], pace: Pace, storage: BaseStorage) -> int:
+def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], seconds: float, storage: BaseStorage) -> int:
     """Trials of each level: as asked, as a study that is resumed was given, or what fits the time."""
     if settings.trials is not None:
         return settings.trials
@@ -131,7 +136,7 @@ def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], pace:
     for attributes in _stored(settings, storage):
         if _TRIALS in attributes:
             return int(attributes[_TRIALS])
-    fitting = SEARCH_SECONDS / (len(settings.retentions) * SEARCH_SEQUENCES * pace.seconds)
+    fitting = SEARCH_SECONDS / (len(settings.retentions) * SEARCH_SEQUENCES * seconds)
     return int(min(max(fitting, LEAST_TRIALS), MOST_TRIALS))
 
 
@@ -151,15 +156,12 @@ def _stored(settings: TuneSettings, storage: BaseStorage) -> list[dict[str, Any]
     return [x.user_attrs for x in optuna.get_all_study_summaries(storage) if x.study_name in names]
 
 
-def _open_studies(
-    settings: TuneSettings, storage: BaseStorage, common: dict[str, Any], trials: int
-) -> dict[float, optuna.Study]:
+def _open_studies(settings: TuneSettings, storage: BaseStorage, common: dict[str, Any]) -> dict[float, optuna.Study]:
     """One study per retention, largest first. All are opened before any work, so that a refusal costs nothing."""
     studies = {}
     for retention in sorted(settings.retentions, reverse=True):
         asked = {**common, "retention": retention}
         studies[retention] = open_study(storage, settings.study_name(retention), asked, resume=settings.resume)
-        studies[retention].set_user_attr(_TRIALS, trials)
     return studies
 
 
@@ -170,17 +172,20 @@ def _announce(
     heldout: TransformersProbe,
     trials: int,
     pace: Pace,
+    seconds: float,
 ) -> None:
-    """What it will cost, before it starts."""
+    """What it will cost, before it starts. seconds: of one sequence in a trial."""
     levels, held = len(settings.retentions), len(heldout.sequences)
-    per_level = (trials + 1) * SEARCH_SEQUENCES + 2 * held
-    forwards = levels * per_level + held + len(search.prompts)
-    minutes = max(1, round(forwards * pace.seconds / 60))
+    scored, others = levels * ((trials + 1) * SEARCH_SEQUENCES + 2 * held) + held, len(search.prompts)
+    if isinstance(search, PromptProbe):
+        others += held  # prompts; those of the search have been run
+        progress.note(f"the loss under {settings.policy}: {search.described}")
+    minutes = max(1, round((scored * seconds + others * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     progress.note(
         f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, and "
-        f"{(2 * levels + 1) * held} held-out sequences: at most {forwards} forwards, about "
-        f"{minutes} min at {pace.seconds:.2f} s each in {dtype} ({pace.reason})"
+        f"{(2 * levels + 1) * held} held-out sequences: at most {scored + others} forwards, about "
+        f"{minutes} min at {seconds:.2f} s each in {dtype} ({pace.reason})"
     )
     if settings.trials is None:
         progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
@@ -192,6 +197,7 @@ def _common_settings(
     spec: ModelSpec,
     estimator: ImportanceEstimator,
     allocator: type[BudgetAllocator],
+    policy: EvictionPolicy,
     pace: Pace,
 ) -> dict[str, Any]:
     """What must agree for a study to be resumed."""
@@ -202,7 +208,8 @@ def _common_settings(
         "sequences": SEARCH_SEQUENCES,
         "estimator": {"name": settings.estimator, "params": estimator.params()},
         "allocator": settings.allocator,
-        "policy": settings.policy,
+        "policy": {"name": settings.policy, "params": policy.params()},
+        "prefill_length": settings.prefill_length,
         "space": search_space(allocator),
         "seed": settings.seed,
         "sampler": settings.sampler,
@@ -216,6 +223,8 @@ def _provenance(settings: TuneSettings, corpus: Corpus, job: Job, pace: Pace) ->
         "kvpolicy": version("kvpolicy"),
         "seed": settings.seed,
         "context_length": settings.context_length,
+        "protocol": job.search.protocol,
+        "prefill_length": job.search.prefill_length,
         "text": corpus.name,
         "text_sha256": corpus.sha256,
         "trials": job.trials,

@@ -43,7 +43,7 @@ class Job:
     progress: Progress
 
     def budget(self, retention: float) -> Budget:
-        context = self.settings.context_length
+        context = self.search.context_length
         floor = min(self.search.num_sink_tokens + 1, context)
         total = max(self.spec.total_entries(retention, context), floor * self.importance.per_head.numel())
         return Budget(total=total, shape=self.spec.table_shape, floor=floor, ceiling=context)

@@ -21,6 +21,10 @@ class TuneSettings:
     """What a search does. Defaults are the command line's.
 
     retentions: kept fractions, each in (0, 1); one study each
+    policy:     who evicts; a window rule is searched by the loss of decoding from the first token on, any other policy
+                by the loss behind a prompt that it compresses once
+    prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
+                attend densely, None for none
     trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
     out:        the plan's path; the study's journal lies beside it
     storage:    an Optuna storage URL instead of the journal, shared by several processes
@@ -33,6 +37,7 @@ class TuneSettings:
     policy: str = "streaming"
     retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
     context_length: int = 1024
+    prefill_length: int | None = None
     trials: int | None = None
     seed: int = 0
     sampler: Sampler = "tpe"
@@ -52,6 +57,11 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BudgetError(f"{name} must be at least {least}, got {value}")
+
+        if self.prefill_length is not None and not 0 <= self.prefill_length < self.context_length:
+            raise BudgetError(
+                f"prefill_length must be below the context of {self.context_length}, got {self.prefill_length}"
+            )
 
     @property
     def journal(self) -> Path:

@@ -47,7 +47,8 @@ def new_cache(
     retention: kept fraction of the tokens seen, in (0, 1]; None means the plan's level if it has just one
     tokens:    instead, mean entries per KV head of a plan
     context_length: fixes the capacities up front instead of letting them grow with the tokens seen
-    policy:    who is evicted; default: the plan's, else "streaming". A registered name or an object
+    policy:    who is evicted; default: the plan's, else "streaming". A registered name or an object.
+               Warns where it is not the one that the plan was tuned for
     allocator: a registered name or an object that needs no measured importance
     protected: [begin, end) positions that are never evicted, on top of the capacity
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
@@ -62,8 +63,11 @@ def new_cache(
     """
     if plan is not None and allocator is not None:
         raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
+    evicting = _policy(plan, policy)
+    if plan is not None:
+        plan.warn_if_other_policy(evicting)
     recipe = Recipe(
-        policy=_policy(plan, policy),
+        policy=evicting,
         allocator=_allocator(allocator) if plan is None else None,
         plan=plan,
         retention=retention,

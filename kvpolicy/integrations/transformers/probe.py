@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ _LOSS_ROWS = 256  # rows of logits turned into losses at a time: 50 MB in fp32 f
 
 
 class TransformersProbe(ModelProbe):
-    """Calibration prompts and sequences run through a transformers model.
+    """Calibration prompts and sequences run through a transformers model; losses are those of the window rule.
 
     model:           any causal language model whose attention goes through `AttentionInterface`
     sequences:       int64 [N, T], what `loss` scores; tokens at positions >= T // 4 are scored
@@ -34,6 +34,8 @@ class TransformersProbe(ModelProbe):
 
     Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
     """
+
+    protocol: ClassVar[str] = "window"
 
     def __init__(
         self,
@@ -71,6 +73,15 @@ class TransformersProbe(ModelProbe):
     @property
     def context_length(self) -> int:
         return int(self.sequences.shape[1])
+
+    @property
+    def described(self) -> str:
+        """What `loss` measures, in words."""
+        prompt = f"a prompt of {self.prefill_length} tokens attends densely, then " if self.prefill_length else ""
+        return (
+            f"{prompt}every token is decoded under the budget (window rule); tokens from position {self.first_scored} "
+            f"to {self.sequences.shape[1] - 1} are scored"
+        )
 
     @property
     def first_scored(self) -> int:
@@ -128,15 +139,10 @@ class TransformersProbe(ModelProbe):
         logits = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits[
             :, -(ids.shape[1] - first + 1) : -1
         ]
-        targets = ids[:, first:].reshape(-1)
-        rows = logits.reshape(-1, logits.shape[-1])
-        losses = [
-            F.cross_entropy(part.float(), target, reduction="none")
-            for part, target in zip(torch.split(rows, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True)
-        ]
-        return torch.cat(losses).reshape(ids.shape[0], -1)
+        return losses_from(logits, ids[:, first:])
 
-    def _window_handlers(self, capacities: Tensor) -> list[_WindowAttention]:
+    def _check(self, capacities: Tensor) -> None:
+        """Raises `BudgetError` for a table that this model and this rule cannot have."""
         if tuple(capacities.shape) != self._spec.table_shape:
             raise BudgetError(
                 f"capacities have shape {tuple(capacities.shape)}, this model has (layers, KV heads) = "
@@ -147,6 +153,9 @@ class TransformersProbe(ModelProbe):
                 f"a KV head needs more than the {self.num_sink_tokens} sink tokens, got a capacity of "
                 f"{int(capacities.min())}"
             )
+
+    def _window_handlers(self, capacities: Tensor) -> list[_WindowAttention]:
+        self._check(capacities)
         rows = capacities.tolist()
         return [
             _WindowAttention(module, self._spec, rows[row], self.num_sink_tokens, self.prefill_length)
@@ -161,6 +170,13 @@ class TransformersProbe(ModelProbe):
                     f"{type(self.model).__name__}: the attention of budgeted layer {index} was reached {count} times "
                     f"in {expected} forwards: this model cannot be probed"
                 )
+
+
+def losses_from(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses float32 `[B, n]`. logits: `[B, n, vocabulary]`, each position's before its target;  targets: `[B, n]`."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    parts = zip(torch.split(rows, _LOSS_ROWS), torch.split(targets.reshape(-1), _LOSS_ROWS), strict=True)
+    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in parts]).reshape(targets.shape)
 
 
 class _WindowAttention:

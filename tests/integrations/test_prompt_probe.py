@@ -1,0 +1,214 @@
+"""The loss behind a compressed prompt: equal to a cache that is compressed once and then fed token by token."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kvpolicy
+from kvpolicy import (
+    BudgetError,
+    BudgetPlan,
+    ModelSpec,
+    PlanWarning,
+    PluginError,
+    PromptProbe,
+    TransformersProbe,
+    registry,
+)
+from kvpolicy.evaluate import measured_bytes, probe_for
+from kvpolicy.integrations.transformers import prompt_probe
+from kvpolicy.integrations.transformers.attachment import is_attached
+from kvpolicy.plan import PlanChoice
+from tests.tiny import attention_of, tiny_ids, tiny_model
+
+LENGTH, PROMPT = 120, 80
+SNAPKV = {"observation_window": 8, "recent_window": 8}
+
+
+def uneven(spec, low=10, high=PROMPT):
+    """A different capacity for each head."""
+    count = spec.num_budgeted_layers * spec.num_kv_heads
+    return torch.linspace(low, high, count).long().view(spec.table_shape).flip(0)
+
+
+def stepped_loss(model, ids, table, name, params):
+    """The oracle: through `new_cache`, one token at a time, what is decoded kept on top."""
+    spec, losses = ModelSpec.from_config(model.config), []
+    plan = BudgetPlan.from_capacities(spec, table, PROMPT, PlanChoice(name, params))
+    cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
+    with torch.no_grad():
+        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        assert torch.equal(cache.lengths, table[:, None].expand(-1, len(ids), -1)), "compressed to the table"
+        for position in range(PROMPT, LENGTH):
+            losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+    assert torch.equal(cache.lengths, (table + LENGTH - PROMPT)[:, None].expand(-1, len(ids), -1)), "nothing left since"
+    kvpolicy.detach(model)
+    return torch.stack(losses, 1).double().mean(1)
+
+
+def dense_loss(model, ids, first=PROMPT):
+    with torch.no_grad():
+        logits = model(ids).logits[:, first - 1 : -1]
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, first:], reduction="none").double().mean(1)
+
+
+def make_probe(model, ids, name="snapkv", params=SNAPKV, **more):
+    return PromptProbe(model, ids, policy=registry.create("policy", name, params), prefill_length=PROMPT, **more)
+
+
+# Gemma3Window keeps sliding layers in stock caches, Gemma3n has layers that reuse others' keys and values
+@pytest.mark.parametrize("model_name", ["Llama", "Gemma3Window", "Gemma3n"])
+@pytest.mark.parametrize(("name", "params"), [("snapkv", SNAPKV), ("h2o", {"recent_window": 4}), ("streaming", {})])
+def test_the_loss_is_that_of_decoding_token_by_token(model_name, name, params):
+    model, ids = tiny_model(model_name, attention=attention_of(model_name)), tiny_ids(LENGTH, batch=2)
+    table = uneven(ModelSpec.from_config(model.config))
+    expected = stepped_loss(model, ids, table, name, params)
+    found = make_probe(model, ids, name, params).loss(table)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert (found - dense_loss(model, ids)).abs().max() > 1e-3, "eviction must have had an effect"
+
+
+def test_one_table_after_another_gives_what_each_gives_alone():
+    """The prompts are run once, and no table leaves a trace in them."""
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=3)
+    spec = ModelSpec.from_config(model.config)
+    tables = [uneven(spec), torch.full(spec.table_shape, 12), uneven(spec, 70, 9)]
+    probe = make_probe(model, ids, batch_size=2)
+    for table in (*tables, tables[0]):
+        alone = make_probe(model, ids).loss(table)
+        torch.testing.assert_close(probe.loss(table), alone, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_a_full_budget_gives_the_dense_loss(name):
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
+    probe = make_probe(model, ids, name, {})
+    torch.testing.assert_close(probe.full_loss(), dense_loss(model, ids), rtol=1e-6, atol=0)
+
+
+def test_the_prompt_is_half_of_a_sequence_where_nothing_else_is_said():
+    probe = PromptProbe(tiny_model("Llama"), tiny_ids(LENGTH), policy=registry.create("policy", "h2o"))
+    assert (probe.prefill_length, probe.context_length, probe.first_scored) == (60, 60, 60)
+    assert next(probe.token_losses(torch.full((3, 2), 30))).shape == (1, 60)
+
+
+def forwards_of(model):
+    """A list that grows by the tokens of each forward."""
+    lengths = []
+    model.register_forward_pre_hook(lambda _, args, given: lengths.append(args[0].shape[1]), with_kwargs=True)
+    return lengths
+
+
+@pytest.mark.parametrize(("kept_bytes", "prompts"), [(10**9, [2, 0]), (0, [2, 2]), (60_000, [2, 1])])
+def test_prompts_are_run_once_as_far_as_memory_reaches(monkeypatch, kept_bytes, prompts):
+    monkeypatch.setattr(prompt_probe, "KEPT_BYTES", kept_bytes)
+    model, ids = tiny_model("Llama", layers=2), tiny_ids(LENGTH, batch=2)
+    probe, seen, losses = make_probe(model, ids), forwards_of(model), []
+    for count in prompts:
+        seen.clear()
+        losses.append(probe.loss(torch.full((2, 2), 20)))
+        assert (seen.count(PROMPT), seen.count(LENGTH - PROMPT - 1)) == (count, 2)
+    assert torch.equal(*losses)
+    held = sum(prompt.cache.nbytes for prompt in probe._kept.values())
+    assert held <= kept_bytes
+
+
+def test_the_model_is_left_as_it_was():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    plain = model(ids).logits
+    probe = make_probe(model, ids)
+    probe.loss(torch.full((3, 2), 20))
+    probe.filled(torch.full((3, 2), 20))
+    assert not is_attached(model)
+    assert torch.equal(plain, model(ids).logits)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_bytes_are_those_of_one_compressed_prompt(batch_size):
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
+    table = uneven(ModelSpec.from_config(model.config))
+    held = measured_bytes(make_probe(model, ids, batch_size=batch_size), table)
+    assert held.entries == int(table.sum())
+    assert held.dense_bytes == 3 * 2 * PROMPT * (16 + 16) * 4
+    entry = (16 + 16) * 4 + 4 + 4  # key and value, position, score
+    assert held.entries * entry < held.bytes < held.entries * entry + 3 * 1000
+
+
+def test_the_probe_of_a_policy():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    window = probe_for(registry.create("policy", "streaming"), model, ids)
+    assert type(window) is TransformersProbe and (window.protocol, window.prefill_length) == ("window", 0)
+    prompt = probe_for(registry.create("policy", "snapkv"), model, ids, prefill_length=90)
+    assert type(prompt) is PromptProbe and (prompt.protocol, prompt.prefill_length) == ("prompt", 90)
+    assert "a prompt of 90 tokens" in prompt.described and "the 30 tokens behind it" in prompt.described
+
+
+@pytest.mark.parametrize("length", [0, LENGTH - 1, LENGTH])
+def test_a_prompt_that_leaves_nothing_to_score_is_refused(length):
+    with pytest.raises(BudgetError, match=rf"from 1 to 118 of a sequence's 120 tokens.* got {length}"):
+        PromptProbe(
+            tiny_model("Llama"), tiny_ids(LENGTH), policy=registry.create("policy", "h2o"), prefill_length=length
+        )
+
+
+def test_tables_that_cannot_be_are_refused():
+    probe = make_probe(tiny_model("Llama"), tiny_ids(LENGTH), "h2o", {"num_sink_tokens": 4})
+    with pytest.raises(BudgetError, match=r"shape \(2, 2\), this model has .* \(3, 2\)"):
+        probe.loss(torch.full((2, 2), 9))
+    with pytest.raises(BudgetError, match="more than the 4 sink tokens, got a capacity of 4"):
+        probe.loss(torch.full((3, 2), 4))
+
+
+def test_a_policy_that_requires_what_no_cache_has_is_refused_before_anything_runs():
+    class Asking(type(registry.create("policy", "l2norm"))):
+        requires = frozenset({"output"})
+
+    model = tiny_model("Llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+    with pytest.raises(PluginError, match="requires output, which this cache cannot supply"):
+        PromptProbe(model, tiny_ids(LENGTH), policy=Asking())
+
+
+def test_a_policy_that_has_the_context_repeated_is_refused_before_anything_runs():
+    model = tiny_model("Llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+    with pytest.raises(PluginError, match="KVzipPolicy requires repeat_attention: no context is repeated"):
+        PromptProbe(model, tiny_ids(LENGTH), policy=registry.create("policy", "kvzip"))
+
+
+# --- a plan under another policy
+
+
+def tuned_plan(model, name="streaming", params=None):
+    spec = ModelSpec.from_config(model.config)
+    own = BudgetPlan.from_capacities(spec, uneven(spec, 20), PROMPT, PlanChoice(name, params or {}))
+    method = kvpolicy.plan.PlanMethod(None, PlanChoice("uniform"), own.method.policy)
+    return BudgetPlan(own.model, method, None, own.levels, own.provenance)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "params", "used"),
+    [
+        ("streaming", {"num_sink_tokens": 4}, "snapkv"),
+        ("snapkv", {"kernel_size": 7}, "snapkv"),
+        ("gone", {}, "h2o"),
+    ],
+    ids=["another", "other parameters", "one that is not installed"],
+)
+def test_a_plan_under_another_policy_than_it_was_tuned_for_warns(tuned, params, used):
+    model = tiny_model("Llama")
+    plan = tuned_plan(model, tuned, params)
+    with pytest.warns(PlanWarning, match=f"tuned for the policy '{tuned}'.* evicts here") as caught:
+        kvpolicy.new_cache(model, plan, policy=used)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_a_plan_under_its_own_policy_and_a_table_of_ones_own_do_not_warn():
+    model = tiny_model("Llama")
+    plan = tuned_plan(model, "snapkv", SNAPKV)
+    kvpolicy.new_cache(model, plan)  # pytest turns a warning into an error
+    kvpolicy.new_cache(model, plan, policy=registry.create("policy", "snapkv", SNAPKV))
+    own = BudgetPlan.from_capacities(ModelSpec.from_config(model.config), torch.full((3, 2), 20), PROMPT)
+    kvpolicy.new_cache(model, own, policy="snapkv")
