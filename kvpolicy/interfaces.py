@@ -147,7 +147,7 @@ class ModelProbe(abc.ABC):
         observation_window: queries at the end of a prompt whose attention `window_attention` sums
 
         The tensors are valid during the call; one layer is held at a time.
-        Raises `PluginError` for a source that this probe cannot supply, before anything runs.
+        Raises `PluginError` for a source that this probe cannot supply and for a window below 1, before anything runs.
         """
 
     @abc.abstractmethod

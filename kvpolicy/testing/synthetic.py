@@ -77,6 +77,8 @@ class SyntheticProbe(ModelProbe):
         supplied = SOURCES - {"decode_attention"}
         if missing := sorted(requires - supplied):
             raise PluginError(f"the synthetic probe cannot supply {missing}; it supplies {sorted(supplied)}")
+        if observation_window < 1:
+            raise PluginError(f"observation_window must be at least 1, got {observation_window}")
         for ids in self._prompts if prompts is None else prompts:
             for layer in range(self._spec.num_budgeted_layers):
                 activations = self._forward(layer, self._embedded(layer, ids)[None], requires, observation_window)

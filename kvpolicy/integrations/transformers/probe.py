@@ -107,6 +107,8 @@ class TransformersProbe(ModelProbe):
                 f"the profiling run cannot supply {', '.join(sorted(missing))}; it supplies "
                 f"{', '.join(sorted(SUPPLIED))}"
             )
+        if observation_window < 1:
+            raise PluginError(f"observation_window must be at least 1, got {observation_window}")
         run = self._prompts if prompts is None else prompts
         observers = [
             LayerObserver(index, self._spec, attention, block, requires, visit, observation_window)
