@@ -113,6 +113,8 @@ def test_probe_runs_its_calibration_prompts_unless_it_is_given_others() -> None:
         probe.observe(visit, frozenset({"keys"}), prompts=prompts)
     assert [len(prompt) for prompt in probe.prompts] == [9, 12]
     assert all(map(torch.equal, *runs))
+    alone = probe.activations(1, requires=frozenset({"keys"}), length=12, seed=1).keys
+    assert alone is not None and torch.equal(alone, runs[0][4])
 
 
 def test_a_probe_without_prompts_or_a_tokenizer_says_so() -> None:

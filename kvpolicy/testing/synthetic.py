@@ -45,8 +45,7 @@ class SyntheticProbe(ModelProbe):
         hidden_size = num_q_heads * head_dim + 4  # differs from heads x dim, so that mixing them up shows
         self._spec = ModelSpec("synthetic", hidden_size, 100, 4096, "default", (layer,) * num_layers)
         self._seed = seed
-        generator = torch.Generator().manual_seed(seed)
-        self._prompts = [torch.randint(0, self._spec.vocab_size, (length,), generator=generator) for length in lengths]
+        self._prompts = [self._drawn(1, length, number)[0] for number, length in enumerate(lengths)]
 
     @property
     def spec(self) -> ModelSpec:
@@ -81,7 +80,7 @@ class SyntheticProbe(ModelProbe):
             raise PluginError(f"observation_window must be at least 1, got {observation_window}")
         for ids in self._prompts if prompts is None else prompts:
             for layer in range(self._spec.num_budgeted_layers):
-                activations = self._forward(layer, self._embedded(layer, ids)[None], requires, observation_window)
+                activations = self._forward(layer, ids[None], requires, observation_window)
                 before = snapshot(activations)
                 visit(activations)
                 _retire(activations, before)
@@ -89,20 +88,24 @@ class SyntheticProbe(ModelProbe):
     def activations(
         self, layer: int, *, requires: frozenset[str], batch_size: int = 1, length: int = 24, seed: int = 0
     ) -> LayerActivations:
-        """One layer over one batch of `length` random tokens; fields outside `requires` are None."""
-        generator = torch.Generator().manual_seed(hash((self._seed, seed, layer)) % 2**31)
-        hidden = torch.randn(batch_size, length, self._spec.hidden_size, generator=generator) + layer
-        return self._forward(layer, hidden, requires, _OBSERVATION_WINDOW)
+        """One layer over one batch of `length` random tokens; fields outside `requires` are None.
 
-    def _embedded(self, layer: int, ids: Tensor) -> Tensor:
-        """The residual stream [n, hidden_size] before a layer."""
+        Alone in a batch they are the calibration prompt of this length and number `seed`.
+        """
+        return self._forward(layer, self._drawn(batch_size, length, seed), requires, _OBSERVATION_WINDOW)
+
+    def _drawn(self, batch_size: int, length: int, seed: int) -> Tensor:
+        """Token ids [B, n]."""
+        generator = torch.Generator().manual_seed(hash((self._seed, seed)) % 2**31)
+        return torch.randint(0, self._spec.vocab_size, (batch_size, length), generator=generator)
+
+    def _forward(self, layer: int, ids: Tensor, requires: frozenset[str], window: int) -> LayerActivations:
+        """ids: `[B, n]`. Each layer has an embedding of its own, since none runs on what another one left."""
         generator = torch.Generator().manual_seed(hash((self._seed, 0, layer)) % 2**31)
-        return torch.randn(self._spec.vocab_size, self._spec.hidden_size, generator=generator)[ids] + layer
-
-    def _forward(self, layer: int, hidden: Tensor, requires: frozenset[str], window: int) -> LayerActivations:
-        module = _Attention(self._spec, torch.Generator().manual_seed(hash((self._seed, layer)) % 2**31))
+        module = _Attention(self._spec, generator)
+        embedding = torch.randn(self._spec.vocab_size, self._spec.hidden_size, generator=generator) + layer
         with torch.no_grad():
-            known = module(hidden, window)
+            known = module(embedding[ids], window)
         return LayerActivations(layer=layer, **{name: value for name, value in known.items() if name in requires})
 
     def loss(self, capacities: Tensor) -> Tensor:

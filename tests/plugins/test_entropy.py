@@ -62,6 +62,10 @@ def test_by_hand():
     assert EntropyEstimator(mass=0.75).estimate(probe).per_layer.tolist() == [5]
 
 
+def test_exactly_enough_is_enough():
+    assert EntropyEstimator(mass=0.75).estimate(Fixed([[4.0, 2.0, 1.0, 1.0], [2.0] * 4])).per_head.tolist() == [[2, 3]]
+
+
 def test_more_mass_never_needs_fewer_entries():
     found = [EntropyEstimator(mass=mass).estimate(SyntheticProbe()).per_head for mass in (0.2, 0.5, 0.9, 0.99)]
     assert all(bool((a <= b).all()) and bool((a < b).any()) for a, b in pairwise(found))
