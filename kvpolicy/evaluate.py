@@ -17,6 +17,7 @@ from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
 from kvpolicy.interfaces import EvictionPolicy, LayerActivations
 from kvpolicy.registry import registry
+from kvpolicy.text import Tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ def probe_for(
     sequences: Tensor,
     prompts: Sequence[Tensor] = (),
     *,
+    tokenize: Tokenize | None = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
 ) -> TransformersProbe:
@@ -42,18 +44,11 @@ def probe_for(
 
     prefill_length: None means 0 for a window rule, else half of a sequence
     """
+    options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size}
     if not policy.window_rule:
-        return PromptProbe(
-            model, sequences, prompts, policy=policy, prefill_length=prefill_length, batch_size=batch_size
-        )
-    return TransformersProbe(
-        model,
-        sequences,
-        prompts,
-        num_sink_tokens=policy.num_sink_tokens,
-        prefill_length=prefill_length or 0,
-        batch_size=batch_size,
-    )
+        return PromptProbe(model, sequences, prompts, policy=policy, prefill_length=prefill_length, **options)
+    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0}
+    return TransformersProbe(model, sequences, prompts, **options)
 
 
 def perplexity(losses: Tensor) -> float:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.errors import PluginError
 from kvpolicy.spec import Budget, Importance, ModelSpec
 
 SplitScope = Literal["none", "layer", "model"]
@@ -42,7 +43,7 @@ SOURCES = frozenset(
 )
 """What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`.
 
-Only a cache has `scores` and `decode_attention`: a probe refuses them.
+Only a cache has `scores`, `repeat_attention` and `decode_attention`: a probe refuses them.
 """
 
 
@@ -143,12 +144,38 @@ class ModelProbe(abc.ABC):
         A whole sequence under a window rule; the prompt where a prompt is compressed.
         """
 
-    @abc.abstractmethod
-    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
-        """Runs every calibration prompt and calls `visit` once for each budgeted layer, in order.
+    @property
+    def prompts(self) -> Sequence[Tensor]:
+        """The calibration prompts, int64 `[n]` token ids each, of different lengths.
 
-        The prompts differ in length. The tensors are valid during the call; one layer is held at a time.
-        Raises `PluginError` for a source that this probe cannot supply, before anything runs.
+        They begin as the model expects a text to begin, for example with a beginning-of-sequence token.
+        Raises `PluginError` where the probe does not show them.
+        """
+        raise PluginError(f"{type(self).__name__} does not show its calibration prompts")
+
+    def tokenize(self, text: str) -> Tensor:
+        """The token ids of a text, int64 `[n]`, without special tokens: parts can be put together to a prompt.
+
+        Raises `PluginError` where the probe has no tokenizer.
+        """
+        raise PluginError(f"{type(self).__name__} has no tokenizer, and was asked for the tokens of {text[:40]!r}")
+
+    @abc.abstractmethod
+    def observe(
+        self,
+        visit: Callable[[LayerActivations], None],
+        requires: frozenset[str],
+        *,
+        prompts: Sequence[Tensor] | None = None,
+        observation_window: int = 32,
+    ) -> None:
+        """Runs prompts one after another and calls `visit` once for each budgeted layer of each, in order.
+
+        prompts: int64 `[n]` token ids each, run as they are; None for the calibration prompts
+        observation_window: queries at the end of a prompt whose attention `window_attention` sums
+
+        The tensors are valid during the call; one layer is held at a time.
+        Raises `PluginError` for a source that this probe cannot supply and for a window below 1, before anything runs.
         """
 
     @abc.abstractmethod

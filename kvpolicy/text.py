@@ -29,6 +29,7 @@ class Corpus:
     name, sha256: of the text as it was read
     search, heldout: int64 `[n]` token ids of the two parts
     prefix: ids put before every sequence (a model's beginning-of-sequence token), often empty
+    tokenize: what turned the text into ids, None for a corpus of ids alone
     """
 
     name: str
@@ -36,6 +37,7 @@ class Corpus:
     search: Tensor
     heldout: Tensor
     prefix: tuple[int, ...] = ()
+    tokenize: Tokenize | None = None
 
     def sequences(self, part: str, count: int, length: int) -> Tensor:
         """int64 `[count, length]`, spread evenly over the part, not overlapping.
@@ -92,6 +94,7 @@ def make_corpus(path: str | Path | None, tokenize: Tokenize, prefix: tuple[int, 
         search=torch.tensor(tokenize("\n\n".join(search)), dtype=torch.int64),
         heldout=torch.tensor(tokenize("\n\n".join(heldout)), dtype=torch.int64),
         prefix=prefix,
+        tokenize=tokenize,
     )
 
 

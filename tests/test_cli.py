@@ -118,6 +118,32 @@ def test_profile_gives_importance_of_every_kv_head(kvpolicy, tiny_checkpoint, ti
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("estimator", ["uniform", "layer_cosine", "entropy", "retrieval", "shuffled"])
+def test_profile_by_every_estimator(kvpolicy, tiny_checkpoint, tiny_text, estimator):
+    options = ["--estimator", estimator, "--context", "256", "--json"]
+    found = kvpolicy("profile", "--model", tiny_checkpoint, "--text", tiny_text, *options).json
+    assert [len(row) for row in found["per_head"]] == [2, 2]
+    assert min(map(min, found["per_head"])) > 0
+    assert found["estimator"]["name"] == estimator
+
+
+def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoint, tiny_text):
+    options = ["--estimator", "retrieval", "--context", "64"]
+    message = refused("profile", "--model", tiny_checkpoint, "--text", tiny_text, *options)
+    assert "the longest has 64 tokens, give a larger context" in message
+
+
+@pytest.mark.parametrize(
+    ("estimator", "allocator"), [("layer_cosine", "squeeze"), ("entropy", "zigzag"), ("retrieval", "headkv")]
+)
+def test_tune_with_the_estimator_that_an_allocator_is_made_for(kvpolicy, tune, tmp_path, estimator, allocator):
+    methods = ["--estimator", estimator, "--allocator", allocator, "--context", "192"]
+    assert kvpolicy(*tune, *methods).code == 0
+    plan = load_plan(tmp_path / "plan.json")
+    assert (plan.method.estimator.name, plan.method.allocator.name) == (estimator, allocator)
+    assert int(plan.capacities(context_length=192, retention=0.5).sum()) == round(0.5 * 192 * 2 * 2)
+
+
 def test_estimate_equals_what_eval_measures_but_for_the_tables(kvpolicy, tiny_checkpoint):
     options = ["--context", "64", "--batch", "3", "--dtype", "float32", "--json"]
     one = kvpolicy("estimate", "--model", tiny_checkpoint, "-r", "0.3", *options).json
@@ -131,9 +157,10 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kvzip")
-    allocators = ("baklava", "uniform", "pyramid", "adakv")
-    built_in = [("estimator", "cosine"), *(("policy", x) for x in policies), *(("allocator", x) for x in allocators)]
-    for key in built_in:
+    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv")
+    estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled")
+    named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
+    for key in [(role, name) for role, names in named_by_role.items() for name in names]:
         assert named[key]["status"] == "ok"
         assert named[key]["error"] is None
         assert named[key]["distribution"] == "kvpolicy"

@@ -44,14 +44,14 @@ def message(check: Callable[[], None]) -> str:
 # The synthetic probe
 
 
-def test_probe_supplies_every_source_that_has_a_field() -> None:
+def test_probe_supplies_every_source_that_needs_no_cache() -> None:
     seen: list[int] = []
 
     def visit(activations: LayerActivations) -> None:
         seen.append(activations.layer)
         assert all(getattr(activations, name) is not None for name in supplied)
 
-    supplied = SOURCES - {"scores", "decode_attention"}
+    supplied = SOURCES - {"scores", "repeat_attention", "decode_attention"}
     SyntheticProbe(lengths=(9, 12)).observe(visit, supplied)
     assert seen == [0, 1, 2, 0, 1, 2]
 
@@ -79,10 +79,61 @@ def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
     assert other is not None and not torch.equal(first.keys, other)
 
 
-@pytest.mark.parametrize("source", ["scores", "decode_attention"])
+@pytest.mark.parametrize("source", ["scores", "repeat_attention", "decode_attention"])
 def test_probe_refuses_what_only_a_cache_has(source: str) -> None:
     with pytest.raises(PluginError, match=f"cannot supply \\['{source}'\\]"):
         SyntheticProbe().observe(lambda _: None, frozenset({source}))
+
+
+def test_probe_runs_prompts_of_an_estimator() -> None:
+    probe, seen = SyntheticProbe(), []
+
+    def visit(activations: LayerActivations) -> None:
+        assert activations.keys is not None and activations.window_attention is not None
+        assert activations.values is not None
+        seen.append((activations.values[0, :, :, 0].clone(), activations.window_attention.sum()))
+
+    ids = probe.tokenize("the same words the same")
+    assert len(ids) == 5 and ids[:2].equal(ids[3:]) and int(ids.max()) < probe.spec.vocab_size
+    probe.observe(
+        visit, frozenset({"keys", "values", "window_attention"}), prompts=[ids, ids[:2]], observation_window=2
+    )
+    assert [x.shape[1] for x, _ in seen] == [5, 5, 5, 2, 2, 2]
+    for values, mass in seen:
+        torch.testing.assert_close(values[:, -2:], values[:, :2])  # equal tokens have equal values, wherever they stand
+        torch.testing.assert_close(mass, torch.tensor(2.0 * 6))
+    with pytest.raises(PluginError, match="at least 1"):
+        probe.observe(visit, frozenset({"keys"}), observation_window=0)
+
+
+def test_probe_runs_its_calibration_prompts_unless_it_is_given_others() -> None:
+    probe = SyntheticProbe(lengths=(9, 12))
+    runs: list[list[Tensor]] = [[], []]
+    for run, prompts in zip(runs, (None, probe.prompts), strict=True):
+
+        def visit(activations: LayerActivations, run: list[Tensor] = run) -> None:
+            assert activations.keys is not None
+            run.append(activations.keys.clone())
+
+        probe.observe(visit, frozenset({"keys"}), prompts=prompts)
+    assert [len(prompt) for prompt in probe.prompts] == [9, 12]
+    assert all(map(torch.equal, *runs))
+    alone = probe.activations(1, requires=frozenset({"keys"}), length=12, seed=1).keys
+    assert alone is not None and torch.equal(alone, runs[0][4])
+
+
+def test_a_probe_without_prompts_or_a_tokenizer_says_so() -> None:
+    class Bare(ModelProbe):
+        spec, context_length = SyntheticProbe().spec, 64
+
+        def observe(self, visit: Any, requires: Any, *, prompts: Any = None, observation_window: int = 32) -> None: ...
+
+        def loss(self, capacities: Tensor) -> Tensor: ...
+
+    with pytest.raises(PluginError, match="Bare does not show its calibration prompts"):
+        _ = Bare().prompts
+    with pytest.raises(PluginError, match="Bare has no tokenizer, and was asked for the tokens of 'a text'"):
+        Bare().tokenize("a text")
 
 
 def test_probe_loss_falls_with_each_capacity() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,10 @@ class SyntheticProbe(ModelProbe):
 
     The tensors given to `visit` are checked for changes when it returns, and then overwritten with NaN, because a
     model reuses that memory: what is needed later must be copied or reduced. The same seed gives the same numbers.
+    Before a layer equal tokens are equal, and the layers do not depend on each other.
 
     num_layers, num_q_heads, num_kv_heads, head_dim: shape of the model; each layer is budgeted
-    lengths: tokens of each prompt
+    lengths: tokens of each calibration prompt
     """
 
     def __init__(
@@ -41,8 +44,8 @@ class SyntheticProbe(ModelProbe):
         layer = LayerSpec("full", num_q_heads, num_kv_heads, head_dim, head_dim)
         hidden_size = num_q_heads * head_dim + 4  # differs from heads x dim, so that mixing them up shows
         self._spec = ModelSpec("synthetic", hidden_size, 100, 4096, "default", (layer,) * num_layers)
-        self._lengths = lengths
         self._seed = seed
+        self._prompts = [self._drawn(1, length, number)[0] for number, length in enumerate(lengths)]
 
     @property
     def spec(self) -> ModelSpec:
@@ -52,17 +55,35 @@ class SyntheticProbe(ModelProbe):
     def context_length(self) -> int:
         return 64
 
-    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
+    @property
+    def prompts(self) -> list[Tensor]:
+        return [prompt.clone() for prompt in self._prompts]
+
+    def tokenize(self, text: str) -> Tensor:
+        """One token a word."""
+        ids = [zlib.crc32(word.encode()) % self._spec.vocab_size for word in text.split()]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def observe(
+        self,
+        visit: Callable[[LayerActivations], None],
+        requires: frozenset[str],
+        *,
+        prompts: Sequence[Tensor] | None = None,
+        observation_window: int = 32,
+    ) -> None:
         """Calls `visit` for each layer of each prompt (batch size 1), with the fields in `requires` alone.
 
-        Raises `PluginError` for "scores" and "decode_attention": nothing is scored and nothing decoded here.
+        Raises `PluginError` for what only a cache has: nothing is scored, repeated or decoded here.
         """
-        supplied = SOURCES - {"scores", "decode_attention"}
+        supplied = SOURCES - {"scores", "repeat_attention", "decode_attention"}
         if missing := sorted(requires - supplied):
             raise PluginError(f"the synthetic probe cannot supply {missing}; it supplies {sorted(supplied)}")
-        for prompt, length in enumerate(self._lengths):
+        if observation_window < 1:
+            raise PluginError(f"observation_window must be at least 1, got {observation_window}")
+        for ids in self._prompts if prompts is None else prompts:
             for layer in range(self._spec.num_budgeted_layers):
-                activations = self.activations(layer, length=length, requires=requires, seed=prompt)
+                activations = self._forward(layer, ids[None], requires, observation_window)
                 before = snapshot(activations)
                 visit(activations)
                 _retire(activations, before)
@@ -70,14 +91,25 @@ class SyntheticProbe(ModelProbe):
     def activations(
         self, layer: int, *, requires: frozenset[str], batch_size: int = 1, length: int = 24, seed: int = 0
     ) -> LayerActivations:
-        """One layer over one batch of `length` tokens; fields outside `requires` are None."""
-        generator = torch.Generator().manual_seed(hash((self._seed, seed, layer)) % 2**31)
+        """One layer over one batch of `length` random tokens; fields outside `requires` are None.
+
+        Alone in a batch they are the calibration prompt of this length and number `seed`.
+        """
+        return self._forward(layer, self._drawn(batch_size, length, seed), requires, _OBSERVATION_WINDOW)
+
+    def _drawn(self, batch_size: int, length: int, seed: int) -> Tensor:
+        """Token ids [B, n]."""
+        generator = torch.Generator().manual_seed(hash((self._seed, seed)) % 2**31)
+        return torch.randint(0, self._spec.vocab_size, (batch_size, length), generator=generator)
+
+    def _forward(self, layer: int, ids: Tensor, requires: frozenset[str], window: int) -> LayerActivations:
+        """ids: `[B, n]`. Each layer has an embedding of its own, since none runs on what another one left."""
+        generator = torch.Generator().manual_seed(hash((self._seed, 0, layer)) % 2**31)
         module = _Attention(self._spec, generator)
-        hidden = torch.randn(batch_size, length, self._spec.hidden_size, generator=generator) + layer
+        embedding = torch.randn(self._spec.vocab_size, self._spec.hidden_size, generator=generator) + layer
         with torch.no_grad():
-            known = module(hidden)
-        chosen = {name: value for name, value in known.items() if name in requires}
-        return LayerActivations(layer=layer, **chosen)
+            known = module(embedding[ids], window)
+        return LayerActivations(layer=layer, **{name: value for name, value in known.items() if name in requires})
 
     def loss(self, capacities: Tensor) -> Tensor:
         """float64 `[num_prompts]`: falls as any capacity rises. capacities: int `[L, H]`, each above 4 sink tokens."""
@@ -89,7 +121,7 @@ class SyntheticProbe(ModelProbe):
             )
         weight = torch.arange(1, capacities.numel() + 1, dtype=torch.float64).reshape(capacities.shape)
         excess = (weight / (1 + capacities.double())).mean()
-        return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._lengths))])
+        return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._prompts))])
 
 
 class _Attention(nn.Module):
@@ -106,7 +138,7 @@ class _Attention(nn.Module):
         for weight in self.parameters():
             weight.requires_grad_(False).copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(hidden))
 
-    def forward(self, hidden: Tensor) -> dict[str, object]:
+    def forward(self, hidden: Tensor, window: int) -> dict[str, Any]:
         """hidden: `[B, n, hidden_size]`. Returns the fields of `LayerActivations` by name."""
         batch, length, _ = hidden.shape
         inputs = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
@@ -129,8 +161,8 @@ class _Attention(nn.Module):
             "output_weight": self.o_proj.weight,
             "positions": torch.arange(length).repeat(batch, self.num_kv_heads, 1),
             "scores": torch.zeros(batch, self.num_kv_heads, length),
-            "query_attention": by_group[:, :, -_OBSERVATION_WINDOW:],
-            "window_attention": by_group[:, :, -_OBSERVATION_WINDOW:].sum(2),
+            "query_attention": by_group[:, :, -window:],
+            "window_attention": by_group[:, :, -window:].sum(2),
             "full_attention": by_group.sum(2),
             "repeat_attention": mass.reshape(batch, self.num_kv_heads, -1, length).amax(2),
             "rope": rope,

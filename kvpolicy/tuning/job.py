@@ -122,7 +122,7 @@ def _probes(
     search = corpus.sequences("search", SEARCH_SEQUENCES, length)
     options: dict[str, Any] = {"prefill_length": settings.prefill_length, "batch_size": settings.batch_size}
     return (
-        probe_for(policy, model, search, corpus.prompts(length), **options),
+        probe_for(policy, model, search, corpus.prompts(length), tokenize=corpus.tokenize, **options),
         probe_for(policy, model, corpus.sequences("heldout", held, length), **options),
     )
 

@@ -61,11 +61,55 @@ def test_hidden_states_around_attention(name):
         torch.testing.assert_close(after[index], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("source", ["decode_attention", "scores", "query_attention"])
+@pytest.mark.parametrize("source", ["decode_attention", "scores", "repeat_attention", "query_attention"])
 def test_observe_refuses_by_name_before_any_work(source):
     probe = TransformersProbe(tiny_model("Llama"), tiny_ids(64), [tiny_ids(30)[0]])
     with pytest.raises(PluginError, match=f"cannot supply {source};"):
         probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys", source}))
+
+
+@pytest.mark.parametrize("window", [1, 7, 100])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Granite", "Phi3", *HANDLED_IN_EAGER])
+def test_attention_is_what_the_model_itself_computes(name, window):
+    """Softcaps, learned sinks and other scales included; summed over the last queries and over the query group."""
+    model = tiny_model(name, attention="eager")
+    prompt = tiny_ids(30)[0]
+    with torch.no_grad():
+        attentions = model(prompt[None], output_attentions=True).attentions
+    model.set_attn_implementation(attention_of(name))
+    probe, seen = TransformersProbe(model, tiny_ids(64), [prompt]), []
+    probe.observe(seen.append, frozenset({"window_attention", "full_attention"}), observation_window=window)
+    assert [a.layer for a in seen] == list(range(probe.spec.num_budgeted_layers))
+    for given, model_layer in zip(seen, probe.spec.budgeted_layers, strict=True):
+        by_group = attentions[model_layer].unflatten(1, (probe.spec.num_kv_heads, -1)).sum(2)  # [1, H, n, n]
+        torch.testing.assert_close(given.full_attention, by_group.sum(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(given.window_attention, by_group[:, :, -window:].sum(2), rtol=0, atol=1e-5)
+
+
+def test_an_estimator_runs_prompts_of_its_own():
+    model = tiny_model("Llama")
+    own = [tiny_ids(9)[0], tiny_ids(14)[0]]
+    probe, seen = TransformersProbe(model, tiny_ids(64), [tiny_ids(30)[0]]), []
+
+    def visit(activations):
+        seen.append((activations.layer, activations.hidden_before[0, :, 0]))
+
+    probe.observe(visit, frozenset({"hidden_before"}), prompts=own)
+    assert [(layer, len(hidden)) for layer, hidden in seen] == [(i, n) for n in (9, 14) for i in range(3)]
+    for (_, hidden), prompt in zip(seen[::3], own, strict=True):
+        torch.testing.assert_close(hidden, model.model.embed_tokens(prompt)[:, 0], rtol=0, atol=0)
+    assert [prompt.tolist() for prompt in probe.prompts] == [tiny_ids(30)[0].tolist()]
+    probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys"}), prompts=[])
+    with pytest.raises(PluginError, match="observation_window must be at least 1, got 0"):
+        probe.observe(lambda a: pytest.fail("ran"), frozenset({"keys"}), observation_window=0)
+
+
+def test_tokens_of_a_text_need_a_tokenizer():
+    probe = TransformersProbe(tiny_model("Llama"), tiny_ids(64), tokenize=lambda text: [len(w) for w in text.split()])
+    ids = probe.tokenize("one three")
+    assert ids.tolist() == [3, 5] and ids.dtype == torch.int64
+    with pytest.raises(PluginError, match="no tokenizer, and was asked for the tokens of 'one three'"):
+        TransformersProbe(tiny_model("Llama"), tiny_ids(64)).tokenize("one three")
 
 
 def plain_loss(model, x, first):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor, nn
 
 from kvpolicy.errors import ModelError
@@ -31,6 +33,8 @@ SUPPLIED = frozenset(
         "attention_input",
         "hidden_after",
         "output_weight",
+        "window_attention",
+        "full_attention",
         "rope",
         "module",
     }
@@ -49,8 +53,10 @@ class LayerObserver:
         block: nn.Module,
         requires: frozenset[str],
         visit: Callable[[LayerActivations], None],
+        observation_window: int = 32,
     ) -> None:
         self.layer, self.spec, self.requires, self.visit = layer, spec, requires, visit
+        self.observation_window = observation_window
         self.attention, self.block = attention, block
         self.seen: dict[str, Any] = {}
         self.chain: list[Tensor] = []
@@ -64,6 +70,10 @@ class LayerObserver:
         self.calls += 1
         # the attention function returns [B, n, heads, dim]
         self.seen |= {"queries": query, "keys": key, "values": value, "output": result[0].transpose(1, 2)}
+        if "window_attention" in self.requires:
+            self.seen["window_attention"] = _mass(query[:, :, -self.observation_window :], key, options)
+        if "full_attention" in self.requires:
+            self.seen["full_attention"] = _mass(query, key, options)
         return result
 
     @contextmanager
@@ -122,6 +132,21 @@ class LayerObserver:
         given = {name: self.seen[name] for name in self.requires}
         self.seen, self.chain = {}, []
         self.visit(LayerActivations(layer=self.layer, **given))
+
+
+def _mass(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """Causal attention that each of n tokens gets from the last queries, summed over queries and group: [B, H, n]."""
+    nothing = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64)  # no entries besides these tokens
+    return column_scores(
+        query,
+        key.new_empty(0, key.shape[-1]),
+        nothing,
+        nothing,
+        scale=options.get("scaling"),
+        softcap=options.get("softcap"),
+        sink_logits=options.get("s_aux"),
+        chunk_key=key,
+    )
 
 
 def check_heads(module: nn.Module, spec: ModelSpec, query: Tensor, key: Tensor) -> None:

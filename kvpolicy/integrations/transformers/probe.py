@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.intercept import Stock, attention_module
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.interfaces import LayerActivations, ModelProbe
 from kvpolicy.spec import ModelSpec
+from kvpolicy.text import Tokenize
 
 _LOSS_ROWS = 256  # rows of logits turned into losses at a time: 50 MB in fp32 for a vocabulary of 49152
 
@@ -26,7 +27,8 @@ class TransformersProbe(ModelProbe):
 
     model:           any causal language model whose attention goes through `AttentionInterface`
     sequences:       int64 [N, T], what `loss` scores; tokens at positions >= T // 4 are scored
-    prompts:         token tensors [n] of different lengths, what `observe` runs
+    prompts:         token tensors [n] of different lengths, what `observe` runs unless it is given others
+    tokenize:        text to token ids without special tokens, for estimators that make prompts of their own
     num_sink_tokens: of the window rule
     prefill_length:  tokens at the start that attend densely (`tokens at positions >= max(T // 4, prefill_length)`
                      are scored then)
@@ -43,13 +45,15 @@ class TransformersProbe(ModelProbe):
         sequences: Tensor,
         prompts: Sequence[Tensor] = (),
         *,
+        tokenize: Tokenize | None = None,
         num_sink_tokens: int = 4,
         prefill_length: int = 0,
         batch_size: int = 1,
     ) -> None:
         self.model = model
         self.sequences = sequences
-        self.prompts = list(prompts)
+        self._prompts = list(prompts)
+        self._tokenize = tokenize
         self.num_sink_tokens = num_sink_tokens
         self.prefill_length = prefill_length
         self.batch_size = batch_size
@@ -84,19 +88,41 @@ class TransformersProbe(ModelProbe):
         )
 
     @property
+    def prompts(self) -> list[Tensor]:
+        return self._prompts
+
+    def tokenize(self, text: str) -> Tensor:
+        if self._tokenize is None:
+            raise PluginError(
+                f"this probe has no tokenizer, and was asked for the tokens of {text[:40]!r}: make it with "
+                "TransformersProbe(..., tokenize=corpus.tokenize)"
+            )
+        return torch.tensor(self._tokenize(text), dtype=torch.int64)
+
+    @property
     def first_scored(self) -> int:
         """The position of the first token whose loss counts."""
         return max(self.context_length // 4, self.prefill_length, 1)
 
-    def observe(self, visit: Callable[[LayerActivations], None], requires: frozenset[str]) -> None:
+    def observe(
+        self,
+        visit: Callable[[LayerActivations], None],
+        requires: frozenset[str],
+        *,
+        prompts: Sequence[Tensor] | None = None,
+        observation_window: int = 32,
+    ) -> None:
         missing = requires - SUPPLIED
         if missing:
             raise PluginError(
                 f"the profiling run cannot supply {', '.join(sorted(missing))}; it supplies "
                 f"{', '.join(sorted(SUPPLIED))}"
             )
+        if observation_window < 1:
+            raise PluginError(f"observation_window must be at least 1, got {observation_window}")
+        run = self._prompts if prompts is None else prompts
         observers = [
-            LayerObserver(index, self._spec, attention, block, requires, visit)
+            LayerObserver(index, self._spec, attention, block, requires, visit, observation_window)
             for index, (attention, block) in enumerate(self._modules)
         ]
         with ExitStack() as stack:
@@ -104,10 +130,10 @@ class TransformersProbe(ModelProbe):
             stack.enter_context(intercepted(self.model, {observer.attention: observer for observer in observers}))
             for observer in observers:
                 stack.enter_context(observer.hooked())
-            for prompt in self.prompts:
+            for prompt in run:
                 # one row of logits is enough; the hidden states have been seen by then
                 self.model(prompt[None].to(self.model.device), use_cache=False, logits_to_keep=1)
-        self._check_reached([observer.calls for observer in observers], len(self.prompts))
+        self._check_reached([observer.calls for observer in observers], len(run))
 
     def loss(self, capacities: Tensor) -> Tensor:
         return torch.cat([losses.double().mean(1) for losses in self.token_losses(capacities)])

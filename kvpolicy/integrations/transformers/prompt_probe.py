@@ -22,6 +22,7 @@ from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_f
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.supply import attached
 from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.text import Tokenize
 
 KEPT_BYTES = 2 * 1024**3
 """Caches of prompts that a probe keeps from one table to the next; what is beyond is run again for each."""
@@ -44,7 +45,7 @@ class PromptProbe(TransformersProbe):
     policy:         who evicts, any policy that does not have the context repeated
     prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
                     prompt's, and the tokens at positions >= prefill_length are scored
-    model, sequences, prompts, batch_size: as for `TransformersProbe`
+    model, sequences, prompts, tokenize, batch_size: as for `TransformersProbe`
 
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
     capacities, so that one forward of all of it over the compressed prompt is exact.
@@ -63,6 +64,7 @@ class PromptProbe(TransformersProbe):
         prompts: Sequence[Tensor] = (),
         *,
         policy: EvictionPolicy,
+        tokenize: Tokenize | None = None,
         prefill_length: int | None = None,
         batch_size: int = 1,
     ) -> None:
@@ -83,6 +85,7 @@ class PromptProbe(TransformersProbe):
             model,
             sequences,
             prompts,
+            tokenize=tokenize,
             num_sink_tokens=policy.num_sink_tokens,
             prefill_length=prefill_length,
             batch_size=batch_size,

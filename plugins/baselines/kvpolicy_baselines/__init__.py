@@ -77,3 +77,44 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep what the model looks at when it repeats its context.",
         paper="arXiv:2505.23416",
     )
+    register.estimator(
+        "layer_cosine",
+        f"{module}.layer_cosine:LayerCosineEstimator",
+        summary="How much attention turns the residual stream, layer by layer.",
+        paper="arXiv:2404.04793",
+    )
+    register.estimator(
+        "entropy",
+        f"{module}.entropy:EntropyEstimator",
+        summary="How many entries a KV head needs to keep most of its attention (reconstructed).",
+        paper="arXiv:2412.09036",
+    )
+    register.estimator(
+        "retrieval",
+        f"{module}.retrieval:RetrievalEstimator",
+        summary="How much a KV head looks at the answer, in prompts with a needle.",
+        paper="arXiv:2410.19258",
+    )
+    register.estimator(
+        "shuffled",
+        f"{module}.shuffled:ShuffledEstimator",
+        summary="Another estimator's values in the wrong places: the control.",
+    )
+    register.allocator(
+        "squeeze",
+        f"{module}.squeeze:SqueezeAllocator",
+        summary="Clusters of layers; the least important one gives entries to the others.",
+        paper="arXiv:2404.04793",
+    )
+    register.allocator(
+        "zigzag",
+        f"{module}.zigzag:ZigZagAllocator",
+        summary="A least budget for every layer, the rest by what it needs (reconstructed).",
+        paper="arXiv:2412.09036",
+    )
+    register.allocator(
+        "headkv",
+        f"{module}.headkv:HeadKVAllocator",
+        summary="A floor for every KV head, and a pool that is shared by score.",
+        paper="arXiv:2410.19258",
+    )
