@@ -208,6 +208,7 @@ class EvictionPolicy(_Role):
     num_sink_tokens: first positions that are never evicted
     recent_window:   last positions that are never evicted, as far as the capacity reaches
     observation_window: queries at the end of a prompt whose attention `window_attention` sums
+    attention_power: each query head's attention is raised to it before a source of attention adds it up; 2 sums squares
     """
 
     window_rule: ClassVar[bool] = False
@@ -216,6 +217,7 @@ class EvictionPolicy(_Role):
     num_sink_tokens: int
     recent_window: int = 0
     observation_window: int = 32
+    attention_power: float = 1.0
 
     @abc.abstractmethod
     def score_prompt(self, activations: LayerActivations) -> Tensor:

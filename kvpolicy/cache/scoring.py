@@ -53,6 +53,7 @@ def score_chunk(
         raise PluginError(
             f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
         )
+    options = {**options, "power": policy.attention_power}
     given: dict[str, Any] = {name: extra[name] for name in policy.requires & extra.keys()}
     rows = arena.padded_rows()
     if "positions" in policy.requires:
@@ -87,7 +88,7 @@ def score_step(
     rows = (arena.start[segment] + column).to(arena.device)
     attention = None
     if "decode_attention" in policy.requires:
-        mass = column_scores(query, arena.keys, arena.start, arena.length, **options)
+        mass = column_scores(query, arena.keys, arena.start, arena.length, power=policy.attention_power, **options)
         attention = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
     step = DecodeStep(
         layer=layer,

@@ -57,6 +57,22 @@ def test_a_first_prompt():
     torch.testing.assert_close(seen.window_attention, weights[:, :, :, -4:].sum((2, 3)), **TOLERANCE)
 
 
+@dataclass(frozen=True, slots=True)
+class Squaring(Recording):
+    attention_power: float = 2.0
+
+
+def test_a_power_of_attention():
+    given, store = tensors(10), store_of(Squaring(), [12, 12])
+    store.prefill(0, *parts(given, 0, 9))
+    (seen,) = Recording.prompts
+    squares = causal_weights(*given[:2]) ** 2
+    torch.testing.assert_close(seen.full_attention, squares[..., :9, :9].sum((2, 3)), **TOLERANCE)
+    torch.testing.assert_close(seen.window_attention, squares[..., 5:9, :9].sum((2, 3)), **TOLERANCE)
+    store.decode(0, *parts(given, 9, 10))
+    torch.testing.assert_close(Recording.steps[0].attention, squares[..., 9, :].sum(2).flatten(), **TOLERANCE)
+
+
 def causal_weights(query, key):
     """[B, H, group, n, n] in plain torch."""
     scores = query.unflatten(1, (-1, GROUP)) @ key[:, :, None].transpose(-1, -2) * query.shape[-1] ** -0.5

@@ -6,12 +6,13 @@ import torch
 import kvpolicy
 from tests.plugins.direct import after_prompt, ids_of, kept
 
-SMALL = {"h2o": {"recent_window": 4}, "snapkv": {"observation_window": 4, "recent_window": 4}}
-POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random"]
+WINDOW = {"observation_window": 4, "recent_window": 4}
+SMALL = {"h2o": {"recent_window": 4}, "snapkv": WINDOW, "kv_compress": WINDOW}
+POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "kv_compress"]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("allocator", ["uniform", "adakv"])
+@pytest.mark.parametrize("allocator", ["uniform", "adakv", "kv_compress"])
 def test_a_padded_row_keeps_what_it_keeps_alone(name, allocator):
     policy = kvpolicy.registry.create("policy", name, SMALL.get(name, {}))
     short, long = ids_of(40), ids_of(64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,17 @@ def column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    power: float = 1.0,
     backend: Backend = "auto",
 ) -> Tensor:
     """The attention mass of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
 
     The last queries of a prompt give the scores of SnapKV (arXiv:2404.14469), all of them those of H2O
-    (arXiv:2306.14048), and the query of a decoding step what H2O adds to them.
+    (arXiv:2306.14048), and the query of a decoding step what H2O adds to them. KV-Compress (arXiv:2410.00161) sums
+    squares.
 
     query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
+    power: > 0; each weight is raised to it before it is added
     backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere
     The other arguments are those of `ragged_attention`. `chunk_key` may have any strides.
 
@@ -41,8 +46,8 @@ def column_scores(
 
     Tables on the CPU need no word from the device. Tables on the device are read once for N, which waits for it, and
     Triton does not check them.
-    Raises `ValueError` for shapes that do not fit, for segments that leave the arena, and for a backend that cannot
-    run here.
+    Raises `ValueError` for shapes that do not fit, for a power that is not above 0, for segments that leave the arena,
+    and for a backend that cannot run here.
     """
     num_kv_heads = check_segments("column_scores", query, keys, starts, lengths, sink_logits)
     check_chunk("column_scores", query, num_kv_heads, chunk_key, chunk_mask)
@@ -50,6 +55,8 @@ def column_scores(
         raise ValueError(
             f"column_scores: expected query_mask {[query.shape[0], query.shape[2]]}, got {list(query_mask.shape)}"
         )
+    if not 0 < power < math.inf:
+        raise ValueError(f"column_scores: expected a finite power above 0, got {power}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if uses_triton("column_scores", backend, query, _unsupported(query, keys, chunk_key)):
         from kvpolicy_kernels.column_scores.kernel import triton_column_scores
@@ -68,10 +75,11 @@ def column_scores(
             chunk_key,
             chunk_mask,
             query_mask,
+            power,
         )
         return out
     return reference_column_scores(
-        query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask
+        query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask, power
     )
 
 

@@ -19,6 +19,7 @@ def reference_column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """Shapes as in `column_scores`."""
     batch, _, n, _ = query.shape
@@ -32,7 +33,7 @@ def reference_column_scores(
             p = probabilities(scores(query[b, heads, rows].float(), k[:columns], scale, softcap), sinks, visible)
             if query_mask is not None:
                 p = p.masked_fill(~query_mask[b, rows, None], 0.0)  # not a product: padding may give NaN
-            mass = p.sum((0, 1))
+            mass = (p if power == 1 else p**power).sum((0, 1))
             out[b, h, :length] += mass[:length]
             out[b, h, longest : longest + columns - length] += mass[length:]
     return out

@@ -59,3 +59,15 @@ def kvpolicy_register(register: Register) -> None:
         paper="arXiv:2504.15364",
     )
     register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")
+    register.policy(
+        "kv_compress",
+        f"{module}.kv_compress:KVCompressPolicy",
+        summary="Keep what the prompt's last queries attend to, by squares.",
+        paper="arXiv:2410.00161",
+    )
+    register.allocator(
+        "kv_compress",
+        f"{module}.kv_compress:KVCompressAllocator",
+        summary="Keep the best scores of the prompt, whatever their layer and head, at run time.",
+        paper="arXiv:2410.00161",
+    )
