@@ -71,3 +71,8 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the best scores of the prompt, whatever their layer and head, at run time.",
         paper="arXiv:2410.00161",
     )
+    register.allocator(
+        "same_count",
+        f"{module}.same_count:SameCountAllocator",
+        summary="By importance, but one count for the KV heads of a layer.",
+    )
