@@ -27,6 +27,7 @@ from kvpolicy.interfaces import (
     ImportanceEstimator,
     LayerActivations,
     ModelProbe,
+    Rotary,
     Trial,
 )
 from kvpolicy.plan import BudgetPlan, load_plan, save_plan
@@ -96,6 +97,7 @@ __all__ = [
     "RaggedCache",
     "RaggedStore",
     "Register",
+    "Rotary",
     "StudyError",
     "TextError",
     "TransformersProbe",

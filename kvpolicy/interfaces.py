@@ -32,11 +32,36 @@ SOURCES = frozenset(
         "attention_input",
         "output",
         "rope",
+        "rotary",
+        "scale",
         "output_weight",
         "module",
     }
 )
 """What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotary:
+    """How a layer turns its queries and keys by position (RoPE): what other positions than a forward's need.
+
+    At position p each pair of dimensions (first[i], second[i]) is turned by the angle p * frequencies[i]. The other
+    dimensions stay as they are, and in a layer without RoPE all do. Only differences of positions matter.
+
+    first, second: int64 [P];  frequencies: float32 [P], radians per position
+    """
+
+    first: Tensor
+    second: Tensor
+    frequencies: Tensor
+
+    def turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """A copy of states [..., D], each pair turned by the angle with this cosine and sine, both [..., P]."""
+        one, two = states[..., self.first], states[..., self.second]
+        out = states.clone()
+        out[..., self.first] = one * cos - two * sin
+        out[..., self.second] = two * cos + one * sin
+        return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +79,9 @@ class LayerActivations:
     positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
     window_attention: [B, num_kv_heads, n], attention of the observation window's queries, summed
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
-    rope:             (cos, sin) of the layer, for the tokens of this forward
+    rope:             (cos, sin) of the layer, for the tokens of this forward, as the model computed them
+    rotary:           the layer's rotation by position
+    scale:            what the layer multiplies products of queries and keys by
     module:           the attention module
     """
 
@@ -71,6 +98,8 @@ class LayerActivations:
     window_attention: Tensor | None = None
     full_attention: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
+    rotary: Rotary | None = None
+    scale: float | None = None
     module: nn.Module | None = None
 
 

@@ -130,7 +130,17 @@ def test_estimate_equals_what_eval_measures_but_for_the_tables(kvpolicy, tiny_ch
 def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
-    policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "kv_compress")
+    policies = (
+        "streaming",
+        "h2o",
+        "snapkv",
+        "tova",
+        "l2norm",
+        "keydiff",
+        "random",
+        "kv_compress",
+        "expected_attention",
+    )
     allocators = ("baklava", "uniform", "pyramid", "adakv", "kv_compress", "same_count")
     built_in = [("estimator", "cosine"), *(("policy", x) for x in policies), *(("allocator", x) for x in allocators)]
     for key in built_in:

@@ -15,7 +15,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
 
 STORE_SOURCES = frozenset(
-    {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+    {"positions", "keys", "values", "queries", "scale", "window_attention", "full_attention", "decode_attention"}
 )
 """What a store can hand to a policy by itself."""
 
@@ -64,6 +64,9 @@ def score_chunk(
         given["values"] = _with_chunk(arena.values, rows, chunk.value)
     if "queries" in policy.requires:
         given["queries"] = query
+    if "scale" in policy.requires:
+        scale = options.get("scale")
+        given["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
     if "window_attention" in policy.requires:
         last = query[:, :, -policy.observation_window :]
         given["window_attention"] = attention_mass(arena, last, chunk, options)

@@ -10,7 +10,8 @@ from kvpolicy import EvictionPolicy, PluginError
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
-SOURCES = {"positions", "keys", "values", "queries", "window_attention", "full_attention", "decode_attention"}
+SOURCES = {"positions", "keys", "values", "queries", "scale"}
+SOURCES |= {"window_attention", "full_attention", "decode_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,17 @@ def test_a_first_prompt():
     assert seen.layer == 0 and seen.positions.tolist() == [[list(range(9))] * 2]
     for got, expected in ((seen.queries, query), (seen.keys, key), (seen.values, value)):
         assert torch.equal(got, expected)
-    for name in ("output", "hidden_before", "attention_input", "hidden_after", "output_weight", "rope", "module"):
+    assert seen.scale == query.shape[-1] ** -0.5
+    for name in (
+        "output",
+        "hidden_before",
+        "attention_input",
+        "hidden_after",
+        "output_weight",
+        "rope",
+        "rotary",
+        "module",
+    ):
         assert getattr(seen, name) is None
     weights = causal_weights(query, key)
     torch.testing.assert_close(seen.full_attention, weights.sum((2, 3)), **TOLERANCE)

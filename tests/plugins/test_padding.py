@@ -8,7 +8,7 @@ from tests.plugins.direct import after_prompt, ids_of, kept
 
 WINDOW = {"observation_window": 4, "recent_window": 4}
 SMALL = {"h2o": {"recent_window": 4}, "snapkv": WINDOW, "kv_compress": WINDOW}
-POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "kv_compress"]
+POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "kv_compress", "expected_attention"]
 
 
 @pytest.mark.parametrize("name", POLICIES)

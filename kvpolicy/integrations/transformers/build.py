@@ -101,8 +101,8 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None)
     count = spec.num_kv_heads // size
     check_devices(model, spec)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
-    attach(model)
     prepare(model, spec, policy.requires)
+    attach(model)
     stock = DynamicCache(config=text_config(model)).layers
     attached = attachment_of(model)
     return RaggedCache(spec, make_store, stock, attached, rank=rank, rollback=recipe.rollback, recipe=recipe)

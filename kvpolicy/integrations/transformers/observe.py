@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.intercept import Stock
+from kvpolicy.integrations.transformers.rotary import rotary_of
 from kvpolicy.interfaces import LayerActivations
 from kvpolicy.spec import ModelSpec
 
@@ -32,6 +33,8 @@ SUPPLIED = frozenset(
         "hidden_after",
         "output_weight",
         "rope",
+        "rotary",
+        "scale",
         "module",
     }
 )
@@ -64,6 +67,8 @@ class LayerObserver:
         self.calls += 1
         # the attention function returns [B, n, heads, dim]
         self.seen |= {"queries": query, "keys": key, "values": value, "output": result[0].transpose(1, 2)}
+        scale = options.get("scaling")
+        self.seen["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
         return result
 
     @contextmanager
@@ -118,6 +123,8 @@ class LayerObserver:
             self.seen["hidden_after"] = self._sum()
         if "output_weight" in self.requires:
             self.seen["output_weight"] = output_weight(self.attention, self.spec)
+        if "rotary" in self.requires:
+            self.seen["rotary"] = rotary_of(self.attention)
         self.seen["module"] = self.attention
         given = {name: self.seen[name] for name in self.requires}
         self.seen, self.chain = {}, []

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
+from kvpolicy.integrations.transformers.rotary import find_rotary
 from kvpolicy.interfaces import LayerActivations, ModelProbe
 from kvpolicy.spec import ModelSpec
 
@@ -84,6 +85,8 @@ class TransformersProbe(ModelProbe):
                 f"the profiling run cannot supply {', '.join(sorted(missing))}; it supplies "
                 f"{', '.join(sorted(SUPPLIED))}"
             )
+        if "rotary" in requires:
+            find_rotary(self.model, [attention for attention, _ in self._modules])
         observers = [
             LayerObserver(index, self._spec, attention, block, requires, visit)
             for index, (attention, block) in enumerate(self._modules)

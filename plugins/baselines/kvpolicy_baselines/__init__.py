@@ -76,3 +76,9 @@ def kvpolicy_register(register: Register) -> None:
         f"{module}.same_count:SameCountAllocator",
         summary="By importance, but one count for the KV heads of a layer.",
     )
+    register.policy(
+        "expected_attention",
+        f"{module}.expected_attention:ExpectedAttentionPolicy",
+        summary="Keep what queries to come are expected to attend to.",
+        paper="arXiv:2510.00636",
+    )
