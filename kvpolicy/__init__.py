@@ -28,6 +28,7 @@ from kvpolicy.interfaces import (
     ImportanceEstimator,
     LayerActivations,
     ModelProbe,
+    Rotary,
     Trial,
 )
 from kvpolicy.plan import BudgetPlan, load_plan, save_plan
@@ -106,6 +107,7 @@ __all__ = [
     "RaggedCache",
     "RaggedStore",
     "Register",
+    "Rotary",
     "StudyError",
     "TextError",
     "TransformersProbe",

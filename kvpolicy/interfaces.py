@@ -37,6 +37,8 @@ SOURCES = frozenset(
         "attention_input",
         "output",
         "rope",
+        "rotary",
+        "scale",
         "output_weight",
         "module",
     }
@@ -45,6 +47,29 @@ SOURCES = frozenset(
 
 Only a cache has `scores`, `repeat_attention` and `decode_attention`: a probe refuses them.
 """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotary:
+    """How a layer turns its queries and keys by position (RoPE): what other positions than a forward's need.
+
+    At position p each pair of dimensions (first[i], second[i]) is turned by the angle p * frequencies[i]. The other
+    dimensions stay as they are, and in a layer without RoPE all do. Only differences of positions matter.
+
+    first, second: int64 [P];  frequencies: float32 [P], radians per position
+    """
+
+    first: Tensor
+    second: Tensor
+    frequencies: Tensor
+
+    def turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """A copy of states [..., D], each pair turned by the angle with this cosine and sine, both [..., P]."""
+        one, two = states[..., self.first], states[..., self.second]
+        out = states.clone()
+        out[..., self.first] = one * cos - two * sin
+        out[..., self.second] = two * cos + one * sin
+        return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +93,9 @@ class LayerActivations:
     full_attention:   [B, num_kv_heads, n], attention of all queries, summed
     repeat_attention: [B, num_kv_heads, n], the largest attention that any query of the group gives the entry while the
                       model repeats its context; the context is held whole until it has
-    rope:             (cos, sin) of the layer, for the tokens of this forward
+    rope:             (cos, sin) of the layer, for the tokens of this forward, as the model computed them
+    rotary:           the layer's rotation by position
+    scale:            what the layer multiplies products of queries and keys by
     module:           the attention module
     """
 
@@ -88,6 +115,8 @@ class LayerActivations:
     full_attention: Tensor | None = None
     repeat_attention: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
+    rotary: Rotary | None = None
+    scale: float | None = None
     module: nn.Module | None = None
 
 
@@ -265,6 +294,7 @@ class EvictionPolicy(_Role):
     recent_window:   last positions that are never evicted, as far as the capacity reaches
     observation_window: queries at the end of a prompt whose attention `query_attention` holds and `window_attention`
         sums
+    attention_power: each query head's attention is raised to it before a source of attention adds it up; 2 sums squares
     repeat_chunk:    tokens that the model repeats at a time, for `repeat_attention`
 
     A policy that requires `repeat_attention` is asked once, after the context has been repeated, and may require no
@@ -277,6 +307,7 @@ class EvictionPolicy(_Role):
     num_sink_tokens: int
     recent_window: int = 0
     observation_window: int = 32
+    attention_power: float = 1.0
     repeat_chunk: int = 2048
 
     @abc.abstractmethod

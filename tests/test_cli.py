@@ -157,7 +157,8 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kvzip")
-    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv")
+    policies += ("kv_compress", "expected_attention")
+    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "kv_compress", "same_count")
     estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:

@@ -22,6 +22,7 @@ STORE_SOURCES = frozenset(
         "keys",
         "values",
         "queries",
+        "scale",
         "query_attention",
         "window_attention",
         "full_attention",
@@ -30,7 +31,7 @@ STORE_SOURCES = frozenset(
 )
 """What a store can hand to a policy by itself."""
 
-_AFTER_REPEAT = frozenset({"positions", "keys", "values", "decode_attention", "module", "output_weight"})
+_AFTER_REPEAT = frozenset({"positions", "keys", "values", "decode_attention", "module", "output_weight", "rotary"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ def score_chunk(
         raise PluginError(
             f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
         )
+    options = {**options, "power": policy.attention_power}
     given: dict[str, Any] = {name: extra[name] for name in policy.requires & extra.keys()}
     rows = arena.padded_rows()
     if "positions" in policy.requires:
@@ -96,6 +98,9 @@ def score_chunk(
         given["values"] = _with_chunk(arena.values, rows, chunk.value)
     if "queries" in policy.requires:
         given["queries"] = query
+    if "scale" in policy.requires:
+        scale = options.get("scale")
+        given["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
     if "query_attention" in policy.requires:
         last = query[:, :, -policy.observation_window :]
         given["query_attention"] = attention_of_each(arena, last, chunk, options)
@@ -123,7 +128,7 @@ def score_step(
     rows = (arena.start[segment] + column).to(arena.device)
     attention = None
     if "decode_attention" in policy.requires:
-        mass = column_scores(query, arena.keys, arena.start, arena.length, **options)
+        mass = column_scores(query, arena.keys, arena.start, arena.length, power=policy.attention_power, **options)
         attention = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
     step = DecodeStep(
         layer=layer,

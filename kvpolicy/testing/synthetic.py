@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import BudgetError, PluginError
-from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe
+from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe, Rotary
 from kvpolicy.spec import LayerSpec, ModelSpec
 from kvpolicy.testing.laws import LawError, snapshot, tensors_of
 
 _OBSERVATION_WINDOW = 8
 _NUM_SINK_TOKENS = 4
-_LENT = ("output_weight", "rope", "module", "layer")  # belong to the model and outlive the call
+_LENT = ("output_weight", "rope", "rotary", "module", "layer")  # belong to the model and outlive the call
 
 
 class SyntheticProbe(ModelProbe):
@@ -166,15 +166,20 @@ class _Attention(nn.Module):
             "full_attention": by_group.sum(2),
             "repeat_attention": mass.reshape(batch, self.num_kv_heads, -1, length).amax(2),
             "rope": rope,
+            "rotary": self._rotary(),
+            "scale": self.head_dim**-0.5,
             "module": self,
         }
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:2], -1, self.head_dim).transpose(1, 2).contiguous()
 
+    def _rotary(self) -> Rotary:
+        first, second = torch.arange(self.head_dim).chunk(2)
+        return Rotary(first, second, 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim))
+
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        frequency = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
-        angle = torch.arange(length)[:, None] * frequency
+        angle = torch.arange(length)[:, None] * self._rotary().frequencies
         return torch.cat([angle.cos(), angle.cos()], -1)[None], torch.cat([angle.sin(), angle.sin()], -1)[None]
 
 

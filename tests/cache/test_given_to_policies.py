@@ -11,7 +11,7 @@ from kvpolicy.cache.store import Scoring
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
 ATTENTION = {"query_attention", "window_attention", "full_attention", "decode_attention"}
-SOURCES = {"positions", "scores", "keys", "values", "queries", *ATTENTION}
+SOURCES = {"positions", "scores", "keys", "values", "queries", "scale", *ATTENTION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,39 @@ def test_a_first_prompt():
     assert seen.layer == 0 and seen.positions.tolist() == [[list(range(9))] * 2]
     for got, expected in ((seen.queries, query), (seen.keys, key), (seen.values, value)):
         assert torch.equal(got, expected)
-    for name in ("output", "hidden_before", "attention_input", "hidden_after", "output_weight", "rope", "module"):
+    assert seen.scale == query.shape[-1] ** -0.5
+    for name in (
+        "output",
+        "hidden_before",
+        "attention_input",
+        "hidden_after",
+        "output_weight",
+        "rope",
+        "rotary",
+        "module",
+    ):
         assert getattr(seen, name) is None
     weights = causal_weights(query, key)
     torch.testing.assert_close(seen.full_attention, weights.sum((2, 3)), **TOLERANCE)
     torch.testing.assert_close(seen.window_attention, weights[:, :, :, -4:].sum((2, 3)), **TOLERANCE)
     torch.testing.assert_close(seen.query_attention, weights[:, :, :, -4:].sum(2), **TOLERANCE)
     assert torch.equal(seen.scores, torch.zeros(1, 2, 9)) and seen.scores.dtype == torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Squaring(Recording):
+    attention_power: float = 2.0
+
+
+def test_a_power_of_attention():
+    given, store = tensors(10), store_of(Squaring(), [12, 12])
+    store.prefill(0, *parts(given, 0, 9))
+    (seen,) = Recording.prompts
+    squares = causal_weights(*given[:2]) ** 2
+    torch.testing.assert_close(seen.full_attention, squares[..., :9, :9].sum((2, 3)), **TOLERANCE)
+    torch.testing.assert_close(seen.window_attention, squares[..., 5:9, :9].sum((2, 3)), **TOLERANCE)
+    store.decode(0, *parts(given, 9, 10))
+    torch.testing.assert_close(Recording.steps[0].attention, squares[..., 9, :].sum(2).flatten(), **TOLERANCE)
 
 
 def causal_weights(query, key):

@@ -8,6 +8,7 @@ from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver
+from kvpolicy.integrations.transformers.rotary import find_rotary
 from tests.tiny import attention_of, tiny_ids, tiny_model
 
 ARCHITECTURES = ["Llama", "Qwen2", "Phi3", "Gemma3", "Granite", "Olmo2", "Cohere"]
@@ -20,10 +21,11 @@ def test_logits_are_bit_identical_under_the_probe(name):
     model = tiny_model(name, attention=attention_of(name))
     spec, x = ModelSpec.from_config(model.config), tiny_ids(40)
     plain = model(x).logits
-    seen = []
+    seen, pairs = [], attention_modules(model, spec.budgeted_layers)
+    find_rotary(model, [attention for attention, _ in pairs])
     observers = [
         LayerObserver(i, spec, attention, block, SUPPLIED, lambda a: seen.append(a.layer))
-        for i, (attention, block) in enumerate(attention_modules(model, spec.budgeted_layers))
+        for i, (attention, block) in enumerate(pairs)
     ]
     with intercepted(model, {o.attention: o for o in observers}):
         for observer in observers:

@@ -33,7 +33,7 @@ def arena(lengths, dim=8, dtype=torch.float32):
 
 
 def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logits=None, chunk_key=None,
-           chunk_mask=None, query_mask=None, reduction="sum"):  # fmt: skip
+           chunk_mask=None, query_mask=None, power=1.0, reduction="sum"):  # fmt: skip
     """One query at a time in fp64; every visible column gets its weight."""
     batch, num_q_heads, n, dim = query.shape
     num_kv_heads = len(starts) // batch
@@ -52,7 +52,7 @@ def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logit
         x = x if softcap is None else softcap * (x / softcap).tanh()
         total = x.exp().sum() + (0 if sink_logits is None else math.exp(sink_logits[hq]))
         columns = [*range(length), *(longest + j for j in tokens)]
-        given = x.exp() / total
+        given = (x.exp() / total) ** power
         out[b, h, columns] = (
             torch.maximum(out[b, h, columns], given) if reduction == "max" else out[b, h, columns] + given
         )
@@ -81,7 +81,7 @@ CASES = [
     (2, 3, [2, 11], 5, 7, 8),
     (1, 1, [0], 2, None, 8),
 ]
-VARIANTS = [{}, {"softcap": 2.0}, {"sinks": True}, {"scale": 0.6}]
+VARIANTS = [{}, {"softcap": 2.0}, {"sinks": True}, {"scale": 0.6}, {"power": 2.0, "sinks": True}]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -279,6 +279,13 @@ def test_hand_written_answer():
     torch.testing.assert_close(out.flatten().cpu(), torch.tensor([7 / 12, 7 / 12, 7 / 12, 1 / 4]))
 
 
+def test_hand_written_squares():
+    """As above: two queries, thirds, then quarters."""
+    zeros, keys = torch.zeros(1, 1, 2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
+    out = column_scores(zeros, keys, torch.tensor([0]), torch.tensor([2]), chunk_key=zeros, power=2)
+    torch.testing.assert_close(out.flatten().cpu(), torch.tensor([25 / 144, 25 / 144, 25 / 144, 1 / 16]))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -294,6 +301,8 @@ def test_hand_written_answer():
         ("chunk_mask", torch.ones(1, 1, 2, 3).bool(), r"chunk_mask \[1 or 2, 1, 3, 3\], got \[1, 1, 2, 3\]"),
         ("reduction", "mean", "column_scores: expected reduction 'sum' or 'max', got 'mean'"),
         ("query_mask", torch.ones(1, 3).bool(), r"expected query_mask \[2, 3\], got \[1, 3\]"),
+        ("power", 0, "column_scores: expected a finite power above 0, got 0"),
+        ("power", NAN, "column_scores: expected a finite power above 0, got nan"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, value, message):

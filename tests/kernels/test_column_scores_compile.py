@@ -37,7 +37,7 @@ def compile_column_scores(which, dtype, dim, group, num_rows, arch, softcap=Fals
         elif name.endswith("_ptr"):
             types[name] = TYPES.get(name, "*fp32")
         else:
-            types[name] = "fp32" if name in ("scale_log2", "softcap_log2", "tanh_scale") else "i32"
+            types[name] = "fp32" if name in ("scale_log2", "softcap_log2", "tanh_scale", "power") else "i32"
     aligned = [
         name
         for name in types.keys() - constants.keys()

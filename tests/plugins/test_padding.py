@@ -7,12 +7,12 @@ import kvpolicy
 from tests.plugins.direct import after_prompt, ids_of, kept
 
 WINDOW = {"observation_window": 4, "recent_window": 4}
-SMALL = {"h2o": {"recent_window": 4}, "snapkv": WINDOW, "corm": WINDOW, "r_kv": WINDOW}
-POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv"]
+SMALL = {"h2o": {"recent_window": 4}, "snapkv": WINDOW, "corm": WINDOW, "r_kv": WINDOW, "kv_compress": WINDOW}
+POLICIES = ["h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kv_compress", "expected_attention"]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("allocator", ["uniform", "adakv"])
+@pytest.mark.parametrize("allocator", ["uniform", "adakv", "kv_compress"])
 def test_a_padded_row_keeps_what_it_keeps_alone(name, allocator):
     policy = kvpolicy.registry.create("policy", name, SMALL.get(name, {}))
     short, long = ids_of(40), ids_of(64)

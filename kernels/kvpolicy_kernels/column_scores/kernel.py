@@ -7,6 +7,7 @@ arena or in the chunk, never in both: the tiles of the entries come first, those
 `_row_lse_kernel` owns a block of rows and walks the tiles that it sees; where blocks are few, several programs share
 the walk. `_merge_kernel` joins their parts, adds the learned sink and silences rows that do not count.
 `_column_mass_kernel` owns a tile of columns and walks the rows that see it: no atomics, and each key is loaded once.
+A power of a weight is a factor of its exponent.
 Scores are in base 2; the host folds the factor into the scales.
 """
 
@@ -188,7 +189,7 @@ def _column_mass_kernel(
     q_ptr, k_ptr, c_ptr, mask_ptr, start_ptr, length_ptr, lse_ptr, out_ptr, longest,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_cb, stride_ch, stride_cn, stride_cd,
     stride_mb, stride_mi, stride_mn,
-    num_rows, num_tokens, token_shift, scale_log2, softcap_log2, tanh_scale,
+    num_rows, num_tokens, token_shift, scale_log2, softcap_log2, tanh_scale, power,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -217,7 +218,7 @@ def _column_mass_kernel(
             mask_ptr, i_b * stride_mb, stride_mi, stride_mn,
             scale_log2, softcap_log2, tanh_scale, HAS_SOFTCAP, HAS_MASK, PRECISION,
         )  # fmt: skip
-        mass += tl.sum(tl.exp2(scores - b_lse[None, :]), 1)
+        mass += tl.sum(tl.exp2((scores - b_lse[None, :]) * power), 1)
     # [BLOCK_N], columns between the segment's length and `longest` among them: these get 0
     tl.store(
         out_ptr + i_s * (longest + num_tokens) + tl.where(in_chunk, longest, 0) + o_n,
@@ -263,6 +264,7 @@ def triton_column_scores(
     chunk_key: Tensor | None,
     chunk_mask: Tensor | None,
     query_mask: Tensor | None,
+    power: float = 1.0,
 ) -> Tensor:
     """Shapes as in `column_scores`; starts and lengths on the device, longest: lengths.max()."""
     batch, num_q_heads, n, dim = query.shape
@@ -312,6 +314,6 @@ def triton_column_scores(
         HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None,
     )  # fmt: skip
     _column_mass_kernel[(column_tiles, num_segments)](
-        *inputs, lse, out, longest, *numbers, **constants, **column_config
+        *inputs, lse, out, longest, *numbers, float(power), **constants, **column_config
     )
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -28,16 +29,18 @@ def column_scores(
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     reduction: Reduction = "sum",
+    power: float = 1.0,
     backend: Backend = "auto",
 ) -> Tensor:
     """The attention of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
 
     The last queries of a prompt give the scores of SnapKV (arXiv:2404.14469), all of them those of H2O
     (arXiv:2306.14048), and the query of a decoding step what H2O adds to them. The largest weight instead of the sum
-    is what KVzip (arXiv:2505.23416) asks for.
+    is what KVzip (arXiv:2505.23416) asks for, and KV-Compress (arXiv:2410.00161) sums squares.
 
     query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
     reduction: "sum", or "max" for the largest weight that any query of the group gives
+    power: > 0; each weight is raised to it first
     backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere; "max" is
         torch everywhere
     The other arguments are those of `ragged_attention`. `chunk_key` may have any strides.
@@ -49,8 +52,8 @@ def column_scores(
 
     Tables on the CPU need no word from the device. Tables on the device are read once for N, which waits for it, and
     Triton does not check them.
-    Raises `ValueError` for shapes that do not fit, for segments that leave the arena, and for a backend that cannot
-    run here.
+    Raises `ValueError` for shapes that do not fit, for a power that is not above 0, for segments that leave the arena,
+    and for a backend that cannot run here.
     """
     num_kv_heads = check_segments("column_scores", query, keys, starts, lengths, sink_logits)
     check_chunk("column_scores", query, num_kv_heads, chunk_key, chunk_mask)
@@ -60,6 +63,8 @@ def column_scores(
         )
     if reduction not in get_args(Reduction):
         raise ValueError(f"column_scores: expected reduction 'sum' or 'max', got {reduction!r}")
+    if not 0 < power < math.inf:
+        raise ValueError(f"column_scores: expected a finite power above 0, got {power}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     unsupported = "reduction='max'" if reduction == "max" else _unsupported(query, keys, chunk_key)
     if uses_triton("column_scores", backend, query, unsupported):
@@ -79,10 +84,22 @@ def column_scores(
             chunk_key,
             chunk_mask,
             query_mask,
+            power,
         )
         return out
     return reference_column_scores(
-        query, keys, starts, lengths, scale, softcap, sink_logits, chunk_key, chunk_mask, query_mask, reduction == "max"
+        query,
+        keys,
+        starts,
+        lengths,
+        scale,
+        softcap,
+        sink_logits,
+        chunk_key,
+        chunk_mask,
+        query_mask,
+        power=power,
+        largest=reduction == "max",
     )
 
 

@@ -19,6 +19,8 @@ def reference_column_scores(
     chunk_key: Tensor | None = None,
     chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    *,
+    power: float = 1.0,
     largest: bool = False,
 ) -> Tensor:
     """Shapes as in `column_scores`; largest: of the weights instead of their sum."""
@@ -34,6 +36,7 @@ def reference_column_scores(
             p = probabilities(scores(query[b, heads, rows].float(), k[:columns], scale, softcap), sinks, visible)
             if query_mask is not None:
                 p = p.masked_fill(~query_mask[b, rows, None], 0.0)  # not a product: padding may give NaN
+            p = p if power == 1 else p**power
             came = p.amax((0, 1)) if largest else p.sum((0, 1))
             fresh = slice(longest, longest + columns - length)
             out[b, h, :length] = combine(out[b, h, :length], came[:length])

@@ -112,8 +112,8 @@ def cache_of(
     count = spec.num_kv_heads // size
     check_devices(model, spec)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
-    attach(model)
     prepare(model, spec, policy.requires)
+    attach(model)
     attached = attachment_of(model)
     if static:
         length = _static_length(recipe)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.intercept import Stock
+from kvpolicy.integrations.transformers.rotary import rotary_of
 from kvpolicy.interfaces import LayerActivations
 from kvpolicy.spec import ModelSpec
 
@@ -36,6 +37,8 @@ SUPPLIED = frozenset(
         "window_attention",
         "full_attention",
         "rope",
+        "rotary",
+        "scale",
         "module",
     }
 )
@@ -70,6 +73,8 @@ class LayerObserver:
         self.calls += 1
         # the attention function returns [B, n, heads, dim]
         self.seen |= {"queries": query, "keys": key, "values": value, "output": result[0].transpose(1, 2)}
+        scale = options.get("scaling")
+        self.seen["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
         if "window_attention" in self.requires:
             self.seen["window_attention"] = _mass(query[:, :, -self.observation_window :], key, options)
         if "full_attention" in self.requires:
@@ -128,6 +133,8 @@ class LayerObserver:
             self.seen["hidden_after"] = self._sum()
         if "output_weight" in self.requires:
             self.seen["output_weight"] = output_weight(self.attention, self.spec)
+        if "rotary" in self.requires:
+            self.seen["rotary"] = rotary_of(self.attention)
         self.seen["module"] = self.attention
         given = {name: self.seen[name] for name in self.requires}
         self.seen, self.chain = {}, []

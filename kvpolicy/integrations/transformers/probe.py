@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
+from kvpolicy.integrations.transformers.rotary import find_rotary
 from kvpolicy.interfaces import LayerActivations, ModelProbe
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Tokenize
@@ -120,6 +121,8 @@ class TransformersProbe(ModelProbe):
             )
         if observation_window < 1:
             raise PluginError(f"observation_window must be at least 1, got {observation_window}")
+        if "rotary" in requires:
+            find_rotary(self.model, [attention for attention, _ in self._modules])
         run = self._prompts if prompts is None else prompts
         observers = [
             LayerObserver(index, self._spec, attention, block, requires, visit, observation_window)

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from kvpolicy.integrations.transformers.intercept import attention_modules
 from kvpolicy.integrations.transformers.observe import hidden_of, output_weight
+from kvpolicy.integrations.transformers.rotary import find_rotary, rotary_of
 from kvpolicy.spec import ModelSpec
 
 _HOOKED = frozenset({"hidden_before", "attention_input", "rope"})
-RUN_SOURCES = _HOOKED | {"module", "output_weight", "repeat_attention"}
+RUN_SOURCES = _HOOKED | {"module", "output_weight", "rotary", "repeat_attention"}
 """What a transformers model can hand to a policy while it runs, besides what the store supplies."""
 
 _NOW = threading.local()  # inputs of the layer that runs now, in this thread
@@ -22,7 +23,12 @@ _INSTALLED: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
 
 
 def prepare(model: PreTrainedModel, spec: ModelSpec, requires: frozenset[str]) -> None:
-    """Installs, once, the hooks that see a layer's inputs, if a policy requires any. They only look."""
+    """Installs, once, the hooks that see a layer's inputs, if a policy requires any. They only look.
+
+    Raises `ModelError` for a model whose rotation is required and not understood.
+    """
+    if "rotary" in requires:
+        find_rotary(model, [attention for attention, _ in attention_modules(model, spec.budgeted_layers)])
     if not requires & _HOOKED:
         return
     for attention, block in attention_modules(model, spec.budgeted_layers):
@@ -40,6 +46,8 @@ def layer_sources(module: nn.Module, spec: ModelSpec, requires: frozenset[str]) 
         found["module"] = module
     if "output_weight" in requires:
         found["output_weight"] = output_weight(module, spec)
+    if "rotary" in requires:
+        found["rotary"] = rotary_of(module)
     return found
 
 

@@ -118,3 +118,26 @@ def kvpolicy_register(register: Register) -> None:
         summary="A floor for every KV head, and a pool that is shared by score.",
         paper="arXiv:2410.19258",
     )
+    register.policy(
+        "kv_compress",
+        f"{module}.kv_compress:KVCompressPolicy",
+        summary="Keep what the prompt's last queries attend to, by squares.",
+        paper="arXiv:2410.00161",
+    )
+    register.allocator(
+        "kv_compress",
+        f"{module}.kv_compress:KVCompressAllocator",
+        summary="Keep the best scores of the prompt, whatever their layer and head, at run time.",
+        paper="arXiv:2410.00161",
+    )
+    register.allocator(
+        "same_count",
+        f"{module}.same_count:SameCountAllocator",
+        summary="By importance, but one count for the KV heads of a layer.",
+    )
+    register.policy(
+        "expected_attention",
+        f"{module}.expected_attention:ExpectedAttentionPolicy",
+        summary="Keep what queries to come are expected to attend to.",
+        paper="arXiv:2510.00636",
+    )

@@ -1,0 +1,110 @@
+"""Expected Attention: keep what queries to come are expected to attend to.
+
+Source: Expected Attention, arXiv:2510.00636; NVIDIA/kvpress, kvpress/presses/expected_attention_press.py. Different on
+purpose:
+
+- Queries are turned back from where RoPE has put them; the source computes them again from the hidden states.
+- Logits are scaled as the model scales them; the source divides by the root of the head dimension.
+- Padding and absent entries are left out. In a later chunk of a prompt the statistics are those of its own queries, and
+  the source does not compress there.
+- Sink tokens have no score here, as the cache protects them; the source gives them more than the largest score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy import EvictionPolicy, LayerActivations, PluginError
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedAttentionPolicy(EvictionPolicy):
+    """An entry's score is the attention that the next queries pay it, were they like those of the prompt.
+
+    The queries before RoPE are taken for normally distributed, and RoPE for its average over the next positions. What
+    is expected is divided by its sum over the entries, averaged over the query heads of the group, and multiplied by
+    the length of the value. Sink tokens are left out of all of it.
+
+    num_future_positions: positions that RoPE is averaged over
+    use_covariance:       False takes every query to come for the mean
+    use_value_norm:       False leaves the lengths of the values out
+    epsilon:              is added to the expected attention before it is multiplied
+    num_sink_tokens:      first positions that are never evicted
+    recent_window:        last positions that are never evicted
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"queries", "keys", "values", "positions", "rotary", "scale"})
+
+    num_future_positions: int = 512
+    use_covariance: bool = True
+    use_value_norm: bool = True
+    epsilon: float = 0.0
+    num_sink_tokens: int = 4
+    recent_window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_future_positions < 1:
+            raise PluginError(
+                f"expected_attention: num_future_positions must be at least 1, got {self.num_future_positions}"
+            )
+        if not 0 <= self.epsilon < torch.inf:
+            raise PluginError(f"expected_attention: epsilon must be a number of at least 0, got {self.epsilon}")
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        queries, keys, values = activations.queries, activations.keys, activations.values
+        positions, rotary, scale = activations.positions, activations.rotary, activations.scale
+        assert queries is not None  # `requires` lists all six
+        assert keys is not None
+        assert values is not None
+        assert positions is not None
+        assert rotary is not None
+        assert scale is not None
+        place = positions[:, 0, -queries.shape[2] :].to(queries.device)
+        cos, sin = self._to_come(place, rotary.frequencies.to(queries.device))
+        counts = self._counting(place)
+        left_out = positions < self.num_sink_tokens  # absent ones, at -1, too
+        scores = []
+        for head, group in enumerate(queries.chunk(keys.shape[1], 1)):
+            turned = rotary.turned(group.float(), cos[:, None], sin[:, None])
+            logits = self._logits(*_moments(turned, counts), keys[:, head].float(), scale)
+            scores.append(logits.masked_fill(left_out[:, head, None], -torch.inf).softmax(-1).mean(1))
+        expected = torch.stack(scores, 1)
+        if self.use_value_norm:
+            expected = (expected + self.epsilon) * values.float().norm(dim=-1)
+        return expected.masked_fill(left_out, 0.0)  # these may be NaN
+
+    def _to_come(self, place: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, [B, n, P], of the average turn from each query's place to the next positions."""
+        ahead = torch.arange(1, self.num_future_positions + 1, device=place.device)[:, None] * frequencies
+        back = (place.amax(1, keepdim=True) - place)[..., None] * frequencies
+        cos, sin = ahead.cos().mean(0), ahead.sin().mean(0)
+        return back.cos() * cos - back.sin() * sin, back.sin() * cos + back.cos() * sin
+
+    def _counting(self, place: Tensor) -> Tensor:
+        """Which queries make the statistics, bool [B, n]: those behind the sink tokens, or all where there are none."""
+        behind = place >= self.num_sink_tokens
+        return behind.where(behind.any(1, keepdim=True), place >= 0)
+
+    def _logits(self, mean: Tensor, covariance: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """The logarithm of the expected exponential, [B, G, N].
+
+        mean: [B, G, D];  covariance: [B, G, D, D];  keys: [B, N, D]
+        """
+        logits = scale * (mean @ keys.mT)
+        if not self.use_covariance:
+            return logits
+        spread = [(keys @ each * keys).sum(-1) for each in covariance.unbind(1)]  # one query head's products at a time
+        return logits + scale**2 / 2 * torch.stack(spread, 1)
+
+
+def _moments(queries: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [B, G, D] and covariance [B, G, D, D] of the queries [B, G, n, D] that count; counts: bool [B, n]."""
+    ignored = ~counts[:, None, :, None]
+    total = counts.sum(1).clamp(min=1)[:, None, None]
+    mean = queries.masked_fill(ignored, 0.0).sum(2) / total
+    centred = (queries - mean[:, :, None]).masked_fill(ignored, 0.0)
+    return mean, centred.mT @ centred / total[..., None]
