@@ -125,12 +125,13 @@ class StaticStore:
             )
         start = self.used + capacity.cumsum(0) - capacity
         seen = held.seen.repeat_interleave(self.num_heads)[:, None].to(arena.device)
-        positions = arena.padded_positions()
-        order = eviction_order(arena.padded_scores(), positions, seen, capacity - arena.length, held.protection)
         segment, offset = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
-        rows, segment, offset = ((start[segment] + offset), segment, offset)
-        rows, segment, offset = (x.to(arena.device) for x in (rows, segment, offset))
-        source = arena.start.to(arena.device)[segment] + order[segment, offset]
+        rows, first = (start[segment] + offset).to(arena.device), arena.start[segment].to(arena.device)
+        segment, offset = segment.to(arena.device), offset.to(arena.device)
+        if (scores := arena.padded_scores()) is not None:  # without scores, entries lie in the order of their age
+            spare = capacity - arena.length
+            offset = eviction_order(scores, arena.padded_positions(), seen, spare, held.protection)[segment, offset]
+        source = first + offset
         for out, entries in zip(
             (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
         ):
