@@ -15,6 +15,7 @@ from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.decode_attention import WorkPlan, decode_attention, plan_work
 from torch import Tensor
 
+from kvpolicy.cache.arena import each_entry
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring
@@ -125,13 +126,13 @@ class StaticStore:
             )
         start = self.used + capacity.cumsum(0) - capacity
         seen = held.seen.repeat_interleave(self.num_heads)[:, None].to(arena.device)
-        segment, offset = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
-        rows, first = (start[segment] + offset).to(arena.device), arena.start[segment].to(arena.device)
-        segment, offset = segment.to(arena.device), offset.to(arena.device)
+        segment, offset = each_entry(arena.length, arena.device)
+        into, first = torch.stack([start, arena.start]).to(arena.device)
+        rows = into[segment] + offset
         if (scores := arena.padded_scores()) is not None:  # without scores, entries lie in the order of their age
             spare = capacity - arena.length
             offset = eviction_order(scores, arena.padded_positions(), seen, spare, held.protection)[segment, offset]
-        source = first + offset
+        source = first[segment] + offset
         for out, entries in zip(
             (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
         ):
