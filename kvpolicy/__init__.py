@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from kvpolicy.apportion import apportion
-from kvpolicy.cache import RaggedStore
+from kvpolicy.cache import RaggedStore, StaticStore
 from kvpolicy.errors import (
     BudgetError,
     GraphWarning,
@@ -101,6 +101,7 @@ __all__ = [
     "RaggedCache",
     "RaggedStore",
     "Register",
+    "StaticStore",
     "StudyError",
     "TextError",
     "TransformersProbe",
