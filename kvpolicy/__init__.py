@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from kvpolicy.apportion import apportion
-from kvpolicy.cache import RaggedStore
+from kvpolicy.cache import RaggedStore, StaticStore
 from kvpolicy.errors import (
     BudgetError,
     GraphWarning,
@@ -108,6 +108,7 @@ __all__ = [
     "RaggedStore",
     "Register",
     "Rotary",
+    "StaticStore",
     "StudyError",
     "TextError",
     "TransformersProbe",

@@ -1,6 +1,7 @@
 """Caches whose bytes are the budget's."""
 
 from kvpolicy.cache.report import CacheReport
+from kvpolicy.cache.static import StaticStore
 from kvpolicy.cache.store import RaggedStore
 
-__all__ = ["CacheReport", "RaggedStore"]
+__all__ = ["CacheReport", "RaggedStore", "StaticStore"]

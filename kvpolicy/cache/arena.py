@@ -96,9 +96,9 @@ class LayerArena:
 
     def padded_rows(self) -> Tensor:
         """int64 [S, width] on the device: the row of each entry, -1 behind a segment's length."""
-        column = torch.arange(self.width)[None]
-        rows = torch.where(column < self.length[:, None], self.start[:, None] + column, -1)
-        return rows.to(self.device)
+        column = torch.arange(self.width, device=self.device)[None]
+        start, length = torch.stack([self.start, self.length])[..., None].to(self.device)
+        return torch.where(column < length, start + column, -1)
 
     def padded_positions(self) -> Tensor:
         """int64 [S, width] on the device, -1 behind a segment's length."""
@@ -169,10 +169,9 @@ class LayerArena:
         counts, allocated: int64 [S], entries and rows of each segment
         scores: float32 [S, width + n], new scores; needed beside a chunk where entries are scored
         """
-        segment, offset = (torch.arange(columns.shape[1])[None] < counts[:, None]).nonzero(as_tuple=True)
+        segment, offset = each_entry(counts, self.device)
         start, width = allocated.cumsum(0) - allocated, self.width
-        out_rows = (start[segment] + offset).to(self.device)
-        segment, offset = segment.to(self.device), offset.to(self.device)
+        out_rows = start.to(self.device)[segment] + offset
         column = columns[segment, offset]
         old = (self.keys, self.values, self.positions)
         new = tuple(x.new_empty(int(allocated.sum()), *x.shape[1:]) for x in old)
@@ -204,3 +203,13 @@ class LayerArena:
         for name in _TABLES:
             setattr(self, name, getattr(self, name)[segments])
         self.relayout(self.allocated)
+
+
+def each_entry(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The segment of each entry, and its place there, int64 [counts.sum()] both, made on the device.
+
+    counts: int64 [S] on the CPU. The device is not waited for, and nothing as long as the entries is copied to it.
+    """
+    total, counts = int(counts.sum()), counts.to(device)
+    segment = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
+    return segment, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[segment]

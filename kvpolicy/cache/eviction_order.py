@@ -15,12 +15,10 @@ from torch import Tensor
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
 
-def eviction_order(
-    scores: Tensor | None, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection
-) -> Tensor:
+def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection) -> Tensor:
     """Columns of each segment: pinned entries first, by position, then the others in the order in which they leave.
 
-    scores:    float32 [S, N], or None: then the oldest leave first
+    scores:    float32 [S, N]
     positions: int64 [S, N], -1 for an absent entry; those come last
     seen:      int64 [S, 1], tokens of each segment's sequence
     spare:     int64 [S] on the CPU, tokens that each segment takes before it is full and has to evict
@@ -32,7 +30,7 @@ def eviction_order(
     without_window = Protection(protection.num_sink_tokens, 0, protection.spans)
     keys = ranking(scores, positions, seen, without_window)
     order = torch.where(positions == ABSENT, last, torch.where(pinned, positions - last, keys)).argsort(1)
-    if scores is None or not protection.recent_window:
+    if not protection.recent_window:
         return order
     return _with_window(order, keys, positions, pinned, seen, spare, protection.recent_window)
 

@@ -94,7 +94,7 @@ class StoreLayer:
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
-        fresh = self._per_segment(chunk.positions).to(self.arena.device)
+        fresh = self._per_segment(chunk.positions.to(self.arena.device))
         return torch.cat([self.arena.padded_positions(), fresh], 1)
 
     def fold(self, chunk: Chunk, scores: Tensor | None) -> None:

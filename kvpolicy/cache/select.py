@@ -102,8 +102,8 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
     best = torch.topk(keys, most, dim=1).indices
     place = positions.gather(1, best)
     place = torch.where(protection.pinned(place), place, place + MAX_TOKENS)
-    surplus = torch.arange(most)[None] >= counts[:, None]
-    place = place.masked_fill(surplus.to(place.device), torch.iinfo(torch.int64).max)
+    surplus = torch.arange(most, device=place.device)[None] >= counts[:, None].to(place.device)
+    place = place.masked_fill(surplus, torch.iinfo(torch.int64).max)
     return best.gather(1, place.argsort(dim=1))
 
 

@@ -8,6 +8,7 @@ captured once serves every prompt that fits. Each segment is a ring in the order
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from kvpolicy_kernels.append import append_next
@@ -15,12 +16,17 @@ from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.decode_attention import WorkPlan, decode_attention, plan_work
 from torch import Tensor
 
+from kvpolicy.cache.arena import each_entry
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.store import RaggedStore
 
 PLAN_INTERVAL = 64
 """Decoded tokens after which the work is planned anew while segments still grow."""
@@ -70,7 +76,7 @@ class StaticStore:
         dtype: torch.dtype,
     ) -> None:
         shape, segments = spec.attention, batch_size * num_heads
-        self.batch_size, self.num_heads, self.num_pinned = batch_size, num_heads, num_pinned
+        self.spec, self.batch_size, self.num_heads, self.num_pinned = spec, batch_size, num_heads, num_pinned
         self.keys = torch.empty(rows, shape.key_dim, dtype=dtype, device=device)
         self.values = torch.empty(rows, shape.value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(rows, dtype=torch.int32, device=device)
@@ -79,6 +85,25 @@ class StaticStore:
         self.position = torch.zeros(segments, dtype=torch.int32, device=device)
         self.plan = self._make_plan()
         self.clear()
+
+    @classmethod
+    def beside(
+        cls, store: RaggedStore, context_length: int, *, device: str | torch.device, dtype: torch.dtype
+    ) -> StaticStore:
+        """An empty static store for all that `store` keeps of prompts of up to `context_length` tokens.
+
+        Raises `BudgetError` for a policy that rescores while it decodes or has the context repeated.
+        """
+        check_static(store.policy)
+        return cls(
+            store.spec,
+            store.batch_size * _rows(store, context_length),
+            batch_size=store.batch_size,
+            num_heads=store.num_heads,
+            num_pinned=store.protection.num_pinned,
+            device=torch.device(device),
+            dtype=dtype,
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -134,12 +159,13 @@ class StaticStore:
             )
         start = self.used + capacity.cumsum(0) - capacity
         seen = held.seen.repeat_interleave(self.num_heads)[:, None].to(arena.device)
-        positions = arena.padded_positions()
-        order = eviction_order(arena.padded_scores(), positions, seen, capacity - arena.length, held.protection)
-        segment, offset = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
-        rows, segment, offset = ((start[segment] + offset), segment, offset)
-        rows, segment, offset = (x.to(arena.device) for x in (rows, segment, offset))
-        source = arena.start.to(arena.device)[segment] + order[segment, offset]
+        segment, offset = each_entry(arena.length, arena.device)
+        into, first = torch.stack([start, arena.start]).to(arena.device)
+        rows = into[segment] + offset
+        if (scores := arena.padded_scores()) is not None:  # without scores, entries lie in the order of their age
+            spare = capacity - arena.length
+            offset = eviction_order(scores, arena.padded_positions(), seen, spare, held.protection)[segment, offset]
+        source = first[segment] + offset
         for out, entries in zip(
             (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
         ):
@@ -150,6 +176,36 @@ class StaticStore:
         self.used += int(capacity.sum())
         self.growth = max(self.growth, int((capacity - arena.length).max()))
         self.position.copy_(seen[:, 0] - 1)
+
+    def fill(self, store: RaggedStore, context_length: int) -> None:
+        """Forgets what is here and takes over the prompts of `store`, which is of no use afterwards.
+
+        Raises `BudgetError` as `take` does, and for a layer whose prompt has not come.
+        """
+        self.clear()
+        for layer, held in enumerate(store.layers):
+            if held is None:
+                raise BudgetError(f"layer {layer} is empty: its prompt comes first")
+            self.take(layer, held, context_length)
+            held.arena.release()
+        self.replan()
+
+    def decode(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """`append`, and `attend`: one token of one layer, arguments as in `RaggedStore.decode`. Nothing but the device
+        changes, so that a CUDA graph can hold it.
+        """
+        shape = self.spec.attention
+        self.append(layer, key, value)
+        return self.attend(layer, query, Scoring(shape.scale if scale is None else scale, shape.softcap, sink_logits))
 
     def replan(self) -> None:
         """Shares the work of a step anew among the device's programs, after lengths have changed."""
@@ -190,3 +246,13 @@ class StaticStore:
 
     def _make_plan(self) -> WorkPlan:
         return plan_work(self.lengths, head_dim=max(self.keys.shape[1], self.values.shape[1]))
+
+
+def _rows(store: RaggedStore, context_length: int) -> int:
+    """Entries of one sequence at its capacities, protected spans included."""
+    table = store.schedule.at(context_length, None)[:, store.first_head : store.first_head + store.num_heads]
+    spanned = store.protection.num_spanned(store.protection.end) * table.numel()
+    if store.split is not None and store.schedule.evicts:
+        return max(store.schedule.total(context_length), store.split.floor * table.numel()) + spanned
+    limited = table if int(table.max()) < UNLIMITED else table.clamp(max=context_length)
+    return int(limited.sum()) + spanned

@@ -94,13 +94,9 @@ class DecodeRunner:
         if 0 < self._steps <= static.growth + PLAN_INTERVAL and self._steps % PLAN_INTERVAL == 0:
             static.replan()
         self._steps += 1
-        if self._graph is None or not all(
-            layer.cumulative_length_int >= layer.max_cache_len for layer in self._windows
-        ):
+        if self._graph is None:
             return self._forward(self.model)
         self._graph.replay()
-        for layer in self._windows:
-            layer.cumulative_length_int += 1
         return self._logits
 
     def generate(

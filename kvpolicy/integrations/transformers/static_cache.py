@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.cache.report import CacheReport
-from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.static import StaticStore
 from kvpolicy.cache.store import RaggedStore
@@ -149,15 +148,7 @@ class StaticRaggedCache(RaggedCache):
                     f"{asked[1]} in {asked[2]}: make another one"
                 )
             return held
-        self.static = StaticStore(
-            store.spec,
-            store.batch_size * self._rows(store),
-            batch_size=store.batch_size,
-            num_heads=store.num_heads,
-            num_pinned=store.protection.num_pinned,
-            device=device,
-            dtype=dtype,
-        )
+        self.static = StaticStore.beside(store, self.context_length, device=device, dtype=dtype)
         self.columns = self.columns.to(device)
         self.handle = next(handle for handle in itertools.count() if handle not in _STORES)
         _STORES[self.handle] = self.static
@@ -258,13 +249,3 @@ class StaticRaggedCache(RaggedCache):
     def _tabulated(self, table: Tensor) -> Tensor:
         static = self.opened_static()
         return table.view(-1, static.batch_size, static.num_heads).cpu()
-
-    def _rows(self, store: RaggedStore) -> int:
-        """Entries of one sequence at its capacities, protected spans included."""
-        heads = slice(store.first_head, store.first_head + store.num_heads)
-        table = store.schedule.at(self.context_length, None)[:, heads]
-        spanned = store.protection.num_spanned(store.protection.end) * table.numel()
-        if store.split is not None and store.schedule.evicts:
-            return max(store.schedule.total(self.context_length), store.split.floor * table.numel()) + spanned
-        limited = table if int(table.max()) < UNLIMITED else table.clamp(max=self.context_length)
-        return int(limited.sum()) + spanned
