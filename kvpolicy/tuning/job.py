@@ -64,7 +64,8 @@ def tune(
     common = _common_settings(settings, corpus, search.spec, estimator, allocator, pace) | {"weights": weights}
     trials = _trial_count(settings, allocator, pace, storage)
     studies = _open_studies(settings, storage, common, trials)
-    _announce(progress, settings, search, heldout, trials, pace)
+    profiling = estimator.num_forwards(search.spec, prompts=len(search.prompts), sequences=len(search.sequences))
+    _announce(progress, settings, profiling, heldout, trials, pace)
     progress.begin("profile", 1)
     with blamed("estimator", settings.estimator):
         importance = estimator.estimate(search)
@@ -166,20 +167,21 @@ def _open_studies(
 def _announce(
     progress: Progress,
     settings: TuneSettings,
-    search: TransformersProbe,
+    profiling: int,
     heldout: TransformersProbe,
     trials: int,
     pace: Pace,
 ) -> None:
-    """What it will cost, before it starts."""
+    """What it will cost, before it starts. profiling: forwards of the estimator"""
     levels, held = len(settings.retentions), len(heldout.sequences)
     per_level = (trials + 1) * SEARCH_SEQUENCES + 2 * held
-    forwards = levels * per_level + held + len(search.prompts)
+    forwards = levels * per_level + held + profiling
     minutes = max(1, round(forwards * pace.seconds / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     progress.note(
-        f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, and "
-        f"{(2 * levels + 1) * held} held-out sequences: at most {forwards} forwards, about "
+        f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, "
+        f"{(2 * levels + 1) * held} held-out sequences and {profiling} of '{settings.estimator}': at most {forwards} "
+        "forwards, about "
         f"{minutes} min at {pace.seconds:.2f} s each in {dtype} ({pace.reason})"
     )
     if settings.trials is None:

@@ -77,6 +77,10 @@ class TransformersProbe(ModelProbe):
         return int(self.sequences.shape[1])
 
     @property
+    def least_capacity(self) -> int:
+        return self.num_sink_tokens + 1
+
+    @property
     def prompts(self) -> list[Tensor]:
         return self._prompts
 

@@ -100,3 +100,8 @@ def kvpolicy_register(register: Register) -> None:
         summary="A floor for every KV head, and a pool that is shared by score.",
         paper="arXiv:2410.19258",
     )
+    register.estimator(
+        "sensitivity",
+        f"{module}.sensitivity:SensitivityEstimator",
+        summary="What the loss does when a KV head alone is shrunk, at several sizes.",
+    )
