@@ -135,6 +135,17 @@ def test_profile_by_sensitivity_says_its_cost_and_gives_curves(kvpolicy, tiny_ch
     assert [[len(curve) for curve in row] for row in result.json["curves"]] == [[3, 3], [3, 3]]
 
 
+def test_tune_says_what_the_estimator_costs(kvpolicy, tune):
+    result = kvpolicy(*tune, "--estimator", "sensitivity", "--allocator", "power")
+    # 4 sequences under 1 + 4 heads x 3 sizes tables
+    assert "24 held-out sequences and 52 of 'sensitivity': at most 88 forwards" in result.err
+
+
+def test_tune_by_hull_without_curves_says_who_has_some(refused, tune):
+    message = refused(*tune, "--allocator", "hull")
+    assert "hull: the importance has no curves" in message and "--estimator sensitivity" in message
+
+
 def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoint, tiny_text):
     options = ["--estimator", "retrieval", "--context", "64"]
     message = refused("profile", "--model", tiny_checkpoint, "--text", tiny_text, *options)
@@ -143,7 +154,13 @@ def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoin
 
 @pytest.mark.parametrize(
     ("estimator", "allocator"),
-    [("layer_cosine", "squeeze"), ("entropy", "zigzag"), ("retrieval", "headkv")],
+    [
+        ("layer_cosine", "squeeze"),
+        ("entropy", "zigzag"),
+        ("retrieval", "headkv"),
+        ("sensitivity", "power"),
+        ("sensitivity", "hull"),
+    ],
 )
 def test_tune_with_the_estimator_that_an_allocator_is_made_for(kvpolicy, tune, tmp_path, estimator, allocator):
     methods = ["--estimator", estimator, "--allocator", allocator, "--context", "192"]
@@ -166,7 +183,7 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random")
-    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv")
+    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "power", "hull")
     estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:
