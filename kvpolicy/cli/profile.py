@@ -40,6 +40,7 @@ def profile(
     where = opt.pick_device(device)
 
     from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+    from kvpolicy.profiling import profile as run_profile
 
     progress = watcher(quiet)
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
@@ -48,10 +49,7 @@ def profile(
     probe = TransformersProbe(network, sequences, prompts, tokenize=corpus.tokenize)
     forwards = chosen.num_forwards(probe.spec, prompts=len(prompts), sequences=len(sequences))
     progress.note(f"'{estimator}' runs at most {forwards} forwards of up to {context} tokens")
-    progress.begin("profile", 1)
-    importance = chosen.estimate(probe)
-    progress.advance(f"{len(probe.prompts)} prompts of {min(map(len, probe.prompts))} to {context} tokens")
-    progress.end()
+    importance = run_profile(chosen, probe, forwards, progress)
     layers = probe.spec.budgeted_layers
     document = {
         "model": model,

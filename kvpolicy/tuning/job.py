@@ -16,11 +16,13 @@ from kvpolicy.evaluate import perplexity
 from kvpolicy.integrations.transformers import Pace, TransformersProbe, cast_parameters, set_pace, weights_sha256
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.plan import BudgetPlan, PlanChoice, PlanMethod, PlanModel
+from kvpolicy.profiling import profile
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
 from kvpolicy.tuning.level import Job, blamed, search_level
+from kvpolicy.tuning.losses import LossJournal
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import (
     HELDOUT_SEQUENCES,
@@ -33,6 +35,8 @@ from kvpolicy.tuning.settings import (
 from kvpolicy.tuning.storage import open_storage, open_study, study_settings
 
 _TRIALS = "kvpolicy_trials"
+_OF_LOSSES = ("model", "weights", "text", "context_length", "sequences", "policy", "dtype")
+"""The settings that a loss depends on, beside the capacities."""
 
 
 def tune(
@@ -66,11 +70,9 @@ def tune(
     studies = _open_studies(settings, storage, common, trials)
     profiling = estimator.num_forwards(search.spec, prompts=len(search.prompts), sequences=len(search.sequences))
     _announce(progress, settings, profiling, heldout, trials, pace)
-    progress.begin("profile", 1)
+    known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
     with blamed("estimator", settings.estimator):
-        importance = estimator.estimate(search)
-    progress.advance()
-    progress.end()
+        importance = profile(estimator, search, profiling, progress, known)
     progress.begin("held-out text, full cache", 1)
     full = heldout.full_loss()
     progress.advance(f"perplexity {perplexity(full):.3f}")
