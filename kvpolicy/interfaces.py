@@ -174,6 +174,11 @@ class ModelProbe(abc.ABC):
         """
 
     @property
+    def least_capacity(self) -> int:
+        """The fewest entries a KV head may have in `loss`: one more than the sink tokens. The default is 1."""
+        return 1
+
+    @property
     def prompts(self) -> Sequence[Tensor]:
         """The calibration prompts, int64 `[n]` token ids each, of different lengths.
 
@@ -229,7 +234,8 @@ class ImportanceEstimator(_Role):
     """Measures how much each KV head matters. Called once per tune or profile.
 
     Laws, checked by `kvpolicy.testing.check_estimator`: the result is finite, not negative, of shape
-    `[L, H]`, the same for the same probe, and the probe's tensors are left unchanged.
+    `[L, H]`, the same for the same probe, of no more forwards than `num_forwards` says, and the probe's
+    tensors are left unchanged.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -238,11 +244,22 @@ class ImportanceEstimator(_Role):
     def estimate(self, probe: ModelProbe) -> Importance:
         """Returns the importance of every KV head of the budgeted layers."""
 
+    def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
+        """The most forwards of one row that `estimate` runs, so that its cost can be said before it starts.
+
+        prompts:   how many calibration prompts there are, each a forward of `observe`
+        sequences: how many sequences `loss` scores, each a forward of every call
+
+        The default fits an estimator that observes the calibration prompts once.
+        """
+        return prompts
+
 
 class BudgetAllocator(_Role):
     """Turns importance into shares of a budget. Rounding, floor and ceiling are `apportion`'s.
 
     needs_importance: False for an allocator that ignores importance
+    needs_curves: True for an allocator that works on `Importance.curves`, which few estimators give
     split_scope: "none" for shares fixed in a plan; "layer" or "model" for shares split at run time by `split`
 
     Laws, checked by `kvpolicy.testing.check_allocator`: shares are finite, >= 0, not all zero, of shape
@@ -250,6 +267,7 @@ class BudgetAllocator(_Role):
     """
 
     needs_importance: ClassVar[bool] = True
+    needs_curves: ClassVar[bool] = False
     split_scope: ClassVar[SplitScope] = "none"
 
     @abc.abstractmethod

@@ -187,7 +187,8 @@ class Importance:
 
     per_head:  float32 `[L, H]`, finite, >= 0
     per_layer: float32 `[L]` or None
-    curves:    float32 `[L, H, K]` loss at K capacities, or None; then `curve_capacities` int `[K]`
+    curves:    float32 `[L, H, K]`, finite, >= 0, loss at K capacities of a KV head, or None; only differences count
+    curve_capacities: int `[K]`, these capacities, ascending, or None
     """
 
     per_head: Tensor
@@ -205,7 +206,9 @@ class Importance:
         points = None if self.curve_capacities is None else (*self.per_head.shape, len(self.curve_capacities))
         if (None if self.curves is None else tuple(self.curves.shape)) != points:
             raise BudgetError("importance curves [layers, KV heads, K] and curve_capacities [K] go together")
-        for name in ("per_head", "per_layer"):
+        if self.curve_capacities is not None and not bool((self.curve_capacities.diff() > 0).all()):
+            raise BudgetError(f"importance curve_capacities must ascend, got {self.curve_capacities.tolist()}")
+        for name in ("per_head", "per_layer", "curves"):
             value = getattr(self, name)
             if value is not None and not bool((torch.isfinite(value) & (value >= 0)).all()):
                 bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()[0].tolist()

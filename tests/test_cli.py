@@ -127,6 +127,25 @@ def test_profile_by_every_estimator(kvpolicy, tiny_checkpoint, tiny_text, estima
     assert found["estimator"]["name"] == estimator
 
 
+def test_profile_by_sensitivity_says_its_cost_and_gives_curves(kvpolicy, tiny_checkpoint, tiny_text):
+    options = ["--estimator", "sensitivity", "--context", "64", "--param", "sizes=[0.125, 0.5]", "--json"]
+    result = kvpolicy("profile", "--model", tiny_checkpoint, "--text", tiny_text, *options)
+    assert "'sensitivity' runs at most 9 forwards of up to 64 tokens" in result.err
+    assert result.json["curve_capacities"] == [8, 32, 64]
+    assert [[len(curve) for curve in row] for row in result.json["curves"]] == [[3, 3], [3, 3]]
+
+
+def test_tune_says_what_the_estimator_costs(kvpolicy, tune):
+    result = kvpolicy(*tune, "--estimator", "sensitivity", "--allocator", "power")
+    # 4 sequences under 1 + 4 heads x 3 sizes tables
+    assert "24 held-out sequences and 52 of 'sensitivity': at most 88 forwards" in result.err
+
+
+def test_tune_by_hull_without_curves_says_who_has_some(refused, tune):
+    message = refused(*tune, "--allocator", "hull")
+    assert "hull: the importance has no curves" in message and "--estimator sensitivity" in message
+
+
 def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoint, tiny_text):
     options = ["--estimator", "retrieval", "--context", "64"]
     message = refused("profile", "--model", tiny_checkpoint, "--text", tiny_text, *options)
@@ -134,7 +153,14 @@ def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoin
 
 
 @pytest.mark.parametrize(
-    ("estimator", "allocator"), [("layer_cosine", "squeeze"), ("entropy", "zigzag"), ("retrieval", "headkv")]
+    ("estimator", "allocator"),
+    [
+        ("layer_cosine", "squeeze"),
+        ("entropy", "zigzag"),
+        ("retrieval", "headkv"),
+        ("sensitivity", "power"),
+        ("sensitivity", "hull"),
+    ],
 )
 def test_tune_with_the_estimator_that_an_allocator_is_made_for(kvpolicy, tune, tmp_path, estimator, allocator):
     methods = ["--estimator", estimator, "--allocator", allocator, "--context", "192"]
@@ -159,7 +185,8 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kvzip")
     policies += ("kv_compress", "expected_attention")
     allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "kv_compress", "same_count")
-    estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled")
+    allocators += ("power", "hull")
+    estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:
         assert named[key]["status"] == "ok"

@@ -212,7 +212,12 @@ def _in_place(self: object, activations: LayerActivations) -> Tensor:
             estimator(result=lambda s, t: Importance(t, None, t[..., None], torch.arange(2))),
             "curve_capacities [K] go together",
         ),
-        (estimator(result=lambda s, t: Importance(t, None, -t[..., None], torch.arange(1))), "not negative"),
+        (
+            estimator(result=lambda s, t: Importance(t, None, -t[..., None], torch.arange(1))),
+            "curves must be finite and >= 0",
+        ),
+        (estimator(result=lambda s, t: Importance(t, None, t[..., None].expand(-1, -1, 2), torch.ones(2))), "ascend"),
+        (estimator(num_forwards=lambda s, spec, prompts, sequences: 1), "runs at most num_forwards(spec, prompts=2"),
         (estimator(requires=frozenset({"decode_attention"})), "cannot supply ['decode_attention']"),
         (estimator(requires=frozenset({"scores"})), "cannot supply ['scores']"),
         (estimator(requires=frozenset({"logits"})), "`requires` lists 'logits'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.files import write_bytes
 from kvpolicy.registry import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def profile(
@@ -37,16 +40,16 @@ def profile(
     where = opt.pick_device(device)
 
     from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+    from kvpolicy.profiling import profile as run_profile
 
     progress = watcher(quiet)
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     corpus = read_corpus(tokenizer, text)
     sequences, prompts = corpus.sequences("search", 1, context), corpus.prompts(context)
     probe = TransformersProbe(network, sequences, prompts, tokenize=corpus.tokenize)
-    progress.begin("profile", 1)
-    importance = chosen.estimate(probe)
-    progress.advance(f"{len(probe.prompts)} prompts of {min(map(len, probe.prompts))} to {context} tokens")
-    progress.end()
+    forwards = chosen.num_forwards(probe.spec, prompts=len(prompts), sequences=len(sequences))
+    progress.note(f"'{estimator}' runs at most {forwards} forwards of up to {context} tokens")
+    importance = run_profile(chosen, probe, forwards, progress)
     layers = probe.spec.budgeted_layers
     document = {
         "model": model,
@@ -54,7 +57,9 @@ def profile(
         "text_sha256": corpus.sha256,
         "budgeted_layers": list(layers),
         "per_head": importance.per_head.tolist(),
-        "per_layer": None if importance.per_layer is None else importance.per_layer.tolist(),
+        "per_layer": _listed(importance.per_layer),
+        "curves": _listed(importance.curves),
+        "curve_capacities": _listed(importance.curve_capacities),
     }
     if out is not None:
         write_bytes(out, json_module.dumps(document, indent=1, allow_nan=False).encode())
@@ -70,3 +75,7 @@ def profile(
     from kvpolicy.report.terminal import importance_heatmap
 
     Console().print(importance_heatmap(importance.per_head, layers))
+
+
+def _listed(values: Tensor | None) -> list[Any] | None:
+    return None if values is None else values.tolist()

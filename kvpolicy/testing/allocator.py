@@ -37,7 +37,7 @@ def check_allocator(allocator: BudgetAllocator | type[BudgetAllocator]) -> None:
     """
     instance: BudgetAllocator = instance_of("allocator", allocator)
     for candidate in [instance, *_suggested(type(instance))]:
-        for label, importance in _importances():
+        for label, importance in _importances(type(instance).needs_curves):
             for budget in _budgets():
                 given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
                 _check_shares(candidate, given, importance, budget)
@@ -85,7 +85,20 @@ def _check_split(allocator: BudgetAllocator) -> None:
         hold_same(allocator, "split", given, shares, allocator.split(scores, budget))
 
 
-def _importances() -> Iterator[tuple[str, Importance]]:
+def _importances(curves: bool) -> Iterator[tuple[str, Importance]]:
+    for label, importance in _values():
+        yield (f"{label}, with curves", _with_curves(importance)) if curves else (label, importance)
+
+
+def _with_curves(importance: Importance) -> Importance:
+    """Curves that fall with the capacity, and a little more so for an important head; one of them is not convex."""
+    capacities = torch.tensor([6, 12, 24, _CONTEXT])
+    falling = importance.per_head[..., None] / capacities + 2
+    falling[0, 0, 1] += 1
+    return Importance(importance.per_head, importance.per_layer, falling, capacities)
+
+
+def _values() -> Iterator[tuple[str, Importance]]:
     generator = torch.Generator().manual_seed(0)
     per_head, per_layer = torch.rand(_SHAPE, generator=generator) + 0.01, torch.rand(3, generator=generator) + 0.01
     zeros, one_hot = per_head.clone(), torch.zeros(_SHAPE)

@@ -30,11 +30,22 @@ def check_estimator(
     for source in [SyntheticProbe(), ungrouped] if probe is None else [probe]:
         layers, heads = source.spec.table_shape
         given = f"a model of {layers} layers with {heads} KV heads, {source.spec.group_size} query heads to each"
+        ran = source.forwards if isinstance(source, SyntheticProbe) else None
         first = call(instance, "estimate", given, instance.estimate, source)
+        if isinstance(source, SyntheticProbe) and ran is not None:
+            _check_forwards(instance, given, source, source.forwards - ran)
         _check_importance(instance, given, first, (layers, heads))
         second = call(instance, "estimate", given, instance.estimate, source)
         for (name, a), (_, b) in zip(tensors_of(first), tensors_of(second), strict=True):
             hold_same(instance, f"importance {name}", given, a, b)
+
+
+def _check_forwards(estimator: ImportanceEstimator, given: str, probe: SyntheticProbe, ran: int) -> None:
+    count = len(probe.prompts)  # its losses are those of as many sequences
+    most = estimator.num_forwards(probe.spec, prompts=count, sequences=count)
+    law = f"estimate runs at most num_forwards(spec, prompts={count}, sequences={count}) = {most} forwards"
+    advice = "override num_forwards: `prompts` for each time they are observed, `sequences` for each call of loss"
+    hold(ran <= most, estimator, law, given, ran, advice)
 
 
 def _check_importance(plugin: object, given: str, result: object, shape: tuple[int, int]) -> None:

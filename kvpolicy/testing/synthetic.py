@@ -29,6 +29,8 @@ class SyntheticProbe(ModelProbe):
 
     num_layers, num_q_heads, num_kv_heads, head_dim: shape of the model; each layer is budgeted
     lengths: tokens of each calibration prompt
+
+    `forwards` counts what was run: one for each prompt that was observed and for each sequence of a loss.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SyntheticProbe(ModelProbe):
         hidden_size = num_q_heads * head_dim + 4  # differs from heads x dim, so that mixing them up shows
         self._spec = ModelSpec("synthetic", hidden_size, 100, 4096, "default", (layer,) * num_layers)
         self._seed = seed
+        self.forwards = 0
         self._prompts = [self._drawn(1, length, number)[0] for number, length in enumerate(lengths)]
 
     @property
@@ -54,6 +57,10 @@ class SyntheticProbe(ModelProbe):
     @property
     def context_length(self) -> int:
         return 64
+
+    @property
+    def least_capacity(self) -> int:
+        return _NUM_SINK_TOKENS + 1
 
     @property
     def prompts(self) -> list[Tensor]:
@@ -82,6 +89,7 @@ class SyntheticProbe(ModelProbe):
         if observation_window < 1:
             raise PluginError(f"observation_window must be at least 1, got {observation_window}")
         for ids in self._prompts if prompts is None else prompts:
+            self.forwards += 1
             for layer in range(self._spec.num_budgeted_layers):
                 activations = self._forward(layer, ids[None], requires, observation_window)
                 before = snapshot(activations)
@@ -119,6 +127,7 @@ class SyntheticProbe(ModelProbe):
             raise BudgetError(
                 f"a KV head needs more than {_NUM_SINK_TOKENS} sink tokens, got a capacity of {int(capacities.min())}"
             )
+        self.forwards += len(self._prompts)
         weight = torch.arange(1, capacities.numel() + 1, dtype=torch.float64).reshape(capacities.shape)
         excess = (weight / (1 + capacities.double())).mean()
         return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._prompts))])

@@ -23,11 +23,13 @@ from kvpolicy.integrations.transformers import (
 )
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.plan import BudgetPlan, PlanChoice, PlanMethod, PlanModel
+from kvpolicy.profiling import profile
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
 from kvpolicy.tuning.level import Job, blamed, search_level
+from kvpolicy.tuning.losses import LossJournal
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import (
     HELDOUT_SEQUENCES,
@@ -40,6 +42,8 @@ from kvpolicy.tuning.settings import (
 from kvpolicy.tuning.storage import open_storage, open_study, study_settings
 
 _TRIALS = "kvpolicy_trials"
+_OF_LOSSES = ("model", "weights", "text", "context_length", "sequences", "policy", "prefill_length", "dtype")
+"""The settings that a loss depends on, beside the capacities."""
 
 
 def tune(
@@ -74,12 +78,11 @@ def tune(
     trials = _trial_count(settings, allocator, seconds, storage)
     for study in studies.values():
         study.set_user_attr(_TRIALS, trials)
-    _announce(progress, settings, search, heldout, trials, pace, seconds)
-    progress.begin("profile", 1)
+    profiling = estimator.num_forwards(search.spec, prompts=len(search.prompts), sequences=len(search.sequences))
+    _announce(progress, settings, search, heldout, trials, pace, seconds, profiling)
+    known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
     with blamed("estimator", settings.estimator):
-        importance = estimator.estimate(search)
-    progress.advance()
-    progress.end()
+        importance = profile(estimator, search, profiling, progress, known)
     progress.begin("held-out text, full cache", 1)
     full = heldout.full_loss()
     progress.advance(f"perplexity {perplexity(full):.3f}")
@@ -173,19 +176,23 @@ def _announce(
     trials: int,
     pace: Pace,
     seconds: float,
+    profiling: int,
 ) -> None:
-    """What it will cost, before it starts. seconds: of one sequence in a trial."""
-    levels, held = len(settings.retentions), len(heldout.sequences)
-    scored, others = levels * ((trials + 1) * SEARCH_SEQUENCES + 2 * held) + held, len(search.prompts)
+    """What it will cost, before it starts.
+
+    seconds: of one sequence in a trial;  profiling: forwards of the estimator
+    """
+    levels, held, others = len(settings.retentions), len(heldout.sequences), profiling
+    scored = levels * ((trials + 1) * SEARCH_SEQUENCES + 2 * held) + held
     if isinstance(search, PromptProbe):
         others += held  # prompts; those of the search have been run
         progress.note(f"the loss under {settings.policy}: {search.described}")
     minutes = max(1, round((scored * seconds + others * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     progress.note(
-        f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, and "
-        f"{(2 * levels + 1) * held} held-out sequences: at most {scored + others} forwards, about "
-        f"{minutes} min at {seconds:.2f} s each in {dtype} ({pace.reason})"
+        f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, "
+        f"{(2 * levels + 1) * held} held-out sequences and {profiling} of '{settings.estimator}': at most "
+        f"{scored + others} forwards, about {minutes} min at {seconds:.2f} s each in {dtype} ({pace.reason})"
     )
     if settings.trials is None:
         progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")

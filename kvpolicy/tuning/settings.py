@@ -26,7 +26,7 @@ class TuneSettings:
     prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
                 attend densely, None for none
     trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
-    out:        the plan's path; the study's journal lies beside it
+    out:        the plan's path; the study's journal and the losses of profiling lie beside it
     storage:    an Optuna storage URL instead of the journal, shared by several processes
     choose_dtype: let an fp32 model on a CPU run in bf16 where that is faster and agrees
     """
@@ -66,6 +66,11 @@ class TuneSettings:
     @property
     def journal(self) -> Path:
         return self.out.with_name(self.out.name + ".study")
+
+    @property
+    def losses(self) -> Path:
+        """Where losses that profiling asks for are kept, for an estimator that asks for some."""
+        return self.out.with_name(self.out.name + ".losses")
 
     def study_name(self, retention: float) -> str:
         return f"{self.out.stem}-{retention:g}"

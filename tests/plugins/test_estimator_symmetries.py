@@ -8,6 +8,7 @@ from kvpolicy_baklava.estimator import CosineEstimator
 from kvpolicy_baselines.entropy import EntropyEstimator
 from kvpolicy_baselines.layer_cosine import LayerCosineEstimator
 from kvpolicy_baselines.retrieval import RetrievalEstimator
+from kvpolicy_baselines.sensitivity import SensitivityEstimator
 from kvpolicy_baselines.shuffled import ShuffledEstimator
 from kvpolicy_baselines.uniform import UniformEstimator
 
@@ -27,7 +28,10 @@ SEEN = {
     "entropy": (EntropyEstimator(observation_window=8), None),
     "retrieval": (RetrievalEstimator(depths=2), None),
 }
-ESTIMATORS = {name: estimator for name, (estimator, _) in SEEN.items()} | {"layer_cosine": LayerCosineEstimator()}
+ESTIMATORS = {name: estimator for name, (estimator, _) in SEEN.items()} | {
+    "layer_cosine": LayerCosineEstimator(),
+    "sensitivity": SensitivityEstimator(),
+}
 
 
 def sharp_model(group=2):
@@ -96,6 +100,8 @@ def test_values_go_with_their_kv_heads(name):
     assert (after.per_layer is None) == (before.per_layer is None)
     if before.per_layer is not None:
         assert_same(after.per_layer, before.per_layer)
+    if before.curves is not None:
+        assert_same(after.curves, before.curves.gather(1, ORDERS[..., None].expand_as(before.curves)))
     by_layer = name in ("uniform", "layer_cosine")
     assert bool(moved(after.per_head, before.per_head).any()) != by_layer, "or there is nothing to see"
 
@@ -156,6 +162,19 @@ def test_layer_importance_sees_what_is_dropped(name, layer):
 def test_layer_cosine_does_not_tell_the_heads_of_a_layer_apart():
     found = measured(LayerCosineEstimator(), without(sharp_model(), 1, [1]))
     assert torch.equal(found.per_head, found.per_layer[:, None].expand(-1, KV_HEADS))
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 2), (1, 0), (LAYERS - 1, 2)])
+def test_sensitivity_of_a_dropped_head_is_zero_at_every_size(layer, head):
+    """Of the others, in front of it too, the values change: the loss is another one."""
+    before = measured(SensitivityEstimator(), sharp_model())
+    found = measured(SensitivityEstimator(), without(sharp_model(), layer, [head]))
+    assert before.per_head[layer, head] > 1e-3, "or there is nothing to see"
+    assert float(found.per_head[layer, head]) == pytest.approx(0, abs=2e-6)
+    full = found.curves[layer, head, -1].expand(4)
+    torch.testing.assert_close(found.curves[layer, head], full, rtol=0, atol=2e-6)
+    others = [i for i in range(LAYERS) if i != layer]
+    assert bool(moved(found.curves[others], before.curves[others]).any(-1).all())
 
 
 def test_slice_sees_a_dropped_head_in_later_layers_alone():

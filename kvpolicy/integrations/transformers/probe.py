@@ -89,6 +89,10 @@ class TransformersProbe(ModelProbe):
         )
 
     @property
+    def least_capacity(self) -> int:
+        return self.num_sink_tokens + 1
+
+    @property
     def prompts(self) -> list[Tensor]:
         return self._prompts
 

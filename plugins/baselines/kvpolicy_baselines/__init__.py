@@ -141,3 +141,17 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep what queries to come are expected to attend to.",
         paper="arXiv:2510.00636",
     )
+    register.estimator(
+        "sensitivity",
+        f"{module}.sensitivity:SensitivityEstimator",
+        summary="What the loss does when a KV head alone is shrunk, at several sizes.",
+    )
+    register.allocator(
+        "power", f"{module}.power:PowerAllocator", summary="Shares by a power of the importance, over a floor."
+    )
+    register.allocator(
+        "hull",
+        f"{module}.hull:HullAllocator",
+        summary="The next entry where measured curves fall most steeply (reconstructed).",
+        paper="arXiv:2602.08585",
+    )

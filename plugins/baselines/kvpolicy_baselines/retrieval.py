@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvpolicy import Importance, ImportanceEstimator, LayerActivations, ModelProbe, PluginError
+from kvpolicy import Importance, ImportanceEstimator, LayerActivations, ModelProbe, ModelSpec, PluginError
 
 _NAMES = ("Amsterdam", "Boston", "Cairo", "Dublin", "Helsinki", "Lisbon", "Madrid", "Oslo", "Prague", "Vienna")
 
@@ -70,6 +70,9 @@ class RetrievalEstimator(ImportanceEstimator):
 
             probe.observe(visit, self.requires, prompts=[prompt.ids], observation_window=prompt.queries)
         return Importance(per_head=per_head / len(prompts))
+
+    def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
+        return self.depths * prompts
 
     def _prompts(self, probe: ModelProbe) -> Iterator[_Prompt]:
         """Each as long as its calibration prompt; where less than a quarter of that would be left, there is none."""

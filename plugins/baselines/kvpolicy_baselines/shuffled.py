@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvpolicy import Importance, ImportanceEstimator, ModelProbe, registry
+from kvpolicy import Importance, ImportanceEstimator, ModelProbe, ModelSpec, registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,15 @@ class ShuffledEstimator(ImportanceEstimator):
     estimator_params: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
+    def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
+        return self._other().num_forwards(spec, prompts=prompts, sequences=sequences)
+
+    def _other(self) -> ImportanceEstimator:
+        other: ImportanceEstimator = registry.create("estimator", self.estimator, self.estimator_params)
+        return other
+
     def estimate(self, probe: ModelProbe) -> Importance:
-        known = registry.create("estimator", self.estimator, self.estimator_params).estimate(probe)
+        known = self._other().estimate(probe)
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         heads = torch.randperm(known.per_head.numel(), generator=generator)
         layers = torch.randperm(len(known.per_head), generator=generator)

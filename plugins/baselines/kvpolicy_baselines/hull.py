@@ -1,0 +1,98 @@
+"""Hull: entries go where the next one lowers the loss most, by the convex hulls of measured curves.
+
+Source: LU-KV, arXiv:2602.08585 (marginal utility on convex hulls, greedy), reconstructed: its repository was not
+readable. The curves are whatever the estimator measured; the paper's are those of an oracle of attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy import Budget, BudgetAllocator, Importance, PluginError
+
+
+class _Segment(NamedTuple):
+    gain: float  # loss that one entry saves, >= 0
+    head: int
+    room: float  # entries
+
+
+@dataclass(frozen=True, slots=True)
+class HullAllocator(BudgetAllocator):
+    """Every KV head starts at its floor; the next entry goes to the head whose hull falls most steeply there.
+
+    The hull of a head is the lower convex hull of its curve. Below the smallest measured capacity its first segment
+    goes on; beyond the largest, and where a curve rises, more entries save nothing. Heads that fall alike are filled
+    alike. No parameters.
+
+    Raises `PluginError` for importance without curves of two points or more.
+    """
+
+    needs_curves: ClassVar[bool] = True
+
+    def shares(self, importance: Importance, budget: Budget) -> Tensor:
+        curves, points = importance.curves, importance.curve_capacities
+        if curves is None or points is None or len(points) < 2:
+            raise PluginError(
+                "hull: the importance has no curves of two capacities or more, and needs them: measure it with an "
+                "estimator that gives curves, such as --estimator sensitivity, or take another allocator, such as "
+                "power"
+            )
+        floors, ceilings = (bound.flatten().tolist() for bound in (budget.floors(), budget.ceilings()))
+        left = float(budget.total - sum(floors))
+        if left <= 0:
+            return torch.ones(budget.shape, dtype=torch.float64)  # the floors are all there is
+        segments = [
+            segment
+            for head, curve in enumerate(curves.double().flatten(0, 1).tolist())
+            for segment in _segments(head, _hull(points.tolist(), curve), floors[head], ceilings[head])
+        ]
+        return _filled(segments, floors, left).reshape(budget.shape)
+
+
+def _hull(capacities: list[int], losses: list[float]) -> list[tuple[int, float]]:
+    """The corners of the lower convex hull, from the least capacity to the greatest."""
+    corners: list[tuple[int, float]] = []
+    for point in zip(capacities, losses, strict=True):
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
+def _segments(head: int, corners: list[tuple[int, float]], floor: int, ceiling: int) -> list[_Segment]:
+    """Those between floor and ceiling; their gains fall."""
+    gains = [max(0.0, -_slope(first, second)) for first, second in pairwise(corners)]
+    inner = [capacity for capacity, _ in corners[1:]]
+    ends = [floor, *(min(max(capacity, floor), ceiling) for capacity in inner), ceiling]
+    return [
+        _Segment(gain, head, end - begin)
+        for gain, (begin, end) in zip([*gains, 0.0], pairwise(ends), strict=True)
+        if end > begin
+    ]
+
+
+def _filled(segments: list[_Segment], floors: list[int], left: float) -> Tensor:
+    """The floors with `left` entries on top, the largest gains first; equal gains get the same part of their room."""
+    filled = torch.tensor(floors, dtype=torch.float64)
+    by_gain: dict[float, list[_Segment]] = {}
+    for segment in segments:
+        by_gain.setdefault(segment.gain, []).append(segment)
+    for gain in sorted(by_gain, reverse=True):
+        room = sum(segment.room for segment in by_gain[gain])
+        part = min(1.0, left / room)
+        for segment in by_gain[gain]:
+            filled[segment.head] += part * segment.room
+        left -= part * room
+        if left <= 0:
+            break
+    return filled
