@@ -65,8 +65,8 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
     """Fills one real cache with the probe's first sequence, or its prompt, under `capacities` (int `[L, H]`) and weighs
     it.
 
-    Raises `BudgetError` if the cache does not hold exactly what the table allows; where an allocator splits at run time,
-    the table's total.
+    Raises `BudgetError` if the cache does not hold exactly what the table allows (its total, where an allocator splits
+    at run time).
     """
     limits = capacities.clamp(max=probe.context_length)
     store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)

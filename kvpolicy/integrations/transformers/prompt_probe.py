@@ -51,9 +51,8 @@ class PromptProbe(TransformersProbe):
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
     capacities, so that one forward of all of it over the compressed prompt is exact.
 
-    Raises `BudgetError` for a prompt that leaves nothing to be scored behind it and for an allocator that splits nothing
-    at run time, and what `new_cache` raises for a
-    model or a policy that cannot be, before anything runs.
+    Raises `BudgetError` for a prompt that leaves nothing to be scored behind it and for an allocator that splits
+    nothing at run time, and what `new_cache` raises for a model or a policy that cannot be, before anything runs.
     """
 
     protocol: ClassVar[str] = "prompt"
