@@ -21,7 +21,7 @@ class Figures:
     quality:         perplexity (smaller is better), or the part of the passkeys that was found (larger is)
     excess, low, high: what eviction costs and its 95 % interval over sequences, paired with the full cache: perplexity
                      added, as a part of the full cache's; or passkeys lost, as a part of all
-    versus_uniform, versus_random: "better", "worse", "no difference" (none that the interval shows), "more bytes"
+    versus_uniform, versus_random: "better", "worse", "unclear" (the interval meets 0), "more bytes"
                      (not comparable), '' where there is nothing to compare with
     excess_bytes:    above the smallest row of the level, as a part of that
     """
@@ -108,7 +108,7 @@ def _verdict(comparison: Comparison, row: Row, method: str) -> str:
     difference = _difference(comparison, row, other)
     if difference.high < 0:
         return "better"
-    return "worse" if difference.low > 0 else "no difference"
+    return "worse" if difference.low > 0 else "unclear"
 
 
 def _excess_bytes(comparison: Comparison, row: Row) -> float:

@@ -14,8 +14,8 @@ from kvpolicy.report.figures import percent, size
 NOTES = (
     "above full, lost: with a 95 % bootstrap interval over the sequences, paired with the full cache. "
     "vs uniform: against uniform budgets under the same policy. vs random: against entries kept by lot, under uniform "
-    "budgets. Better or worse is said only where the 95 % interval of the paired difference leaves out 0; no "
-    "correction is made for the number of rows. Bytes: of one real cache after its prompt."
+    "budgets. Better or worse is said only where the 95 % interval of the paired difference leaves out 0, else "
+    "it is unclear; no correction is made for the number of rows. Bytes: of one real cache after its prompt."
 )
 
 
@@ -44,7 +44,7 @@ def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
     for heading, rows in levels(comparison):
         table = Table(title=heading, title_justify="left")
         for name in _columns(comparison.task):
-            table.add_column(name, overflow="fold")
+            table.add_column(name, no_wrap=name in ("method", "bytes"), overflow="fold")
         for row in rows:
             table.add_row(*_cells(row))
         failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -81,9 +81,7 @@ def _said(task: str, rows: list[Figures]) -> list[str]:
     if spread <= BYTE_SPREAD:
         said = [f"The bytes of this level differ by at most {spread:.2%}."]
     else:
-        said = [
-            f"The bytes of this level are not equal: they differ by up to {spread:.2%}, more than {BYTE_SPREAD:.0%}."
-        ]
+        said = [f"The bytes of this level are not equal: they differ by {spread:.2%}, more than {BYTE_SPREAD:.0%}."]
     if task == "passkey" and any(row.method == FULL and row.quality == 0 for row in rows):
         said.append("No passkey was found with the full cache: this task tells nothing about this model.")
     return said
