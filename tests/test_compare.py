@@ -15,7 +15,7 @@ from kvpolicy.compare.figures import figures
 from kvpolicy.compare.passkey import Passkey, make_passkeys, recalled
 from kvpolicy.plan import PlanChoice, save_plan
 from kvpolicy.report.comparison import markdown
-from kvpolicy.report.pareto import pareto_front
+from kvpolicy.report.comparison_figure import pareto_front
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 

@@ -40,7 +40,9 @@ def compare_command(
     out: Annotated[
         Path, typer.Option(help="The rows as JSON; a table beside it as .md. A file of earlier rows is gone on with.")
     ] = Path("compare.json"),
-    png: Annotated[Path | None, typer.Option(help="Draw quality over bytes.", show_default=False)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw quality over bytes, and a bar for each row.", show_default=False)
+    ] = None,
     model: opt.Model = "smollm2-135m",
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -77,21 +79,19 @@ def compare_command(
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     number = str(network.dtype).removeprefix("torch.")
     made, about = _task(task, network, tokenizer, text, context, prefill, limit, batch_size, seed)
-    found = compare(
-        made,
-        chosen,
-        retentions,
-        out,
-        seed=seed,
-        settings={"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")},
-        about={"model": model, **about, "measured": made.described, "sequences": made.count, "dtype": number},
-        progress=watcher(quiet),
-    )
+    about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
+    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
+    progress = watcher(quiet)
+    try:
+        found = compare(made, chosen, retentions, out, seed=seed, settings=settings, about=about, progress=progress)
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; rows that were measured are in {out}: run the same command to go on")
+        raise
     write_bytes(page, markdown(found).encode())
     if png is not None:
-        from kvpolicy.report.pareto import pareto_png
+        from kvpolicy.report.comparison_figure import comparison_png
 
-        write_bytes(png, pareto_png(found))
+        write_bytes(png, comparison_png(found))
     _report(found, out, page, json)
 
 
