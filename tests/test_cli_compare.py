@@ -51,11 +51,12 @@ def test_a_second_run_measures_nothing_and_prints_the_table(compare):
     assert "50 % kept" in result.out and "tova/uniform" in result.out and "bytes of this level" in result.out
 
 
-def test_passkeys_need_no_text(kvpolicy, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("task", ["passkey", "key-value"])
+def test_retrieval_needs_no_text(kvpolicy, tiny_checkpoint, tmp_path, task):
     options = ["--model", tiny_checkpoint, "--dtype", "float32", "--limit", "2", "--context", "245", "-r", "0.5"]
-    result = kvpolicy("compare", "tova", "--task", "passkey", *options, "--out", tmp_path / "p.json")
+    result = kvpolicy("compare", "tova", "--task", task, *options, "--out", tmp_path / "p.json")
     assert result.code == 0, result.err
-    assert "No passkey was found with the full cache" in result.out, "a random model finds none"
+    assert "Nothing was found with the full cache" in result.out, "a random model finds nothing"
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [row["losses"] for row in rows] == [[1.0, 1.0]] * 3
 
@@ -75,7 +76,7 @@ def test_a_tuned_plan_says_what_it_was_searched_on(kvpolicy, tuned, tiny_text, t
 WRONG = {
     "": "name the methods to compare",
     "snapkw": "there is no policy named 'snapkw' (did you mean 'snapkv'?)",
-    "tova --task rouge": "no task named 'rouge'; there is: perplexity, passkey",
+    "tova --task rouge": "no task named 'rouge'; there is: perplexity, passkey, key-value",
     "tova -r 1": "--retention 1 keeps everything",
     "tova -r 0": "in (0, 1]; got 0",
     "tova --limit 1": "--limit",

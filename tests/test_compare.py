@@ -3,16 +3,19 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, KVPolicyError, ModelSpec, PluginError, PromptProbe, TextError, registry
-from kvpolicy.compare import Comparison, PasskeyTask, PerplexityTask, compare, load_comparison, read_methods
-from kvpolicy.compare.document import Row
+from kvpolicy.compare.document import Comparison, Row, load_comparison
 from kvpolicy.compare.figures import figures
-from kvpolicy.compare.passkey import Passkey, make_passkeys, recalled
+from kvpolicy.compare.methods import read_methods
+from kvpolicy.compare.retrieval import Question, make_key_values, make_passkeys, recalled
+from kvpolicy.compare.run import compare
+from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
 from kvpolicy.plan import PlanChoice, save_plan
 from kvpolicy.report.comparison import markdown
 from kvpolicy.report.comparison_figure import pareto_front
@@ -279,7 +282,7 @@ def test_passkeys_are_counted():
     assert (found["full"].quality, found["p/uniform"].quality, found["p/x"].quality) == (1.0, 0.25, 0.875)
     assert found["p/uniform"].excess == 0.75 and found["p/x"].versus_uniform == "better"
     none = comparison_of(("full", [1.0] * 8, 100), ("p/uniform", [1.0] * 8, 50), task="passkey")
-    assert "No passkey was found with the full cache" in markdown(none)
+    assert "Nothing was found with the full cache" in markdown(none)
 
 
 def test_the_front_holds_what_no_other_beats():
@@ -298,22 +301,39 @@ def test_passkey_prompts_are_of_one_length_and_hold_their_number_once():
     found = make_passkeys(tokenizer, 4, 400, seed=3)
     texts = [tokenizer.decode(each.ids) for each in found]
     for each, text in zip(found, texts, strict=True):
-        assert len(each.ids) == 400 and 10_000 <= int(each.key) < 100_000
-        assert text.count(f"The pass key is {each.key}. Remember it.") == 1
+        assert len(each.ids) == 400 and 10_000 <= int(each.answer) < 100_000
+        assert text.count(f"The pass key is {each.answer}. Remember it.") == 1
         assert text.endswith("What is the pass key? The pass key is")
     assert sorted(int(4 * each.depth) for each in found) == [0, 1, 2, 3], "one in each quarter"
     places = [text.index("The pass key is") for text in texts]
-    assert len(set(places)) > 1 and len({each.key for each in found}) == 4
+    assert len(set(places)) > 1 and len({each.answer for each in found}) == 4
     again = make_passkeys(tokenizer, 4, 400, seed=3)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, again, strict=True))
-    assert [each.key for each in make_passkeys(tokenizer, 4, 400, seed=4)] != [each.key for each in found]
+    assert [each.answer for each in make_passkeys(tokenizer, 4, 400, seed=4)] != [each.answer for each in found]
 
 
-def test_a_passkey_prompt_without_room_is_refused():
-    with pytest.raises(TextError, match="has no room for its filler: give at least") as caught:
-        make_passkeys(tiny_tokenizer(), 2, 50)
+def test_key_value_prompts_are_full_of_items_of_which_one_is_asked_for():
+    tokenizer = tiny_tokenizer()
+    found = make_key_values(tokenizer, 4, 600, seed=3)
+    places = []
+    for each in found:
+        text = tokenizer.decode(each.ids)
+        items = re.findall(r" Item (\d+) has number (\d+)\.", text)
+        asked = re.search(r"Which number has item (\d+)\? Item \1 has number$", text)[1]
+        assert len(each.ids) == 600 and len(items) > 10 and len(dict(items)) == len(items)
+        assert dict(items)[asked] == each.answer
+        places.append([name for name, _ in items].index(asked) / len(items))
+    assert max(places) - min(places) > 0.4, "depths are spread"
+    again = make_key_values(tokenizer, 4, 600, seed=3)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("make", [make_passkeys, make_key_values])
+def test_a_prompt_without_room_is_refused(make):
+    with pytest.raises(TextError, match="too short for this task: give at least") as caught:
+        make(tiny_tokenizer(), 2, 50)
     least = int(str(caught.value).rsplit(" ", 1)[1])
-    assert len(make_passkeys(tiny_tokenizer(), 1, least)[0].ids) == least
+    assert len(make(tiny_tokenizer(), 1, least)[0].ids) == least
 
 
 @pytest.mark.parametrize(
@@ -323,9 +343,9 @@ def test_the_answer_is_its_first_number(text, number):
     assert recalled(text) == number
 
 
-def passkeys(count=3):
+def questions(count=3):
     """Random prompts for the tiny model, in whose vocabulary the words do not fit."""
-    return [Passkey(ids, str(10_000 + i), 0.5, 6) for i, ids in enumerate(tiny_ids(PROMPT, batch=count))]
+    return [Question(ids, str(10_000 + i), 0.5, 6) for i, ids in enumerate(tiny_ids(PROMPT, batch=count))]
 
 
 class Speller:
@@ -340,10 +360,10 @@ class Speller:
 def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
     model, table = tiny_model("Llama"), torch.full((3, 2), kept)
     (method,) = [each for each in read_methods(["snapkv"]) if each.name == "snapkv/uniform"]
-    task = PasskeyTask(model, Speller(), passkeys(), batch_size=batch_size)
+    task = RetrievalTask("passkey", model, Speller(), questions(), batch_size=batch_size)
     plan = BudgetPlan.from_capacities(task.spec, table, PROMPT, PlanChoice("snapkv"))
     expected = []
-    for each in passkeys():
+    for each in questions():
         cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
         tokens = each.ids[None]
         with torch.no_grad():
@@ -352,7 +372,7 @@ def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
                 tokens = torch.cat([tokens, model(fed, past_key_values=cache).logits[:, -1:].argmax(-1)], 1)
         expected.append(" ".join(map(str, tokens[0, PROMPT:].tolist())))
     kvpolicy.detach(model)
-    batch = task.passkeys[:batch_size]
+    batch = task.questions[:batch_size]
     answers, held = task._answers(torch.stack([each.ids for each in batch]), method, table)
     assert answers == expected[:batch_size]
     assert held.entries == 6 * kept and held.dense_bytes == 3 * 2 * PROMPT * (16 + 16) * 4
@@ -360,7 +380,7 @@ def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
 
 
 def test_a_passkey_counts_where_its_number_is_said(monkeypatch):
-    task = PasskeyTask(tiny_model("Llama"), Speller(), passkeys(4), batch_size=4)
+    task = RetrievalTask("passkey", tiny_model("Llama"), Speller(), questions(4), batch_size=4)
     method = read_methods([])[1]
     answers = [" 10000.", "10001", " 10007", "none"]
     monkeypatch.setattr(task, "_answers", lambda *_: (answers, kvpolicy.evaluate.CacheBytes(1, 1, 1)))

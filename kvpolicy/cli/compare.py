@@ -10,10 +10,11 @@ import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
+from kvpolicy.compare.document import RETRIEVAL
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.files import write_bytes
 
-TASKS = ("perplexity", "passkey")
+TASKS = ("perplexity", *RETRIEVAL)
 LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
 _MORE = "Methods, as for --methods."
 
@@ -27,16 +28,16 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey.")] = "perplexity",
+    task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey, key-value.")] = "perplexity",
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     text: opt.Text = None,
-    context: Annotated[int, typer.Option(help="Tokens of one sequence; of one prompt for passkey.")] = 1024,
+    context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
     prefill: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of the prompt that is compressed. Default: half.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences at most; prompts for passkey.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the passkeys.")] = 0,
+    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
         Path, typer.Option(help="The rows as JSON; a table beside it as .md. A file of earlier rows is gone on with.")
     ] = Path("compare.json"),
@@ -54,9 +55,9 @@ def compare_command(
     """Compare methods at equal budgets: quality with intervals, measured bytes, and who is better than whom.
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
-    part of --text; under passkey a number hidden in filler is asked for. The full cache, entries kept by lot (random),
-    uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV heads are always
-    there.
+    part of --text; under passkey and key-value a number that stands in the prompt is asked for. The full cache, entries
+    kept by lot (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV
+    heads are always there.
 
     Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
     that says why.
@@ -71,7 +72,8 @@ def compare_command(
         opt.check_writable(path)
     where = opt.pick_device(device)
 
-    from kvpolicy.compare import compare, read_methods
+    from kvpolicy.compare.methods import read_methods
+    from kvpolicy.compare.run import compare
     from kvpolicy.integrations.transformers import load_model, weights_sha256
     from kvpolicy.report.comparison import markdown
 
@@ -101,8 +103,8 @@ def _check(task: str, names: list[str], context: int, prefill: int | None) -> No
     if not names:
         raise KVPolicyError("name the methods to compare: --methods POLICY/ALLOCATOR or a plan file, one or several")
     opt.check_context(context)
-    if task == "passkey" and prefill is not None:
-        raise BudgetError("--prefill goes with perplexity: a passkey prompt is compressed whole")
+    if task in RETRIEVAL and prefill is not None:
+        raise BudgetError(f"--prefill goes with perplexity: the prompts of {task} are compressed whole")
 
 
 def _below_one(retention: float) -> float:
@@ -123,13 +125,14 @@ def _task(
     seed: int,
 ) -> tuple[Any, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
-    from kvpolicy.compare import PasskeyTask, PerplexityTask
-    from kvpolicy.compare.passkey import make_passkeys
+    from kvpolicy.compare.retrieval import make_key_values, make_passkeys
+    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
     from kvpolicy.integrations.transformers import read_corpus
 
-    if name == "passkey":
-        passkeys = make_passkeys(tokenizer, limit, context, seed)
-        return PasskeyTask(network, tokenizer, passkeys, batch_size=batch_size), {}
+    if name in RETRIEVAL:
+        make = make_passkeys if name == "passkey" else make_key_values
+        questions = make(tokenizer, limit, context, seed)
+        return RetrievalTask(name, network, tokenizer, questions, batch_size=batch_size), {}
     corpus = read_corpus(tokenizer, text)
     count = max(LEAST_SEQUENCES, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)

@@ -15,6 +15,8 @@ from kvpolicy.plan_json import Fields, number, parse, read_bytes, render, sequen
 
 FORMAT = "kvpolicy-comparison"
 VERSION = 1
+RETRIEVAL = ("passkey", "key-value")
+"""Tasks whose losses are 0 for an answer that was found and 1 for one that was not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,10 @@ class Comparison:
     @property
     def task(self) -> str:
         return str(self.settings["task"])
+
+    @property
+    def is_retrieval(self) -> bool:
+        return self.task in RETRIEVAL
 
     @property
     def levels(self) -> list[float]:

@@ -18,9 +18,9 @@ BYTE_SPREAD = 0.01
 class Figures:
     """One row, read against the others of its level.
 
-    quality:         perplexity (smaller is better), or the part of the passkeys that was found (larger is)
+    quality:         perplexity (smaller is better), or the part of the answers that was found (larger is)
     excess, low, high: what eviction costs and its 95 % interval over sequences, paired with the full cache: perplexity
-                     added, as a part of the full cache's; or passkeys lost, as a part of all
+                     added, as a part of the full cache's; or answers lost, as a part of all
     versus_uniform, versus_random: "better", "worse", "unclear" (the interval meets 0), "more bytes"
                      (not comparable), '' where there is nothing to compare with
     excess_bytes:    above the smallest row of the level, as a part of that
@@ -64,9 +64,9 @@ def _figures(comparison: Comparison, row: Row) -> Figures:
     quality: float | None = None
     excess = low = high = None
     if row.error is None:
-        quality = _quality(comparison.task, row)
+        quality = _quality(comparison, row)
         if full is not None and row.method != FULL:
-            excess, low, high = _excess(comparison.task, _difference(comparison, row, full))
+            excess, low, high = _excess(comparison, _difference(comparison, row, full))
     return Figures(
         row.method,
         row.retention,
@@ -83,15 +83,15 @@ def _figures(comparison: Comparison, row: Row) -> Figures:
     )
 
 
-def _quality(task: str, row: Row) -> float:
+def _quality(comparison: Comparison, row: Row) -> float:
     mean = float(row.values().mean())
-    return 1 - mean if task == "passkey" else math.exp(mean)
+    return 1 - mean if comparison.is_retrieval else math.exp(mean)
 
 
-def _excess(task: str, difference: PairedDifference) -> tuple[float, float, float]:
+def _excess(comparison: Comparison, difference: PairedDifference) -> tuple[float, float, float]:
     """A mean difference of losses is the logarithm of a quotient of perplexities."""
     found = (difference.mean, difference.low, difference.high)
-    mean, low, high = found if task == "passkey" else map(math.expm1, found)
+    mean, low, high = found if comparison.is_retrieval else map(math.expm1, found)
     return mean, low, high
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpolicy.compare.methods import Method
-from kvpolicy.compare.passkey import Passkey, recalled
+from kvpolicy.compare.retrieval import Question, recalled
 from kvpolicy.errors import BudgetError
 from kvpolicy.evaluate import CacheBytes, measured_bytes
 from kvpolicy.integrations.transformers import PromptProbe, attached, prompt_cache
@@ -35,7 +36,7 @@ class Task(abc.ABC):
     count:   sequences
     """
 
-    name: ClassVar[str]
+    name: str
     spec: ModelSpec
     context: int
     count: int
@@ -110,17 +111,18 @@ class PerplexityTask(Task):
         return self._probe
 
 
-class PasskeyTask(Task):
+class RetrievalTask(Task):
     """Whether a number that stands somewhere in a prompt is said at its end: 0 where it is, 1 where it is not.
 
-    passkeys: prompts of equal length
+    name:      of `RETRIEVAL`
+    questions: prompts of equal length
     """
 
-    name = "passkey"
-
-    def __init__(self, model: Any, tokenizer: Any, passkeys: list[Passkey], *, batch_size: int = 1) -> None:
-        self.model, self.tokenizer, self.passkeys, self.batch_size = model, tokenizer, passkeys, batch_size
-        self.context, self.count = len(passkeys[0].ids), len(passkeys)
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 1
+    ) -> None:
+        self.name, self.model, self.tokenizer, self.questions = name, model, tokenizer, list(questions)
+        self.context, self.count, self.batch_size = len(questions[0].ids), len(questions), batch_size
         self.spec = ModelSpec.from_config(model.config)
 
     @property
@@ -132,20 +134,20 @@ class PasskeyTask(Task):
 
     @property
     def tokens(self) -> Tensor:
-        return torch.stack([each.ids for each in self.passkeys])
+        return torch.stack([each.ids for each in self.questions])
 
     def measure(self, method: Method, table: Tensor) -> Measured:
         wrong, held = [], None
         for first in range(0, self.count, self.batch_size):
-            batch = self.passkeys[first : first + self.batch_size]
+            batch = self.questions[first : first + self.batch_size]
             answers, weighed = self._answers(torch.stack([each.ids for each in batch]), method, table)
             held = held or weighed
-            wrong += [float(recalled(said) != each.key) for said, each in zip(answers, batch, strict=True)]
+            wrong += [float(recalled(said) != each.answer) for said, each in zip(answers, batch, strict=True)]
         assert held is not None
         return Measured(torch.tensor(wrong, dtype=torch.float64), held)
 
     def _answers(self, ids: Tensor, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
-        """What is generated greedily behind each prompt, and what the first row's cache holds. ids: int64 [B, T]."""
+        """What is generated greedily behind each prompt, and what the mean row's cache holds. ids: int64 [B, T]."""
         with torch.no_grad(), attached(self.model):
             cache = prompt_cache(self.model, method.policy, table, method.runtime_allocator)
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
@@ -153,7 +155,7 @@ class PasskeyTask(Task):
             cache.check_enforced()
             held = _weighed(cache.opened(), table)
             said = [token]
-            for _ in range(max(each.answer_tokens for each in self.passkeys) - 1):
+            for _ in range(max(each.answer_tokens for each in self.questions) - 1):
                 said.append(self.model(said[-1], **options).logits[:, -1:].argmax(-1))
         return self.tokenizer.batch_decode(torch.cat(said, 1).cpu(), skip_special_tokens=True), held
 

@@ -31,11 +31,11 @@ def markdown(comparison: Comparison) -> str:
     """The whole page."""
     lines = ["# Methods at equal bytes", ""]
     lines += [f"- {name}: {' '.join(str(value).split())}" for name, value in comparison.about.items()]
-    names = [*_columns(comparison.task), "calibration", "note"]
+    names = [*_columns(comparison), "calibration", "note"]
     for heading, rows in levels(comparison):
         lines += ["", f"## {heading}", "", _row(names), "|" + "---|" * len(names)]
         lines += [_row([*_cells(row), _calibration(row), row.note]) for row in rows]
-        lines += ["", " ".join(_said(comparison.task, rows))]
+        lines += ["", " ".join(_said(comparison, rows))]
     return "\n".join([*lines, "", NOTES, ""])
 
 
@@ -43,16 +43,16 @@ def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
     """For each retention a table, and what else must be said about its rows."""
     for heading, rows in levels(comparison):
         table = Table(title=heading, title_justify="left")
-        for name in _columns(comparison.task):
+        for name in _columns(comparison):
             table.add_column(name, no_wrap=name in ("method", "bytes"), overflow="fold")
         for row in rows:
             table.add_row(*_cells(row))
         failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
-        yield table, [*_said(comparison.task, rows), *failed]
+        yield table, [*_said(comparison, rows), *failed]
 
 
-def _columns(task: str) -> list[str]:
-    quality, excess = ("found", "lost") if task == "passkey" else ("perplexity", "above full")
+def _columns(comparison: Comparison) -> list[str]:
+    quality, excess = ("found", "lost") if comparison.is_retrieval else ("perplexity", "above full")
     return ["method", quality, excess, "95 %", "vs uniform", "vs random", "bytes"]
 
 
@@ -75,15 +75,15 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _said(task: str, rows: list[Figures]) -> list[str]:
+def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
     """How equal the bytes of a level are, and whether its task tells anything."""
     spread = max((row.excess_bytes for row in rows), default=0.0)
     if spread <= BYTE_SPREAD:
         said = [f"The bytes of this level differ by at most {spread:.2%}."]
     else:
         said = [f"The bytes of this level are not equal: they differ by {spread:.2%}, more than {BYTE_SPREAD:.0%}."]
-    if task == "passkey" and any(row.method == FULL and row.quality == 0 for row in rows):
-        said.append("No passkey was found with the full cache: this task tells nothing about this model.")
+    if comparison.is_retrieval and any(row.method == FULL and row.quality == 0 for row in rows):
+        said.append("Nothing was found with the full cache: this task tells nothing about this model.")
     return said
 
 

@@ -25,7 +25,7 @@ def comparison_png(comparison: Comparison) -> bytes:
     figure = Figure(figsize=(10.0, sum(heights)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=heights)
-    unit = "passkeys lost, % of all" if comparison.task == "passkey" else "perplexity above the full cache, %"
+    unit = "answers lost, % of all" if comparison.is_retrieval else "perplexity above the full cache, %"
     _pareto(above, rows, unit)
     _bars(below, levels, unit)
     figure.suptitle(_title(comparison), fontsize=10, parse_math=False)
