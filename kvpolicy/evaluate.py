@@ -60,12 +60,14 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
     """Fills one real cache with the probe's first sequence, or its prompt, under `capacities` (int `[L, H]`) and weighs
     it.
 
-    Raises `BudgetError` if the cache does not hold exactly what the table allows.
+    Raises `BudgetError` if the cache does not hold exactly what the table allows (its total, where an allocator splits
+    at run time).
     """
     limits = capacities.clamp(max=probe.context_length)
     store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)
     held = store.lengths[:, 0]
-    if not torch.equal(held, limits):
+    is_split = isinstance(probe, PromptProbe) and probe.allocator is not None
+    if int(held.sum()) != int(limits.sum()) or not (is_split or torch.equal(held, limits)):
         raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
     return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
 

@@ -9,6 +9,7 @@ from typing import NoReturn, cast
 import typer
 
 from kvpolicy.cli.bench import bench
+from kvpolicy.cli.compare import compare_command
 from kvpolicy.cli.estimate import estimate
 from kvpolicy.cli.evaluate import evaluate
 from kvpolicy.cli.generate import generate
@@ -29,6 +30,7 @@ app.command("tune")(tune_command)
 app.command()(profile)
 app.command()(show)
 app.command("eval")(evaluate)
+app.command("compare")(compare_command)
 app.command()(generate)
 app.command()(bench)
 app.command()(estimate)

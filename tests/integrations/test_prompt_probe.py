@@ -144,6 +144,34 @@ def test_the_probe_of_a_policy():
     assert "a prompt of 90 tokens" in prompt.described and "the 30 tokens behind it" in prompt.described
 
 
+@pytest.mark.parametrize(("name", "params"), [("snapkv", SNAPKV), ("streaming", {})])
+def test_an_allocator_at_run_time_splits_the_total_for_each_prompt(name, params):
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
+    policy, allocator = registry.create("policy", name, params), registry.create("allocator", "adakv")
+    cache = kvpolicy.new_cache(
+        model, retention=0.3, policy=policy, allocator=allocator, context_length=PROMPT, decode="append"
+    )
+    losses = []
+    with torch.no_grad():
+        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        for position in range(PROMPT, LENGTH):
+            losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+    kvpolicy.detach(model)
+    table = torch.full((3, 2), 24)  # 0.3 of 80
+    probe = PromptProbe(model, ids, policy=policy, prefill_length=PROMPT, allocator=allocator)
+    torch.testing.assert_close(probe.loss(table), torch.stack(losses, 1).double().mean(1), rtol=1e-5, atol=0)
+    assert measured_bytes(probe, table).entries == int(table.sum())
+    if name == "snapkv":
+        uniform = make_probe(model, ids).loss(table)
+        assert (probe.loss(table) - uniform).abs().max() > 1e-4, "the split must have had an effect"
+
+
+def test_an_allocator_that_splits_nothing_is_refused():
+    with pytest.raises(BudgetError, match="PyramidAllocator does not split at run time: make a table of its shares"):
+        make_probe(tiny_model("Llama"), tiny_ids(LENGTH), allocator=registry.create("allocator", "pyramid"))
+
+
 @pytest.mark.parametrize("length", [0, LENGTH - 1, LENGTH])
 def test_a_prompt_that_leaves_nothing_to_score_is_refused(length):
     with pytest.raises(BudgetError, match=rf"from 1 to 118 of a sequence's 120 tokens.* got {length}"):

@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.supply import attached
-from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.text import Tokenize
 
 KEPT_BYTES = 2 * 1024**3
@@ -30,7 +30,7 @@ KEPT_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
-    """A batch of prompts that was run: nothing evicted, everything scored.
+    """A batch of prompts that was run.
 
     next_loss: float32 [B, 1], of the token behind the prompt
     """
@@ -45,14 +45,16 @@ class PromptProbe(TransformersProbe):
     policy:         who evicts, any policy that does not have the context repeated
     prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
                     prompt's, and the tokens at positions >= prefill_length are scored
+    allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
+                    table's own proportions are not used
     model, sequences, prompts, tokenize, batch_size: as for `TransformersProbe`
 
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
     capacities, so that one forward of all of it over the compressed prompt is exact.
 
-    Raises `BudgetError` for a prompt that leaves nothing to be scored behind it, `PluginError` for a policy that
-    requires `repeat_attention`, and what `new_cache` raises for a model or a policy that cannot be; all of it before
-    anything runs.
+    Raises `BudgetError` for a prompt that leaves nothing to be scored behind it and for an allocator that splits
+    nothing at run time, `PluginError` for a policy that requires `repeat_attention`, and what `new_cache` raises for a
+    model or a policy that cannot be; all of it before anything runs.
     """
 
     protocol: ClassVar[str] = "prompt"
@@ -67,6 +69,7 @@ class PromptProbe(TransformersProbe):
         tokenize: Tokenize | None = None,
         prefill_length: int | None = None,
         batch_size: int = 1,
+        allocator: BudgetAllocator | None = None,
     ) -> None:
         if "repeat_attention" in policy.requires:
             raise PluginError(
@@ -90,10 +93,10 @@ class PromptProbe(TransformersProbe):
             prefill_length=prefill_length,
             batch_size=batch_size,
         )
-        self.policy = policy
+        self.policy, self.allocator = policy, allocator
         self._kept: dict[int, _Prompt] = {}
         with attached(model):
-            self._new_cache()
+            prompt_cache(model, policy, self._whole, allocator)
 
     @property
     def context_length(self) -> int:
@@ -116,8 +119,8 @@ class PromptProbe(TransformersProbe):
         for index, batch in enumerate(torch.split(self.sequences, self.batch_size)):
             ids = batch.to(self.model.device)
             with torch.no_grad(), attached(self.model):
-                prompt = self._prompt(index, ids)
-                cache = self._compressed(prompt, capacities)
+                prompt = self._compressed(index, ids, capacities)
+                cache = prompt.cache
                 # all of it may still be taken back, so nothing of it is scored or evicted: decode="append"
                 cache.recording, cache.rollback = True, ids.shape[1]
                 logits = self.model(ids[:, self.prefill_length : -1], past_key_values=cache, use_cache=True).logits
@@ -129,8 +132,8 @@ class PromptProbe(TransformersProbe):
         """A store as the first sequence's prompt leaves it. capacities: int `[L, H]`."""
         self._check(capacities)
         with torch.no_grad(), attached(self.model):
-            prompt = self._prompt(0, self.sequences[: self.batch_size].to(self.model.device))
-            store = self._compressed(prompt, capacities).opened()
+            ids = self.sequences[: self.batch_size].to(self.model.device)
+            store = self._compressed(0, ids, capacities).cache.opened()
         store.take(torch.zeros(1, dtype=torch.int64))
         return store
 
@@ -142,36 +145,54 @@ class PromptProbe(TransformersProbe):
             self.loss(table)
         return (time.perf_counter() - begun) / len(self.sequences)
 
-    def _prompt(self, index: int, ids: Tensor) -> _Prompt:
-        """The prompts of batch `index`, run now or before. ids: int64 [B, T]."""
-        if (kept := self._kept.get(index)) is not None:
-            return kept
-        cache, length = self._new_cache(), self.prefill_length
-        logits = self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        prompt = _Prompt(cache, losses_from(logits[:, -1:], ids[:, length : length + 1]))
-        if cache.nbytes + sum(each.cache.nbytes for each in self._kept.values()) <= KEPT_BYTES:
-            self._kept[index] = prompt
-        return prompt
+    @property
+    def _whole(self) -> Tensor:
+        """Capacities that leave a prompt whole; its entries are scored all the same."""
+        return torch.full(self.spec.table_shape, max(self.prefill_length, self.num_sink_tokens + 1))
 
-    def _compressed(self, prompt: _Prompt, capacities: Tensor) -> RaggedCache:
-        """A copy of the prompt's cache that keeps what `capacities` allow."""
+    def _compressed(self, index: int, ids: Tensor, capacities: Tensor) -> _Prompt:
+        """The prompts of batch `index`, of which what `capacities` allow is kept. ids: int64 [B, T]."""
+        table = capacities.long().clamp(max=self.prefill_length)
+        if self.allocator is not None:
+            return self._run(ids, table)
+        prompt = self._kept.get(index)
+        if prompt is None:
+            prompt = self._run(ids, self._whole)
+            if prompt.cache.nbytes + sum(each.cache.nbytes for each in self._kept.values()) <= KEPT_BYTES:
+                self._kept[index] = prompt
         cache = copy.deepcopy(prompt.cache)
-        lower(cache.opened(), capacities.long().clamp(max=self.prefill_length))
-        return cache
+        lower(cache.opened(), table)
+        return _Prompt(cache, prompt.next_loss)
 
-    def _new_cache(self) -> RaggedCache:
-        """An empty cache with room for the whole prompt, whose entries are scored all the same."""
-        recipe = Recipe(
-            policy=self.policy,
-            allocator=None,
-            plan=None,
-            retention=None,
-            tokens=None,
-            context_length=None,
-            min_tokens=MIN_TOKENS,
-            protected=(),
-            decode="append",
-            rollback=0,
-        )
-        room = max(self.prefill_length, self.num_sink_tokens + 1)
-        return cache_of(self.model, recipe, Fixed(torch.full(self.spec.table_shape, room)))
+    def _run(self, ids: Tensor, table: Tensor) -> _Prompt:
+        """Runs the prompts of a batch under these capacities."""
+        cache, length = prompt_cache(self.model, self.policy, table, self.allocator), self.prefill_length
+        logits = self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return _Prompt(cache, losses_from(logits[:, -1:], ids[:, length : length + 1]))
+
+
+def prompt_cache(
+    model: PreTrainedModel, policy: EvictionPolicy, table: Tensor, allocator: BudgetAllocator | None = None
+) -> RaggedCache:
+    """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
+
+    table:     int64 [L, H], the entries each KV head may keep of the prompt
+    allocator: splits the table's total by the scores of the prompt instead
+
+    Raises `BudgetError` for an allocator that does not split at run time: its shares make a table.
+    """
+    if allocator is not None and allocator.split_scope == "none":
+        raise BudgetError(f"{type(allocator).__name__} does not split at run time: make a table of its shares")
+    recipe = Recipe(
+        policy=policy,
+        allocator=allocator,
+        plan=None,
+        retention=None,
+        tokens=None,
+        context_length=None,
+        min_tokens=MIN_TOKENS,
+        protected=(),
+        decode="append",
+        rollback=0,
+    )
+    return cache_of(model, recipe, Fixed(table))

@@ -1,0 +1,158 @@
+"""`kvpolicy compare`: methods side by side at equal bytes."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.compare.document import RETRIEVAL
+from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.files import write_bytes
+
+TASKS = ("perplexity", *RETRIEVAL)
+LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
+_MORE = "Methods, as for --methods."
+
+
+def compare_command(
+    more: Annotated[list[str] | None, typer.Argument(help=_MORE, show_default=False)] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="POLICY/ALLOCATOR, POLICY (under uniform), or a plan file; more may follow as arguments.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey, key-value.")] = "perplexity",
+    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
+    text: opt.Text = None,
+    context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt that is compressed. Default: half.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="The rows as JSON; a table beside it as .md. A file of earlier rows is gone on with.")
+    ] = Path("compare.json"),
+    png: Annotated[
+        Path | None, typer.Option(help="Draw quality over bytes, and a bar for each row.", show_default=False)
+    ] = None,
+    model: opt.Model = "smollm2-135m",
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    batch_size: opt.BatchSize = 1,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compare methods at equal budgets: quality with intervals, measured bytes, and who is better than whom.
+
+    Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
+    part of --text; under passkey and key-value a number that stands in the prompt is asked for. The full cache, entries
+    kept by lot (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV
+    heads are always there.
+
+    Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
+    that says why.
+    """
+    names = [*(methods or []), *(more or [])]
+    _check(task, names, context, prefill)
+    retentions = [_below_one(r) for r in (retention or (0.5, 0.3, 0.1))]
+    page = out.with_suffix(".md")
+    if page == out:
+        raise KVPolicyError(f"--out is the JSON file, and {page} its table: give another name than {out}")
+    for path in (out, page, *([png] if png else [])):
+        opt.check_writable(path)
+    where = opt.pick_device(device)
+
+    from kvpolicy.compare.methods import read_methods
+    from kvpolicy.compare.run import compare
+    from kvpolicy.integrations.transformers import load_model, weights_sha256
+    from kvpolicy.report.comparison import markdown
+
+    chosen = read_methods(names)
+    network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    number = str(network.dtype).removeprefix("torch.")
+    made, about = _task(task, network, tokenizer, text, context, prefill, limit, batch_size, seed)
+    about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
+    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
+    progress = watcher(quiet)
+    try:
+        found = compare(made, chosen, retentions, out, seed=seed, settings=settings, about=about, progress=progress)
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; rows that were measured are in {out}: run the same command to go on")
+        raise
+    write_bytes(page, markdown(found).encode())
+    if png is not None:
+        from kvpolicy.report.comparison_figure import comparison_png
+
+        write_bytes(png, comparison_png(found))
+    _report(found, out, page, json)
+
+
+def _check(task: str, names: list[str], context: int, prefill: int | None) -> None:
+    if task not in TASKS:
+        raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
+    if not names:
+        raise KVPolicyError("name the methods to compare: --methods POLICY/ALLOCATOR or a plan file, one or several")
+    opt.check_context(context)
+    if task in RETRIEVAL and prefill is not None:
+        raise BudgetError(f"--prefill goes with perplexity: the prompts of {task} are compressed whole")
+
+
+def _below_one(retention: float) -> float:
+    if opt.check_retention(retention) == 1:
+        raise BudgetError("--retention 1 keeps everything: the full cache is always compared, give fractions below 1")
+    return retention
+
+
+def _task(
+    name: str,
+    network: Any,
+    tokenizer: Any,
+    text: Path | None,
+    context: int,
+    prefill: int | None,
+    limit: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Any, dict[str, Any]]:
+    """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
+    from kvpolicy.compare.retrieval import make_key_values, make_passkeys
+    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
+    from kvpolicy.integrations.transformers import read_corpus
+
+    if name in RETRIEVAL:
+        make = make_passkeys if name == "passkey" else make_key_values
+        questions = make(tokenizer, limit, context, seed)
+        return RetrievalTask(name, network, tokenizer, questions, batch_size=batch_size), {}
+    corpus = read_corpus(tokenizer, text)
+    count = max(LEAST_SEQUENCES, min(limit, corpus.room("heldout", context)))
+    sequences = corpus.sequences("heldout", count, context)
+    task = PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size)
+    return task, {"text": f"{corpus.name}, held-out part"}
+
+
+def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:
+    if as_json:
+        from kvpolicy.compare.figures import summary
+
+        opt.print_json({"settings": found.settings, "about": found.about, "rows": summary(found)})
+        return
+    from rich.console import Console
+
+    from kvpolicy.report.comparison import tables
+
+    console = Console()
+    for table, notes in tables(found):
+        console.print(table)
+        for note in notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to {out} and {page}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""The file of a comparison: what was measured, for whom, under which settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import KVPolicyError, PlanError
+from kvpolicy.files import write_bytes
+from kvpolicy.plan_json import Fields, number, parse, read_bytes, render, sequence, text
+
+FORMAT = "kvpolicy-comparison"
+VERSION = 1
+RETRIEVAL = ("passkey", "key-value")
+"""Tasks whose losses are 0 for an answer that was found and 1 for one that was not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method at one retention.
+
+    identity:    of the method, see `Method.identity`
+    uniform:     the method whose budgets this one's are compared with
+    calibration: see `Method.calibration`
+    losses:      one for each sequence, smaller is better; empty where the method failed
+    bytes, dense_bytes, entries: of one real cache after its prompt
+    error:       why the method failed
+    """
+
+    method: str
+    retention: float
+    identity: dict[str, Any]
+    uniform: str
+    calibration: dict[str, Any] | None = None
+    losses: tuple[float, ...] = ()
+    bytes: int = 0
+    dense_bytes: int = 0
+    entries: int = 0
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.method, self.retention
+
+    def values(self) -> Tensor:
+        """float64 `[n]`, the losses."""
+        return torch.tensor(self.losses, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """settings: what must agree for rows to stand in one table; task, seed and more
+    about:    names for a reader
+    rows:     by method and retention, in the order of the tables
+    """
+
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    rows: dict[tuple[str, float], Row] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        return str(self.settings["task"])
+
+    @property
+    def is_retrieval(self) -> bool:
+        return self.task in RETRIEVAL
+
+    @property
+    def levels(self) -> list[float]:
+        """Retentions below 1, largest first."""
+        return sorted({row.retention for row in self.rows.values() if row.retention < 1}, reverse=True)
+
+    def at(self, method: str, retention: float) -> Row | None:
+        """The row, if there is one and it did not fail."""
+        row = self.rows.get((method, retention))
+        return row if row is not None and row.error is None else None
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"losses": list(row.losses)} for row in self.rows.values()]
+        return {"format": FORMAT, "version": VERSION, "settings": self.settings, "about": self.about, "rows": rows}
+
+
+def save_comparison(comparison: Comparison, path: Path, more: dict[str, Any] | None = None) -> None:
+    """Writes the file in one step. more: what follows from the rows, for a reader; it is not read again."""
+    write_bytes(path, render(comparison.to_json() | (more or {})).encode())
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Raises `KVPolicyError` naming the file and what is wrong with it."""
+    try:
+        fields = Fields(parse(read_bytes(path)))
+        if fields.raw("format") != FORMAT or fields.raw("version") != VERSION:
+            raise PlanError(f"format and version are no '{FORMAT}' {VERSION}: another file is there")
+        settings = fields.mapping("settings")
+        if "task" not in settings or "seed" not in settings:
+            raise PlanError("settings lacks task or seed")
+        rows = [_row(Fields(x, f"rows[{i}]")) for i, x in enumerate(fields.read("rows", sequence))]
+        counts = sorted({len(row.losses) for row in rows if row.error is None})
+        if len(counts) > 1:
+            raise PlanError(f"rows have {counts} losses, expected one for each sequence in all of them")
+    except PlanError as error:
+        raise KVPolicyError(f"{path} cannot be read as a comparison: {error}; choose another --out") from None
+    return Comparison(settings, fields.mapping("about"), {row.key: row for row in rows})
+
+
+def _row(fields: Fields) -> Row:
+    losses = fields.read("losses", sequence)
+    row = Row(
+        method=fields.read("method", text),
+        retention=fields.read("retention", number),
+        identity=fields.mapping("identity"),
+        uniform=fields.read("uniform", text),
+        calibration=fields.mapping("calibration") if fields.has("calibration") else None,
+        losses=tuple(number(x, fields.path(f"losses[{i}]")) for i, x in enumerate(losses)),
+        bytes=int(fields.read("bytes", number)),  # may be more than `whole` takes
+        dense_bytes=int(fields.read("dense_bytes", number)),
+        entries=int(fields.read("entries", number)),
+        error=fields.read("error", text) if fields.has("error") else None,
+    )
+    if not row.losses and row.error is None:
+        raise PlanError(f"{fields.path('losses')} is empty, and no error says why")
+    return row

@@ -1,0 +1,116 @@
+"""What follows from the rows: quality, its distance from the full cache, and what may be said about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpolicy.compare.document import Comparison, Row
+from kvpolicy.compare.methods import FULL, RANDOM, UNIFORM
+from kvpolicy.stats import PairedDifference, paired_difference
+
+BYTE_SPREAD = 0.01
+"""Rows of a level may differ by this part in their bytes and still be called equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One row, read against the others of its level.
+
+    quality:         perplexity (smaller is better), or the part of the answers that was found (larger is)
+    excess, low, high: what eviction costs and its 95 % interval over sequences, paired with the full cache: perplexity
+                     added, as a part of the full cache's; or answers lost, as a part of all
+    versus_uniform, versus_random: "better", "worse", "unclear" (the interval meets 0), "more bytes"
+                     (not comparable), '' where there is nothing to compare with
+    excess_bytes:    above the smallest row of the level, as a part of that
+    """
+
+    method: str
+    retention: float
+    quality: float | None
+    excess: float | None
+    low: float | None
+    high: float | None
+    versus_uniform: str
+    versus_random: str
+    bytes: int
+    excess_bytes: float
+    calibration: dict[str, Any] | None
+    error: str | None
+
+    @property
+    def note(self) -> str:
+        """Why a row counts less than the others, '' if it does not."""
+        if self.error is not None:
+            return f"failed: {self.error}"
+        if self.excess_bytes > BYTE_SPREAD:
+            return f"bytes not equal: {self.excess_bytes:.1%} above the smallest of the level"
+        return ""
+
+
+def summary(comparison: Comparison) -> list[dict[str, Any]]:
+    """The figures of all rows as JSON values."""
+    return [asdict(each) | {"note": each.note} for each in figures(comparison)]
+
+
+def figures(comparison: Comparison) -> list[Figures]:
+    """One for each row, in order."""
+    return [_figures(comparison, row) for row in comparison.rows.values()]
+
+
+def _figures(comparison: Comparison, row: Row) -> Figures:
+    full = comparison.at(FULL, 1.0)
+    quality: float | None = None
+    excess = low = high = None
+    if row.error is None:
+        quality = _quality(comparison, row)
+        if full is not None and row.method != FULL:
+            excess, low, high = _excess(comparison, _difference(comparison, row, full))
+    return Figures(
+        row.method,
+        row.retention,
+        quality,
+        excess,
+        low,
+        high,
+        versus_uniform=_verdict(comparison, row, row.uniform),
+        versus_random=_verdict(comparison, row, f"{RANDOM}/{UNIFORM}"),
+        bytes=row.bytes,
+        excess_bytes=_excess_bytes(comparison, row),
+        calibration=row.calibration,
+        error=row.error,
+    )
+
+
+def _quality(comparison: Comparison, row: Row) -> float:
+    mean = float(row.values().mean())
+    return 1 - mean if comparison.is_retrieval else math.exp(mean)
+
+
+def _excess(comparison: Comparison, difference: PairedDifference) -> tuple[float, float, float]:
+    """A mean difference of losses is the logarithm of a quotient of perplexities."""
+    found = (difference.mean, difference.low, difference.high)
+    mean, low, high = found if comparison.is_retrieval else map(math.expm1, found)
+    return mean, low, high
+
+
+def _difference(comparison: Comparison, row: Row, other: Row) -> PairedDifference:
+    return paired_difference(row.values(), other.values(), int(comparison.settings["seed"]))
+
+
+def _verdict(comparison: Comparison, row: Row, method: str) -> str:
+    other = comparison.at(method, row.retention)
+    if row.error is not None or other is None or row.method == method:
+        return ""
+    if row.bytes > (1 + BYTE_SPREAD) * other.bytes:
+        return "more bytes"
+    difference = _difference(comparison, row, other)
+    if difference.high < 0:
+        return "better"
+    return "worse" if difference.low > 0 else "unclear"
+
+
+def _excess_bytes(comparison: Comparison, row: Row) -> float:
+    level = [each.bytes for each in comparison.rows.values() if each.retention == row.retention and each.error is None]
+    return row.bytes / min(level) - 1 if row.error is None else 0.0

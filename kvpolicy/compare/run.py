@@ -1,0 +1,109 @@
+"""Measuring every method at every retention, one row after another, into a file that can be gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpolicy.compare.document import Comparison, Row, load_comparison, save_comparison
+from kvpolicy.compare.figures import summary
+from kvpolicy.compare.methods import Method
+from kvpolicy.compare.tasks import Task
+from kvpolicy.errors import KVPolicyError, ModelError
+from kvpolicy.progress import Progress
+
+
+def compare(
+    task: Task,
+    methods: Sequence[Method],
+    retentions: Sequence[float],
+    out: Path,
+    *,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Every method at every retention. The file at `out` is written after each row, and rows it has are not measured
+    again; those that failed are.
+
+    methods:    as `read_methods` gives them, controls included
+    retentions: kept fractions of the prompt, each in (0, 1)
+    settings:   what must agree besides the task's own and the seed, as JSON values
+    about:      names for a reader
+
+    A method that fails is a row that says why. Raises `KVPolicyError` for a file made under other settings, and what
+    `full` raises: without it there is nothing to compare with.
+    """
+    progress = progress or Progress()
+    asked = {**task.settings, "seed": seed, **(settings or {})}
+    before = _begun(out, asked)
+    done = Comparison(asked, about or {})
+    pairs = [(m, r) for m in methods for r in ([1.0] if m.is_full else sorted(set(retentions), reverse=True))]
+    missing = sum(_known(before, *pair) is None for pair in pairs)
+    progress.note(f"{missing} rows of {task.count} sequences to measure, {len(pairs) - missing} are in {out} already")
+    progress.begin("compare", missing)
+    try:
+        for method, retention in pairs:
+            row = _known(before, method, retention)
+            if row is None:
+                row = _measured(task, method, retention, seed)
+                progress.advance(f"{method.name}, {retention:.4g} kept: {_said(row)}")
+            before.pop(row.key, None)
+            done.rows[row.key] = row
+            _save(replace(done, rows=done.rows | before), out)
+    finally:
+        progress.end()
+    return replace(done, rows=done.rows | before)
+
+
+def _begun(out: Path, asked: dict[str, Any]) -> dict[tuple[str, float], Row]:
+    """The rows of an earlier run, if there was one. Raises `KVPolicyError` where it had other settings."""
+    if not out.exists():
+        return {}
+    earlier = load_comparison(out)
+    names = sorted(earlier.settings.keys() | asked.keys())
+    other = [name for name in names if earlier.settings.get(name) != asked.get(name)]
+    if other:
+        told = ", ".join(f"{name} was {earlier.settings.get(name)}, now {asked.get(name)}" for name in other)
+        raise KVPolicyError(f"{out} was made under other settings ({told}): choose another --out")
+    return dict(earlier.rows)
+
+
+def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float) -> Row | None:
+    """A row that need not be measured again."""
+    row = rows.get((method.name, retention))
+    return row if row is not None and row.error is None and row.identity == method.identity else None
+
+
+def _measured(task: Task, method: Method, retention: float, seed: int) -> Row:
+    row = Row(method.name, retention, method.identity, method.uniform_name, method.calibration)
+    try:
+        measured = task.measure(method, method.table(task.spec, task.context, retention, seed))
+        if not bool(torch.isfinite(measured.losses).all()):
+            raise ModelError("the loss is not finite: try another --dtype")
+    except Exception as error:  # a plugin may raise anything
+        if method.is_full:
+            raise
+        said = str(error) if isinstance(error, KVPolicyError) else f"{type(error).__name__}: {error}"
+        return replace(row, error=" ".join(said.split()))
+    held = measured.held
+    return replace(
+        row,
+        losses=tuple(measured.losses.tolist()),
+        bytes=held.bytes,
+        dense_bytes=held.dense_bytes,
+        entries=held.entries,
+    )
+
+
+def _said(row: Row) -> str:
+    return f"failed: {row.error}" if row.error else f"loss {sum(row.losses) / len(row.losses):.4f}"
+
+
+def _save(comparison: Comparison, out: Path) -> None:
+    save_comparison(comparison, out, {"summary": summary(comparison)})
