@@ -20,7 +20,7 @@ from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
-from kvpolicy.tuning.level import Job, blamed, search_level
+from kvpolicy.tuning.level import Job, blamed, fitting, learns, search_level
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import (
     HELDOUT_SEQUENCES,
@@ -57,14 +57,14 @@ def tune(
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
     _check_roles(settings, allocator, policy)
-    search, heldout = _probes(model, corpus, settings, policy)
+    search, heldout = _probes(model, corpus, settings, policy, progress)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
     pace = _pace(model, search.sequences[0], settings, storage)
     common = _common_settings(settings, corpus, search.spec, estimator, allocator, pace) | {"weights": weights}
     trials = _trial_count(settings, allocator, pace, storage)
     studies = _open_studies(settings, storage, common, trials)
-    _announce(progress, settings, search, heldout, trials, pace)
+    _announce(progress, settings, search, heldout, trials, pace, learns(allocator))
     progress.begin("profile", 1)
     with blamed("estimator", settings.estimator):
         importance = estimator.estimate(search)
@@ -100,10 +100,17 @@ def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], polic
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
             "to search for it"
         )
+    if learns(allocator):
+        fitting(settings)  # wrong parameters are refused before any work
+    elif settings.allocator_params:
+        raise PluginError(
+            f"the parameters of the allocator '{settings.allocator}' are searched, not given; got "
+            f"{', '.join(settings.allocator_params)}"
+        )
 
 
 def _probes(
-    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, progress: Progress
 ) -> tuple[TransformersProbe, TransformersProbe]:
     """The search part's probe (with the profiling prompts) and the held-out part's."""
     length = settings.context_length
@@ -117,13 +124,18 @@ def _probes(
     options: dict[str, Any] = {"num_sink_tokens": policy.num_sink_tokens, "batch_size": settings.batch_size}
     search = corpus.sequences("search", SEARCH_SEQUENCES, length)
     return (
-        TransformersProbe(model, search, corpus.prompts(length), tokenize=corpus.tokenize, **options),
+        TransformersProbe(model, search, corpus.prompts(length), tokenize=corpus.tokenize, progress=progress, **options),
         TransformersProbe(model, corpus.sequences("heldout", held, length), **options),
     )
 
 
 def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], pace: Pace, storage: BaseStorage) -> int:
-    """Trials of each level: as asked, as a study that is resumed was given, or what fits the time."""
+    """Trials of each level: as asked, as a study that is resumed was given, or what fits the time.
+
+    One where nothing is drawn but what the allocator learned is measured.
+    """
+    if learns(allocator) and not search_space(allocator):
+        return 1
     if settings.trials is not None:
         return settings.trials
     if not search_space(allocator):
@@ -170,6 +182,7 @@ def _announce(
     heldout: TransformersProbe,
     trials: int,
     pace: Pace,
+    learning: bool,
 ) -> None:
     """What it will cost, before it starts."""
     levels, held = len(settings.retentions), len(heldout.sequences)
@@ -182,7 +195,9 @@ def _announce(
         f"{(2 * levels + 1) * held} held-out sequences: at most {forwards} forwards, about "
         f"{minutes} min at {pace.seconds:.2f} s each in {dtype} ({pace.reason})"
     )
-    if settings.trials is None:
+    if learning:
+        progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
+    elif settings.trials is None:
         progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
 
 
@@ -195,7 +210,8 @@ def _common_settings(
     pace: Pace,
 ) -> dict[str, Any]:
     """What must agree for a study to be resumed."""
-    return {
+    given = {"allocator_params": fitting(settings).params()} if learns(allocator) else {}
+    return given | {
         "model": spec.config_sha256,
         "text": corpus.sha256,
         "context_length": settings.context_length,

@@ -100,3 +100,8 @@ def kvpolicy_register(register: Register) -> None:
         summary="A floor for every KV head, and a pool that is shared by score.",
         paper="arXiv:2410.19258",
     )
+    register.allocator(
+        "learned",
+        f"{module}.learned:LearnedAllocator",
+        summary="Windows learned by gradient, so that the model predicts what its full cache does.",
+    )
