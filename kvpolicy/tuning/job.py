@@ -124,7 +124,9 @@ def _probes(
     options: dict[str, Any] = {"num_sink_tokens": policy.num_sink_tokens, "batch_size": settings.batch_size}
     search = corpus.sequences("search", SEARCH_SEQUENCES, length)
     return (
-        TransformersProbe(model, search, corpus.prompts(length), tokenize=corpus.tokenize, progress=progress, **options),
+        TransformersProbe(
+            model, search, corpus.prompts(length), tokenize=corpus.tokenize, progress=progress, **options
+        ),
         TransformersProbe(model, corpus.sequences("heldout", held, length), **options),
     )
 

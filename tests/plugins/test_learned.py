@@ -80,7 +80,9 @@ def test_each_round_sees_every_sequence_once():
 
 @pytest.mark.parametrize("total", [4 * 6 + 1, 4 * 29, 4 * CONTEXT])
 def test_totals_and_floors(total):
-    shares = LearnedAllocator(steps=4, learning_rate=1.0).fit(probe_of(tiny_model("Llama", layers=2)), ANY, budget(total))
+    shares = LearnedAllocator(steps=4, learning_rate=1.0).fit(
+        probe_of(tiny_model("Llama", layers=2)), ANY, budget(total)
+    )
     assert float(shares.sum()) == pytest.approx(total) and float(shares.min()) >= 5
     assert int(apportion(shares, budget(total)).sum()) == total
 

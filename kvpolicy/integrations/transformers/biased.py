@@ -41,32 +41,32 @@ class BiasedAttention:
     ) -> tuple[Tensor, Any]:
         check_heads(module, self.spec, query, key)
         self.calls += 1
-        block = partial(self._block, options=options)
+        block, query_blocks = partial(self._block, options=options), torch.split(query, _QUERY_ROWS, dim=2)
         out = [
             checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
-            for begin, rows in zip(
-                range(0, query.shape[2], _QUERY_ROWS), query.split(_QUERY_ROWS, dim=2), strict=True
-            )
+            for begin, rows in zip(range(0, query.shape[2], _QUERY_ROWS), query_blocks, strict=True)
         ]
         return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
     def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """Queries from position `begin` on: [B, num_q_heads, n, value_dim]."""
-        end, group = begin + query.shape[2], query.shape[1] // key.shape[1]
+        batch, num_q_heads, count, dim = query.shape
+        num_kv_heads, end = key.shape[1], begin + count
         key, value = key[:, :, :end], value[:, :, :end]
         scale = options.get("scaling")
-        grouped = query.unflatten(1, (-1, group)).flatten(2, 3)  # [B, H, group * n, D]: heads share their keys
-        scores = (grouped @ key.transpose(-1, -2)).unflatten(2, (group, -1)).float()
-        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+        grouped = query.reshape(batch, num_kv_heads, -1, dim)  # [B, H, group * n, D]: a group shares its keys
+        scores = (grouped @ key.transpose(-1, -2)).reshape(batch, num_kv_heads, -1, count, end).float()
+        scores = scores * (dim**-0.5 if scale is None else scale)
         if softcap := options.get("softcap"):
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores + self._bias(begin, end, query.device)[:, None]
         sinks = options.get("s_aux")
         if sinks is not None:  # a learned logit per query head, whose value is zero
-            column = sinks.detach().float().reshape(1, -1, group, 1, 1).expand(*scores.shape[:-1], 1)
-            scores = torch.cat([scores, column], -1)
+            column = sinks.detach().float().reshape(1, num_kv_heads, -1, 1, 1)
+            scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], -1)
         weights = torch.softmax(scores, -1)[..., :end].to(value.dtype)
-        return (weights.flatten(2, 3) @ value).unflatten(2, (group, -1)).flatten(1, 2)
+        mixed = weights.reshape(batch, num_kv_heads, -1, end) @ value
+        return mixed.reshape(batch, num_q_heads, count, -1)
 
     def _bias(self, begin: int, end: int, device: torch.device) -> Tensor:
         """[H, n, end] with causality; the first `prefill_length` queries attend densely."""
@@ -75,8 +75,8 @@ class BiasedAttention:
         given = self.bias(self.layer, rows, columns)
         if tuple(given.shape) != (self.spec.num_kv_heads, end - begin, end):
             raise PluginError(
-                f"soft_loss: the bias of layer {self.layer} has shape {list(given.shape)}, expected [KV heads, queries, "
-                f"keys] = {[self.spec.num_kv_heads, end - begin, end]}"
+                f"soft_loss: the bias of layer {self.layer} has shape {list(given.shape)}, expected [KV heads, "
+                f"queries, keys] = {[self.spec.num_kv_heads, end - begin, end]}"
             )
         if begin < self.prefill_length:
             given = given.masked_fill((rows < self.prefill_length)[:, None], 0.0)
@@ -84,9 +84,7 @@ class BiasedAttention:
 
 
 @contextmanager
-def biased(
-    model: PreTrainedModel, handlers: Sequence[BiasedAttention], blocks: Sequence[nn.Module]
-) -> Iterator[None]:
+def biased(model: PreTrainedModel, handlers: Sequence[BiasedAttention], blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Within the context the model runs under the handlers' bias, layer by layer checkpointed, its parameters frozen.
 
     blocks: the decoder layers. Gradients may be taken after the context has ended; the model is left as it was.
@@ -124,9 +122,7 @@ def _checkpointed(block: nn.Module, contexts: Contexts) -> Iterator[None]:
     forward, own = block.forward, "forward" in vars(block)
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
-        )
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
     block.forward = again
     try:

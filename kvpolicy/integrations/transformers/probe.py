@@ -174,8 +174,10 @@ class TransformersProbe(ModelProbe):
 
     def scored_logits(self, ids: Tensor) -> Tensor:
         """Logits `[B, T - first_scored, vocabulary]`: of the tokens that predict a scored one, and no others."""
-        count = ids.shape[1] - self.first_scored + 1
-        logits: Tensor = self.model(ids, use_cache=False, logits_to_keep=count).logits[:, -count:-1]
+        first, length = self.first_scored - 1, ids.shape[1]
+        # by index: given a number, Gemma 4 shortens the queries of its last layers too, to what no mask was made for
+        rows = torch.arange(first, length, device=ids.device)
+        logits: Tensor = self.model(ids, use_cache=False, logits_to_keep=rows).logits[:, first - length : -1]
         return logits
 
     def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
@@ -191,7 +193,9 @@ class TransformersProbe(ModelProbe):
         device = self.model.device
         ids = self.sequences[index : index + 1].to(device)
         teacher = self._teacher(index, device) if target == "full" else None
-        handlers = [BiasedAttention(module, self._spec, row, bias, self.prefill_length) for module, row in self._windowed]
+        handlers = [
+            BiasedAttention(module, self._spec, row, bias, self.prefill_length) for module, row in self._windowed
+        ]
         with biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
             loss = self.losses_of(ids).mean() if teacher is None else divergence(teacher, self.scored_logits(ids)[0])
         self._check_reached([handler.calls for handler in handlers], 1)

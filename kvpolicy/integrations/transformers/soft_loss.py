@@ -34,7 +34,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean KL(teacher || student) over rows of logits `[n, vocabulary]`, float32; gradients for the student alone."""
     parts = [
         checkpoint(_divergence_rows, given, rows, use_reentrant=False, preserve_rng_state=False)
-        for given, rows in zip(teacher.split(_LOGIT_ROWS), student.split(_LOGIT_ROWS), strict=True)
+        for given, rows in zip(torch.split(teacher, _LOGIT_ROWS), torch.split(student, _LOGIT_ROWS), strict=True)
     ]
     return torch.stack(parts).sum() / len(teacher)
 
