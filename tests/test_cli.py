@@ -157,7 +157,7 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random")
-    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv")
+    allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "learned")
     estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:
