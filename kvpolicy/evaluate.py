@@ -16,6 +16,7 @@ from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
 from kvpolicy.interfaces import EvictionPolicy, LayerActivations
+from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.text import Tokenize
 
@@ -38,6 +39,7 @@ def probe_for(
     tokenize: Tokenize | None = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
+    progress: Progress | None = None,
 ) -> TransformersProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.
@@ -47,7 +49,7 @@ def probe_for(
     options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size}
     if not policy.window_rule:
         return PromptProbe(model, sequences, prompts, policy=policy, prefill_length=prefill_length, **options)
-    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0}
+    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0, "progress": progress}
     return TransformersProbe(model, sequences, prompts, **options)
 
 

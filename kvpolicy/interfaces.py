@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import PluginError
+from kvpolicy.progress import Progress
 from kvpolicy.spec import Budget, Importance, ModelSpec
 
 SplitScope = Literal["none", "layer", "model"]
+SoftTarget = Literal["full", "text"]
+ScoreBias = Callable[[int, Tensor, Tensor], Tensor]
+"""`bias(layer, q_pos, kv_pos)`: budgeted layer, positions `[q]` and `[k]` on one device -> float32 `[H, q, k]`."""
 
 SOURCES = frozenset(
     {
@@ -221,6 +225,30 @@ class ModelProbe(abc.ABC):
         behind a prompt that the policy has compressed once to these capacities.
         """
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that `loss` and `soft_loss` score. Raises `PluginError` where the probe has no `soft_loss`."""
+        raise PluginError(f"{type(self).__name__} has no soft_loss: budgets cannot be learned on it")
+
+    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
+        """Mean loss of each sequence under a bias on the attention scores, float32 `[num_sequences]`, differentiable.
+
+        bias: what is added to the scores of each KV head's query group; the core adds causality only. It is called
+            for blocks of queries, and again for each block while gradients are computed: it has to return the same.
+            Gradients reach whatever it is made of; the model takes part in none.
+        target: "full" for the divergence from the full cache, KL(full || biased), nats per scored token;
+            "text" for the loss that `loss` measures, nats per scored token
+        sequence: the number of one sequence, then `[1]`; None for all of them, whose memory then adds up
+
+        Raises `PluginError` where the probe has none, and for a bias, target or sequence that does not fit.
+        """
+        raise PluginError(f"{type(self).__name__} has no soft_loss: budgets cannot be learned on it")
+
+    @property
+    def progress(self) -> Progress:
+        """Told of long work; by default it says nothing."""
+        return Progress()
+
 
 class _Role(abc.ABC):  # noqa: B024  # abstract through the roles below
     """Common to the three roles; subclasses are frozen dataclasses of JSON-able fields with defaults."""
@@ -275,7 +303,12 @@ class BudgetAllocator(_Role):
         """Returns `[L, H]`, >= 0; only proportions count. Called once per trial and per plan."""
 
     def fit(self, probe: ModelProbe, importance: Importance, budget: Budget) -> Tensor | None:
-        """Shares `[L, H]` learned from the model for this budget; the default None means: use `shares`."""
+        """Shares `[L, H]` learned from the model for this budget; the default None means: use `shares`.
+
+        Called once per retention, before the search; what it learned is then measured in one trial. An allocator that
+        always learns has no shares without a model: its `shares` raises `PluginError` and says so. Tell
+        `probe.progress` of the steps.
+        """
         return None
 
     def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvpolicy.interfaces import ImportanceEstimator, LayerActivations, ModelProbe
+from kvpolicy.interfaces import ImportanceEstimator, LayerActivations, ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
 from kvpolicy.spec import Importance, ModelSpec
 
@@ -43,7 +43,7 @@ class ProfilingProbe(ModelProbe):
 
     def __init__(self, probe: ModelProbe, forwards: int, progress: Progress, known: KnownLosses | None = None) -> None:
         self._probe, self._forwards = probe, forwards
-        self._progress, self._known = progress, known
+        self._stage, self._known = progress, known
         self._done = 0
 
     @property
@@ -76,6 +76,17 @@ class ProfilingProbe(ModelProbe):
         self._probe.observe(visit, requires, prompts=prompts, observation_window=observation_window)
         self._advance(len(self._probe.prompts if prompts is None else prompts))
 
+    @property
+    def num_sequences(self) -> int:
+        return self._probe.num_sequences
+
+    @property
+    def progress(self) -> Progress:
+        return self._probe.progress
+
+    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
+        return self._probe.soft_loss(bias, target, sequence=sequence)
+
     def loss(self, capacities: Tensor) -> Tensor:
         losses = None if self._known is None else self._known.find(capacities)
         if losses is None:
@@ -90,4 +101,4 @@ class ProfilingProbe(ModelProbe):
             tenths = 10 * self._done // max(self._forwards, 1)
             self._done += 1
             is_next = 10 * self._done // max(self._forwards, 1) > tenths and self._forwards >= 50
-            self._progress.advance(f"{self._done} of {self._forwards} forwards" if is_next else "")
+            self._stage.advance(f"{self._done} of {self._forwards} forwards" if is_next else "")

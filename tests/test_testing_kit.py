@@ -134,6 +134,8 @@ def test_a_probe_without_prompts_or_a_tokenizer_says_so() -> None:
         _ = Bare().prompts
     with pytest.raises(PluginError, match="Bare has no tokenizer, and was asked for the tokens of 'a text'"):
         Bare().tokenize("a text")
+    with pytest.raises(PluginError, match="Bare has no soft_loss"):
+        Bare().soft_loss(lambda layer, q_pos, kv_pos: q_pos)
 
 
 def test_probe_loss_falls_with_each_capacity() -> None:
@@ -148,6 +150,26 @@ def test_probe_loss_falls_with_each_capacity() -> None:
         probe.loss(base * 0)
     with pytest.raises(BudgetError, match="shape"):
         probe.loss(base[:1])
+
+
+def test_soft_loss_of_a_hard_bias_is_the_loss() -> None:
+    probe, capacities = SyntheticProbe(), torch.tensor([[5, 9], [20, 64], [33, 12]])
+
+    def window(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        seen = (kv_pos < 4) | (q_pos[:, None] - kv_pos < (capacities[layer] - 4)[:, None, None])
+        return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+
+    text = probe.soft_loss(window, "text")
+    torch.testing.assert_close(text.double(), probe.loss(capacities), rtol=0, atol=1e-6)
+    above = probe.loss(capacities) - probe.loss(torch.full((3, 2), 64))
+    torch.testing.assert_close(probe.soft_loss(window).double(), above, rtol=0, atol=1e-6)
+    assert torch.equal(probe.soft_loss(window, sequence=1), probe.soft_loss(window)[1:])
+    with pytest.raises(PluginError, match="target"):
+        probe.soft_loss(window, "half")  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match="2 sequences, from 0; got 2"):
+        probe.soft_loss(window, sequence=2)
+    with pytest.raises(PluginError, match=r"layer 0 has shape \[2, 64\]"):
+        probe.soft_loss(lambda layer, q_pos, kv_pos: torch.zeros(2, len(kv_pos)))
 
 
 # Estimators
@@ -338,6 +360,43 @@ def suggest(function: Callable[[type, Trial], object]) -> type[PowerAllocator]:
     ],
 )
 def test_wrong_allocator_is_caught(wrong: type[PowerAllocator], law: str) -> None:
+    assert law in message(lambda: check_allocator(wrong))
+
+
+def fit(function: Callable[[ModelProbe, Budget], object]) -> type[PowerAllocator]:
+    return allocator(fit=lambda self, probe, importance, budget: function(probe, budget))
+
+
+def test_what_is_learned_has_the_laws_of_shares() -> None:
+    check_allocator(fit(lambda p, b: torch.ones(b.shape)))
+    check_allocator(fit(lambda p, b: None))
+
+    def refuse(self: BudgetAllocator, importance: Importance, budget: Budget) -> Tensor:
+        raise PluginError("shares are learned from a model")
+
+    def ones(self: BudgetAllocator, probe: ModelProbe, importance: Importance, budget: Budget) -> Tensor:
+        return torch.ones(budget.shape)
+
+    check_allocator(allocator(fit=ones, shares=refuse))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (fit(lambda p, b: torch.ones(3)), "fit has shape [L, H]"),
+        (fit(lambda p, b: torch.zeros(b.shape)), "fit is not all zero"),
+        (fit(lambda p, b: torch.rand(b.shape)), "fit is the same for the same arguments"),
+        (fit(lambda p, b: p.nothing), "fit raised AttributeError"),  # type: ignore[attr-defined]
+        (
+            allocator(
+                fit=lambda self, probe, importance, budget: None,
+                shares=lambda self, importance, budget: torch.zeros(budget.shape),
+            ),
+            "shares is not all zero",
+        ),
+    ],
+)
+def test_wrong_learning_is_caught(wrong: type[PowerAllocator], law: str) -> None:
     assert law in message(lambda: check_allocator(wrong))
 
 

@@ -277,6 +277,66 @@ def test_an_allocator_without_parameters_is_reported_with_its_own_figures(tmp_pa
     assert (uneven[0] > uneven[1]) if double is Learned else (uneven[0] < uneven[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Counted(Fixed):
+    """Counts how often it learns."""
+
+    times: int = 1
+
+    def fit(self, probe, importance, budget):
+        FITS.append((self.times, budget.total))
+        shares = torch.ones(budget.shape)
+        shares[0] *= 3
+        return shares
+
+
+FITS: list[tuple[int, int]] = []
+
+
+def test_a_level_is_learned_once_and_kept_in_the_study(tmp_path, monkeypatch, offered):
+    monkeypatch.setattr(job.TransformersProbe, "token_losses", losses_by_spread)
+    settings = make_settings(
+        tmp_path, allocator=offered(Counted), allocator_params={"times": 7}, retentions=(0.4, 0.2), trials=5
+    )
+    FITS.clear()
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)  # in the trial of the second level, which has been learned but not measured
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    first, second = round(0.4 * CONTEXT * 4), round(0.2 * CONTEXT * 4)
+    assert [(7, first), (7, second)] == FITS
+    plan = run(replace(settings, resume=True))
+    assert [(7, first), (7, second), (7, second)] == FITS, "what was measured is not learned again"
+    assert plan.provenance["trials"] == 1 and len(the_study(settings).trials) == 1
+    resumed = run(replace(settings, resume=True))
+    assert len(FITS) == 3 and all(map(torch.equal, [x.shares for x in resumed.levels], [x.shares for x in plan.levels]))
+    with pytest.raises(StudyError, match=r"allocator_params was \{\"times\": 7\}, now \{\"times\": 8\}"):
+        run(replace(settings, resume=True, allocator_params={"times": 8}))
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_what_was_learned_is_stored_only_where_it_beats_uniform(tmp_path, monkeypatch, offered, better):
+    def losses(self, capacities):
+        for given in losses_by_spread(self, capacities):
+            yield 6 - given if better else given
+
+    monkeypatch.setattr(job.TransformersProbe, "token_losses", losses)
+    settings = make_settings(tmp_path, allocator=offered(Counted), allocator_params={"times": 7})
+    level = run(settings).levels[0]
+    assert level.allocator_params == ({"times": 7} if better else {})
+    assert level.comparison["verdict"] == ("better than uniform" if better else "uniform kept: no trial beat it")
+    assert bool((level.shares == 0.4).all()) != better
+
+
+def test_parameters_of_an_allocator_are_for_one_that_learns(tmp_path):
+    settings = make_settings(tmp_path, allocator_params={"floor_share": 0.1})
+    with pytest.raises(PluginError, match="'baklava' are searched, not given; got floor_share"):
+        run(settings)
+    settings = make_settings(tmp_path, allocator="learned", allocator_params={"step": 3})
+    with pytest.raises(PluginError, match="step"):
+        run(settings)
+
+
 def test_an_allocator_with_nothing_to_search_gives_one_trial(tmp_path):
     settings = make_settings(tmp_path, allocator="uniform", trials=None)
     plan = run(settings)

@@ -177,7 +177,10 @@ def from_allocator(
     min_tokens: int = MIN_TOKENS,
     tp_size: int = 1,
 ) -> Schedule:
-    """The schedule of an allocator that needs no importance. Raises `BudgetError` for one that does."""
+    """The schedule of an allocator that needs no importance.
+
+    Raises `BudgetError` for one that does; one that always learns refuses by itself.
+    """
     if allocator.needs_importance:
         raise BudgetError(
             f"the allocator {type(allocator).__name__} needs importance that was measured on a model: "
@@ -197,6 +200,7 @@ def from_allocator(
 
     growing = Growing(shape, shares, retention, floor, positive("min_tokens", min_tokens), groups)
     if context_length is None:
+        shares(retention, spec.max_context)  # an allocator that has none refuses here, not at the first token
         return growing
     context = positive("context_length", context_length)
     total = spec.total_entries(retention, context)

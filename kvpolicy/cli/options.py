@@ -31,6 +31,15 @@ Params = Annotated[
     typer.Option("--param", help="A parameter of the estimator, NAME=JSON; several times.", show_default=False),
 ]
 
+AllocatorParams = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allocator-param",
+        help="A parameter of an allocator that learns, NAME=JSON; several times.",
+        show_default=False,
+    ),
+]
+
 
 def retentions(default: str) -> Any:
     """The --retention option of a verb; `default` says in words what happens without it."""
@@ -102,13 +111,13 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def parse_params(pairs: list[str] | None) -> dict[str, Any]:
+def parse_params(pairs: list[str] | None, option: str = "--param") -> dict[str, Any]:
     """NAME=JSON pairs; a value that is no JSON is taken as text. Raises `PluginError` for a pair without '='."""
     params = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise PluginError(f"--param expects NAME=VALUE, got '{pair}'")
+            raise PluginError(f"{option} expects NAME=VALUE, got '{pair}'")
         try:
             params[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from kvpolicy.apportion import apportion
 from kvpolicy.interfaces import BudgetAllocator
@@ -22,6 +23,7 @@ from kvpolicy.testing.laws import (
     instance_of,
     snapshot,
 )
+from kvpolicy.testing.synthetic import SyntheticProbe
 
 _SHAPE = (3, 2)
 _CONTEXT = 64
@@ -30,19 +32,44 @@ Pick = Literal["low", "high", "default"]
 
 
 def check_allocator(allocator: BudgetAllocator | type[BudgetAllocator]) -> None:
-    """Checks the laws of `BudgetAllocator`: shares, what `suggest` makes, and `split` where `split_scope` asks for it.
+    """Checks the laws of `BudgetAllocator`: shares, what `suggest` makes, `fit` and `split` where there is one.
 
     Shares are checked for the given instance and for what `suggest` makes of the lowest, highest and default values.
-    `fit` is not called: what it learns depends on a real model. Raises `LawError`, an `AssertionError`.
+    What `fit` learns of a `SyntheticProbe` is checked for the given instance: give one with few steps. Where it has
+    learned something, `shares` is not asked. Raises `LawError`, an `AssertionError`.
     """
     instance: BudgetAllocator = instance_of("allocator", allocator)
+    learned = type(instance).fit is not BudgetAllocator.fit and _check_fit(instance)
     for candidate in [instance, *_suggested(type(instance))]:
-        for label, importance in _importances(type(instance).needs_curves):
-            for budget in _budgets():
-                given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
-                _check_shares(candidate, given, importance, budget)
+        if not learned:
+            _check_every_shares(candidate)
         if candidate.split_scope != "none":
             _check_split(candidate)
+
+
+def _check_every_shares(allocator: BudgetAllocator) -> None:
+    for label, importance in _importances(type(allocator).needs_curves):
+        for budget in _budgets():
+            given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
+            _check_shares(allocator, given, importance, budget)
+
+
+def _check_fit(allocator: BudgetAllocator) -> bool:
+    """Whether something was learned; then it has the laws of shares."""
+    probe = SyntheticProbe(num_layers=_SHAPE[0], num_kv_heads=_SHAPE[1])
+    learned = False
+    for budget in _budgets():
+        given = f"a SyntheticProbe and a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
+        importance = Importance(torch.ones(_SHAPE))
+        arguments = [(record, snapshot(record)) for record in (importance, budget)]
+        shares = call(allocator, "fit", given, allocator.fit, probe, importance, budget)
+        for record, before in arguments:
+            hold_unchanged(allocator, "fit", given, record, before)
+        if shares is not None:
+            learned = True
+            _hold_shares(allocator, "fit", given, shares, budget)
+            hold_same(allocator, "fit", given, shares, allocator.fit(probe, importance, budget))  # type: ignore[arg-type]
+    return learned
 
 
 def _check_shares(allocator: BudgetAllocator, given: str, importance: Importance, budget: Budget) -> None:
@@ -50,11 +77,15 @@ def _check_shares(allocator: BudgetAllocator, given: str, importance: Importance
     shares = call(allocator, "shares", given, allocator.shares, importance, budget)
     for record, before in arguments:
         hold_unchanged(allocator, "shares", given, record, before)
-    hold_tensor(allocator, "shares", given, shares, budget.shape, "[L, H]")
-    hold_not_negative(allocator, "shares", given, shares)
-    advice = "give at least one KV head a share; torch.ones(budget.shape) is uniform"
-    hold(bool((shares > 0).any()), allocator, "shares are not all zero", given, shares, advice)
+    _hold_shares(allocator, "shares", given, shares, budget)
     hold_same(allocator, "shares", given, shares, allocator.shares(importance, budget))
+
+
+def _hold_shares(allocator: BudgetAllocator, what: str, given: str, shares: Tensor, budget: Budget) -> None:
+    hold_tensor(allocator, what, given, shares, budget.shape, "[L, H]")
+    hold_not_negative(allocator, what, given, shares)
+    advice = "give at least one KV head a share; torch.ones(budget.shape) is uniform"
+    hold(bool((shares > 0).any()), allocator, f"{what} is not all zero", given, shares, advice)
     met = int(apportion(shares, budget).sum())
     advice = "return plain proportions on one scale; rounding and bounds are apportion's"
     hold(met == budget.total, allocator, f"apportioned shares meet the total {budget.total}", given, met, advice)

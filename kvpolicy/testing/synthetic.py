@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import BudgetError, PluginError
-from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe, Rotary
+from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe, Rotary, ScoreBias, SoftTarget
 from kvpolicy.spec import LayerSpec, ModelSpec
 from kvpolicy.testing.laws import LawError, snapshot, tensors_of
 
@@ -128,8 +128,39 @@ class SyntheticProbe(ModelProbe):
                 f"a KV head needs more than {_NUM_SINK_TOKENS} sink tokens, got a capacity of {int(capacities.min())}"
             )
         self.forwards += len(self._prompts)
+        return self._losses(capacities.double())
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._prompts)
+
+    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
+        """`loss` at soft capacities: what the last of 64 tokens sees, each other token weighing exp(bias).
+
+        The divergence from the full cache is the loss above that of full capacities.
+        """
+        if target not in ("full", "text"):
+            raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
+        if sequence is not None and not 0 <= sequence < self.num_sequences:
+            raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
+        every = torch.arange(self.context_length)
+        (layers, heads), shape = self._spec.table_shape, (self._spec.num_kv_heads, 1, len(every))
+        seen = [bias(layer, every[-1:], every) for layer in range(layers)]
+        for layer, given in enumerate(seen):
+            if tuple(given.shape) != shape:
+                raise PluginError(
+                    f"soft_loss: the bias of layer {layer} has shape {list(given.shape)}, expected [KV heads, queries, "
+                    f"keys] = {list(shape)}"
+                )
+        losses = self._losses(torch.stack(seen).double().exp().sum((-2, -1)))
+        if target == "full":
+            losses = losses - self._losses(torch.full((layers, heads), float(len(every)), dtype=torch.float64))
+        return (losses if sequence is None else losses[sequence : sequence + 1]).float()
+
+    def _losses(self, capacities: Tensor) -> Tensor:
+        """float64 `[num_prompts]`; capacities: float64 `[L, H]`."""
         weight = torch.arange(1, capacities.numel() + 1, dtype=torch.float64).reshape(capacities.shape)
-        excess = (weight / (1 + capacities.double())).mean()
+        excess = (weight / (1 + capacities)).mean()
         return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._prompts))])
 
 

@@ -28,7 +28,7 @@ from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
-from kvpolicy.tuning.level import Job, blamed, search_level
+from kvpolicy.tuning.level import Job, blamed, fitting, learns, search_level
 from kvpolicy.tuning.losses import LossJournal
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import (
@@ -67,8 +67,8 @@ def tune(
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
-    _check_roles(settings, allocator)
-    search, heldout = _probes(model, corpus, settings, policy)
+    _check_roles(settings, allocator, policy)
+    search, heldout = _probes(model, corpus, settings, policy, progress)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
     pace = _pace(model, search.sequences[0], settings, storage)
@@ -79,7 +79,7 @@ def tune(
     for study in studies.values():
         study.set_user_attr(_TRIALS, trials)
     profiling = estimator.num_forwards(search.spec, prompts=len(search.prompts), sequences=len(search.sequences))
-    _announce(progress, settings, search, heldout, trials, pace, seconds, profiling)
+    _announce(progress, settings, search, heldout, trials, pace, seconds, profiling, learns(allocator))
     known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
     with blamed("estimator", settings.estimator):
         importance = profile(estimator, search, profiling, progress, known)
@@ -102,16 +102,28 @@ def tune(
     )
 
 
-def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
+def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], policy: EvictionPolicy) -> None:
     if allocator.split_scope != "none":
         raise PluginError(
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
             "to search for it"
         )
+    if learns(allocator):
+        fitting(settings)  # wrong parameters are refused before any work
+        if not policy.window_rule:
+            raise PluginError(
+                f"the allocator '{settings.allocator}' learns windows, and '{settings.policy}' keeps others than the "
+                "most recent entries: learn under --policy streaming; a cache takes the plan with another policy too"
+            )
+    elif settings.allocator_params:
+        raise PluginError(
+            f"the parameters of the allocator '{settings.allocator}' are searched, not given; got "
+            f"{', '.join(settings.allocator_params)}"
+        )
 
 
 def _probes(
-    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, progress: Progress
 ) -> tuple[TransformersProbe, TransformersProbe]:
     """The search part's probe (with the profiling prompts) and the held-out part's."""
     length = settings.context_length
@@ -125,13 +137,20 @@ def _probes(
     search = corpus.sequences("search", SEARCH_SEQUENCES, length)
     options: dict[str, Any] = {"prefill_length": settings.prefill_length, "batch_size": settings.batch_size}
     return (
-        probe_for(policy, model, search, corpus.prompts(length), tokenize=corpus.tokenize, **options),
+        probe_for(
+            policy, model, search, corpus.prompts(length), tokenize=corpus.tokenize, progress=progress, **options
+        ),
         probe_for(policy, model, corpus.sequences("heldout", held, length), **options),
     )
 
 
 def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], seconds: float, storage: BaseStorage) -> int:
-    """Trials of each level: as asked, as a study that is resumed was given, or what fits the time."""
+    """Trials of each level: as asked, as a study that is resumed was given, or what fits the time.
+
+    One where nothing is drawn but what the allocator learned is measured.
+    """
+    if learns(allocator) and not search_space(allocator):
+        return 1
     if settings.trials is not None:
         return settings.trials
     if not search_space(allocator):
@@ -177,6 +196,7 @@ def _announce(
     pace: Pace,
     seconds: float,
     profiling: int,
+    learning: bool,
 ) -> None:
     """What it will cost, before it starts.
 
@@ -194,7 +214,9 @@ def _announce(
         f"{(2 * levels + 1) * held} held-out sequences and {profiling} of '{settings.estimator}': at most "
         f"{scored + others} forwards, about {minutes} min at {seconds:.2f} s each in {dtype} ({pace.reason})"
     )
-    if settings.trials is None:
+    if learning:
+        progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
+    elif settings.trials is None:
         progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
 
 
@@ -208,7 +230,8 @@ def _common_settings(
     pace: Pace,
 ) -> dict[str, Any]:
     """What must agree for a study to be resumed."""
-    return {
+    given = {"allocator_params": fitting(settings).params()} if learns(allocator) else {}
+    return given | {
         "model": spec.config_sha256,
         "text": corpus.sha256,
         "context_length": settings.context_length,

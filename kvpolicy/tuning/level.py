@@ -27,6 +27,8 @@ from kvpolicy.stats import PairedDifference, paired_difference
 from kvpolicy.tuning.search import CHUNKS, chunk_means, run_trials, stopped_trials
 from kvpolicy.tuning.settings import TuneSettings
 
+_FITTED = "kvpolicy_fitted"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -53,15 +55,15 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
     """Searches one level and checks what was found on the held-out text."""
     budget, uniform_shares = job.budget(retention), torch.ones(job.spec.table_shape)
     uniform = _table(uniform_shares, budget)
-    job.progress.begin(f"search {retention:.0%}", job.trials)
+    learned = fitted_shares(job, study, retention, budget)
+    trials = job.trials if learned is None else 1
+    job.progress.begin(f"search {retention:.0%}", trials)
     reference = torch.cat(list(chunk_means(job.search.token_losses(uniform))))
     if not bool(torch.isfinite(reference).all()):
         raise ModelError(
             f"the model's loss on the search text is not finite in {job.search.model.dtype}: try another --dtype"
         )
     study.pruner = _pruner()
-    with blamed("allocator", job.settings.allocator):
-        learned = job.allocator().fit(job.search, job.importance, budget)
 
     def shares_of(candidate: BudgetAllocator) -> Tensor:
         with blamed("allocator", job.settings.allocator):
@@ -76,18 +78,46 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
             job.allocator,
             evaluate,
             reference,
-            trials=job.trials,
+            trials=trials,
             seed=job.settings.seed,
             sampler=job.settings.sampler,
             progress=job.progress,
         )
     finally:
         job.progress.end()
+    if learned is not None:
+        study.set_user_attr(_FITTED, learned.tolist())
     if found is None or found.excess >= 0:
         return _checked(job, retention, uniform_shares, None, float(reference.mean()), uniform, searched=study)
-    chosen = registry.create("allocator", job.settings.allocator, found.params)
+    params = found.params if learned is None else fitting(job.settings).params()
+    chosen = registry.create("allocator", job.settings.allocator, params)
     search_loss = float(reference.mean()) + found.excess
-    return _checked(job, retention, shares_of(chosen), found.params, search_loss, uniform, searched=study)
+    return _checked(job, retention, shares_of(chosen), params, search_loss, uniform, searched=study)
+
+
+def fitted_shares(job: Job, study: optuna.Study, retention: float, budget: Budget) -> Tensor | None:
+    """What the allocator learns for this level, or learned before in a study that is resumed; None if it does not.
+
+    It is kept once its trial has run: from then on the study is not taken over by other settings.
+    """
+    kept = study.user_attrs.get(_FITTED)
+    if kept is not None:
+        job.progress.note(f"{retention:.0%} kept: learned before, in this study")
+        return torch.tensor(kept, dtype=torch.float64)
+    with blamed("allocator", job.settings.allocator):
+        learned = fitting(job.settings).fit(job.search, job.importance, budget)
+    return None if learned is None else learned.detach().to("cpu", torch.float64)
+
+
+def learns(allocator: type[BudgetAllocator]) -> bool:
+    """Whether it learns shares from the model instead of being searched."""
+    return allocator.fit is not BudgetAllocator.fit
+
+
+def fitting(settings: TuneSettings) -> BudgetAllocator:
+    """The allocator as it learns."""
+    made: BudgetAllocator = registry.create("allocator", settings.allocator, settings.allocator_params)
+    return made
 
 
 def _checked(

@@ -26,6 +26,7 @@ class TuneSettings:
     prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
                 attend densely, None for none
     trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
+    allocator_params: of an allocator that learns; those of any other are searched
     out:        the plan's path; the study's journal and the losses of profiling lie beside it
     storage:    an Optuna storage URL instead of the journal, shared by several processes
     choose_dtype: let an fp32 model on a CPU run in bf16 where that is faster and agrees
@@ -34,6 +35,7 @@ class TuneSettings:
     estimator: str = "cosine"
     estimator_params: dict[str, Any] | None = None
     allocator: str = "baklava"
+    allocator_params: dict[str, Any] | None = None
     policy: str = "streaming"
     retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
     context_length: int = 1024

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import BudgetError, ModelError, PluginError
+from kvpolicy.integrations.transformers.biased import BiasedAttention, biased, decoder_layers
 from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.integrations.transformers.rotary import find_rotary
-from kvpolicy.interfaces import LayerActivations, ModelProbe
+from kvpolicy.integrations.transformers.soft_loss import Teacher, divergence
+from kvpolicy.interfaces import LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.progress import Progress
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Tokenize
 
@@ -33,7 +36,8 @@ class TransformersProbe(ModelProbe):
     num_sink_tokens: of the window rule
     prefill_length:  tokens at the start that attend densely (`tokens at positions >= max(T // 4, prefill_length)`
                      are scored then)
-    batch_size:      sequences in one forward
+    batch_size:      sequences in one forward of `loss`
+    progress:        told of long work, such as an allocator's learning
 
     Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
     """
@@ -50,6 +54,7 @@ class TransformersProbe(ModelProbe):
         num_sink_tokens: int = 4,
         prefill_length: int = 0,
         batch_size: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.sequences = sequences
@@ -58,6 +63,8 @@ class TransformersProbe(ModelProbe):
         self.num_sink_tokens = num_sink_tokens
         self.prefill_length = prefill_length
         self.batch_size = batch_size
+        self._progress = progress or Progress()
+        self._teacher = Teacher(self.scored_logits, sequences)
         self._spec = ModelSpec.from_config(model.config)
         budgeted = self._spec.budgeted_layers
         self._modules = attention_modules(model, budgeted)
@@ -103,6 +110,14 @@ class TransformersProbe(ModelProbe):
                 "TransformersProbe(..., tokenize=corpus.tokenize)"
             )
         return torch.tensor(self._tokenize(text), dtype=torch.int64)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def progress(self) -> Progress:
+        return self._progress
 
     @property
     def first_scored(self) -> int:
@@ -164,15 +179,38 @@ class TransformersProbe(ModelProbe):
             yield losses.cpu()
 
     def losses_of(self, ids: Tensor) -> Tensor:
-        """Losses float32 `[B, T - first_scored]` under whatever attention the model has now. ids: `[B, T]`.
-
-        Logits are computed only for the tokens that predict a scored one.
-        """
+        """Losses float32 `[B, T - first_scored]` under whatever attention the model has now. ids: `[B, T]`."""
         first = self.first_scored
-        logits = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits[
-            :, -(ids.shape[1] - first + 1) : -1
+        return losses_from(self.scored_logits(ids), ids[:, first:])
+
+    def scored_logits(self, ids: Tensor) -> Tensor:
+        """Logits `[B, T - first_scored, vocabulary]`: of the tokens that predict a scored one, and no others."""
+        first, length = self.first_scored - 1, ids.shape[1]
+        # by index: given a number, Gemma 4 shortens the queries of its last layers too, to what no mask was made for
+        rows = torch.arange(first, length, device=ids.device)
+        logits: Tensor = self.model(ids, use_cache=False, logits_to_keep=rows).logits[:, first - length : -1]
+        return logits
+
+    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
+        """As in `ModelProbe`. The full cache's logits are kept from their first use, up to 1 GiB of them."""
+        if target not in ("full", "text"):
+            raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
+        chosen = range(self.num_sequences) if sequence is None else [sequence]
+        if not all(0 <= index < self.num_sequences for index in chosen):
+            raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
+        return torch.stack([self._soft_loss(bias, target, index) for index in chosen])
+
+    def _soft_loss(self, bias: ScoreBias, target: SoftTarget, index: int) -> Tensor:
+        device = self.model.device
+        ids = self.sequences[index : index + 1].to(device)
+        teacher = self._teacher(index, device) if target == "full" else None
+        handlers = [
+            BiasedAttention(module, self._spec, row, bias, self.prefill_length) for module, row in self._windowed
         ]
-        return losses_from(logits, ids[:, first:])
+        with biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
+            loss = self.losses_of(ids).mean() if teacher is None else divergence(teacher, self.scored_logits(ids)[0])
+        self._check_reached([handler.calls for handler in handlers], 1)
+        return loss
 
     def _check(self, capacities: Tensor) -> None:
         """Raises `BudgetError` for a table that this model and this rule cannot have."""

@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.supply import attached
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
+from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ScoreBias, SoftTarget
 from kvpolicy.text import Tokenize
 
 KEPT_BYTES = 2 * 1024**3
@@ -112,6 +112,13 @@ class PromptProbe(TransformersProbe):
         return (
             f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on "
             'top of the budget (decode="append"), are scored'
+        )
+
+    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
+        """Raises `PluginError`: windows are learned under a window rule."""
+        raise PluginError(
+            f"soft_loss is that of windows, and {type(self.policy).__name__} keeps others than the most recent "
+            "entries: learn under a window rule such as streaming; a cache takes the plan with another policy too"
         )
 
     def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:

@@ -155,3 +155,8 @@ def kvpolicy_register(register: Register) -> None:
         summary="The next entry where measured curves fall most steeply (reconstructed).",
         paper="arXiv:2602.08585",
     )
+    register.allocator(
+        "learned",
+        f"{module}.learned:LearnedAllocator",
+        summary="Windows learned by gradient, so that the model predicts what its full cache does.",
+    )

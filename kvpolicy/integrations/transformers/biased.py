@@ -1,0 +1,142 @@
+"""A model under a bias on its attention scores, so that gradients reach the bias and memory stays small.
+
+Each decoder layer is checkpointed, and within it each block of queries: of a layer there is what enters it, and one
+block's scores at a time. What is checkpointed is computed again in the backward, long after the forward has ended, so
+each layer brings the conditions of the forward back for that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import PluginError
+from kvpolicy.integrations.transformers.intercept import AttentionHandler, Stock, intercepted
+from kvpolicy.integrations.transformers.observe import check_heads
+from kvpolicy.interfaces import ScoreBias
+from kvpolicy.spec import ModelSpec
+
+_QUERY_ROWS = 256  # of a block of scores: 134 MB in fp32 for 32 heads at 4096 tokens
+
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+
+
+class BiasedAttention:
+    """Causal attention with a bias on the scores, in place of one layer's attention."""
+
+    def __init__(self, module: nn.Module, spec: ModelSpec, layer: int, bias: ScoreBias, prefill_length: int) -> None:
+        self.module, self.spec, self.layer, self.bias = module, spec, layer, bias
+        self.prefill_length = prefill_length
+        self.calls = 0
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
+    ) -> tuple[Tensor, Any]:
+        check_heads(module, self.spec, query, key)
+        self.calls += 1
+        block, query_blocks = partial(self._block, options=options), torch.split(query, _QUERY_ROWS, dim=2)
+        out = [
+            checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
+            for begin, rows in zip(range(0, query.shape[2], _QUERY_ROWS), query_blocks, strict=True)
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+    def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """Queries from position `begin` on: [B, num_q_heads, n, value_dim]."""
+        batch, num_q_heads, count, dim = query.shape
+        num_kv_heads, end = key.shape[1], begin + count
+        key, value = key[:, :, :end], value[:, :, :end]
+        scale = options.get("scaling")
+        grouped = query.reshape(batch, num_kv_heads, -1, dim)  # [B, H, group * n, D]: a group shares its keys
+        scores = (grouped @ key.transpose(-1, -2)).reshape(batch, num_kv_heads, -1, count, end).float()
+        scores = scores * (dim**-0.5 if scale is None else scale)
+        if softcap := options.get("softcap"):
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores + self._bias(begin, end, query.device)[:, None]
+        sinks = options.get("s_aux")
+        if sinks is not None:  # a learned logit per query head, whose value is zero
+            column = sinks.detach().float().reshape(1, num_kv_heads, -1, 1, 1)
+            scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], -1)
+        weights = torch.softmax(scores, -1)[..., :end].to(value.dtype)
+        mixed = weights.reshape(batch, num_kv_heads, -1, end) @ value
+        return mixed.reshape(batch, num_q_heads, count, -1)
+
+    def _bias(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """[H, n, end] with causality; the first `prefill_length` queries attend densely."""
+        rows = torch.arange(begin, end, device=device)
+        columns = torch.arange(end, device=device)
+        given = self.bias(self.layer, rows, columns)
+        if tuple(given.shape) != (self.spec.num_kv_heads, end - begin, end):
+            raise PluginError(
+                f"soft_loss: the bias of layer {self.layer} has shape {list(given.shape)}, expected [KV heads, "
+                f"queries, keys] = {[self.spec.num_kv_heads, end - begin, end]}"
+            )
+        if begin < self.prefill_length:
+            given = given.masked_fill((rows < self.prefill_length)[:, None], 0.0)
+        return given.masked_fill(columns > rows[:, None], float("-inf"))
+
+
+@contextmanager
+def biased(model: PreTrainedModel, handlers: Sequence[BiasedAttention], blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context the model runs under the handlers' bias, layer by layer checkpointed, its parameters frozen.
+
+    blocks: the decoder layers. Gradients may be taken after the context has ended; the model is left as it was.
+    """
+    by_module: dict[nn.Module, AttentionHandler] = {handler.module: handler for handler in handlers}
+
+    @contextmanager
+    def conditions() -> Iterator[None]:
+        with frozen(model), intercepted(model, by_module):
+            yield
+
+    with ExitStack() as stack:
+        stack.enter_context(conditions())
+        for block in blocks:
+            stack.enter_context(_checkpointed(block, lambda: (nullcontext(), conditions())))
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in gradients."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(block: nn.Module, contexts: Contexts) -> Iterator[None]:
+    """The forward of one decoder layer keeps what enters it alone."""
+    forward, own = block.forward, "forward" in vars(block)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+    block.forward = again
+    try:
+        yield
+    finally:
+        if own:  # another library's, such as accelerate's
+            block.forward = forward
+        else:
+            del block.forward
+
+
+def decoder_layers(model: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """All decoder layers, whatever their kind: the list in which this one lies; this one alone where there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(child is block for child in module):
+            return list(module)
+    return [block]
