@@ -157,8 +157,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("message", "options"), REFUSED.items(), ids=REFUSED)
 def test_recipes_that_cannot_be_static_are_refused(message, options):
+    model = tiny_model("Llama")
     with pytest.raises(BudgetError, match=message):
-        kvpolicy.new_cache(tiny_model("Llama"), static=True, **options)
+        kvpolicy.new_cache(model, static=True, **options)
+    assert model.config._attn_implementation == "sdpa", "a refusal leaves the model as it was"
 
 
 def test_what_fixed_addresses_rule_out_is_refused():

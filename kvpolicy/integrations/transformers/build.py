@@ -112,11 +112,11 @@ def cache_of(
     count = spec.num_kv_heads // size
     check_devices(model, spec)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
+    length = _static_length(recipe) if static else None
     prepare(model, spec, policy.requires)
     attach(model)
     attached = attachment_of(model)
-    if static:
-        length = _static_length(recipe)
+    if length is not None:
         layers = StaticCache(config=text_config(model), max_cache_len=length).layers
         return StaticRaggedCache(spec, make_store, layers, attached, rank=rank, recipe=recipe, context_length=length)
     layers = DynamicCache(config=text_config(model)).layers
