@@ -379,6 +379,21 @@ def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
     assert len(task.measure(method, table).losses) == 3
 
 
+def test_a_policy_that_has_its_context_repeated_answers_too():
+    model, tokenizer, table = tiny_model("Llama", vocab_size=400), tiny_tokenizer(), torch.full((3, 2), 12)
+    (method,) = [each for each in read_methods(["kvzip"]) if each.name == "kvzip/uniform"]
+    task = RetrievalTask("passkey", model, tokenizer, questions(2), batch_size=2)
+    ids = torch.stack([each.ids for each in task.questions])
+    plan = BudgetPlan.from_capacities(task.spec, table, PROMPT, PlanChoice("kvzip"))
+    cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = kvpolicy.generate(model, cache, ids, tokenizer=tokenizer, **options)[:, PROMPT:]
+    kvpolicy.detach(model)
+    answers, held = task._answers(ids, method, table)
+    assert answers == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert held.entries == 6 * 12
+
+
 def test_a_passkey_counts_where_its_number_is_said(monkeypatch):
     task = RetrievalTask("passkey", tiny_model("Llama"), Speller(), questions(4), batch_size=4)
     method = read_methods([])[1]

@@ -15,7 +15,7 @@ from kvpolicy.compare.methods import Method
 from kvpolicy.compare.retrieval import Question, recalled
 from kvpolicy.errors import BudgetError
 from kvpolicy.evaluate import CacheBytes, measured_bytes
-from kvpolicy.integrations.transformers import PromptProbe, attached, prompt_cache
+from kvpolicy.integrations.transformers import PromptProbe, attached, prompt_cache, repeat_context
 from kvpolicy.spec import ModelSpec
 
 
@@ -151,7 +151,10 @@ class RetrievalTask(Task):
         with torch.no_grad(), attached(self.model):
             cache = prompt_cache(self.model, method.policy, table, method.runtime_allocator)
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-            token = self.model(ids.to(self.model.device), **options).logits[:, -1:].argmax(-1)
+            ids = ids.to(self.model.device)
+            token = self.model(ids, **options).logits[:, -1:].argmax(-1)
+            if cache.awaits_repeat:
+                repeat_context(self.model, cache, ids, self.tokenizer)
             cache.check_enforced()
             held = _weighed(cache.opened(), table)
             said = [token]
