@@ -194,3 +194,14 @@ def test_a_runner_needs_a_static_cache_and_a_prompt(runner):
         kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, retention=0.3))
     with pytest.raises(ModelError, match="prefill\\(\\) first"):
         runner(model, retention=0.3).step(torch.tensor([5]))
+
+
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
+def test_wrong_steps_are_refused(runner):
+    static = runner(tiny_model("Llama"), retention=1.0)
+    static.prefill(tiny_ids(CONTEXT - 1))
+    with pytest.raises(ModelError, match=r"one token for each of 1 rows, got \[2\]"):
+        static.step(torch.tensor([5, 6]))
+    static.step(torch.tensor([5]))
+    with pytest.raises(BudgetError, match=r"everything is kept .* room for 80 tokens"):
+        static.step(torch.tensor([5]))

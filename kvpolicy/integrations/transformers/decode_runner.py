@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.cache.static import PLAN_INTERVAL
-from kvpolicy.errors import GraphWarning, ModelError
+from kvpolicy.errors import BudgetError, GraphWarning, ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
@@ -85,12 +85,20 @@ class DecodeRunner:
     def step(self, token_ids: Tensor) -> Tensor:
         """Feeds one token a row. token_ids: int64 [B] or [B, 1].
 
-        Returns its logits, [B, vocabulary], which the next step overwrites. Raises `ModelError` before a prompt.
+        Returns its logits, [B, vocabulary], which the next step overwrites. Raises `ModelError` before a prompt and for
+        another number of tokens, `BudgetError` where everything is kept and no room is left.
         """
         if not self._prepared or not self.cache.decoding:
             raise ModelError("no prompt has come yet: prefill() first")
-        static = self.cache.opened_static()
-        self._ids.copy_(token_ids.view_as(self._ids))
+        static, seen = self.cache.opened_static(), self.cache.budgeted[0].columns + self._steps
+        if token_ids.numel() != len(self._ids):
+            raise ModelError(f"a step takes one token for each of {len(self._ids)} rows, got {list(token_ids.shape)}")
+        if seen >= self.cache.context_length and not self.cache.opened().schedule.evicts:
+            raise BudgetError(
+                f"everything is kept (retention 1), and there is room for {self.cache.context_length} tokens: make the "
+                "cache with a larger context_length"
+            )
+        self._ids.copy_(token_ids.reshape_as(self._ids))
         if 0 < self._steps <= static.growth + PLAN_INTERVAL and self._steps % PLAN_INTERVAL == 0:
             static.replan()
         self._steps += 1
