@@ -261,12 +261,15 @@ class _Role(abc.ABC):  # noqa: B024  # abstract through the roles below
 class ImportanceEstimator(_Role):
     """Measures how much each KV head matters. Called once per tune or profile.
 
+    token_measure: what `token_maps` gives, in a few words; "" for an estimator that has no maps
+
     Laws, checked by `kvpolicy.testing.check_estimator`: the result is finite, not negative, of shape
     `[L, H]`, the same for the same probe, of no more forwards than `num_forwards` says, and the probe's
     tensors are left unchanged.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    token_measure: ClassVar[str] = ""
 
     @abc.abstractmethod
     def estimate(self, probe: ModelProbe) -> Importance:
@@ -281,6 +284,14 @@ class ImportanceEstimator(_Role):
         The default fits an estimator that observes the calibration prompts once.
         """
         return prompts
+
+    def token_maps(self, probe: ModelProbe) -> list[Tensor]:
+        """What importance is made of, token by token, for pictures: float32 `[L, num_q_heads, n]` of each prompt.
+
+        On the CPU, finite, in one forward of each calibration prompt of n tokens.
+        Only called where `token_measure` is not "". Raises `NotImplementedError` unless overridden.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares token_measure but does not implement token_maps")
 
 
 class BudgetAllocator(_Role):

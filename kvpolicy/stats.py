@@ -1,7 +1,8 @@
-"""Paired comparison of two methods on the same sequences."""
+"""Paired comparison of two methods on the same sequences, and of two rankings of the same things."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +40,20 @@ def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
     picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values.double().cpu()[picks].mean(1).sort().values
     return float(means[round(0.025 * RESAMPLES)]), float(means[round(0.975 * RESAMPLES) - 1])
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of a and b, both `[n]`; ties share their mean rank. NaN where one is all ties."""
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def chance_correlation(n: int) -> float:
+    """What 95 % of the rank correlations of two unrelated rankings of n things stay within, about."""
+    return min(1.0, 1.96 / math.sqrt(max(n - 1, 1)))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """float64 `[n]`, from 0."""
+    row = values.double().cpu()
+    below, tied = row[:, None] > row, row[:, None] == row
+    return below.sum(1) + (tied.sum(1).double() - 1) / 2

@@ -61,10 +61,10 @@ class Corpus:
         """How many sequences of `length` the part holds."""
         return int(len(getattr(self, part)) // (length - len(self.prefix)))
 
-    def prompts(self, length: int) -> list[Tensor]:
-        """Profiling prompts of several lengths up to `length`, from the search part."""
+    def prompts(self, length: int, part: str = "search") -> list[Tensor]:
+        """Profiling prompts of several lengths up to `length`, from one part."""
         sizes = [max(2, length // divisor) for divisor in (8, 4, 4, 2, 2, 1)]
-        return [self.sequences("search", len(sizes), length)[i, :size] for i, size in enumerate(sizes)]
+        return [self.sequences(part, len(sizes), length)[i, :size] for i, size in enumerate(sizes)]
 
 
 def read_text(path: str | Path | None) -> tuple[str, str]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from kvpolicy.plan import BudgetPlan, PlanLevel
+from kvpolicy.report.canvas import canvas, png
 from kvpolicy.report.figures import method, model_name, percent, relative_budgets, sorted_levels
 
-_DPI = 130
 _COLUMNS = 5  # panels beside each other
 _WIDEST_FOLD = 4.0  # times more or less than uniform at which the colours end, unless the plan stays closer
 
@@ -46,16 +43,10 @@ def _draw(panels: Sequence[Callable[[Figure, Any], None]], shape: tuple[int, ...
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     width = columns * (1.7 + min(4.0, max(1.2, 0.22 * shape[1])))
-    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, max(24, int(11 * width)))]
-    height = rows * (1.3 + min(12.0, max(1.6, 0.13 * shape[0]))) + 0.22 * len(lines)
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+    figure = canvas(width, rows * (1.3 + min(12.0, max(1.6, 0.13 * shape[0]))), title)
     for index, panel in enumerate(panels):
         panel(figure, figure.add_subplot(rows, columns, index + 1))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return png(figure)
 
 
 def _panel(

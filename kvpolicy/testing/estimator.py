@@ -38,6 +38,8 @@ def check_estimator(
         second = call(instance, "estimate", given, instance.estimate, source)
         for (name, a), (_, b) in zip(tensors_of(first), tensors_of(second), strict=True):
             hold_same(instance, f"importance {name}", given, a, b)
+        if instance.token_measure:
+            _check_maps(instance, given, source)
 
 
 def _check_forwards(estimator: ImportanceEstimator, given: str, probe: SyntheticProbe, ran: int) -> None:
@@ -46,6 +48,19 @@ def _check_forwards(estimator: ImportanceEstimator, given: str, probe: Synthetic
     law = f"estimate runs at most num_forwards(spec, prompts={count}, sequences={count}) = {most} forwards"
     advice = "override num_forwards: `prompts` for each time they are observed, `sequences` for each call of loss"
     hold(ran <= most, estimator, law, given, ran, advice)
+
+
+def _check_maps(estimator: ImportanceEstimator, given: str, probe: ModelProbe) -> None:
+    maps = call(estimator, "token_maps", given, estimator.token_maps, probe)
+    count = len(probe.prompts)
+    law = f"token_maps returns a map for each of {count} prompts"
+    advice = "return as many as the probe has prompts, or set token_measure to ''"
+    hold(isinstance(maps, list) and len(maps) == count, estimator, law, given, type(maps).__name__, advice)
+    layers, heads = probe.spec.num_budgeted_layers, probe.spec.num_q_heads
+    for prompt, values in zip(probe.prompts, maps, strict=True):
+        expected = (layers, heads, len(prompt))
+        hold_tensor(estimator, "the token map", given, values, expected, "[L, num_q_heads, n]")
+        hold_float32(estimator, "the token map", given, values)
 
 
 def _check_importance(plugin: object, given: str, result: object, shape: tuple[int, int]) -> None:

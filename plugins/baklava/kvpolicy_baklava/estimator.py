@@ -12,7 +12,7 @@ of the residual stream before and after attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class CosineEstimator(ImportanceEstimator):
     prompts weigh alike. The layer importance is 1 - mean cosine of the residual stream before and after attention.
     """
 
+    token_measure: ClassVar[str] = "cosine of a head's input and output"
+
     head_input: HeadInput = "value"
     group: GroupRule = "mean"
 
@@ -73,13 +75,29 @@ class CosineEstimator(ImportanceEstimator):
             per_head=(per_head / prompts[:, None]).clamp(min=0), per_layer=(per_layer / prompts).clamp(min=0)
         )
 
+    def token_maps(self, probe: ModelProbe) -> list[Tensor]:
+        """The cosines themselves, with that of the first token, which is 1 under the default `head_input`."""
+        maps = [torch.zeros(probe.spec.num_budgeted_layers, probe.spec.num_q_heads, len(p)) for p in probe.prompts]
+        seen = [0] * probe.spec.num_budgeted_layers  # prompts run one after another
+
+        def visit(activations: LayerActivations) -> None:
+            layer = activations.layer
+            maps[seen[layer]][layer] = self._similarity(activations)[0].cpu()
+            seen[layer] += 1
+
+        probe.observe(visit, _NEEDS[self.head_input])
+        return maps
+
     def _head_scores(self, activations: LayerActivations, num_kv_heads: int) -> Tensor:
         """`[num_kv_heads]` on the CPU: 1 - mean cosine, merged over the query group."""
-        inputs, outputs = self._pairs(activations)
-        similarity = F.cosine_similarity(inputs[:, :, 1:].float(), outputs[:, :, 1:].float(), dim=-1)  # [B, Hq, n - 1]
-        importance = 1 - similarity.mean(dim=(0, 2)).cpu()
+        importance = 1 - self._similarity(activations)[:, :, 1:].mean(dim=(0, 2)).cpu()
         grouped = importance.reshape(num_kv_heads, -1)
         return grouped.amax(1) if self.group == "max" else grouped.mean(1)
+
+    def _similarity(self, activations: LayerActivations) -> Tensor:
+        """`[B, num_q_heads, n]`, the cosine of each token."""
+        inputs, outputs = self._pairs(activations)
+        return F.cosine_similarity(inputs.float(), outputs.float(), dim=-1)
 
     def _pairs(self, activations: LayerActivations) -> tuple[Tensor, Tensor]:
         """(input, output) of every query head, each `[B, num_q_heads, n, dim]`."""

@@ -1,0 +1,112 @@
+"""`kvpolicy profile` without --agreement: the importance of every KV head by one estimator, and its two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvpolicy.ablation import ablate_layers, num_forwards
+from kvpolicy.cli.profile_subject import Answer, Subject
+from kvpolicy.errors import PluginError
+from kvpolicy.files import write_bytes
+from kvpolicy.interfaces import ImportanceEstimator
+from kvpolicy.profiling import profile
+from kvpolicy.registry import registry
+from kvpolicy.spec import Importance
+from kvpolicy.text import Corpus
+
+SEQUENCES = 4  # of the losses of --layers, as many as a search of `tune` takes
+
+
+def check_maps(name: str, estimator: ImportanceEstimator) -> None:
+    """Raises `PluginError` for an estimator that has no token maps, with those that have."""
+    if not estimator.token_measure:
+        able = [other for other in registry.names("estimator") if registry.get("estimator", other).token_measure]
+        raise PluginError(
+            f"--token-map: the estimator '{name}' has no value for each token; these have: {', '.join(able) or 'none'}"
+        )
+
+
+def measure_heads(
+    subject: Subject,
+    name: str,
+    estimator: ImportanceEstimator,
+    text: Path | None,
+    token_map: Path | None,
+    layers: Path | None,
+) -> Answer:
+    corpus = subject.corpus(text)
+    sequences, prompts = corpus.sequences("search", 1, subject.context), corpus.prompts(subject.context)
+    probe = subject.probe(corpus, sequences, prompts)
+    spec = probe.spec
+    forwards = estimator.num_forwards(spec, prompts=len(prompts), sequences=len(sequences))
+    subject.progress.note(f"'{name}' runs at most {forwards} forwards of up to {subject.context} tokens")
+    importance = profile(estimator, probe, forwards, subject.progress)
+    document: dict[str, Any] = {
+        "model": subject.name,
+        "estimator": {"name": name, "params": estimator.params()},
+        "text_sha256": corpus.sha256,
+        "budgeted_layers": list(spec.budgeted_layers),
+        "per_head": importance.per_head.tolist(),
+        "per_layer": _listed(importance.per_layer),
+        "curves": _listed(importance.curves),
+        "curve_capacities": _listed(importance.curve_capacities),
+    }
+    if token_map is not None:
+        _draw_maps(subject, name, estimator, corpus, importance, token_map)
+    if layers is not None:
+        document["layers"] = _draw_layers(subject, name, corpus, importance, layers)
+
+    def picture() -> bytes:
+        from kvpolicy.report.heatmap import importance_png
+
+        return importance_png(importance.per_head, spec.budgeted_layers, f"{subject.name}\nimportance by {name}")
+
+    def shown() -> Iterator[Any]:
+        from kvpolicy.report.terminal import importance_heatmap
+
+        yield importance_heatmap(importance.per_head, spec.budgeted_layers)
+        if layers is not None:
+            yield from _said(document["layers"], len(importance.per_head))
+
+    return Answer(document, picture, shown)
+
+
+def _draw_maps(
+    subject: Subject, name: str, estimator: ImportanceEstimator, corpus: Corpus, importance: Importance, path: Path
+) -> None:
+    """The shortest and the longest calibration prompt."""
+    from kvpolicy.report.token_maps import token_maps_png
+
+    prompts = corpus.prompts(subject.context)
+    probe = subject.probe(corpus, corpus.sequences("search", 1, subject.context), [prompts[0], prompts[-1]])
+    maps = estimator.token_maps(probe)
+    title = subject.title(f"{estimator.token_measure}, by '{name}'", corpus.name)
+    write_bytes(path, token_maps_png(maps, importance.per_head, probe.spec, estimator.token_measure, title))
+
+
+def _draw_layers(subject: Subject, name: str, corpus: Corpus, importance: Importance, path: Path) -> dict[str, Any]:
+    """Measures each layer; returns the values."""
+    from kvpolicy.report.layers import layers_png
+
+    probe = subject.probe(corpus, corpus.sequences("search", SEQUENCES, subject.context))
+    count = num_forwards(probe.spec, SEQUENCES)
+    subject.progress.note(f"--layers runs {count} forwards of {subject.context} tokens")
+    measured = ablate_layers(probe, subject.progress)
+    title = subject.title(f"does the importance of a layer by '{name}' say what shrinking it costs?", corpus.name)
+    write_bytes(path, layers_png(importance, measured, probe.spec.budgeted_layers, title))
+    return measured.document(importance)
+
+
+def _listed(values: Tensor | None) -> list[Any] | None:
+    return None if values is None else values.tolist()
+
+
+def _said(measured: dict[str, Any], layers: int) -> Iterator[str]:
+    for name, found in measured["correlation"].items():
+        rank = "no ranking, all are alike" if found is None else f"rank correlation {found:+.2f}"
+        yield f"{name} of a layer, and what shrinking it costs: {rank}, {layers} layers"
+    yield f"unrelated rankings stay within {measured['by_chance']:.2f} of 0 in 95 % of cases"

@@ -1,0 +1,41 @@
+"""Agreement of rankings, as tables in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.table import Table
+from torch import Tensor
+
+from kvpolicy.agreement import Agreement, pairs
+from kvpolicy.stats import chance_correlation
+
+
+def tables(found: Agreement) -> Iterator[Table | str]:
+    """Each estimator with itself on other prompts and texts, each with each, and what must be said besides."""
+    itself = Table("", "estimator", "prompts", "least", "texts", "least", title="the same estimator across")
+    each = Table("", "estimator", *_numbers(found), title=f"estimators on {found.texts[0]}")
+    for number, name, prompt, text, row in zip(
+        _numbers(found), found.estimators, found.prompt, found.text, found.estimator.tolist(), strict=True
+    ):
+        itself.add_row(number, name, *_mean_and_least(prompt), *_mean_and_least(text))
+        each.add_row(number, name, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
+    yield itself
+    yield each
+    yield (
+        f"Spearman's rank correlation of {found.num_heads} KV heads; unrelated rankings stay within "
+        f"{chance_correlation(found.num_heads):.2f} of 0 in 95 % of cases. Prompts: {', '.join(found.prompts)}. "
+        f"Texts: {'; '.join(found.texts)}."
+    )
+    for where, reason in found.failures.items():
+        yield f"no ranking: {where}: {reason}"
+
+
+def _numbers(found: Agreement) -> list[str]:
+    return [str(number) for number in range(1, len(found.estimators) + 1)]
+
+
+def _mean_and_least(matrix: Tensor) -> tuple[str, str]:
+    values = pairs(matrix)
+    return (f"{sum(values) / len(values):+.2f}", f"{min(values):+.2f}") if values else ("", "")
