@@ -88,12 +88,14 @@ def agreement(
     An estimator that cannot run on a probe, or finds all KV heads alike there, has no ranking there.
     """
     failures: dict[str, str] = {}
+    by_text: list[list[Tensor | None]] = []
+    by_prompt: list[list[Tensor | None]] = []
     progress.begin("agreement", len(estimators) * (len(texts) + len(prompts)))
     try:
-        by_text, by_prompt = [
-            [_rankings(name, estimator, probes, failures, progress) for name, estimator in estimators.items()]
-            for probes in (texts, prompts)
-        ]
+        for name, estimator in estimators.items():
+            by_text.append(_rankings(name, estimator, texts, failures, progress))
+            by_prompt.append(_rankings(name, estimator, prompts, failures, progress))
+            progress.note(f"ranked by {name}")
     finally:
         progress.end()
     heads = math.prod(next(iter(texts.values())).spec.table_shape)
@@ -133,7 +135,7 @@ def _rankings(
         except PluginError as error:
             failures[f"{name}, {where}"] = str(error)
             found.append(None)
-        progress.advance(name if len(found) == len(probes) else "")
+        progress.advance()
     return found
 
 

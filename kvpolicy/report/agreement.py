@@ -14,19 +14,28 @@ from kvpolicy.stats import chance_correlation
 
 def tables(found: Agreement) -> Iterator[Table | str]:
     """Each estimator with itself on other prompts and texts, each with each, and what must be said besides."""
-    itself = Table("", "estimator", "prompts", "least", "texts", "least", title="the same estimator across")
-    each = Table("", "estimator", *_numbers(found), title=f"estimators on {found.texts[0]}")
+    itself = Table(
+        "",
+        "estimator",
+        "prompts",
+        "least",
+        "texts",
+        "least",
+        title="each with itself, mean and least over pairs",
+        title_justify="left",
+    )
+    each = Table("", *_numbers(found), title="estimators with each other", title_justify="left")
     for number, name, prompt, text, row in zip(
         _numbers(found), found.estimators, found.prompt, found.text, found.estimator.tolist(), strict=True
     ):
         itself.add_row(number, name, *_mean_and_least(prompt), *_mean_and_least(text))
-        each.add_row(number, name, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
+        each.add_row(number, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
     yield itself
     yield each
     yield (
         f"Spearman's rank correlation of {found.num_heads} KV heads; unrelated rankings stay within "
-        f"{chance_correlation(found.num_heads):.2f} of 0 in 95 % of cases. Prompts: {', '.join(found.prompts)}. "
-        f"Texts: {'; '.join(found.texts)}."
+        f"{chance_correlation(found.num_heads):.2f} of 0 in 95 % of cases. Estimators with each other, and prompts: on "
+        f"{found.texts[0]}. Texts: {'; '.join(found.texts)}."
     )
     for where, reason in found.failures.items():
         yield f"no ranking: {where}: {reason}"

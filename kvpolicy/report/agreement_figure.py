@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy.agreement import Agreement
 from kvpolicy.report.canvas import canvas, png
+from kvpolicy.stats import chance_correlation
 
 _CELL = 0.52  # inches
 
@@ -25,7 +26,10 @@ def agreement_png(found: Agreement, title: str) -> bytes:
     names = [[textwrap.fill(name, 26) for name in names] for _, names, _ in panels]
     widths = [0.1 * _widest(column) + _CELL * max(2.5, len(column)) for column in names]
     height = 0.9 + _CELL * max(len(column) for column in names)
-    figure = canvas(sum(widths) + 1.4, height, title)
+    chance = (
+        f"{found.num_heads} KV heads; unrelated rankings stay within {chance_correlation(found.num_heads):.2f} of 0"
+    )
+    figure = canvas(sum(widths) + 1.4, height, f"{title}\n{chance} in 95 % of cases")
     axes = figure.subplots(1, len(panels), width_ratios=[len(column) for column in names])
     for place, (heading, _, matrix), column in zip(axes, panels, names, strict=True):
         image = _panel(place, heading, column, matrix)

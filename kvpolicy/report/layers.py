@@ -12,6 +12,7 @@ from kvpolicy.report.canvas import canvas, png
 from kvpolicy.spec import Importance
 from kvpolicy.stats import rank_correlation
 
+_UNEVEN = 5.0  # the largest over the median: beyond that most layers would lie on top of each other
 _SAID = {"per_layer": "layer importance", "mean of per_head": "mean importance of its KV heads"}
 
 
@@ -44,7 +45,9 @@ def _scatter(axes: Any, values: Tensor, increase: Tensor, layers: Sequence[int],
     found = rank_correlation(values, increase)
     ranks = "no ranking" if found != found else f"rank correlation {found:+.2f}"
     axes.set_title(f"{ranks}, {len(layers)} layers", fontsize=10)
-    axes.set_xlabel(name, fontsize=9)
+    is_uneven = float(values.min()) > 0 and float(values.max()) > _UNEVEN * float(values.median())
+    axes.set_xscale("log" if is_uneven else "linear")
+    axes.set_xlabel(f"{name}, on a log scale" if is_uneven else name, fontsize=9)
     axes.set_ylabel("loss increase, nats per token", fontsize=9)
     axes.grid(alpha=0.3)
     axes.margins(0.1)

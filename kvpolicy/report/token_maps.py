@@ -7,12 +7,14 @@ from typing import Any
 
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
 from kvpolicy.report.canvas import canvas, png
 from kvpolicy.spec import ModelSpec
 
 _MOST, _LEAST = "#d55e00", "#000000"  # vermilion and black: apart without colour vision too
 _HEAD = 0.22  # inches
+_MOST_ROWS = 512
 
 
 def shown_layers(spec: ModelSpec) -> list[int]:
@@ -29,22 +31,32 @@ def token_maps_png(maps: Sequence[Tensor], per_head: Tensor, spec: ModelSpec, me
     measure:  what a cell holds
     """
     layers = shown_layers(spec)
-    heights = [min(6.0, max(2.2, values.shape[-1] / 90)) for values in maps]
+    heights = [min(5.0, max(2.2, values.shape[-1] / 90)) for values in maps]
     width = max(1.9, _HEAD * spec.num_q_heads)
     figure = canvas(len(layers) * (width + 0.6) + 1.3, sum(heights) + 0.9 * len(maps) + 0.4, title)
     rows = figure.subplots(len(maps), len(layers), squeeze=False, height_ratios=heights)
     low = min(0.0, *(float(values[layers].min()) for values in maps))
     for row, values in zip(rows, maps, strict=True):
         for axes, layer in zip(row, layers, strict=True):
-            image = axes.imshow(values[layer].T.numpy(), aspect="auto", cmap="cividis", vmin=low, vmax=1.0)
+            image = _cells(axes, values[layer], low)
             axes.set_title(f"layer {spec.budgeted_layers[layer]}, {values.shape[-1]} tokens", fontsize=9)
             _heads(axes, per_head[layer], spec.group_size)
-        row[0].set_ylabel("token", fontsize=9)
+        averaged = values.shape[-1] > _MOST_ROWS
+        row[0].set_ylabel("token (means of neighbours)" if averaged else "token", fontsize=9)
     figure.colorbar(image, ax=rows, label=measure, aspect=40, pad=0.02)
     most, least = (Rectangle((0, 0), 1, 1, **_style(color)) for color in (_MOST, _LEAST))
     said = ["most important KV head of the layer", "least important"]
     figure.legend([most, least], said, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return png(figure)
+
+
+def _cells(axes: Any, values: Tensor, low: float) -> Any:
+    """values: `[num_q_heads, n]`; where there are more tokens than rows of pixels, neighbours are averaged."""
+    heads, tokens = values.shape
+    rows = adaptive_avg_pool1d(values, min(tokens, _MOST_ROWS)).T.numpy()
+    borders = (-0.5, heads - 0.5, tokens - 0.5, -0.5)
+    look = {"aspect": "auto", "interpolation": "nearest", "cmap": "cividis"}
+    return axes.imshow(rows, extent=borders, vmin=low, vmax=1.0, **look)
 
 
 def _heads(axes: Any, importance: Tensor, group: int) -> None:
@@ -57,8 +69,9 @@ def _heads(axes: Any, importance: Tensor, group: int) -> None:
         axes.axvline(group * head - 0.5, color="white", linewidth=1.5)
     low, high = axes.get_ylim()
     for head, color in ((int(importance.argmin()), _LEAST), (int(importance.argmax()), _MOST)):
-        box = (group * head - 0.5, min(low, high))
-        axes.add_patch(Rectangle(box, group, abs(high - low), clip_on=False, **_style(color)))
+        corner, size = (group * head - 0.44, min(low, high)), (group - 0.12, abs(high - low))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=4.5, clip_on=False))
+        axes.add_patch(Rectangle(corner, *size, clip_on=False, **_style(color)))
 
 
 def _style(color: str) -> dict[str, Any]:
