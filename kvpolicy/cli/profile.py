@@ -99,7 +99,7 @@ def profile(
     from rich.console import Console
 
     for said in answer.shown():
-        Console().print(said)
+        Console().print(said, highlight=False, markup=False)
 
 
 def _check(

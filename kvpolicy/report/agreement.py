@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from kvpolicy.agreement import Agreement, pairs
 from kvpolicy.stats import chance_correlation
 
 
-def tables(found: Agreement) -> Iterator[Table | str]:
+def tables(found: Agreement) -> Iterator[Table | Text]:
     """Each estimator with itself on other prompts and texts, each with each, and what must be said besides."""
     itself = Table(
         "",
@@ -21,7 +22,7 @@ def tables(found: Agreement) -> Iterator[Table | str]:
         "least",
         "texts",
         "least",
-        title="each with itself, mean and least over pairs",
+        title="each with itself: mean and least of all pairs",
         title_justify="left",
     )
     each = Table("", *_numbers(found), title="estimators with each other", title_justify="left")
@@ -32,13 +33,13 @@ def tables(found: Agreement) -> Iterator[Table | str]:
         each.add_row(number, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
     yield itself
     yield each
-    yield (
+    yield Text(
         f"Spearman's rank correlation of {found.num_heads} KV heads; unrelated rankings stay within "
         f"{chance_correlation(found.num_heads):.2f} of 0 in 95 % of cases. Estimators with each other, and prompts: on "
         f"{found.texts[0]}. Texts: {'; '.join(found.texts)}."
     )
     for where, reason in found.failures.items():
-        yield f"no ranking: {where}: {reason}"
+        yield Text(f"no ranking: {where}: {reason}")
 
 
 def _numbers(found: Agreement) -> list[str]:

@@ -14,7 +14,7 @@ from kvpolicy.spec import ModelSpec
 
 _MOST, _LEAST = "#d55e00", "#000000"  # vermilion and black: apart without colour vision too
 _HEAD = 0.22  # inches
-_MOST_ROWS = 512
+_MOST_ROWS = 256
 
 
 def shown_layers(spec: ModelSpec) -> list[int]:
@@ -31,7 +31,7 @@ def token_maps_png(maps: Sequence[Tensor], per_head: Tensor, spec: ModelSpec, me
     measure:  what a cell holds
     """
     layers = shown_layers(spec)
-    heights = [min(5.0, max(2.2, values.shape[-1] / 90)) for values in maps]
+    heights = [min(3.6, max(2.2, values.shape[-1] / 90)) for values in maps]
     width = max(1.9, _HEAD * spec.num_q_heads)
     figure = canvas(len(layers) * (width + 0.6) + 1.3, sum(heights) + 0.9 * len(maps) + 0.4, title)
     rows = figure.subplots(len(maps), len(layers), squeeze=False, height_ratios=heights)
