@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.compare.methods import Method
-from kvpolicy.compare.retrieval import Question, recalled
 from kvpolicy.errors import BudgetError
 from kvpolicy.evaluate import CacheBytes, measured_bytes
 from kvpolicy.integrations.transformers import PromptProbe, attached, prompt_cache, repeat_context
+from kvpolicy.retrieval import Question, recalled
 from kvpolicy.spec import ModelSpec
 
 
