@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+_LEAST = 1e-12  # nats: a loss that is rounded to 0 has a large relative increase, not an infinite one
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,28 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> PairedDifference:
     return PairedDifference(float(difference.mean()), *mean_interval(difference, seed), len(difference))
 
 
+def relative_increase(losses: Tensor, base: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """(mean of losses - mean of base) / mean of base, and its 95 % percentile bootstrap interval over the pairs.
+
+    losses, base: `[n]`, the mean losses of the same n sequences, base above 0
+    """
+    added, base = (losses - base).double().cpu(), base.double().cpu()
+    picks = _picks(len(base), seed)
+    ratios = added[picks].sum(1) / base[picks].sum(1).clamp(min=_LEAST)
+    return float(added.sum() / base.sum().clamp(min=_LEAST)), *_middle(ratios)
+
+
 def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean. values: `[n]`."""
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = values.double().cpu()[picks].mean(1).sort().values
-    return float(means[round(0.025 * RESAMPLES)]), float(means[round(0.975 * RESAMPLES) - 1])
+    return _middle(values.double().cpu()[_picks(len(values), seed)].mean(1))
+
+
+def _picks(count: int, seed: int) -> Tensor:
+    """int64 `[RESAMPLES, count]`: which pairs each resample holds."""
+    return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+
+
+def _middle(values: Tensor) -> tuple[float, float]:
+    """Where the middle 95 % of `[RESAMPLES]` values lie."""
+    values = values.sort().values
+    return float(values[round(0.025 * RESAMPLES)]), float(values[round(0.975 * RESAMPLES) - 1])
