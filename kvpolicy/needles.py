@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import TextError
-from kvpolicy.retrieval import Question, answer_ids, make_key_values, make_passkeys
+from kvpolicy.retrieval import Fits, Question, answer_ids, make_key_values, make_passkeys
 
 _SAMPLED = 64  # numbers looked at to find how many tokens most of them have
 
@@ -37,20 +36,23 @@ def make_needles(tokenizer: Any, count: int, length: int, seed: int, without: Co
 
     Raises `TextError` for a length that is too short, and for a tokenizer for whose numbers there is no such count.
     """
-    tokens = _usual_tokens(tokenizer, seed)
-
-    def fits(question: Question) -> bool:
-        found = answer_ids(tokenizer, question.asked, question.answer)
-        return question.answer not in without and len(found) == tokens
-
-    try:
-        keys = make_passkeys(tokenizer, count // 2, length, seed, fits)
-        items = make_key_values(tokenizer, count // 2, length, seed, fits)
-    except TextError as error:
-        raise TextError(f"needle prompts whose answers have {tokens} tokens each cannot be made: {error}") from error
+    fits = equal_answers(tokenizer, seed, without)
+    keys = make_passkeys(tokenizer, count // 2, length, seed, fits)
+    items = make_key_values(tokenizer, count // 2, length, seed, fits)
     questions = [each for pair in zip(keys, items, strict=True) for each in pair]
-    rows = [torch.cat([each.ids, torch.tensor(answer_ids(tokenizer, each.asked, each.answer))]) for each in questions]
+    rows = [torch.cat([each.ids, answer_of(tokenizer, each)]) for each in questions]
     return Needles(torch.stack(rows), frozenset(each.answer for each in questions))
+
+
+def answer_of(tokenizer: Any, question: Question) -> Tensor:
+    """The tokens of the answer behind its prompt, int64 `[n]`."""
+    return torch.tensor(answer_ids(tokenizer, question.asked, question.answer))
+
+
+def equal_answers(tokenizer: Any, seed: int, without: Collection[str] = ()) -> Fits:
+    """Which prompts can stand in one set: answers of as many tokens as most numbers have, and none of `without`."""
+    tokens = _usual_tokens(tokenizer, seed)
+    return lambda question: question.answer not in without and len(answer_of(tokenizer, question)) == tokens
 
 
 def _usual_tokens(tokenizer: Any, seed: int) -> int:

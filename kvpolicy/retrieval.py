@@ -139,7 +139,8 @@ def _fitting(make: Callable[[], Question], fits: Fits | None) -> Question:
         if fits is None or fits(question):
             return question
     raise TextError(
-        f"none of {_DRAWS} prompts that were drawn, the last with the number {question.answer}, is one that fits"
+        f"none of {_DRAWS} prompts that were drawn has an answer that fits (the last one's is {question.answer}): this "
+        "tokenizer gives the numbers of 5 digits no usual count of tokens"
     )
 
 

@@ -120,11 +120,13 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from kvpolicy.report.tables import levels_table, warnings_of
+    from kvpolicy.report.tables import facts_table, levels_table, warnings_of
     from kvpolicy.tuning.levels import limit_said
 
     console = Console()
     console.print(levels_table(plan))
+    if (facts := facts_table(plan)) is not None:
+        console.print(facts)
     said = warnings_of(plan)
     if "max_loss" in plan.provenance:
         said.insert(0, limit_said(plan.provenance["max_loss"]))

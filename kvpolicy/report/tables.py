@@ -37,16 +37,8 @@ LEVEL_COLUMNS = (
     ("pass keys found", "passkeys"),
 )
 """Heading and key of each column that a table of levels can have."""
-_NARROW = {
-    "kept",
-    "heldout",
-    "heldout_uniform",
-    "heldout_full",
-    "verdict",
-    "interval",
-    "answers",
-    "passkeys",
-}  # fits 80 characters
+_NARROW = {"kept", "heldout", "heldout_uniform", "heldout_full", "verdict", "interval"}  # fits 80 characters
+_FACTS = {"kept", "answers", "answers_uniform", "answers_full", "passkeys"}
 
 
 def level_rows(plan: BudgetPlan) -> list[dict[str, str]]:
@@ -95,9 +87,19 @@ def summary_table(plan: BudgetPlan) -> Table:
 
 def levels_table(plan: BudgetPlan) -> Table:
     """One row per retention: perplexities and the comparison with uniform, as far as they were measured."""
+    return _table_of(level_rows(plan), "levels", _NARROW)
+
+
+def facts_table(plan: BudgetPlan) -> Table | None:
+    """One row per retention: how well answers are found in long prompts; None where that was not measured."""
     rows = level_rows(plan)
-    columns = [(head, key) for head, key in LEVEL_COLUMNS if key in _NARROW and any(row.get(key) for row in rows)]
-    table = Table(title="levels")
+    measured = any(row.get(key) for row in rows for key in _FACTS - {"kept"})
+    return _table_of(rows, "answers in long prompts", _FACTS) if measured else None
+
+
+def _table_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Table:
+    columns = [(head, key) for head, key in LEVEL_COLUMNS if key in keys and any(row.get(key) for row in rows)]
+    table = Table(title=title)
     for head, key in columns:
         table.add_column(head, justify="left" if key == "verdict" else "right", no_wrap=key != "verdict")
     for row in rows:

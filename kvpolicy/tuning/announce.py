@@ -16,7 +16,7 @@ class Work:
 
     trials:    of each level
     profiling: forwards of the estimator
-    passkeys:  prompts of the passkey check
+    passkeys:  prompts of the passkey check, each run once for all levels
     seconds:   of one sequence in a trial, in the mean
     learning:  whether the allocator learns
     """
@@ -38,7 +38,7 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     held = sum(each.num_sequences for each in heldout.all)
     apart = 0 if search.needles is None else sum(each.num_sequences for each in search.all)
     scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * held) + held
-    passkeys = (levels + 1) * work.passkeys
+    passkeys = work.passkeys
     others = work.profiling + _prompts(search, heldout) + passkeys
     minutes = max(1, round((scored * work.seconds + others * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")

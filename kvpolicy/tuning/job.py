@@ -155,7 +155,7 @@ def _passkeys(
         questions = passkey_questions(corpus, settings, asked)
     except TextError as error:
         return str(error)
-    return PasskeyCheck(model, corpus, questions, settings, policy, study)
+    return PasskeyCheck(model, corpus.tokenizer, questions, policy, study, settings.batch_size)
 
 
 def _calibration(studies: dict[float, optuna.Study], searched: int) -> list[dict[str, Any]]:

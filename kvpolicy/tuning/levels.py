@@ -68,24 +68,25 @@ def check_passkeys(job: Job, check: PasskeyCheck | str, levels: Levels) -> tuple
     if isinstance(check, str):
         job.progress.note(f"no passkey check: {check}")
         return levels, {"skipped": check}
-    job.progress.begin("pass keys", 1 + len(levels))
+    tables = [job.table(level.shares, level.retention, check.length) for level in levels]
+    job.progress.begin("pass keys", 1)
     try:
-        facts = {"full": check.full_score(), "n": check.count, "length": check.length}
-        job.progress.advance(f"full cache: {facts['full']:.0%} found")
-        if facts["full"] < ABLE:
-            job.progress.note(
-                f"the model finds {facts['full']:.0%} of {check.count} pass keys with the full cache, fewer than "
-                f"{ABLE:.0%}: levels have no passkey score"
-            )
-            return levels, facts
-        scored = []
-        for level in levels:
-            score = check.score(job.table(level.shares, level.retention, check.length))
-            job.progress.advance(f"{level.retention:.0%} kept: {score:.0%} found")
-            scored.append(replace(level, retrieval=level.retrieval | {"passkey": {"score": score, **facts}}))
-        return tuple(scored), facts
+        full, scores = check.scores(tables)
+        job.progress.advance()
     finally:
         job.progress.end()
+    facts = {"full": full, "n": check.count, "length": check.length}
+    told = f"held-out pass keys found: {full:.0%} of {check.count} with the full cache"
+    if not scores:
+        job.progress.note(f"{told}, fewer than {ABLE:.0%}: this model cannot do the task, so levels have no score")
+        return levels, facts
+    each = (f"{score:.0%} at {level.retention:.0%} kept" for score, level in zip(scores, levels, strict=True))
+    job.progress.note(f"{told}, {', '.join(each)}")
+    scored = (
+        replace(level, retrieval=level.retrieval | {"passkey": {"score": score, **facts}})
+        for level, score in zip(levels, scores, strict=True)
+    )
+    return tuple(scored), facts
 
 
 def _bound(level: PlanLevel) -> float:
