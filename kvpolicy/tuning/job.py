@@ -15,7 +15,7 @@ from kvpolicy.errors import PluginError, TextError
 from kvpolicy.evaluate import perplexity
 from kvpolicy.integrations.transformers import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
-from kvpolicy.plan import BudgetPlan, PlanChoice, PlanMethod, PlanModel
+from kvpolicy.plan import BudgetPlan, PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.profiling import profile
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
@@ -95,22 +95,25 @@ def tune(
             importance = profile(estimator, search.target, profiling, progress, known)
     full = _full_losses(heldout, progress)
     job = Job(settings, spec, allocator, importance, search, heldout, full, trials, progress)
+    described = PlanModel.from_spec(spec, model_id, revision)
+    method = PlanMethod(
+        estimator=PlanChoice(settings.estimator, estimator.params()),
+        allocator=PlanChoice(settings.allocator),
+        policy=PlanChoice(settings.policy, policy.params()),
+    )
+    levels, found = _searched(job, studies, passkeys)
+    return BudgetPlan(described, method, importance, levels, _provenance(settings, corpus, job, pace) | found)
+
+
+def _searched(
+    job: Job, studies: dict[float, optuna.Study], passkeys: PasskeyCheck | str
+) -> tuple[tuple[PlanLevel, ...], dict[str, Any]]:
+    """The levels, and what their search adds to the provenance."""
+    limit = job.settings.max_loss
     levels, missed = search_levels(job, studies)
     levels, facts = check_passkeys(job, passkeys, levels)
-    more = {"calibration": _calibration(studies, len(levels) + (missed is not None)), "passkey": facts}
-    if settings.max_loss is not None:
-        more["max_loss"] = limit_figures(settings.max_loss, levels, missed)
-    return BudgetPlan(
-        model=PlanModel.from_spec(spec, model_id, revision),
-        method=PlanMethod(
-            estimator=PlanChoice(settings.estimator, estimator.params()),
-            allocator=PlanChoice(settings.allocator),
-            policy=PlanChoice(settings.policy, policy.params()),
-        ),
-        importance=importance,
-        levels=levels,
-        provenance=_provenance(settings, corpus, job, pace) | more,
-    )
+    found = {"calibration": _calibration(studies, len(levels) + (missed is not None)), "passkey": facts}
+    return levels, found if limit is None else found | {"max_loss": limit_figures(limit, levels, missed)}
 
 
 def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], policy: EvictionPolicy) -> None:
