@@ -51,11 +51,11 @@ def limit_said(figures: dict[str, Any]) -> str:
     after = (
         "no smaller one was tried"
         if failed is None
-        else (f"{failed['retention']:.4g} fails, at most {failed['bound']:+.2%}")
+        else (f"{failed['retention']:.4g} fails, {failed['bound']:+.2%} at most")
     )
     return (
-        f"the smallest cache within {figures['limit']:.4g} of the full cache's held-out loss: retention "
-        f"{figures['smallest']:.4g}, at most {figures['bound']:+.2%} (95 %); {after}"
+        f"the smallest cache whose held-out loss is at most {100 * figures['limit']:.4g} % above the full cache's: "
+        f"retention {figures['smallest']:.4g}, {figures['bound']:+.2%} at most (95 %); {after}"
     )
 
 
