@@ -240,3 +240,44 @@ def test_a_plan_under_its_own_policy_and_a_table_of_ones_own_do_not_warn():
     kvpolicy.new_cache(model, plan, policy=registry.create("policy", "snapkv", SNAPKV))
     own = BudgetPlan.from_capacities(ModelSpec.from_config(model.config), torch.full((3, 2), 20), PROMPT)
     kvpolicy.new_cache(model, own, policy="snapkv")
+
+
+def hard(table, num_sink_tokens):
+    def bias(layer, rank):
+        visible = rank < (table[layer] - num_sink_tokens)[:, None, None]
+        return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+
+    return bias
+
+
+@pytest.mark.parametrize("model_name", ["Llama", "GptOss", "Gemma3Window", "Gemma3n"])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("snapkv", SNAPKV), ("snapkv", SNAPKV | {"num_sink_tokens": 3}), ("h2o", {}), ("streaming", {})],
+)
+def test_a_hard_bias_by_rank_is_the_policy(model_name, name, params):
+    model, ids = tiny_model(model_name, attention=attention_of(model_name)), tiny_ids(LENGTH, batch=3)
+    probe = make_probe(model, ids, name, params, batch_size=2)
+    table = uneven(probe.spec)
+    found = probe.soft_loss(hard(table, probe.num_sink_tokens), "text").double()
+    torch.testing.assert_close(found, probe.loss(table), rtol=1e-5, atol=0)
+    assert (found - probe.full_loss()).abs().max() > 1e-3, "eviction must have had an effect"
+
+
+def test_without_a_bias_nothing_diverges_and_gradients_reach_every_head():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
+    probe = make_probe(model, ids)
+    none = probe.soft_loss(lambda layer, rank: torch.zeros(rank.shape))
+    torch.testing.assert_close(none, torch.zeros(2), rtol=0, atol=1e-6)
+    theta = torch.zeros(probe.spec.table_shape, requires_grad=True)
+    probe.soft_loss(
+        lambda layer, rank: theta[layer][:, None, None] * rank.clamp(min=0) / 50 - rank / 50
+    ).sum().backward()
+    assert (theta.grad != 0).all()
+
+
+def test_a_split_of_each_prompt_has_no_soft_loss():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    probe = make_probe(model, ids, allocator=registry.create("allocator", "adakv"))
+    with pytest.raises(PluginError, match="AdaKVAllocator splits the budget of each prompt"):
+        probe.soft_loss(hard(uneven(probe.spec), 0))

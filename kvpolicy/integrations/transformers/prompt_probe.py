@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,12 +17,13 @@ from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import MIN_TOKENS, Fixed
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.integrations.transformers.biased import PositionBias
 from kvpolicy.integrations.transformers.build import cache_of
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.supply import attached
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ScoreBias, SoftTarget
+from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.text import Tokenize
 
 KEPT_BYTES = 2 * 1024**3
@@ -95,6 +97,7 @@ class PromptProbe(TransformersProbe):
         )
         self.policy, self.allocator = policy, allocator
         self._kept: dict[int, _Prompt] = {}
+        self._order: dict[int, Tensor] = {}
         with attached(model):
             prompt_cache(model, policy, self._whole, allocator)
 
@@ -114,12 +117,32 @@ class PromptProbe(TransformersProbe):
             'top of the budget (decode="append"), are scored'
         )
 
-    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
-        """Raises `PluginError`: windows are learned under a window rule."""
-        raise PluginError(
-            f"soft_loss is that of windows, and {type(self.policy).__name__} keeps others than the most recent "
-            "entries: learn under a window rule such as streaming; a cache takes the plan with another policy too"
-        )
+    def _ranks(self, sequence: int) -> PositionBias:
+        """By the scores that the prompt's entries got with nothing evicted; what follows the prompt is kept."""
+        if self.allocator is not None:
+            raise PluginError(
+                f"soft_loss is that of capacities, and {type(self.allocator).__name__} splits the budget of each "
+                "prompt: learn under a policy alone"
+            )
+        if sequence not in self._order:
+            self._order[sequence] = self._eviction_ranks(sequence)
+        order = self._order[sequence]
+
+        def rank(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+            found = F.pad(order[layer].long(), (0, 1), value=-1)[:, kv_pos.clamp(max=self.prefill_length)]
+            return found[:, None].expand(-1, len(q_pos), -1)
+
+        return rank
+
+    def _eviction_ranks(self, sequence: int) -> Tensor:
+        """int32 [L, H, prefill_length] on the model's device, of one sequence's prompt."""
+        index, row = divmod(sequence, self.batch_size)
+        ids = torch.split(self.sequences, self.batch_size)[index].to(self.model.device)
+        with torch.no_grad(), attached(self.model):
+            store = self._compressed(index, ids, self._whole).cache.opened()
+        store.take(torch.tensor([row]))
+        layers = [None if held is None else held.outliving() for held in store.layers]
+        return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
 
     def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
         self._check(capacities)
