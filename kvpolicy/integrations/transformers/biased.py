@@ -22,7 +22,7 @@ from kvpolicy.integrations.transformers.intercept import AttentionHandler, Stock
 from kvpolicy.integrations.transformers.observe import check_heads
 from kvpolicy.spec import ModelSpec
 
-_QUERY_ROWS = 256  # of a block of scores: 134 MB in fp32 for 32 heads at 4096 tokens
+_SCORES = 1 << 25  # of a block of queries, all heads: 134 MB in fp32
 
 PositionBias = Callable[[int, Tensor, Tensor], Tensor]
 """Budgeted layer, positions of queries `[q]` and of keys `[k]` on one device -> `[H, q, k]`."""
@@ -47,10 +47,11 @@ class BiasedAttention:
         self.calls += 1
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, options=options)
         out = [stock()[0][:, :first].transpose(1, 2)] if first else []
-        begins = range(first, query.shape[2], _QUERY_ROWS)
+        rows_each = max(1, _SCORES // (query.shape[0] * query.shape[1] * query.shape[2]))
+        begins = range(first, query.shape[2], rows_each)
         out += [
             checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
-            for begin, rows in zip(begins, torch.split(query[:, :, first:], _QUERY_ROWS, dim=2), strict=True)
+            for begin, rows in zip(begins, torch.split(query[:, :, first:], rows_each, dim=2), strict=True)
         ]
         return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
