@@ -25,6 +25,8 @@ from tests.test_compare import PROMPT, Speller, questions
 from tests.tiny import tiny_ids, tiny_model
 
 LENGTH = 100
+FP8 = "quantized/fp8"
+needs_fp8 = pytest.mark.skipif('"fp8"' not in str(QuantizedCache.__doc__), reason="this transformers has no fp8 cache")
 
 
 def task_of(model=None, count=2):
@@ -68,7 +70,7 @@ def test_rows_of_a_level_hold_equal_bytes_whether_or_not_they_hold_scores(tmp_pa
 # --- decode time
 
 
-@pytest.mark.parametrize("name", ["full", "snapkv/uniform", "quantized/fp8"])
+@pytest.mark.parametrize("name", ["full", "snapkv/uniform", pytest.param(FP8, marks=needs_fp8)])
 def test_decode_time_is_the_median_of_single_tokens_behind_the_prompt(monkeypatch, name):
     model, clock, fed = tiny_model("Llama"), [0.0], []
     seconds = iter([99.0, 99.0, 99.0, *(0.001 * x for x in (16, 1, 15, 2, 14, 3, 13, 4, 12, 5, 11, 6, 10, 7, 9, 8))])
@@ -86,11 +88,12 @@ def test_decode_time_is_the_median_of_single_tokens_behind_the_prompt(monkeypatc
     assert not is_attached(model) and next(seconds, None) is None
 
 
+@needs_fp8
 def test_every_row_that_did_not_fail_has_a_decode_time(tmp_path):
-    found = compare(task_of(), read_methods(["kvzip", "quantized/fp8"]), [0.5], tmp_path / "c.json")
+    found = compare(task_of(), read_methods(["kvzip", FP8]), [0.5], tmp_path / "c.json")
     times = {row.method: row.decode_ms for row in found.rows.values()}
     assert times.pop("kvzip/uniform") is None
-    assert set(times) == {"full", "quantized/fp8", "random/uniform"} and min(times.values()) > 0
+    assert set(times) == {"full", FP8, "random/uniform"} and min(times.values()) > 0
     assert f"| {times['full']:.3g} |" in markdown(found)
 
 
@@ -108,6 +111,7 @@ def fp8_losses(model, ids, prompt):
     return float(torch.stack(losses).double().mean())
 
 
+@needs_fp8
 @pytest.mark.parametrize("attached", [False, True])
 def test_quantized_rows_are_those_of_transformers_own_cache(tmp_path, attached):
     model = tiny_model("Llama")
@@ -115,26 +119,28 @@ def test_quantized_rows_are_those_of_transformers_own_cache(tmp_path, attached):
     expected = [fp8_losses(model, ids[None], PROMPT) for ids in task.sequences]
     if attached:
         kvpolicy.attach(model)
-    found = compare(task, read_methods(["quantized/fp8", "tova"]), [0.5, 0.3], tmp_path / "c.json")
+    found = compare(task, read_methods([FP8, "tova"]), [0.5, 0.3], tmp_path / "c.json")
     assert is_attached(model) == attached
-    row = found.rows["quantized/fp8", 1.0]
+    row = found.rows[FP8, 1.0]
     torch.testing.assert_close(row.values(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
     assert row.losses != found.rows["full", 1.0].losses
     numbers = 3 * 2 * PROMPT * (16 + 16)
     assert (row.bytes, row.dense_bytes, row.entries) == (numbers + 3 * 2 * 4, 4 * numbers, 3 * 2 * PROMPT)
 
 
+@needs_fp8
 def test_quantized_rows_stand_in_every_table_and_in_no_level(tmp_path):
-    found = compare(task_of(), read_methods(["quantized/fp8", "tova"]), [0.5, 0.3], tmp_path / "c.json")
-    assert [row.method for row in found.rows.values() if row.method.startswith("quantized")] == ["quantized/fp8"]
+    found = compare(task_of(), read_methods([FP8, "tova"]), [0.5, 0.3], tmp_path / "c.json")
+    assert [row.method for row in found.rows.values() if row.method.startswith("quantized")] == [FP8]
     page = markdown(found)
     assert page.count("\n| quantized/fp8 |") == 2 and found.levels == [0.5, 0.3] and "100 % kept" not in page
     assert len(list(tables(found))) == 2
-    said = {each.method: each for each in figures(found)}["quantized/fp8"]
+    said = {each.method: each for each in figures(found)}[FP8]
     assert (said.versus_uniform, said.versus_random, said.share, said.note) == ("", "", None, "")
     assert said.excess is not None and said.excess_bytes == 0 and said.calibration["tokens"] == 0
 
 
+@needs_fp8
 def test_answers_over_a_quantized_cache_are_those_of_generate():
     model, table = tiny_model("Llama"), torch.full((3, 2), PROMPT)
     task = RetrievalTask("passkey", model, Speller(), questions(2), batch_size=2)
@@ -142,9 +148,9 @@ def test_answers_over_a_quantized_cache_are_those_of_generate():
         cache = QuantizedCache("fp8", model.config)
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "past_key_values": cache}
         expected = model.generate(each.ids[None], **options)[0, PROMPT:]
-        answers, held = task._answers(each.ids[None], named("quantized/fp8"), table)
+        answers, held = task._answers(each.ids[None], named(FP8), table)
         assert answers == [" ".join(map(str, expected.tolist()))] and held.entries == 6 * PROMPT
-    assert len(task.measure(named("quantized/fp8"), table).losses) == 2
+    assert len(task.measure(named(FP8), table).losses) == 2
 
 
 def test_a_row_says_which_package_a_quantized_cache_needs(tmp_path, monkeypatch):
@@ -155,12 +161,13 @@ def test_a_row_says_which_package_a_quantized_cache_needs(tmp_path, monkeypatch)
     )
 
 
+@needs_fp8
 def test_a_model_that_transformers_does_not_quantize_says_so(tmp_path):
     model = tiny_model(
         "Mistral", sliding_window=8, layer_types=["full_attention", "full_attention", "sliding_attention"]
     )
-    found = compare(task_of(model), read_methods(["quantized/fp8"]), [0.5], tmp_path / "c.json")
-    error = found.rows["quantized/fp8", 1.0].error
+    found = compare(task_of(model), read_methods([FP8]), [0.5], tmp_path / "c.json")
+    error = found.rows[FP8, 1.0].error
     assert error.startswith("transformers makes no cache in fp8 for MistralForCausalLM") and "sliding" in error
 
 
@@ -192,7 +199,7 @@ def test_bytes_of_tensors_made_of_others_are_those_of_the_others():
 def test_from_the_first_token_on_rows_are_the_losses_of_the_window_rule(tmp_path):
     model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
     task = DecodingTask(model, ids, batch_size=2)
-    asked = ["streaming/pyramid", "snapkv", "streaming/adakv", "quantized/fp8"]
+    asked = ["streaming/pyramid", "snapkv", "streaming/adakv", FP8]
     found = compare(task, read_methods(asked), [0.5], tmp_path / "c.json")
     probe = TransformersProbe(model, ids, num_sink_tokens=4)
     torch.testing.assert_close(found.rows["full", 1.0].values(), probe.full_loss(), rtol=1e-6, atol=0)
@@ -201,7 +208,7 @@ def test_from_the_first_token_on_rows_are_the_losses_of_the_window_rule(tmp_path
     assert uniform.entries == 300 and uniform.dense_bytes == 6 * LENGTH * 32 * 4 and uniform.decode_ms > 0
     assert found.rows["streaming/pyramid", 0.5].losses != uniform.losses
     failed = {row.method for row in found.rows.values() if row.error is not None}
-    assert failed == {"random/uniform", "snapkv/uniform", "streaming/adakv", "quantized/fp8"}
+    assert failed == {"random/uniform", "snapkv/uniform", "streaming/adakv", FP8}
     assert "measured under a window rule alone" in found.rows["random/uniform", 0.5].error
     page = markdown(found)
     assert "| random/uniform | failed |  |" in page and "| failed: --prefill 0 decodes from the first token" in page
