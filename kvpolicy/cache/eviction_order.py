@@ -7,8 +7,6 @@ policy, and decoding needs neither scores nor a search for the worst.
 
 from __future__ import annotations
 
-import heapq
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tenso
     scores:    float32 [S, N]
     positions: int64 [S, N], -1 for an absent entry; those come last
     seen:      int64 [S, 1], tokens of each segment's sequence
-    spare:     int64 [S] on the CPU, tokens that each segment takes before it is full and has to evict
+    spare:     int64 [S], tokens that each segment takes before it is full and has to evict
 
     Returns int64 [S, N].
     """
@@ -45,45 +43,33 @@ def _with_window(
     rank = order.argsort(1)  # [S, N], where each column stands in the order
     evictable = (positions != ABSENT) & ~pinned
     recent = evictable & (positions >= seen - window)
-    candidates = _first(rank, evictable & ~recent, window), _first(positions, recent, window)
-    for segment, (free, waiting, more) in enumerate(zip(*candidates, spare.tolist(), strict=True)):
-        oldest = int(seen[segment]) - window
-        place = positions[segment, waiting].tolist()
-        heap = list(zip(keys[segment, free].tolist(), free, strict=True))
-        held = list(zip(place, keys[segment, waiting].tolist(), waiting, strict=True))
-        for step, column in enumerate(_leaving(heap, held, oldest, more, window)):
-            rank[segment, column] = step - 2 * window  # before everything but the pinned
+    free, waiting = _first(rank, evictable & ~recent, window), _first(positions, recent, window)
+    columns = torch.cat([free, waiting], 1)
+    # the eviction from which on each may leave: the first one comes with the token behind the spare ones
+    waits = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
+    opens = torch.cat([torch.zeros_like(free), waits], 1)
+    missing = ~torch.cat([(evictable & ~recent).gather(1, free), recent.gather(1, waiting)], 1)
+    gone = missing.clone()
+    for step in range(1, window + 1):
+        leaves = _next(keys.gather(1, columns), opens, gone, step)
+        column = columns.gather(1, leaves)
+        placed = torch.where(gone.all(1, keepdim=True), rank.gather(1, column), step - 2 * window)
+        rank.scatter_(1, column, placed)  # before everything but the pinned
+        gone.scatter_(1, leaves, True)
     rank = torch.where(pinned, rank - 4 * window - pinned.shape[1], rank)
     return rank.argsort(1)
 
 
-def _leaving(
-    heap: list[tuple[int, int]], held: list[tuple[int, int, int]], oldest: int, spare: int, window: int
-) -> list[int]:
-    """Columns of the first `window` entries that leave.
-
-    heap: (key, column) of the worst entries outside the window;  held: (position, key, column) inside it, by position
-    oldest: the window's first position;  spare: tokens that come before the first eviction
-    """
-    heapq.heapify(heap)
-    leaving, freed = [], 0
-    for step in range(1, window + 1):
-        while freed < len(held) and held[freed][0] < oldest + spare + step:
-            heapq.heappush(heap, held[freed][1:])
-            freed += 1
-        if not heap:  # nothing but the window is left: its oldest
-            if freed == len(held):
-                break
-            heapq.heappush(heap, held[freed][1:])
-            freed += 1
-        leaving.append(heapq.heappop(heap)[1])
-    return leaving
+def _next(keys: Tensor, opens: Tensor, gone: Tensor, step: int) -> Tensor:
+    """Who leaves at this eviction, int64 [S, 1]: the worst candidate that may; if none may, the one that may first."""
+    last = torch.iinfo(torch.int64).max
+    closed = gone | (opens > step)
+    worst = keys.masked_fill(closed, last).argmin(1, keepdim=True)
+    first = opens.masked_fill(gone, last).argmin(1, keepdim=True)
+    return torch.where(closed.all(1, keepdim=True), first, worst)
 
 
-def _first(key: Tensor, among: Tensor, count: int) -> list[list[int]]:
-    """The columns of the `count` smallest keys of each row, among those marked, in order."""
-    count = min(count, key.shape[1])
+def _first(key: Tensor, among: Tensor, count: int) -> Tensor:
+    """The columns of the `count` smallest keys of each row, among those marked; behind those, of others. int64."""
     key = key.masked_fill(~among, torch.iinfo(torch.int64).max)
-    columns = key.topk(count, 1, largest=False).indices.tolist()
-    present = among.sum(1).clamp(max=count).tolist()
-    return [row[:number] for row, number in zip(columns, present, strict=True)]
+    return key.topk(min(count, key.shape[1]), 1, largest=False).indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import Chunk, LayerArena, on_device
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
@@ -94,7 +94,7 @@ class StoreLayer:
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
-        fresh = self._per_segment(chunk.positions.to(self.arena.device))
+        fresh = chunk.positions_on(self.arena.device).flatten(0, 1)
         return torch.cat([self.arena.padded_positions(), fresh], 1)
 
     def fold(self, chunk: Chunk, scores: Tensor | None) -> None:
@@ -199,4 +199,4 @@ class StoreLayer:
 
     def _settled_on_device(self) -> Tensor:
         """int64 [S, 1]."""
-        return self._per_segment(self.settled)[:, None].to(self.arena.device)
+        return on_device(self._per_segment(self.settled)[:, None], self.arena.device)
