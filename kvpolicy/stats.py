@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> PairedDifference:
 
 def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean. values: `[n]`."""
-    return _percentiles(values.double().cpu()[_resamples(len(values), seed)].mean(1))
+    return _percentiles(_draws(len(values), seed) @ values.double().cpu())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,18 @@ def excess_share(a: Tensor, b: Tensor, full: Tensor, seed: int = 0) -> ExcessSha
     if paired_difference(b, full, seed).low <= 0:
         return None
     ours, theirs = ((x - full).double().cpu() for x in (a, b))
-    picks = _resamples(len(ours), seed)
-    left, whole = torch.expm1(ours[picks].mean(1)), torch.expm1(theirs[picks].mean(1))
+    draws = _draws(len(ours), seed)
+    left, whole = torch.expm1(draws @ ours), torch.expm1(draws @ theirs)
     shares = torch.where(whole > 0, left / whole, math.inf)
     return ExcessShare(math.expm1(ours.mean()) / math.expm1(theirs.mean()), *_percentiles(shares), len(ours))
 
 
-def _resamples(count: int, seed: int) -> Tensor:
-    """int64 `[RESAMPLES, count]`, sequences drawn with replacement."""
-    return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+@lru_cache(maxsize=1)  # a report asks for the same ones many times
+def _draws(count: int, seed: int) -> Tensor:
+    """float64 `[RESAMPLES, count]`: the part that each sequence has in each draw of `count` with replacement."""
+    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    one = torch.tensor(1 / count, dtype=torch.float64)
+    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(1, picks, one.expand(picks.shape))
 
 
 def _percentiles(values: Tensor) -> tuple[float, float]:
