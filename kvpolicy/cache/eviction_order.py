@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
+_LAST = torch.iinfo(torch.int64).max
+
 
 def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection) -> Tensor:
     """Columns of each segment: pinned entries first, by position, then the others in the order in which they leave.
@@ -23,11 +25,10 @@ def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tenso
 
     Returns int64 [S, N].
     """
-    last = torch.iinfo(torch.int64).max
     pinned = protection.pinned(positions)
     without_window = Protection(protection.num_sink_tokens, 0, protection.spans)
     keys = ranking(scores, positions, seen, without_window)
-    order = torch.where(positions == ABSENT, last, torch.where(pinned, positions - last, keys)).argsort(1)
+    order = torch.where(positions == ABSENT, _LAST, torch.where(pinned, positions - _LAST, keys)).argsort(1)
     if not protection.recent_window:
         return order
     return _with_window(order, keys, positions, pinned, seen, spare, protection.recent_window)
@@ -40,36 +41,37 @@ def _with_window(
 
     Each decoded token frees one of them, so after `window` evictions all are free, and `order` is right from there on.
     """
-    rank = order.argsort(1)  # [S, N], where each column stands in the order
+    places = torch.arange(order.shape[1], device=order.device)
+    rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
     evictable = (positions != ABSENT) & ~pinned
-    recent = evictable & (positions >= seen - window)
-    free, waiting = _first(rank, evictable & ~recent, window), _first(positions, recent, window)
+    inside = evictable & (positions >= seen - window)
+    outside = evictable & ~inside
+    free, waiting = _first(rank, outside, window), _first(positions, inside, window)
     columns = torch.cat([free, waiting], 1)
-    # the eviction from which on each may leave: the first one comes with the token behind the spare ones
-    waits = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
-    opens = torch.cat([torch.zeros_like(free), waits], 1)
-    missing = ~torch.cat([(evictable & ~recent).gather(1, free), recent.gather(1, waiting)], 1)
-    gone = missing.clone()
-    for step in range(1, window + 1):
-        leaves = _next(keys.gather(1, columns), opens, gone, step)
-        column = columns.gather(1, leaves)
-        placed = torch.where(gone.all(1, keepdim=True), rank.gather(1, column), step - 2 * window)
-        rank.scatter_(1, column, placed)  # before everything but the pinned
-        gone.scatter_(1, leaves, True)
-    rank = torch.where(pinned, rank - 4 * window - pinned.shape[1], rank)
+    present = torch.cat([outside.gather(1, free), inside.gather(1, waiting)], 1)
+    # the eviction from which on each may leave: once decoded tokens have freed it, or nothing else is left
+    freed = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
+    alone = outside.sum(1, keepdim=True) + 1 + places[: waiting.shape[1]]
+    opens = torch.cat([torch.zeros_like(free), torch.minimum(freed, alone)], 1)
+    leaving = columns.gather(1, _leaving(keys.gather(1, columns).masked_fill(~present, _LAST), opens, window))
+    step = torch.arange(window, device=order.device)
+    beyond = step >= present.sum(1, keepdim=True)  # no candidate is left: into a column that is cut off
+    rank = torch.cat([rank, rank[:, :1]], 1)
+    # before everything but the pinned
+    rank = rank.scatter_(1, leaving.masked_fill(beyond, rank.shape[1] - 1), (step - 2 * window).expand_as(leaving))
+    rank = torch.where(pinned, rank[:, :-1] - 4 * window - pinned.shape[1], rank[:, :-1])
     return rank.argsort(1)
 
 
-def _next(keys: Tensor, opens: Tensor, gone: Tensor, step: int) -> Tensor:
-    """Who leaves at this eviction, int64 [S, 1]: the worst candidate that may; if none may, the one that may first."""
-    last = torch.iinfo(torch.int64).max
-    closed = gone | (opens > step)
-    worst = keys.masked_fill(closed, last).argmin(1, keepdim=True)
-    first = opens.masked_fill(gone, last).argmin(1, keepdim=True)
-    return torch.where(closed.all(1, keepdim=True), first, worst)
+def _leaving(keys: Tensor, opens: Tensor, count: int) -> Tensor:
+    """Which candidates leave, one after another: the worst of those that may. keys, opens: [S, N]; int64 [S, count]."""
+    leaving = []
+    for step in range(1, count + 1):
+        leaving.append(keys.masked_fill(opens > step, _LAST).argmin(1, keepdim=True))
+        keys = keys.scatter(1, leaving[-1], _LAST)
+    return torch.cat(leaving, 1)
 
 
 def _first(key: Tensor, among: Tensor, count: int) -> Tensor:
     """The columns of the `count` smallest keys of each row, among those marked; behind those, of others. int64."""
-    key = key.masked_fill(~among, torch.iinfo(torch.int64).max)
-    return key.topk(min(count, key.shape[1]), 1, largest=False).indices
+    return key.masked_fill(~among, _LAST).topk(min(count, key.shape[1]), 1, largest=False).indices
