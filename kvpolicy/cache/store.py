@@ -18,6 +18,7 @@ from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.scoring import NotANumber, check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
+from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
@@ -375,7 +376,7 @@ class RaggedStore:
             dtype,
             device,
             num_pinned=self.protection.num_pinned,
-            scored=self.schedule.evicts and (not self.policy.window_rule or self.split is not None),
+            scored=self.schedule.evicts and holds_scores(self.policy, self.split),
         )
         held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
         return held

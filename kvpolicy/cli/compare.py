@@ -24,7 +24,8 @@ def compare_command(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="POLICY/ALLOCATOR, POLICY (under uniform), or a plan file; more may follow as arguments.",
+            help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8); "
+            "more may follow as arguments.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +35,11 @@ def compare_command(
     context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
     prefill: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of the prompt that is compressed. Default: half.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Tokens of the prompt that is compressed; 0: decode from the first token on. Default: half.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
@@ -52,10 +57,11 @@ def compare_command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Compare methods at equal budgets: quality with intervals, measured bytes, and who is better than whom.
+    """Compare methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
-    part of --text; under passkey and key-value a number that stands in the prompt is asked for. The full cache, entries
+    part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
+    token is decoded under the budget, which is for methods under a window rule. The full cache, entries
     kept by lot (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV
     heads are always there.
 
@@ -125,8 +131,9 @@ def _task(
     seed: int,
 ) -> tuple[Any, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
+    from kvpolicy.compare.decoding import DecodingTask
     from kvpolicy.compare.retrieval import make_key_values, make_passkeys
-    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
+    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask, Task
     from kvpolicy.integrations.transformers import read_corpus
 
     if name in RETRIEVAL:
@@ -136,7 +143,11 @@ def _task(
     corpus = read_corpus(tokenizer, text)
     count = max(LEAST_SEQUENCES, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
-    task = PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size)
+    task: Task
+    if prefill == 0:
+        task = DecodingTask(network, sequences, batch_size=batch_size)
+    else:
+        task = PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size)
     return task, {"text": f"{corpus.name}, held-out part"}
 
 
