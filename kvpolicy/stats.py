@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+_LEAST = 1e-12  # nats: a loss that is rounded to 0 has a large relative increase, not an infinite one
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,17 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> PairedDifference:
     """Percentile bootstrap over the pairs. a, b: `[n]`, the mean losses of the same n sequences."""
     difference = (a - b).double().cpu()
     return PairedDifference(float(difference.mean()), *mean_interval(difference, seed), len(difference))
+
+
+def relative_increase(losses: Tensor, base: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """(mean of losses - mean of base) / mean of base, and its 95 % percentile bootstrap interval over the pairs.
+
+    losses, base: `[n]`, the mean losses of the same n sequences, base above 0
+    """
+    added, base = (losses - base).double().cpu(), base.double().cpu()
+    draws = _draws(len(base), seed)
+    ratios = (draws @ added) / (draws @ base).clamp(min=_LEAST)
+    return float(added.sum() / base.sum().clamp(min=_LEAST)), *_percentiles(ratios)
 
 
 def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:

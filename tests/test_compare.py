@@ -15,12 +15,12 @@ from kvpolicy.compare.caches import filled_cache, ready, weighed
 from kvpolicy.compare.document import Comparison, Row, load_comparison
 from kvpolicy.compare.figures import figures
 from kvpolicy.compare.methods import read_methods
-from kvpolicy.compare.retrieval import Question, make_key_values, make_passkeys, recalled
 from kvpolicy.compare.run import compare
 from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
 from kvpolicy.plan import PlanChoice, save_plan
 from kvpolicy.report.comparison import markdown
 from kvpolicy.report.comparison_figure import pareto_front
+from kvpolicy.retrieval import Question, make_key_values, make_passkeys, recalled
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 

@@ -132,9 +132,9 @@ def _task(
 ) -> tuple[Any, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
     from kvpolicy.compare.decoding import DecodingTask
-    from kvpolicy.compare.retrieval import make_key_values, make_passkeys
     from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask, Task
     from kvpolicy.integrations.transformers import read_corpus
+    from kvpolicy.retrieval import make_key_values, make_passkeys
 
     if name in RETRIEVAL:
         make = make_passkeys if name == "passkey" else make_key_values

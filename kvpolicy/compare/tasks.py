@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvpolicy.compare.caches import decode_ms, filled_cache, ready, weighed
 from kvpolicy.compare.methods import Method
-from kvpolicy.compare.retrieval import Question, recalled
 from kvpolicy.evaluate import CacheBytes, measured_bytes
 from kvpolicy.integrations.transformers import PromptProbe
 from kvpolicy.integrations.transformers.probe import losses_from
+from kvpolicy.retrieval import Question, recalled
 from kvpolicy.spec import ModelSpec
 
 
