@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.compare.document import RETRIEVAL
-from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.errors import BudgetError, KVPolicyError, TextError
 from kvpolicy.files import write_bytes
 
+if TYPE_CHECKING:
+    from kvpolicy.compare.tasks import RetrievalTask, Task
+    from kvpolicy.plan import BudgetPlan
+    from kvpolicy.text import Corpus
+
+PARTS = ("heldout", "whole")
 TASKS = ("perplexity", *RETRIEVAL)
 LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
 _MORE = "Methods, as for --methods."
@@ -41,6 +47,9 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        str, typer.Option(help="Of --text: heldout, or whole for a text that no plan was tuned on.")
+    ] = "heldout",
     limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
@@ -69,7 +78,7 @@ def compare_command(
     that says why.
     """
     names = [*(methods or []), *(more or [])]
-    _check(task, names, context, prefill)
+    _check(task, names, context, prefill, part)
     retentions = [_below_one(r) for r in (retention or (0.5, 0.3, 0.1))]
     page = out.with_suffix(".md")
     if page == out:
@@ -80,13 +89,18 @@ def compare_command(
 
     from kvpolicy.compare.methods import read_methods
     from kvpolicy.compare.run import compare
-    from kvpolicy.integrations.transformers import load_model, weights_sha256
+    from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
     from kvpolicy.report.comparison import markdown
 
     chosen = read_methods(names)
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     number = str(network.dtype).removeprefix("torch.")
-    made, about = _task(task, network, tokenizer, text, context, prefill, limit, batch_size, seed)
+    plans = [method.plan for method in chosen if method.plan is not None]
+    if task in RETRIEVAL:
+        made, about = _questions(task, network, tokenizer, context, limit, batch_size, seed), {}
+    else:
+        corpus = _unseen(read_corpus(tokenizer, text), part, plans)
+        made, about = _text_task(network, corpus, part, context, prefill, limit, batch_size)
     about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     progress = watcher(quiet)
@@ -103,12 +117,14 @@ def compare_command(
     _report(found, out, page, json)
 
 
-def _check(task: str, names: list[str], context: int, prefill: int | None) -> None:
+def _check(task: str, names: list[str], context: int, prefill: int | None, part: str) -> None:
     if task not in TASKS:
         raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
     if not names:
         raise KVPolicyError("name the methods to compare: --methods POLICY/ALLOCATOR or a plan file, one or several")
     opt.check_context(context)
+    if part not in PARTS:
+        raise KVPolicyError(f"--part must be {' or '.join(PARTS)}, got '{part}'")
     if task in RETRIEVAL and prefill is not None:
         raise BudgetError(f"--prefill goes with perplexity: the prompts of {task} are compressed whole")
 
@@ -119,36 +135,39 @@ def _below_one(retention: float) -> float:
     return retention
 
 
-def _task(
-    name: str,
-    network: Any,
-    tokenizer: Any,
-    text: Path | None,
-    context: int,
-    prefill: int | None,
-    limit: int,
-    batch_size: int,
-    seed: int,
-) -> tuple[Any, dict[str, Any]]:
-    """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
-    from kvpolicy.compare.decoding import DecodingTask
-    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask, Task
-    from kvpolicy.integrations.transformers import read_corpus
+def _questions(
+    name: str, network: Any, tokenizer: Any, context: int, limit: int, batch_size: int, seed: int
+) -> RetrievalTask:
+    """Raises `TextError` for a context without room."""
+    from kvpolicy.compare.tasks import RetrievalTask
     from kvpolicy.retrieval import make_key_values, make_passkeys
 
-    if name in RETRIEVAL:
-        make = make_passkeys if name == "passkey" else make_key_values
-        questions = make(tokenizer, limit, context, seed)
-        return RetrievalTask(name, network, tokenizer, questions, batch_size=batch_size), {}
-    corpus = read_corpus(tokenizer, text)
-    count = max(LEAST_SEQUENCES, min(limit, corpus.room("heldout", context)))
-    sequences = corpus.sequences("heldout", count, context)
-    task: Task
+    make = make_passkeys if name == "passkey" else make_key_values
+    return RetrievalTask(name, network, tokenizer, make(tokenizer, limit, context, seed), batch_size=batch_size)
+
+
+def _unseen(corpus: Corpus, part: str, plans: list[BudgetPlan]) -> Corpus:
+    """The corpus itself. Raises `TextError` where the whole of it is asked for and a plan was tuned on it."""
+    if part == "whole" and any(plan.provenance.get("text_sha256") == corpus.sha256 for plan in plans):
+        raise TextError(
+            f"--part whole: a plan was tuned on a part of {corpus.name}; leave --part out, or give another --text"
+        )
+    return corpus
+
+
+def _text_task(
+    network: Any, corpus: Corpus, part: str, context: int, prefill: int | None, limit: int, batch_size: int
+) -> tuple[Task, dict[str, Any]]:
+    """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
+    from kvpolicy.compare.decoding import DecodingTask
+    from kvpolicy.compare.tasks import PerplexityTask
+
+    count = max(LEAST_SEQUENCES, min(limit, corpus.room(part, context)))
+    sequences = corpus.sequences(part, count, context)
+    told = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
     if prefill == 0:
-        task = DecodingTask(network, sequences, batch_size=batch_size)
-    else:
-        task = PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size)
-    return task, {"text": f"{corpus.name}, held-out part"}
+        return DecodingTask(network, sequences, batch_size=batch_size), told
+    return PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size), told
 
 
 def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:
