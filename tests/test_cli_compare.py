@@ -105,6 +105,18 @@ def test_a_tuned_plan_says_what_it_was_searched_on(kvpolicy, tuned, tiny_text, t
     assert f"| {told} |" in out.with_suffix(".md").read_text()
 
 
+def test_the_whole_of_a_text_is_for_plans_that_have_not_seen_it(kvpolicy, refused, tuned, tiny_text, tmp_path):
+    plan, model = tuned[0], json.loads(tuned[0].read_text())["model"]["id"]
+    arguments = ["compare", plan, "--part", "whole", "--model", model, *SMALL, "-r", "0.5"]
+    seen = refused(*arguments, "--text", tiny_text, "--out", tmp_path / "seen.json")
+    assert f"a plan was tuned on a part of {tiny_text.name}" in seen
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(reversed(tiny_text.read_text().split("\n\n"))))
+    result = kvpolicy(*arguments, "--text", other, "--out", tmp_path / "c.json", "--json")
+    assert result.code == 0, result.err
+    assert result.json["about"]["text"] == "other.txt"
+
+
 WRONG = {
     "": "name the methods to compare",
     "snapkw": "there is no policy named 'snapkw' (did you mean 'snapkv'?)",
@@ -116,6 +128,7 @@ WRONG = {
     "tova --prefill 63": "must have from 1 to 62 of a sequence's 64 tokens",
     "gone.json": "gone.json",
     "quantized/int3": "no method 'quantized/int3'; there is: quantized/fp8, quantized/int4, quantized/int2",
+    "tova --part search": "--part must be heldout or whole, got 'search'",
     "tova --context 6000": "give a longer --text or a smaller --context",
 }
 

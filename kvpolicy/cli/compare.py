@@ -96,8 +96,10 @@ def compare_command(
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     number = str(network.dtype).removeprefix("torch.")
     plans = [method.plan for method in chosen if method.plan is not None]
+    made: Task
+    about: dict[str, Any] = {}
     if task in RETRIEVAL:
-        made, about = _questions(task, network, tokenizer, context, limit, batch_size, seed), {}
+        made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
     else:
         corpus = _unseen(read_corpus(tokenizer, text), part, plans)
         made, about = _text_task(network, corpus, part, context, prefill, limit, batch_size)
