@@ -1,4 +1,4 @@
-"""What a search goes by: answers behind needle prompts, both halves of `mixed`, a limit on the loss. And what it ran."""
+"""What a search goes by: answers behind prompts, both halves of `mixed`, a limit on the loss. And what it ran."""
 
 import re
 from dataclasses import dataclass, replace

@@ -227,7 +227,8 @@ def _summary(
             f"{float(full.answers.mean()):.4f})"
         )
     if not beats:
-        return f"{figures}; no trial beat uniform in the search, so the plan stores uniform"
+        where = "on the search text" if objective == "perplexity" else "in the search"
+        return f"{figures}; no trial beat uniform {where}, so the plan stores uniform"
     interval = f"loss {difference.mean:+.4f}, 95 % [{difference.low:+.4f}, {difference.high:+.4f}], n = {difference.n}"
     scored = "" if objective == "perplexity" else f" on {objective}"
     return f"{figures}; {difference.verdict} uniform{scored} ({interval})"
