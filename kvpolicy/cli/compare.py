@@ -102,7 +102,7 @@ def compare_command(
         made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
     else:
         corpus = _unseen(read_corpus(tokenizer, text), part, plans)
-        made, about = _text_task(network, corpus, part, context, prefill, limit, batch_size)
+        made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)
     about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     progress = watcher(quiet)
@@ -158,7 +158,14 @@ def _unseen(corpus: Corpus, part: str, plans: list[BudgetPlan]) -> Corpus:
 
 
 def _text_task(
-    network: Any, corpus: Corpus, part: str, context: int, prefill: int | None, limit: int, batch_size: int
+    network: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    part: str,
+    context: int,
+    prefill: int | None,
+    limit: int,
+    batch_size: int,
 ) -> tuple[Task, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
     from kvpolicy.compare.decoding import DecodingTask
@@ -169,7 +176,8 @@ def _text_task(
     told = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
     if prefill == 0:
         return DecodingTask(network, sequences, batch_size=batch_size), told
-    return PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size), told
+    options = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
+    return PerplexityTask(network, sequences, **options), told
 
 
 def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:

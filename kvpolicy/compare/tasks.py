@@ -84,12 +84,15 @@ class PerplexityTask(Task):
     """The loss of the text behind a compressed prompt (`PromptProbe`), the same protocol for every policy.
 
     sequences: int64 [N, T];  prefill_length: tokens of the prompt, None for half of a sequence
+    tokenizer: for a policy that has prompts repeated
     """
 
     name = "perplexity"
 
-    def __init__(self, model: Any, sequences: Tensor, *, prefill_length: int | None, batch_size: int = 1) -> None:
-        self.model, self.sequences, self.batch_size = model, sequences, batch_size
+    def __init__(
+        self, model: Any, sequences: Tensor, *, prefill_length: int | None, batch_size: int = 1, tokenizer: Any = None
+    ) -> None:
+        self.model, self.sequences, self.batch_size, self.tokenizer = model, sequences, batch_size, tokenizer
         self.context = sequences.shape[1] // 2 if prefill_length is None else prefill_length
         self.count, self.spec = len(sequences), ModelSpec.from_config(model.config)
         self._probe: PromptProbe | None = None
@@ -110,7 +113,7 @@ class PerplexityTask(Task):
         else:
             probe = self._probe_for(method)
             losses, held = probe.loss(table), measured_bytes(probe, table)
-        return Measured(losses, held, decode_ms(self.model, method, table, prompt))
+        return Measured(losses, held, decode_ms(self.model, method, table, prompt, self.tokenizer))
 
     def _quantized(self, method: Method, table: Tensor) -> tuple[Tensor, CacheBytes]:
         """The same losses over caches of transformers, one sequence at a time: a batch might share its scales."""
@@ -138,6 +141,7 @@ class PerplexityTask(Task):
                 prefill_length=self.context,
                 batch_size=self.batch_size,
                 allocator=allocator,
+                tokenizer=self.tokenizer,
             )
         assert self._probe is not None
         return self._probe

@@ -20,6 +20,7 @@ from kvpolicy.integrations.transformers import prompt_probe
 from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.plan import PlanChoice
 from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny_checkpoint import tiny_tokenizer
 
 LENGTH, PROMPT = 120, 80
 SNAPKV = {"observation_window": 8, "recent_window": 8}
@@ -198,11 +199,28 @@ def test_a_policy_that_requires_what_no_cache_has_is_refused_before_anything_run
         PromptProbe(model, tiny_ids(LENGTH), policy=Asking())
 
 
-def test_a_policy_that_has_the_context_repeated_is_refused_before_anything_runs():
-    model = tiny_model("Llama")
-    model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
-    with pytest.raises(PluginError, match="KVzipPolicy requires repeat_attention: no context is repeated"):
-        PromptProbe(model, tiny_ids(LENGTH), policy=registry.create("policy", "kvzip"))
+def test_a_policy_that_has_the_context_repeated():
+    """Against a cache whose context is repeated once and that is then fed token by token."""
+    model, tokenizer, ids = tiny_model("Llama", vocab_size=400), tiny_tokenizer(), tiny_ids(LENGTH, batch=2)
+    policy = registry.create("policy", "kvzip", {"repeat_chunk": 50})
+    with pytest.raises(PluginError, match="KVzipPolicy requires repeat_attention: prompts are repeated, which takes"):
+        PromptProbe(model, ids, policy=policy)
+    probe = PromptProbe(model, ids, policy=policy, prefill_length=PROMPT, tokenizer=tokenizer)
+    table, losses = uneven(probe.spec), []
+    plan = BudgetPlan.from_capacities(probe.spec, table, PROMPT, PlanChoice("kvzip", {"repeat_chunk": 50}))
+    cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
+    with torch.no_grad():
+        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        kvpolicy.repeat_context(model, cache, ids[:, :PROMPT], tokenizer)
+        for position in range(PROMPT, LENGTH):
+            losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+    kvpolicy.detach(model)
+    expected = torch.stack(losses, 1).double().mean(1)
+    torch.testing.assert_close(probe.loss(table), expected, rtol=1e-5, atol=0)
+    soft = probe.soft_loss(hard(table, 4), "text").double()
+    torch.testing.assert_close(soft, expected, rtol=1e-5, atol=0)
+    assert (expected - dense_loss(model, ids)).abs().max() > 1e-3, "eviction must have had an effect"
 
 
 # --- a plan under another policy

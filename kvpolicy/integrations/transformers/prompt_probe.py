@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import MIN_TOKENS, Fixed
@@ -22,6 +22,7 @@ from kvpolicy.integrations.transformers.build import cache_of
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.recipe import Recipe
+from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.supply import attached
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.text import Tokenize
@@ -44,7 +45,8 @@ class _Prompt:
 class PromptProbe(TransformersProbe):
     """Sequences whose first part is a prompt that is compressed once; what follows it is scored.
 
-    policy:         who evicts, any policy that does not have the context repeated
+    policy:         who evicts
+    tokenizer:      the model's, for a policy that has each prompt repeated (`repeat_context`)
     prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
                     prompt's, and the tokens at positions >= prefill_length are scored
     allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
@@ -72,12 +74,12 @@ class PromptProbe(TransformersProbe):
         prefill_length: int | None = None,
         batch_size: int = 1,
         allocator: BudgetAllocator | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if "repeat_attention" in policy.requires:
+        if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
-                f"{type(policy).__name__} requires repeat_attention: no context is repeated while losses are measured, "
-                "so neither tune nor eval can run under it. Tune and evaluate under another policy; a cache takes this "
-                "one with any plan"
+                f"{type(policy).__name__} requires repeat_attention: prompts are repeated, which takes the model's "
+                "tokenizer. Make the probe with PromptProbe(..., tokenizer=tokenizer)"
             )
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length
@@ -95,7 +97,7 @@ class PromptProbe(TransformersProbe):
             prefill_length=prefill_length,
             batch_size=batch_size,
         )
-        self.policy, self.allocator = policy, allocator
+        self.policy, self.allocator, self.tokenizer = policy, allocator, tokenizer
         self._kept: dict[int, _Prompt] = {}
         self._order: dict[int, Tensor] = {}
         with attached(model):
@@ -198,6 +200,9 @@ class PromptProbe(TransformersProbe):
         """Runs the prompts of a batch under these capacities."""
         cache, length = prompt_cache(self.model, self.policy, table, self.allocator), self.prefill_length
         logits = self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if cache.awaits_repeat:
+            assert self.tokenizer is not None  # asked for at the beginning
+            repeat_context(self.model, cache, ids[:, :length], self.tokenizer)
         return _Prompt(cache, losses_from(logits[:, -1:], ids[:, length : length + 1]))
 
 
