@@ -42,6 +42,11 @@ class Corpus:
     tokenize: Tokenize | None = None
     tokenizer: Any = None
 
+    @property
+    def whole(self) -> Tensor:
+        """Both parts, int64 `[n]`: for a report on a text that nothing was searched on."""
+        return torch.cat([self.search, self.heldout])
+
     def sequences(self, part: str, count: int, length: int) -> Tensor:
         """int64 `[count, length]`, spread evenly over the part, not overlapping.
 

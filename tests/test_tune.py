@@ -335,9 +335,6 @@ def test_parameters_of_an_allocator_are_for_one_that_learns(tmp_path):
     settings = make_settings(tmp_path, allocator_params={"floor_share": 0.1})
     with pytest.raises(PluginError, match="'baklava' are searched, not given; got floor_share"):
         run(settings)
-    settings = make_settings(tmp_path, allocator="learned", policy="snapkv")
-    with pytest.raises(PluginError, match="'learned' learns windows, and 'snapkv' keeps others"):
-        run(settings)
     settings = make_settings(tmp_path, allocator="learned", allocator_params={"step": 3})
     with pytest.raises(PluginError, match="step"):
         run(settings)

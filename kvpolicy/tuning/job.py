@@ -69,7 +69,7 @@ def tune(
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
-    _check_roles(settings, allocator, policy)
+    _check_roles(settings, allocator)
     search, heldout, asked = make_probes(model, corpus, settings, policy, progress)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
@@ -116,7 +116,7 @@ def _searched(
     return levels, found if limit is None else found | {"max_loss": limit_figures(limit, levels, missed)}
 
 
-def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], policy: EvictionPolicy) -> None:
+def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
     if allocator.split_scope != "none":
         raise PluginError(
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
@@ -124,11 +124,6 @@ def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], polic
         )
     if learns(allocator):
         fitting(settings)  # wrong parameters are refused before any work
-        if not policy.window_rule:
-            raise PluginError(
-                f"the allocator '{settings.allocator}' learns windows, and '{settings.policy}' keeps others than the "
-                "most recent entries: learn under --policy streaming; a cache takes the plan with another policy too"
-            )
     elif settings.allocator_params:
         raise PluginError(
             f"the parameters of the allocator '{settings.allocator}' are searched, not given; got "

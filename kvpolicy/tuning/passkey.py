@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpolicy.cache.lower import lower
 from kvpolicy.errors import TextError
-from kvpolicy.integrations.transformers import RaggedCache, attached, prompt_cache
+from kvpolicy.integrations.transformers import RaggedCache, attached, prompt_cache, repeat_context
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.needles import answer_of, equal_answers
 from kvpolicy.retrieval import Question, make_passkeys, recalled
@@ -78,6 +78,8 @@ class PasskeyCheck:
             with torch.no_grad(), attached(self._model):
                 cache = prompt_cache(self._model, self._policy, whole)
                 token = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+                if cache.awaits_repeat:
+                    repeat_context(self._model, cache, ids, self._tokenizer)
                 found[0] += self._found(cache, whole, token, batch)
                 if first + len(ids) - found[0] > self.count - ABLE * self.count:
                     continue
@@ -92,10 +94,7 @@ class PasskeyCheck:
         """
         answers, cache = self._answers[batch], copy.deepcopy(prompt)
         lower(cache.opened(), table.clamp(max=self.length))
-        cache.recording, cache.rollback = (
-            True,
-            answers.shape[1],
-        )  # as in `PromptProbe`: the answer is on top of the table
+        cache.recording, cache.rollback = True, answers.shape[1]  # as in `PromptProbe`: the answer is on top
         ids = answers.to(self._model.device)
         said = torch.cat([token, self._model(ids, past_key_values=cache, use_cache=True).logits.argmax(-1)], 1).cpu()
         cache.check_enforced()

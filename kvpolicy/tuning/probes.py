@@ -102,7 +102,7 @@ def make_probes(
             f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer --text or a smaller "
             "--context, or fewer --sequences"
         )
-    options: dict[str, Any] = {"batch_size": settings.batch_size}
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "tokenizer": corpus.tokenizer}
     profiling: dict[str, Any] = {"prompts": corpus.prompts(length), "tokenize": corpus.tokenize}
     prefill: dict[str, Any] = {"prefill_length": settings.prefill_length}
     sequences = corpus.sequences("search", settings.sequences, length)
