@@ -51,7 +51,7 @@ def batches(axis: Any, rows: list[Row]) -> None:
         axis.text(value, -place, f" {value:.0f}", va="center", fontsize=8)
     names = [f"{row['cache'].split(',')[0]}, {float(row['kept']):.0%},\nbatch {row['batch']}" for row in rows]
     axis.set_yticks([-place for place in range(len(rows))], names, fontsize=8)
-    axis.set_title("32k context, largest batch that fits", fontsize=10)
+    axis.set_title("largest batch at 32k", fontsize=10)
     axis.set_xlabel("tokens per second", fontsize=8)
     axis.set_xlim(right=axis.get_xlim()[1] * 1.15)
     axis.spines[["top", "right"]].set_visible(False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvpolicy.interfaces import ModelProbe
 from kvpolicy.progress import Progress
+from kvpolicy.ranks import chance_correlation, rank_correlation
 from kvpolicy.spec import Importance, ModelSpec
-from kvpolicy.stats import chance_correlation, rank_correlation
 
 PART = 1 / 8
 """Of the context: what the KV heads of the shrunk layer keep."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
 from kvpolicy.progress import Progress
+from kvpolicy.ranks import chance_correlation, rank_correlation
 from kvpolicy.registry import registry
-from kvpolicy.stats import chance_correlation, rank_correlation
 
 
 @dataclass(frozen=True, slots=True, eq=False)

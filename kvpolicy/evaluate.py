@@ -37,6 +37,7 @@ def probe_for(
     prompts: Sequence[Tensor] = (),
     *,
     tokenize: Tokenize | None = None,
+    tokenizer: Any = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -48,7 +49,8 @@ def probe_for(
     """
     options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size}
     if not policy.window_rule:
-        return PromptProbe(model, sequences, prompts, policy=policy, prefill_length=prefill_length, **options)
+        options |= {"policy": policy, "prefill_length": prefill_length, "tokenizer": tokenizer}
+        return PromptProbe(model, sequences, prompts, **options)
     options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0, "progress": progress}
     return TransformersProbe(model, sequences, prompts, **options)
 

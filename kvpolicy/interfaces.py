@@ -21,8 +21,12 @@ from kvpolicy.spec import Budget, Importance, ModelSpec
 
 SplitScope = Literal["none", "layer", "model"]
 SoftTarget = Literal["full", "text"]
-ScoreBias = Callable[[int, Tensor, Tensor], Tensor]
-"""`bias(layer, q_pos, kv_pos)`: budgeted layer, positions `[q]` and `[k]` on one device -> float32 `[H, q, k]`."""
+ScoreBias = Callable[[int, Tensor], Tensor]
+"""`bias(layer, rank)`: budgeted layer, int64 `[H or 1, q, k]` -> float32 `[H, q, k]`.
+
+The rank of an entry is how many others that may be evicted outlive it, and -1 where it is never evicted: a KV head of
+capacity c keeps what ranks below c less the sink tokens. Under the window rule the rank is the distance from the query.
+"""
 
 SOURCES = frozenset(
     {
@@ -233,9 +237,9 @@ class ModelProbe(abc.ABC):
     def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
         """Mean loss of each sequence under a bias on the attention scores, float32 `[num_sequences]`, differentiable.
 
-        bias: what is added to the scores of each KV head's query group; the core adds causality only. It is called
-            for blocks of queries, and again for each block while gradients are computed: it has to return the same.
-            Gradients reach whatever it is made of; the model takes part in none.
+        bias: what is added to the scores of each KV head's query group, by the order in which the policy evicts; the
+            core adds causality only. It is called for blocks of queries, and again for each block while gradients are
+            computed: it has to return the same. Gradients reach whatever it is made of; the model takes part in none.
         target: "full" for the divergence from the full cache, KL(full || biased), nats per scored token;
             "text" for the loss that `loss` measures, nats per scored token
         sequence: the number of one sequence, then `[1]`; None for all of them, whose memory then adds up

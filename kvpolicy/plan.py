@@ -149,13 +149,12 @@ class BudgetPlan:
         known = self._known()
         if not 0 < number(retention, "retention") <= 1:
             raise PlanError(f"retention is {retention}, expected above 0 and at most 1; the plan has levels {known}")
-        below = [level for level in self.levels if level.retention <= retention + _SAME_RETENTION]
-        if not below:
+        lower = self.level_at(retention)
+        if lower is None:
             raise PlanError(
                 f"retention {retention:g} is below the plan's lowest level; it has {known} and everything up to 1. "
                 "Tune a plan for this retention, or give tokens= to scale the lowest level"
             )
-        lower = max(below, key=lambda level: level.retention)
         above = [level for level in self.levels if level.retention > retention + _SAME_RETENTION]
         upper = min(above, key=lambda level: level.retention, default=None)
         end, end_shares = (1.0, torch.ones_like(lower.shares)) if upper is None else (upper.retention, upper.shares)
@@ -163,6 +162,11 @@ class BudgetPlan:
             return lower.shares.clone()
         weight = min(1.0, max(0.0, (retention - lower.retention) / (end - lower.retention)))
         return lower.shares + weight * (end_shares - lower.shares)
+
+    def level_at(self, retention: float) -> PlanLevel | None:
+        """The stored level that `retention` is or lies next above; None below the lowest one."""
+        below = [level for level in self.levels if level.retention <= retention + _SAME_RETENTION]
+        return max(below, key=lambda level: level.retention, default=None)
 
     def capacities(
         self, context_length: int, retention: float | None = None, tokens: int | None = None, tp_size: int = 1

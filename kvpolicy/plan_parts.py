@@ -94,6 +94,9 @@ class PlanLevel:
     perplexity: of search, heldout, heldout_full, heldout_uniform (those that were measured)
     comparison: free-form facts about plan against uniform, such as `interval` (95 % paired bootstrap of the
         held-out loss difference, nats per token, [low, high]) and `verdict` in words
+    retrieval:  `answer_loss` of needle prompts (search, heldout, heldout_full, heldout_uniform; nats per token) and
+        `passkey` (score and full, the parts of n held-out prompts of `length` tokens whose number is found under the
+        plan and with the full cache), those that were measured
     """
 
     retention: float
@@ -101,6 +104,7 @@ class PlanLevel:
     allocator_params: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
+    retrieval: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", self.shares.detach().to("cpu", torch.float64))
@@ -131,11 +135,23 @@ def check_level(level: PlanLevel, path: str, shape: tuple[int, int]) -> None:
     mean = float(level.shares.mean())
     if abs(mean - level.retention) > _MEAN_TOLERANCE:
         raise PlanError(f"{path}.shares have the mean {mean:.9g}, expected the level's retention {level.retention:.9g}")
-    for name in ("allocator_params", "perplexity", "comparison"):
+    for name in ("allocator_params", "perplexity", "comparison", "retrieval"):
         check_json(getattr(level, name), f"{path}.{name}")
     for key, value in level.perplexity.items():
         if number(value, f"{path}.perplexity.{key}") < 0:
             raise PlanError(f"{path}.perplexity.{key} is {value}, expected at least 0")
+    _check_retrieval(level.retrieval, f"{path}.retrieval")
+
+
+def _check_retrieval(found: dict[str, Any], path: str) -> None:
+    """What reports read must be numbers."""
+    answers, passkey = (Fields(found.get(name) or {}, f"{path}.{name}") for name in ("answer_loss", "passkey"))
+    for name in ("search", "heldout", "heldout_full", "heldout_uniform"):
+        if answers.has(name):
+            answers.read(name, number)
+    for name in ("score", "full"):
+        if passkey.has(name) and not 0 <= passkey.read(name, number) <= 1:
+            raise PlanError(f"{passkey.path(name)} is {passkey.raw(name)}, expected a part from 0 to 1")
 
 
 def read_model(fields: Fields) -> PlanModel:
@@ -180,6 +196,7 @@ def read_level(fields: Fields, shape: tuple[int, int]) -> PlanLevel:
         allocator_params=fields.mapping("allocator_params"),
         perplexity=fields.mapping("perplexity"),
         comparison=fields.mapping("comparison"),
+        retrieval=fields.mapping("retrieval"),
     )
 
 
@@ -210,6 +227,7 @@ def level_json(level: PlanLevel) -> dict[str, Any]:
         "allocator_params": level.allocator_params,
         "perplexity": level.perplexity,
         "comparison": level.comparison,
+        "retrieval": level.retrieval,
     }
 
 

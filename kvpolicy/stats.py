@@ -1,14 +1,16 @@
-"""Paired comparison of two methods on the same sequences, and of two rankings of the same things."""
+"""Paired comparison of two methods on the same sequences."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+_LEAST = 1e-12  # nats: a loss that is rounded to 0 has a large relative increase, not an infinite one
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +36,59 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> PairedDifference:
     return PairedDifference(float(difference.mean()), *mean_interval(difference, seed), len(difference))
 
 
+def relative_increase(losses: Tensor, base: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """(mean of losses - mean of base) / mean of base, and its 95 % percentile bootstrap interval over the pairs.
+
+    losses, base: `[n]`, the mean losses of the same n sequences, base above 0
+    """
+    added, base = (losses - base).double().cpu(), base.double().cpu()
+    draws = _draws(len(base), seed)
+    ratios = (draws @ added) / (draws @ base).clamp(min=_LEAST)
+    return float(added.sum() / base.sum().clamp(min=_LEAST)), *_percentiles(ratios)
+
+
 def mean_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean. values: `[n]`."""
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = values.double().cpu()[picks].mean(1).sort().values
-    return float(means[round(0.025 * RESAMPLES)]), float(means[round(0.975 * RESAMPLES) - 1])
+    return _percentiles(_draws(len(values), seed) @ values.double().cpu())
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of a and b, both `[n]`; ties share their mean rank. NaN where one is all ties."""
-    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+@dataclass(frozen=True, slots=True)
+class ExcessShare:
+    """(a - full) / (b - full) in perplexity, and its 95 % bootstrap interval over sequences."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
 
 
-def chance_correlation(n: int) -> float:
-    """What 95 % of the rank correlations of two unrelated rankings of n things stay within, about."""
-    return min(1.0, 1.96 / math.sqrt(max(n - 1, 1)))
+def excess_share(a: Tensor, b: Tensor, full: Tensor, seed: int = 0) -> ExcessShare | None:
+    """Which part of b's perplexity above `full`'s is left under a. Perplexity is exp of the mean loss.
+
+    a, b, full: `[n]`, the mean losses of the same n sequences, nats per token
+
+    Percentile bootstrap: sequences are drawn again, both excesses are computed anew, and their quotient is taken. A
+    draw in which b costs nothing counts as an infinite share. None where the 95 % interval of b's own excess is not
+    above 0: of nothing there is no part.
+    """
+    if paired_difference(b, full, seed).low <= 0:
+        return None
+    ours, theirs = ((x - full).double().cpu() for x in (a, b))
+    draws = _draws(len(ours), seed)
+    left, whole = torch.expm1(draws @ ours), torch.expm1(draws @ theirs)
+    shares = torch.where(whole > 0, left / whole, math.inf)
+    return ExcessShare(math.expm1(ours.mean()) / math.expm1(theirs.mean()), *_percentiles(shares), len(ours))
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """float64 `[n]`, from 0."""
-    row = values.double().cpu()
-    below, tied = row[:, None] > row, row[:, None] == row
-    return below.sum(1) + (tied.sum(1).double() - 1) / 2
+@lru_cache(maxsize=1)  # a report asks for the same ones many times
+def _draws(count: int, seed: int) -> Tensor:
+    """float64 `[RESAMPLES, count]`: the part that each sequence has in each draw of `count` with replacement."""
+    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    one = torch.tensor(1 / count, dtype=torch.float64)
+    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(1, picks, one.expand(picks.shape))
+
+
+def _percentiles(values: Tensor) -> tuple[float, float]:
+    """The bounds that leave out 2.5 % of the resamples on each side. values: `[RESAMPLES]`."""
+    ordered = values.sort().values
+    return float(ordered[round(0.025 * RESAMPLES)]), float(ordered[round(0.975 * RESAMPLES) - 1])

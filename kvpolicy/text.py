@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Corpus:
     search, heldout: int64 `[n]` token ids of the two parts
     prefix: ids put before every sequence (a model's beginning-of-sequence token), often empty
     tokenize: what turned the text into ids, None for a corpus of ids alone
+    tokenizer: the transformers tokenizer behind it, for prompts that are made and answers that are read
     """
 
     name: str
@@ -38,6 +40,12 @@ class Corpus:
     heldout: Tensor
     prefix: tuple[int, ...] = ()
     tokenize: Tokenize | None = None
+    tokenizer: Any = None
+
+    @property
+    def whole(self) -> Tensor:
+        """Both parts, int64 `[n]`: for a report on a text that nothing was searched on."""
+        return torch.cat([self.search, self.heldout])
 
     def sequences(self, part: str, count: int, length: int) -> Tensor:
         """int64 `[count, length]`, spread evenly over the part, not overlapping.

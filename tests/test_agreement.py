@@ -15,7 +15,7 @@ from kvpolicy import Importance, ImportanceEstimator, PluginError
 from kvpolicy.ablation import ablate_layers, layer_importance, num_forwards
 from kvpolicy.agreement import agreement, pairs, variants
 from kvpolicy.progress import Progress
-from kvpolicy.stats import chance_correlation, rank_correlation
+from kvpolicy.ranks import chance_correlation, rank_correlation
 from kvpolicy.testing import LawError, SyntheticProbe, check_estimator
 
 TEXTS = {"one": SyntheticProbe(lengths=(24, 33)), "other": SyntheticProbe(lengths=(24, 33), seed=1)}

@@ -87,8 +87,6 @@ WRONG = {
     "eval full --policy h2o --prefill 0": "must have from 1 to 62 of a sequence's 64 tokens",
     "eval full --policy h2o --prefill 63": "must have from 1 to 62 of a sequence's 64 tokens",
     "tune --policy h2o --prefill 0": "must have from 1 to 62 of a sequence's 64 tokens",
-    "tune --policy kvzip": "KVzipPolicy requires repeat_attention: no context is repeated while losses are measured",
-    "eval full --policy kvzip": "neither tune nor eval can run under it",
     "tune --prefill 64": "prefill_length must be below the context of 64, got 64",
 }
 

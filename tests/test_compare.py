@@ -4,21 +4,23 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, KVPolicyError, ModelSpec, PluginError, PromptProbe, TextError, registry
+from kvpolicy.compare.caches import filled_cache, ready, weighed
 from kvpolicy.compare.document import Comparison, Row, load_comparison
 from kvpolicy.compare.figures import figures
 from kvpolicy.compare.methods import read_methods
-from kvpolicy.compare.retrieval import Question, make_key_values, make_passkeys, recalled
 from kvpolicy.compare.run import compare
 from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
 from kvpolicy.plan import PlanChoice, save_plan
 from kvpolicy.report.comparison import markdown
 from kvpolicy.report.comparison_figure import pareto_front
+from kvpolicy.retrieval import Question, make_key_values, make_passkeys, recalled
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 
@@ -54,10 +56,13 @@ def test_a_plan_brings_its_policy_uniform_and_shuffled(tmp_path):
     assert list(methods) == [*CONTROLS, own, str(path), f"{path} shuffled", "snapkv/uniform"]
     assert methods[str(path)].uniform_name == own
     retention = int(table.sum()) / (6 * PROMPT)
-    assert torch.equal(methods[str(path)].table(spec, PROMPT, retention, 0), table)
-    shuffled = [methods[f"{path} shuffled"].table(spec, PROMPT, retention, seed) for seed in (0, 0, 1)]
+    own = methods[str(path)].table(spec, PROMPT, retention, 0, torch.float32)
+    assert int(own.sum()) == round(210 * 132 / 136), "a score of 4 bytes beside 128 of key and value, 4 of position"
+    assert int((own - table * 132 / 136).abs().max()) == 0, "the plan's proportions, up to one entry"
+    shuffled = [methods[f"{path} shuffled"].table(spec, PROMPT, retention, seed, torch.float32) for seed in (0, 0, 1)]
     assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
-    assert sorted(shuffled[0].flatten().tolist()) == [10, 20, 30, 40, 50, 60] and not torch.equal(shuffled[0], table)
+    assert sorted(shuffled[0].flatten().tolist()) == sorted(own.flatten().tolist())
+    assert not torch.equal(shuffled[0], own)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +70,9 @@ def test_a_plan_brings_its_policy_uniform_and_shuffled(tmp_path):
     [
         ("snapkw", "no policy named 'snapkw'"),
         ("snapkv/pyramyd", "no allocator named 'pyramyd'"),
-        ("snapkv/", "POLICY/ALLOCATOR, POLICY, or a plan file, got 'snapkv/'"),
-        ("", "POLICY/ALLOCATOR, POLICY, or a plan file, got ''"),
+        ("snapkv/", "POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got 'snapkv/'"),
+        ("", "POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got ''"),
+        ("quantized/int3", "no method 'quantized/int3'; there is: quantized/fp8, quantized/int4, quantized/int2"),
     ],
 )
 def test_a_name_that_means_nothing_is_refused(name, expected):
@@ -77,20 +83,26 @@ def test_a_name_that_means_nothing_is_refused(name, expected):
 # --- what is measured
 
 
-def test_rows_are_the_losses_of_the_probe_at_equal_entries(tmp_path):
+def test_rows_are_the_losses_of_the_probe_at_equal_bytes(tmp_path):
     model, prompt = tiny_model("Llama"), 200
     task, out = task_of(model, length=220, prompt=prompt), tmp_path / "c.json"
     found = compare(task, read_methods(["snapkv/adakv", "streaming/pyramid"]), [0.5, 0.3], out)
     assert [row.error for row in found.rows.values()] == [None] * len(found.rows) and len(found.rows) == 1 + 2 * 6
     for retention in (0.5, 0.3):
         level = [row for row in found.rows.values() if row.retention == retention]
-        assert {row.entries for row in level} == {round(retention * prompt * 6)}
+        whole = round(retention * prompt * 6)
+        scored = round(whole * 132 / 136)  # a score of 4 bytes beside 128 of key and value, and 4 of position
+        names = ("streaming/uniform", "streaming/pyramid", "streaming/pyramid shuffled")
+        assert {row.method: row.entries for row in level} == {
+            row.method: whole if row.method in names else scored for row in level
+        }
         assert len({row.losses for row in level}) == 6, "six methods that keep different entries"
-    ids, table = task.sequences, torch.full((3, 2), 100)
+    ids = task.sequences
     for name, allocator in (("snapkv/uniform", None), ("snapkv/adakv", "adakv"), ("streaming/uniform", None)):
         splits = None if allocator is None else registry.create("allocator", allocator)
         policy = registry.create("policy", name.partition("/")[0])
         probe = PromptProbe(model, ids, policy=policy, prefill_length=prompt, allocator=splits)
+        table = torch.full((3, 2), 100 if name == "streaming/uniform" else 97)
         torch.testing.assert_close(found.rows[name, 0.5].values(), probe.loss(table), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.rows["full", 1.0].values(), probe.full_loss(), rtol=1e-5, atol=0)
     again = load_comparison(out)
@@ -174,7 +186,10 @@ def test_a_row_of_another_plan_of_that_name_or_that_failed_is_measured_again(tmp
     document["rows"][1] |= {"error": "out of memory", "losses": []}
     out.write_text(json.dumps(document))
     measured.names.clear()
-    assert compare(task_of(model), read_methods([str(path)]), [0.5], out).rows == found.rows
+    again = compare(task_of(model), read_methods([str(path)]), [0.5], out).rows
+    assert {key: replace(row, decode_ms=0) for key, row in again.items()} == {
+        key: replace(row, decode_ms=0) for key, row in found.rows.items()
+    }
     assert measured.names == ["random/uniform"]
 
 
@@ -194,7 +209,8 @@ def test_other_settings_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda x: x.update(format="kvpolicy-plan"), "format and version are no 'kvpolicy-comparison' 1"),
+        (lambda x: x.update(format="kvpolicy-plan"), "format is no 'kvpolicy-comparison'"),
+        (lambda x: x.update(version=1), "version is 1, expected 2: another kvpolicy measured its rows"),
         (lambda x: x["settings"].pop("seed"), "settings lacks task or seed"),
         (lambda x: x["rows"][0].pop("bytes"), r"rows\[0\].bytes is missing"),
         (lambda x: x["rows"][0].update(losses=[]), r"rows\[0\].losses is empty"),
@@ -217,7 +233,7 @@ def test_a_damaged_file_is_refused(tmp_path, change, expected):
 def comparison_of(*rows, task="perplexity"):
     """Rows (method, losses, bytes) at 0.5, the first one being full's."""
     made = [
-        Row(name, 1.0 if name == "full" else 0.5, {}, "p/uniform", losses=tuple(losses), bytes=held)
+        Row(name, 1.0 if name == "full" else 0.5, {}, "p/uniform", losses=tuple(losses), bytes=held, dense_bytes=200)
         for name, losses, held in rows
     ]
     return Comparison({"task": task, "seed": 0}, {}, {row.key: row for row in made})
@@ -239,6 +255,20 @@ def test_excess_is_that_of_perplexity_and_paired():
     assert found.quality == pytest.approx(math.exp(2.1))
     assert (found.excess, found.low, found.high) == pytest.approx([math.exp(0.1) - 1] * 3)
     assert said(("full", BASE, 100))["full"].excess is None
+
+
+def test_the_share_of_uniforms_excess_is_that_of_perplexities():
+    rows = ("full", BASE, 100), ("p/uniform", plus(0.2, 0.4), 50), ("p/x", plus(0.1, 0.2, 0.0), 50)
+    found = said(*rows)
+    full, uniform, ours = (math.exp(sum(losses) / 8) for _, losses, _ in rows)
+    share = found["p/x"].share
+    assert share.mean == pytest.approx((ours - full) / (uniform - full)) and share.low < share.mean < share.high < 1
+    cell = f"{share.mean:.0%}, {share.low:.0%} to {share.high:.0%}"
+    assert f"| {cell} |" in markdown(comparison_of(*rows))
+    assert found["p/uniform"].share is None and found["full"].share is None
+    assert said(*rows[:2], ("p/x", BASE, 51))["p/x"].share is None, "more bytes"
+    assert said(rows[0], ("p/uniform", plus(0.3, -0.3), 50), rows[2])["p/x"].share is None, "uniform costs nothing"
+    assert said(*rows, task="passkey")["p/x"].share is None
 
 
 def test_a_budget_below_the_sink_tokens_is_not_an_equal_one(tmp_path):
@@ -403,10 +433,9 @@ def test_a_passkey_counts_where_its_number_is_said(monkeypatch):
 
 
 def test_a_cache_that_holds_more_than_its_table_is_refused():
-    from kvpolicy.compare.tasks import _weighed
-
-    task, table = task_of(count=2), torch.full((3, 2), 20)
-    store = task._probe_for(read_methods([])[1]).filled(table)
-    assert _weighed(store, table).entries == 120
-    with pytest.raises(BudgetError, match=r"holds \[120\] entries in its rows, the table says 126"):
-        _weighed(store, table + 1)
+    task, table, method = task_of(), torch.full((3, 2), 20), read_methods([])[1]
+    with ready(task.model, method):
+        cache, _ = filled_cache(task.model, method, table, task.sequences[:2, :PROMPT])
+    assert weighed(cache, table, task.spec, task.dtype).entries == 120
+    with pytest.raises(BudgetError, match=r"holds \[120, 120\] entries in its rows, the table says 126"):
+        weighed(cache, table + 1, task.spec, task.dtype)

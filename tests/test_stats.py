@@ -1,11 +1,12 @@
 """The paired bootstrap: a case by hand, coverage, and the words of the verdict."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from kvpolicy.stats import PairedDifference, mean_interval, paired_difference
+from kvpolicy.stats import PairedDifference, excess_share, mean_interval, paired_difference
 
 
 def test_two_pairs_give_the_interval_of_their_four_resamples():
@@ -81,3 +82,46 @@ def test_the_interval_of_a_mean_is_that_of_the_difference_from_nothing():
     paired = paired_difference(losses, torch.zeros(12), seed=5)
     assert mean_interval(losses, seed=5) == (paired.low, paired.high)
     assert paired.low < float(losses.mean()) < paired.high
+
+
+FULL = torch.tensor([1.9, 2.4, 2.0, 3.1, 2.6], dtype=torch.float64)
+UNIFORM = FULL + torch.tensor([0.5, 0.2, 0.4, 0.9, 0.3], dtype=torch.float64)
+OURS = FULL + torch.tensor([0.1, 0.15, 0.3, 0.2, 0.25], dtype=torch.float64)
+
+
+def share_of(picks):
+    """The quotient of the perplexities' distances, computed from the perplexities of these sequences."""
+    ours, uniform, full = (math.exp(sum(float(x[i]) for i in picks) / len(picks)) for x in (OURS, UNIFORM, FULL))
+    return (ours - full) / (uniform - full)
+
+
+def test_the_share_of_an_excess_is_a_quotient_of_perplexities_and_its_interval_cuts_2_5_percent_on_each_side():
+    found = excess_share(OURS, UNIFORM, FULL)
+    assert found.mean == pytest.approx(share_of(range(5))) and found.n == 5
+    every = torch.tensor([share_of(picks) for picks in itertools.product(range(5), repeat=5)])
+    for edge, side in ((found.low, every), (-found.high, -every)):
+        beyond, up_to = (side < edge - 1e-6).float().mean(), (side <= edge + 1e-6).float().mean()
+        assert beyond < 0.03 and up_to > 0.02, "0.025, less the noise of 10 000 drawn resamples"
+    assert excess_share(OURS, UNIFORM, FULL, seed=3) == excess_share(OURS, UNIFORM, FULL, seed=3)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_the_share_is_known_where_every_sequence_says_the_same(part):
+    full = torch.rand(6, dtype=torch.float64)
+    found = excess_share(full + math.log1p(part * 0.2), full + math.log1p(0.2), full)
+    assert (found.mean, found.low, found.high) == pytest.approx([part] * 3)
+
+
+@pytest.mark.parametrize("costs", [(0.0, 0.0, 0.0), (0.1, -0.2, 0.05), (-0.1, -0.1, -0.2)])
+def test_there_is_no_share_of_an_excess_that_is_not_clearly_above_nothing(costs):
+    full = torch.rand(3, dtype=torch.float64)
+    assert excess_share(full + 1, full + torch.tensor(costs), full) is None
+
+
+def test_a_share_is_finite_where_some_draws_of_sequences_cost_nothing():
+    """One of eight sequences gains: drawn often enough it outweighs the others, which happens in under 2.5 %."""
+    full, costs = torch.zeros(8, dtype=torch.float64), torch.tensor([0.1] * 7 + [-0.15], dtype=torch.float64)
+    draws = torch.randint(8, (20_000, 8), generator=torch.Generator().manual_seed(9))
+    assert 0 < (costs[draws].mean(1) <= 0).double().mean() < 0.025, "the case is what it says"
+    found = excess_share(full + 0.5 * costs.clamp(min=0), full + costs, full)
+    assert 0 < found.low < found.mean < found.high < math.inf

@@ -155,8 +155,8 @@ def test_probe_loss_falls_with_each_capacity() -> None:
 def test_soft_loss_of_a_hard_bias_is_the_loss() -> None:
     probe, capacities = SyntheticProbe(), torch.tensor([[5, 9], [20, 64], [33, 12]])
 
-    def window(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-        seen = (kv_pos < 4) | (q_pos[:, None] - kv_pos < (capacities[layer] - 4)[:, None, None])
+    def window(layer: int, rank: Tensor) -> Tensor:
+        seen = rank < (capacities[layer] - 4)[:, None, None]
         return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
 
     text = probe.soft_loss(window, "text")
@@ -169,7 +169,7 @@ def test_soft_loss_of_a_hard_bias_is_the_loss() -> None:
     with pytest.raises(PluginError, match="2 sequences, from 0; got 2"):
         probe.soft_loss(window, sequence=2)
     with pytest.raises(PluginError, match=r"layer 0 has shape \[2, 64\]"):
-        probe.soft_loss(lambda layer, q_pos, kv_pos: torch.zeros(2, len(kv_pos)))
+        probe.soft_loss(lambda layer, rank: torch.zeros(2, rank.shape[2]))
 
 
 # Estimators

@@ -41,6 +41,10 @@ class Chunk:
         """Some of its columns, as views."""
         return Chunk(self.key[:, :, columns], self.value[:, :, columns], self.positions[:, columns])
 
+    def positions_on(self, device: torch.device) -> Tensor:
+        """int64 [B, H, n], the same for every KV head."""
+        return on_device(self.positions, device)[:, None].expand(-1, self.key.shape[1], -1)
+
     def owned(self) -> Chunk:
         """A copy that keeps nothing else alive."""
         return Chunk(*(x.detach().clone() for x in (self.key, self.value, self.positions)))
@@ -97,7 +101,7 @@ class LayerArena:
     def padded_rows(self) -> Tensor:
         """int64 [S, width] on the device: the row of each entry, -1 behind a segment's length."""
         column = torch.arange(self.width, device=self.device)[None]
-        start, length = torch.stack([self.start, self.length])[..., None].to(self.device)
+        start, length = on_device(torch.stack([self.start, self.length])[..., None], self.device)
         return torch.where(column < length, start + column, -1)
 
     def padded_positions(self) -> Tensor:
@@ -153,7 +157,7 @@ class LayerArena:
         ring = (self.length - self.num_pinned).clamp(min=1)[:, None]
         turned = self.num_pinned + (columns - self.num_pinned + self.cursor[:, None]) % ring
         columns = torch.where((columns < self.num_pinned) | (self.cursor[:, None] == 0), columns, turned)
-        self.replace(columns.to(self.device), self.length, allocated)
+        self.replace(on_device(columns, self.device), self.length, allocated)
 
     def replace(
         self,
@@ -171,19 +175,23 @@ class LayerArena:
         """
         segment, offset = each_entry(counts, self.device)
         start, width = allocated.cumsum(0) - allocated, self.width
-        out_rows = start.to(self.device)[segment] + offset
+        first, former = on_device(torch.stack([start, self.start]), self.device)
+        out_rows = first[segment] + offset
         column = columns[segment, offset]
         old = (self.keys, self.values, self.positions)
         new = tuple(x.new_empty(int(allocated.sum()), *x.shape[1:]) for x in old)
-        stored = slice(None) if chunk is None else (column < width).nonzero()[:, 0]
-        source_rows = (self.start.to(self.device)[segment] + column)[stored]
-        for out, source in zip(new, old, strict=True):
-            compact(out, out_rows[stored], source, source_rows)
+        everything: Tensor | slice = slice(None)
+        if width:
+            stored = everything if chunk is None else (column < width).nonzero()[:, 0]
+            source_rows = (former[segment] + column)[stored]
+            for out, source in zip(new, old, strict=True):
+                compact(out, out_rows[stored], source, source_rows)
         if chunk is not None:
-            fresh = (column >= width).nonzero()[:, 0]
+            # of a first prompt everything is fresh: there is no need to ask the device, which would be waited for
+            fresh = (column >= width).nonzero()[:, 0] if width else everything
             source_rows = (segment * len(chunk) + column - width)[fresh]
-            positions = chunk.positions.to(self.device)[:, None].expand(-1, chunk.key.shape[1], -1)
-            for out, source in zip(new, (chunk.key.detach(), chunk.value.detach(), positions), strict=True):
+            arrived = chunk.key.detach(), chunk.value.detach(), chunk.positions_on(self.device)
+            for out, source in zip(new, arrived, strict=True):
                 compact(out, out_rows[fresh], source, source_rows)
         if self.scores is not None:
             known = self.padded_scores() if scores is None else scores
@@ -205,11 +213,18 @@ class LayerArena:
         self.relayout(self.allocated)
 
 
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the CPU on a device, which is not waited for: the CPU stays ahead of it through a whole prompt."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
 def each_entry(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """The segment of each entry, and its place there, int64 [counts.sum()] both, made on the device.
 
     counts: int64 [S] on the CPU. The device is not waited for, and nothing as long as the entries is copied to it.
     """
-    total, counts = int(counts.sum()), counts.to(device)
+    total, counts = int(counts.sum()), on_device(counts, device)
     segment = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
     return segment, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[segment]

@@ -7,12 +7,12 @@ policy, and decoding needs neither scores nor a search for the worst.
 
 from __future__ import annotations
 
-import heapq
-
 import torch
 from torch import Tensor
 
 from kvpolicy.cache.select import ABSENT, Protection, ranking
+
+_LAST = torch.iinfo(torch.int64).max
 
 
 def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection) -> Tensor:
@@ -21,15 +21,14 @@ def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tenso
     scores:    float32 [S, N]
     positions: int64 [S, N], -1 for an absent entry; those come last
     seen:      int64 [S, 1], tokens of each segment's sequence
-    spare:     int64 [S] on the CPU, tokens that each segment takes before it is full and has to evict
+    spare:     int64 [S], tokens that each segment takes before it is full and has to evict
 
     Returns int64 [S, N].
     """
-    last = torch.iinfo(torch.int64).max
     pinned = protection.pinned(positions)
     without_window = Protection(protection.num_sink_tokens, 0, protection.spans)
     keys = ranking(scores, positions, seen, without_window)
-    order = torch.where(positions == ABSENT, last, torch.where(pinned, positions - last, keys)).argsort(1)
+    order = torch.where(positions == ABSENT, _LAST, torch.where(pinned, positions - _LAST, keys)).argsort(1)
     if not protection.recent_window:
         return order
     return _with_window(order, keys, positions, pinned, seen, spare, protection.recent_window)
@@ -42,48 +41,37 @@ def _with_window(
 
     Each decoded token frees one of them, so after `window` evictions all are free, and `order` is right from there on.
     """
-    rank = order.argsort(1)  # [S, N], where each column stands in the order
+    places = torch.arange(order.shape[1], device=order.device)
+    rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
     evictable = (positions != ABSENT) & ~pinned
-    recent = evictable & (positions >= seen - window)
-    candidates = _first(rank, evictable & ~recent, window), _first(positions, recent, window)
-    for segment, (free, waiting, more) in enumerate(zip(*candidates, spare.tolist(), strict=True)):
-        oldest = int(seen[segment]) - window
-        place = positions[segment, waiting].tolist()
-        heap = list(zip(keys[segment, free].tolist(), free, strict=True))
-        held = list(zip(place, keys[segment, waiting].tolist(), waiting, strict=True))
-        for step, column in enumerate(_leaving(heap, held, oldest, more, window)):
-            rank[segment, column] = step - 2 * window  # before everything but the pinned
-    rank = torch.where(pinned, rank - 4 * window - pinned.shape[1], rank)
+    inside = evictable & (positions >= seen - window)
+    outside = evictable & ~inside
+    free, waiting = _first(rank, outside, window), _first(positions, inside, window)
+    columns = torch.cat([free, waiting], 1)
+    present = torch.cat([outside.gather(1, free), inside.gather(1, waiting)], 1)
+    # the eviction from which on each may leave: once decoded tokens have freed it, or nothing else is left
+    freed = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
+    alone = outside.sum(1, keepdim=True) + 1 + places[: waiting.shape[1]]
+    opens = torch.cat([torch.zeros_like(free), torch.minimum(freed, alone)], 1)
+    leaving = columns.gather(1, _leaving(keys.gather(1, columns).masked_fill(~present, _LAST), opens, window))
+    step = torch.arange(window, device=order.device)
+    beyond = step >= present.sum(1, keepdim=True)  # no candidate is left: into a column that is cut off
+    rank = torch.cat([rank, rank[:, :1]], 1)
+    # before everything but the pinned
+    rank = rank.scatter_(1, leaving.masked_fill(beyond, rank.shape[1] - 1), (step - 2 * window).expand_as(leaving))
+    rank = torch.where(pinned, rank[:, :-1] - 4 * window - pinned.shape[1], rank[:, :-1])
     return rank.argsort(1)
 
 
-def _leaving(
-    heap: list[tuple[int, int]], held: list[tuple[int, int, int]], oldest: int, spare: int, window: int
-) -> list[int]:
-    """Columns of the first `window` entries that leave.
-
-    heap: (key, column) of the worst entries outside the window;  held: (position, key, column) inside it, by position
-    oldest: the window's first position;  spare: tokens that come before the first eviction
-    """
-    heapq.heapify(heap)
-    leaving, freed = [], 0
-    for step in range(1, window + 1):
-        while freed < len(held) and held[freed][0] < oldest + spare + step:
-            heapq.heappush(heap, held[freed][1:])
-            freed += 1
-        if not heap:  # nothing but the window is left: its oldest
-            if freed == len(held):
-                break
-            heapq.heappush(heap, held[freed][1:])
-            freed += 1
-        leaving.append(heapq.heappop(heap)[1])
-    return leaving
+def _leaving(keys: Tensor, opens: Tensor, count: int) -> Tensor:
+    """Which candidates leave, one after another: the worst of those that may. keys, opens: [S, N]; int64 [S, count]."""
+    leaving = []
+    for step in range(1, count + 1):
+        leaving.append(keys.masked_fill(opens > step, _LAST).argmin(1, keepdim=True))
+        keys = keys.scatter(1, leaving[-1], _LAST)
+    return torch.cat(leaving, 1)
 
 
-def _first(key: Tensor, among: Tensor, count: int) -> list[list[int]]:
-    """The columns of the `count` smallest keys of each row, among those marked, in order."""
-    count = min(count, key.shape[1])
-    key = key.masked_fill(~among, torch.iinfo(torch.int64).max)
-    columns = key.topk(count, 1, largest=False).indices.tolist()
-    present = among.sum(1).clamp(max=count).tolist()
-    return [row[:number] for row, number in zip(columns, present, strict=True)]
+def _first(key: Tensor, among: Tensor, count: int) -> Tensor:
+    """The columns of the `count` smallest keys of each row, among those marked; behind those, of others. int64."""
+    return key.masked_fill(~among, _LAST).topk(min(count, key.shape[1]), 1, largest=False).indices

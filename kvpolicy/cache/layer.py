@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import Chunk, LayerArena, on_device
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
@@ -94,7 +94,7 @@ class StoreLayer:
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
-        fresh = self._per_segment(chunk.positions.to(self.arena.device))
+        fresh = chunk.positions_on(self.arena.device).flatten(0, 1)
         return torch.cat([self.arena.padded_positions(), fresh], 1)
 
     def fold(self, chunk: Chunk, scores: Tensor | None) -> None:
@@ -117,6 +117,19 @@ class StoreLayer:
         assert scores is not None
         positions = self.arena.padded_positions() if chunk is None else self.candidates(chunk)
         return comparable(scores, positions, self._settled_on_device(), self.protection).view(*self.table.shape, -1)
+
+    def outliving(self) -> Tensor:
+        """int64 [S, seen], by position: how many entries that may be evicted outlive this one; -1 where it never is.
+
+        For a layer that has evicted nothing.
+        """
+        positions = self.arena.padded_positions()
+        keys = ranking(self.arena.padded_scores(), positions, self._settled_on_device(), self.protection)
+        pinned, order = self.protection.pinned(positions), keys.argsort(1, descending=True)
+        place = torch.arange(order.shape[1], device=order.device)
+        rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        rank = (rank - pinned.sum(1, keepdim=True)).masked_fill(pinned, -1)
+        return torch.empty_like(rank).scatter_(1, positions, rank)
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order. rows: int64 [B'] on the CPU."""
@@ -199,4 +212,4 @@ class StoreLayer:
 
     def _settled_on_device(self) -> Tensor:
         """int64 [S, 1]."""
-        return self._per_segment(self.settled)[:, None].to(self.arena.device)
+        return on_device(self._per_segment(self.settled)[:, None], self.arena.device)

@@ -76,7 +76,7 @@ def score_chunk(
     query:   [B, num_q_heads, n, D] of the chunk's last n tokens
     options: scale, softcap, sink_logits;  extra: what the policy requires besides `STORE_SOURCES`
 
-    Raises `PluginError` for a source that is missing in `extra`, for scores of another shape, and for NaN.
+    Raises `PluginError` for a source that is missing in `extra`, and for scores of another shape.
     """
     missing = policy.requires - STORE_SOURCES - extra.keys()
     if missing == {"repeat_attention"} and arena.width:
@@ -141,6 +141,9 @@ def score_step(
     )
     scores = policy.score_step(step)
     _check(policy, "score_step", scores, tuple(rows.shape))
+    wrong = NotANumber()
+    wrong.add(scores)
+    wrong.check(policy, "score_step")
     arena.scores[rows] = scores.detach().to(arena.device)
 
 
@@ -196,8 +199,7 @@ def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
 
 def _positions(arena: LayerArena, chunk: Chunk) -> Tensor:
     batch, heads = chunk.key.shape[:2]
-    fresh = chunk.positions.to(arena.device)[:, None].expand(-1, heads, -1)
-    return torch.cat([arena.padded_positions().view(batch, heads, -1), fresh], 2)
+    return torch.cat([arena.padded_positions().view(batch, heads, -1), chunk.positions_on(arena.device)], 2)
 
 
 def _scores(arena: LayerArena, rows: Tensor, chunk: Chunk) -> Tensor:
@@ -215,10 +217,27 @@ def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:
 
 
 def _check(policy: EvictionPolicy, method: str, scores: Tensor, shape: tuple[int, ...]) -> None:
-    name = type(policy).__name__
     if tuple(scores.shape) != shape or scores.dtype != torch.float32:
         raise PluginError(
-            f"{name}.{method} returned {scores.dtype} of shape {tuple(scores.shape)}, expected float32 of shape {shape}"
+            f"{type(policy).__name__}.{method} returned {scores.dtype} of shape {tuple(scores.shape)}, "
+            f"expected float32 of shape {shape}"
         )
-    if bool(scores.isnan().any()):
-        raise PluginError(f"{name}.{method} returned NaN: absent entries (position -1) must be masked out")
+
+
+class NotANumber:
+    """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it."""
+
+    def __init__(self) -> None:
+        self.found: Tensor | None = None
+
+    def add(self, scores: Tensor) -> None:
+        found = scores.isnan().any()
+        self.found = found if self.found is None else found | self.found.to(found.device)
+
+    def check(self, policy: EvictionPolicy, method: str) -> None:
+        """Raises `PluginError` where any of the scores since the last check was none."""
+        found, self.found = self.found, None
+        if found is not None and bool(found):
+            raise PluginError(
+                f"{type(policy).__name__}.{method} returned NaN: absent entries (position -1) must be masked out"
+            )

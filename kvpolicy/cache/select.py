@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpolicy.cache.arena import on_device
 from kvpolicy.errors import BudgetError
 
 _PLAIN, _RECENT, _PINNED = 1, 2, 3
@@ -102,7 +103,7 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
     best = torch.topk(keys, most, dim=1).indices
     place = positions.gather(1, best)
     place = torch.where(protection.pinned(place), place, place + MAX_TOKENS)
-    surplus = torch.arange(most, device=place.device)[None] >= counts[:, None].to(place.device)
+    surplus = torch.arange(most, device=place.device)[None] >= on_device(counts[:, None], place.device)
     place = place.masked_fill(surplus, torch.iinfo(torch.int64).max)
     return best.gather(1, place.argsort(dim=1))
 

@@ -16,7 +16,7 @@ from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.decode_attention import WorkPlan, decode_attention, plan_work
 from torch import Tensor
 
-from kvpolicy.cache.arena import each_entry
+from kvpolicy.cache.arena import each_entry, on_device
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
@@ -158,21 +158,22 @@ class StaticStore:
                 f"of {len(self.keys)} left: its budget differs from the one it was made for"
             )
         start = self.used + capacity.cumsum(0) - capacity
-        seen = held.seen.repeat_interleave(self.num_heads)[:, None].to(arena.device)
+        seen = on_device(held.seen.repeat_interleave(self.num_heads)[:, None], arena.device)
         segment, offset = each_entry(arena.length, arena.device)
-        into, first = torch.stack([start, arena.start]).to(arena.device)
+        into, first, length, allowed = on_device(
+            torch.stack([start, arena.start, arena.length, capacity]), arena.device
+        )
         rows = into[segment] + offset
         if (scores := arena.padded_scores()) is not None:  # without scores, entries lie in the order of their age
-            spare = capacity - arena.length
-            offset = eviction_order(scores, arena.padded_positions(), seen, spare, held.protection)[segment, offset]
+            order = eviction_order(scores, arena.padded_positions(), seen, allowed - length, held.protection)
+            offset = order[segment, offset]
         source = first[segment] + offset
         for out, entries in zip(
             (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
         ):
             compact(out, rows, entries, source)
-        self.starts[layer].copy_(start)
-        self.lengths[layer].copy_(arena.length)
-        self.capacities[layer].copy_(capacity)
+        for table, values in ((self.starts, into), (self.lengths, length), (self.capacities, allowed)):
+            table[layer].copy_(values)
         self.used += int(capacity.sum())
         self.growth = max(self.growth, int((capacity - arena.length).max()))
         self.position.copy_(seen[:, 0] - 1)

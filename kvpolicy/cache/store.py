@@ -15,9 +15,10 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Schedule
+from kvpolicy.cache.scoring import NotANumber, check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
-from kvpolicy.cache.scoring import check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.select import Protection
+from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
@@ -86,6 +87,7 @@ class RaggedStore:
         self.first_head, self.num_heads = first, count
         self.rows = RowTables(self.schedule, self.split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
+        self._wrong = NotANumber()
 
     @classmethod
     def from_plan(
@@ -288,6 +290,9 @@ class RaggedStore:
         if held.arena.scores is not None:
             scores = score_chunk(self.policy, layer, held.arena, query, chunk, scoring.options(), extra or {})
             scores = scores[:, : held.arena.width + settling]
+            self._wrong.add(scores)
+            if self.split is not None or layer == len(self.layers) - 1:  # else nobody waits for the device here
+                self._wrong.check(self.policy, "score_prompt")
         settled = chunk.part(slice(0, settling))
         if self.split is None or scores is None:
             self._grow(layer, held, held.settled)
@@ -371,7 +376,7 @@ class RaggedStore:
             dtype,
             device,
             num_pinned=self.protection.num_pinned,
-            scored=self.schedule.evicts and (not self.policy.window_rule or self.split is not None),
+            scored=self.schedule.evicts and holds_scores(self.policy, self.split),
         )
         held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
         return held

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.compare.document import RETRIEVAL
-from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.errors import BudgetError, KVPolicyError, TextError
 from kvpolicy.files import write_bytes
 
+if TYPE_CHECKING:
+    from kvpolicy.compare.tasks import RetrievalTask, Task
+    from kvpolicy.plan import BudgetPlan
+    from kvpolicy.text import Corpus
+
+PARTS = ("heldout", "whole")
 TASKS = ("perplexity", *RETRIEVAL)
 LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
 _MORE = "Methods, as for --methods."
@@ -24,7 +30,8 @@ def compare_command(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="POLICY/ALLOCATOR, POLICY (under uniform), or a plan file; more may follow as arguments.",
+            help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8); "
+            "more may follow as arguments.",
             show_default=False,
         ),
     ] = None,
@@ -34,8 +41,15 @@ def compare_command(
     context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
     prefill: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of the prompt that is compressed. Default: half.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Tokens of the prompt that is compressed; 0: decode from the first token on. Default: half.",
+            show_default=False,
+        ),
     ] = None,
+    part: Annotated[
+        str, typer.Option(help="Of --text: heldout, or whole for a text that no plan was tuned on.")
+    ] = "heldout",
     limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
@@ -52,10 +66,11 @@ def compare_command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Compare methods at equal budgets: quality with intervals, measured bytes, and who is better than whom.
+    """Compare methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
-    part of --text; under passkey and key-value a number that stands in the prompt is asked for. The full cache, entries
+    part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
+    token is decoded under the budget, which is for methods under a window rule. The full cache, entries
     kept by lot (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV
     heads are always there.
 
@@ -63,7 +78,7 @@ def compare_command(
     that says why.
     """
     names = [*(methods or []), *(more or [])]
-    _check(task, names, context, prefill)
+    _check(task, names, context, prefill, part)
     retentions = [_below_one(r) for r in (retention or (0.5, 0.3, 0.1))]
     page = out.with_suffix(".md")
     if page == out:
@@ -74,13 +89,20 @@ def compare_command(
 
     from kvpolicy.compare.methods import read_methods
     from kvpolicy.compare.run import compare
-    from kvpolicy.integrations.transformers import load_model, weights_sha256
+    from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
     from kvpolicy.report.comparison import markdown
 
     chosen = read_methods(names)
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     number = str(network.dtype).removeprefix("torch.")
-    made, about = _task(task, network, tokenizer, text, context, prefill, limit, batch_size, seed)
+    plans = [method.plan for method in chosen if method.plan is not None]
+    made: Task
+    about: dict[str, Any] = {}
+    if task in RETRIEVAL:
+        made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
+    else:
+        corpus = _unseen(read_corpus(tokenizer, text), part, plans)
+        made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)
     about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     progress = watcher(quiet)
@@ -97,12 +119,14 @@ def compare_command(
     _report(found, out, page, json)
 
 
-def _check(task: str, names: list[str], context: int, prefill: int | None) -> None:
+def _check(task: str, names: list[str], context: int, prefill: int | None, part: str) -> None:
     if task not in TASKS:
         raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
     if not names:
         raise KVPolicyError("name the methods to compare: --methods POLICY/ALLOCATOR or a plan file, one or several")
     opt.check_context(context)
+    if part not in PARTS:
+        raise KVPolicyError(f"--part must be {' or '.join(PARTS)}, got '{part}'")
     if task in RETRIEVAL and prefill is not None:
         raise BudgetError(f"--prefill goes with perplexity: the prompts of {task} are compressed whole")
 
@@ -113,31 +137,47 @@ def _below_one(retention: float) -> float:
     return retention
 
 
-def _task(
-    name: str,
+def _questions(
+    name: str, network: Any, tokenizer: Any, context: int, limit: int, batch_size: int, seed: int
+) -> RetrievalTask:
+    """Raises `TextError` for a context without room."""
+    from kvpolicy.compare.tasks import RetrievalTask
+    from kvpolicy.retrieval import make_key_values, make_passkeys
+
+    make = make_passkeys if name == "passkey" else make_key_values
+    return RetrievalTask(name, network, tokenizer, make(tokenizer, limit, context, seed), batch_size=batch_size)
+
+
+def _unseen(corpus: Corpus, part: str, plans: list[BudgetPlan]) -> Corpus:
+    """The corpus itself. Raises `TextError` where the whole of it is asked for and a plan was tuned on it."""
+    if part == "whole" and any(plan.provenance.get("text_sha256") == corpus.sha256 for plan in plans):
+        raise TextError(
+            f"--part whole: a plan was tuned on a part of {corpus.name}; leave --part out, or give another --text"
+        )
+    return corpus
+
+
+def _text_task(
     network: Any,
     tokenizer: Any,
-    text: Path | None,
+    corpus: Corpus,
+    part: str,
     context: int,
     prefill: int | None,
     limit: int,
     batch_size: int,
-    seed: int,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Task, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
-    from kvpolicy.compare.retrieval import make_key_values, make_passkeys
-    from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
-    from kvpolicy.integrations.transformers import read_corpus
+    from kvpolicy.compare.decoding import DecodingTask
+    from kvpolicy.compare.tasks import PerplexityTask
 
-    if name in RETRIEVAL:
-        make = make_passkeys if name == "passkey" else make_key_values
-        questions = make(tokenizer, limit, context, seed)
-        return RetrievalTask(name, network, tokenizer, questions, batch_size=batch_size), {}
-    corpus = read_corpus(tokenizer, text)
-    count = max(LEAST_SEQUENCES, min(limit, corpus.room("heldout", context)))
-    sequences = corpus.sequences("heldout", count, context)
-    task = PerplexityTask(network, sequences, prefill_length=prefill, batch_size=batch_size)
-    return task, {"text": f"{corpus.name}, held-out part"}
+    count = max(LEAST_SEQUENCES, min(limit, corpus.room(part, context)))
+    sequences = corpus.sequences(part, count, context)
+    told = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
+    if prefill == 0:
+        return DecodingTask(network, sequences, batch_size=batch_size), told
+    options = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
+    return PerplexityTask(network, sequences, **options), told
 
 
 def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:

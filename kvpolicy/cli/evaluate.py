@@ -74,7 +74,7 @@ def evaluate(
     corpus = read_corpus(tokenizer, text)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
-    probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size)
+    probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size, tokenizer=tokenizer)
     if loaded is not None:
         loaded.check_model(probe.spec)
     tables = [_table(plan, loaded, probe, kept) for kept in retentions]

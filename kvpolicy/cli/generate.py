@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
-from kvpolicy.errors import BudgetError, KVPolicyError, TextError
+from kvpolicy.errors import BudgetError, KVPolicyError, PlanWarning, TextError
 
 
 def generate(
@@ -71,6 +72,7 @@ def generate(
     network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     ids, is_chat = _encode(tokenizer, text, no_chat)
     cache = choice.make(network, retention, tokens=tokens)
+    _warn_of_lost_facts(choice, retention if tokens is None else min(tokens / ids.shape[1], 1.0))
     progress = watcher(quiet or json)
     progress.note(f"{name} from {network.kvpolicy_source}, on {where}: {ids.shape[1]} tokens of prompt")
     whole, known = ids.shape[1] + max_new_tokens, cache.spec.max_context
@@ -102,6 +104,20 @@ def _retention(choice: caches.CacheChoice, retention: float | None, tokens: int 
     if choice.plan is None:
         raise BudgetError("generate uniform needs --retention; or give a plan file, or full")
     return choice.plan.retentions[-1]
+
+
+def _warn_of_lost_facts(choice: caches.CacheChoice, kept: float | None) -> None:
+    """Of the level that is used, or the nearest one below; below the lowest that one's shares are used.
+
+    kept: fraction of the tokens, 1 or None for all of them
+    """
+    if choice.plan is None or kept is None or kept >= 1:
+        return
+    from kvpolicy.report.figures import lost_facts, sorted_levels
+
+    said = lost_facts(choice.plan.level_at(kept) or sorted_levels(choice.plan)[0])
+    if said:
+        warnings.warn(said, PlanWarning, stacklevel=2)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

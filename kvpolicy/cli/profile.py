@@ -42,14 +42,16 @@ def profile(
     agreement: Annotated[bool, typer.Option("--agreement", help="How alike are rankings of the KV heads?")] = False,
     token_map: Annotated[
         Path | None,
-        typer.Option("--token-map", "--figure2", help="Draw tokens by heads (BaKlaVa's figure 2).", show_default=False),
+        typer.Option(
+            "--token-map", "--figure2", help="Draw tokens by heads (after BaKlaVa's figure 2).", show_default=False
+        ),
     ] = None,
     layers: Annotated[
         Path | None,
         typer.Option(
             "--layers",
             "--figure4",
-            help="Shrink each layer alone, and draw what it costs over its importance (BaKlaVa's figure 4).",
+            help="Shrink each layer alone, and draw what it costs over its importance (after BaKlaVa's figure 4).",
             show_default=False,
         ),
     ] = None,

@@ -36,12 +36,16 @@ def show(
         return
     from rich.console import Console
 
-    from kvpolicy.report.tables import levels_table, summary_table
+    from kvpolicy.report.tables import facts_table, levels_table, summary_table, warnings_of
     from kvpolicy.report.terminal import budget_heatmap
 
     console = Console()
     console.print(summary_table(loaded))
     console.print(levels_table(loaded))
+    if (facts := facts_table(loaded)) is not None:
+        console.print(facts)
+    for line in warnings_of(loaded):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for level in loaded.levels:
         console.print(budget_heatmap(loaded, level))
     for path in (html, png):

@@ -21,10 +21,21 @@ def tune_command(
     policy: Annotated[str, typer.Option(help="Who evicts.")] = "streaming",
     param: opt.Params = None,
     allocator_param: opt.AllocatorParams = None,
-    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
+    objective: Annotated[
+        str, typer.Option(help="What is searched for: perplexity, retrieval or mixed.")
+    ] = "perplexity",
+    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1; with --max-loss 0.9, 0.8, ... 0.1")] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop at the smallest cache whose held-out loss is at most this part above the full cache's (0.02).",
+            show_default=False,
+        ),
+    ] = None,
     text: opt.Text = None,
     context: opt.Context = opt.DEFAULT_CONTEXT,
     prefill: Annotated[int | None, opt.prefills("")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Of the text, in each trial.")] = 4,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Of each level; default: what fits about 200 s.", show_default=False)
     ] = None,
@@ -44,13 +55,18 @@ def tune_command(
 ) -> None:
     """Search per-head budgets for a model on a text, and write them as a plan.
 
-    Profiles the model once, then runs one Optuna study for each --retention (default 0.5, 0.3, 0.1) with perplexity
-    as the objective, and reports the result on a part of the text that the search never saw. Under the window rule
-    perplexity is that of decoding from the first token on; under any other policy that of the text behind a prompt,
-    which the policy compresses once. The plan records the policy.
+    Profiles the model once, then runs one Optuna study for each --retention (default 0.5, 0.3, 0.1) and reports the
+    result on a part of the text that the search never saw. By default a trial is measured by perplexity. Under the
+    window rule that is the perplexity of decoding from the first token on; under any other policy that of the text
+    behind a prompt, which the policy compresses once. The plan records the policy.
+
+    --objective retrieval measures a trial by the loss of the answers' tokens behind prompts that hold a fact
+    somewhere and ask for it, mixed by both, half and half. --max-loss 0.02 goes down the retentions and stops at the
+    first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
     """
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
+    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
 
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
@@ -64,7 +80,10 @@ def tune_command(
         allocator=allocator,
         allocator_params=opt.parse_params(allocator_param, "--allocator-param"),
         policy=policy,
-        retentions=tuple(retention or (0.5, 0.3, 0.1)),
+        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else (0.5, 0.3, 0.1))),
+        objective=objective,  # type: ignore[arg-type]  # checked by the settings
+        max_loss=max_loss,
+        sequences=sequences,
         context_length=context,
         prefill_length=prefill,
         trials=trials,
@@ -93,18 +112,26 @@ def tune_command(
 
 def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
     if as_json:
-        levels = [
-            {"retention": x.retention, "perplexity": x.perplexity, "comparison": x.comparison} for x in plan.levels
-        ]
-        how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in ("protocol", "prefill_length")}
+        shown = ("retention", "perplexity", "comparison", "retrieval")
+        levels = [{name: getattr(level, name) for name in shown} for level in plan.levels]
+        told = ("objective", "protocol", "prefill_length", "passkey", "max_loss", "calibration")
+        how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in told if x in plan.provenance}
         opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return
     from rich.console import Console
 
-    from kvpolicy.report.tables import levels_table
+    from kvpolicy.report.tables import facts_table, levels_table, warnings_of
+    from kvpolicy.tuning.levels import limit_said
 
     console = Console()
     console.print(levels_table(plan))
+    if (facts := facts_table(plan)) is not None:
+        console.print(facts)
+    said = warnings_of(plan)
+    if "max_loss" in plan.provenance:
+        said.insert(0, limit_said(plan.provenance["max_loss"]))
+    for line in said:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"plan written to {out}; look at it with: kvpolicy show {out}", highlight=False, markup=False, soft_wrap=True
     )

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, PlanError
 from kvpolicy.files import write_bytes
-from kvpolicy.plan_json import Fields, number, parse, read_bytes, render, sequence, text
+from kvpolicy.plan_json import Fields, describe, number, parse, read_bytes, render, sequence, text
 
 FORMAT = "kvpolicy-comparison"
-VERSION = 1
+VERSION = 2
+"""1 had equal entries in place of equal bytes, and no decode time."""
 RETRIEVAL = ("passkey", "key-value")
 """Tasks whose losses are 0 for an answer that was found and 1 for one that was not."""
 
@@ -23,24 +24,29 @@ RETRIEVAL = ("passkey", "key-value")
 class Row:
     """One method at one retention.
 
+    retention:   1 where nothing is evicted: the full cache, and quantized ones
     identity:    of the method, see `Method.identity`
-    uniform:     the method whose budgets this one's are compared with
-    calibration: see `Method.calibration`
+    uniform:     the method whose budgets this one's are compared with, '' for none
+    calibration: see `Method.calibration`; of a row that failed it may be empty
     losses:      one for each sequence, smaller is better; empty where the method failed
     bytes, dense_bytes, entries: of one real cache after its prompt
+    decode_ms:   milliseconds of a token decoded on that cache, None where the method failed
     error:       why the method failed
+    remark:      what a reader should know besides
     """
 
     method: str
     retention: float
     identity: dict[str, Any]
     uniform: str
-    calibration: dict[str, Any] | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     bytes: int = 0
     dense_bytes: int = 0
     entries: int = 0
+    decode_ms: float | None = None
     error: str | None = None
+    remark: str = ""
 
     @property
     def key(self) -> tuple[str, float]:
@@ -94,8 +100,13 @@ def load_comparison(path: Path) -> Comparison:
     """Raises `KVPolicyError` naming the file and what is wrong with it."""
     try:
         fields = Fields(parse(read_bytes(path)))
-        if fields.raw("format") != FORMAT or fields.raw("version") != VERSION:
-            raise PlanError(f"format and version are no '{FORMAT}' {VERSION}: another file is there")
+        if fields.raw("format") != FORMAT:
+            raise PlanError(f"format is no '{FORMAT}': another file is there")
+        if fields.raw("version") != VERSION:
+            raise PlanError(
+                f"version is {describe(fields.raw('version'))}, expected {VERSION}: another kvpolicy measured its "
+                "rows, which do not go with those of this one"
+            )
         settings = fields.mapping("settings")
         if "task" not in settings or "seed" not in settings:
             raise PlanError("settings lacks task or seed")
@@ -115,12 +126,14 @@ def _row(fields: Fields) -> Row:
         retention=fields.read("retention", number),
         identity=fields.mapping("identity"),
         uniform=fields.read("uniform", text),
-        calibration=fields.mapping("calibration") if fields.has("calibration") else None,
+        calibration=fields.mapping("calibration"),
         losses=tuple(number(x, fields.path(f"losses[{i}]")) for i, x in enumerate(losses)),
         bytes=int(fields.read("bytes", number)),  # may be more than `whole` takes
         dense_bytes=int(fields.read("dense_bytes", number)),
         entries=int(fields.read("entries", number)),
+        decode_ms=fields.read("decode_ms", number) if fields.has("decode_ms") else None,
         error=fields.read("error", text) if fields.has("error") else None,
+        remark=fields.read("remark", text),
     )
     if not row.losses and row.error is None:
         raise PlanError(f"{fields.path('losses')} is empty, and no error says why")

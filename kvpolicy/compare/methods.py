@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.apportion import apportion
 from kvpolicy.cache.schedule import Fixed, from_allocator
-from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.cache.size import entry_nbytes, holds_scores
+from kvpolicy.compare.calibration import calibration_of
+from kvpolicy.errors import BudgetError, PlanWarning, PluginError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
-from kvpolicy.plan import BudgetPlan, load_plan
+from kvpolicy.plan import BudgetPlan, PlanChoice, load_plan
 from kvpolicy.plan_json import render
 from kvpolicy.registry import registry
-from kvpolicy.spec import ModelSpec
+from kvpolicy.spec import Budget, ModelSpec
 
 UNIFORM, RANDOM, FULL = "uniform", "random", "full"
+QUANTIZED = ("fp8", "int4", "int2")
+"""What transformers' `QuantizedCache` may hold the entries in: methods of their own, such as quantized/int4."""
 _LOTS = 16  # of four KV heads with two capacities, a lot leaves the table as it is one time in three
 
 
@@ -32,6 +38,7 @@ class Method:
     policy:    who evicts;  policy_name: its registered name
     allocator: who splits the budget; None under a plan, and where nothing is evicted
     shuffled:  capacities go to other KV heads by lot: the control that tells whether it matters who has which
+    quantized: of `QUANTIZED`, where nothing is evicted and all of it is held in fewer bits; the policy has no say
     """
 
     name: str
@@ -41,9 +48,14 @@ class Method:
     allocator: BudgetAllocator | None = None
     plan: BudgetPlan | None = None
     shuffled: bool = False
+    quantized: str | None = None
 
     @property
     def is_full(self) -> bool:
+        return self.evicts_nothing and self.quantized is None
+
+    @property
+    def evicts_nothing(self) -> bool:
         return self.allocator is None and self.plan is None
 
     @property
@@ -58,22 +70,30 @@ class Method:
     @property
     def policy_label(self) -> str:
         """The policy's name, with those of its parameters that are not the defaults."""
+        if self.evicts_nothing:
+            return FULL
         own = registry.create("policy", self.policy_name).params()
         others = [f"{name}={value}" for name, value in self.policy.params().items() if own.get(name) != value]
         return f"{self.policy_name}({', '.join(others)})" if others else self.policy_name
 
     @property
     def uniform_name(self) -> str:
-        """The method that this one's budgets are compared with: uniform ones under the same policy."""
-        return f"{self.policy_label}/{UNIFORM}"
+        """The method that this one's budgets are compared with: uniform ones under the same policy. '' for none."""
+        return "" if self.evicts_nothing else f"{self.policy_label}/{UNIFORM}"
 
     @property
-    def calibration(self) -> dict[str, Any] | None:
-        """What a plan says about the search behind it; None for a method that looks at no calibration text."""
-        if self.plan is None or self.plan.method.allocator is None:
-            return None
-        known = ("trials", "search_sequences", "context_length", "text_sha256")
-        return {name: self.plan.provenance[name] for name in known if name in self.plan.provenance}
+    def remark(self) -> str:
+        """What a reader should know of it: that a plan was tuned for another policy, '' for nothing."""
+        if self.plan is None:
+            return ""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PlanWarning)
+            self.plan.warn_if_other_policy(self.policy)
+        return "; ".join(str(each.message) for each in caught)
+
+    def calibration(self, retention: float) -> dict[str, Any]:
+        """What was run on calibration text before this method could be used at this retention, see `calibration_of`."""
+        return calibration_of(self.plan, retention)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,54 +108,92 @@ class Method:
             "allocator": allocator,
             "plan_sha256": plan,
             "shuffled": self.shuffled,
+            "quantized": self.quantized,
         }
         found: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
         return found
 
-    def table(self, spec: ModelSpec, context: int, retention: float, seed: int) -> Tensor:
-        """Entries each KV head may keep of `context` tokens, int64 `[L, H]`.
+    def table(self, spec: ModelSpec, context: int, retention: float, seed: int, dtype: torch.dtype) -> Tensor:
+        """Entries each KV head may keep of `context` tokens, int64 `[L, H]`: as many as take the bytes of a window
+        rule's at this retention, positions included. Where scores are held beside the entries, there are fewer.
+
+        dtype: of keys and values
 
         Of a run-time allocator only the total counts. Raises `BudgetError` and `PlanError` where there is none.
         """
+        if self.evicts_nothing:
+            return torch.full(spec.table_shape, context)
+        table = self._asked(spec, context, retention)
+        floor = min(self.policy.num_sink_tokens + 1, context)
+        total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
+        table = apportion(table, Budget(total, spec.table_shape, floor, context))
+        return _shuffled(table, seed) if self.shuffled else table
+
+    def _asked(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
+        """The capacities at exactly this retention, int64 `[L, H]`."""
         if self.plan is not None:
             self.plan.check_model(spec)
-            table = self.plan.capacities(context, retention)
-        elif self.allocator is not None:
-            schedule = from_allocator(self.allocator, self.policy, spec, retention=retention, context_length=context)
-            if not isinstance(schedule, Fixed):
-                raise BudgetError(f"{self.name}: its capacities are not known up front")
-            table = schedule.table
-        else:
-            table = torch.full(spec.table_shape, context)
-        return _shuffled(table, seed) if self.shuffled else table
+            return self.plan.capacities(context, retention)
+        assert self.allocator is not None  # else nothing is evicted
+        schedule = from_allocator(self.allocator, self.policy, spec, retention=retention, context_length=context)
+        if not isinstance(schedule, Fixed):
+            raise BudgetError(f"{self.name}: its capacities are not known up front")
+        return schedule.table
+
+    def _window_bytes_part(self, spec: ModelSpec, dtype: torch.dtype) -> float:
+        """Bytes of an entry under a window rule, as a part of those of an entry here."""
+        scored = holds_scores(self.policy, self.runtime_allocator)
+        return entry_nbytes(spec, dtype, scored=False) / entry_nbytes(spec, dtype, scored=scored)
 
 
 def read_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names, with the controls: `full`, `random/uniform`, each policy's `uniform`, and each table
     that is not uniform shuffled. Each once; methods of one policy stand together.
 
-    names: POLICY/ALLOCATOR, POLICY (under `uniform`), or a plan file (a name that ends in .json, or that is a file)
+    names: POLICY/ALLOCATOR, POLICY (under `uniform`), a plan file (a name that ends in .json, or that is a file),
+        POLICY/PLAN (a plan's budgets under another policy), or quantized/ and one of `QUANTIZED`
 
     Raises `PluginError` for a name that is not registered, `PlanError` for a plan that cannot be read.
     """
     asked = [_read(name) for name in names if name != FULL]
     methods = [_full(), _of(RANDOM, UNIFORM)]
     for method in asked:
-        methods += [_uniform_of(method), method]
-        if not method.is_uniform and method.runtime_allocator is None:
+        methods += [method] if method.evicts_nothing else [_uniform_of(method), method]
+        if not (method.evicts_nothing or method.is_uniform or method.runtime_allocator is not None):
             methods.append(replace(method, name=f"{method.name} shuffled", shuffled=True))
     return _grouped(methods)
 
 
 def _read(name: str) -> Method:
-    if name.endswith(".json") or Path(name).is_file():
-        plan = load_plan(name)
-        tuned = plan.method.policy
-        return Method(name, tuned.name, registry.create("policy", tuned.name, tuned.params), plan=plan)
-    policy, slash, allocator = name.partition("/")
-    if not policy or (slash and not allocator):
-        raise PluginError(f"a method is POLICY/ALLOCATOR, POLICY, or a plan file, got '{name}'")
-    return _of(policy, allocator or UNIFORM)
+    policy, slash, budgets = name.partition("/")
+    if Path(name).is_file():
+        return _of_plan(name, name)
+    if policy == "quantized":
+        return _quantized(name, budgets)
+    if _is_plan(budgets) and policy in registry.names("policy"):
+        return _of_plan(name, budgets, policy)
+    if _is_plan(name):
+        return _of_plan(name, name)  # which says why it cannot be read
+    if not policy or (slash and not budgets):
+        raise PluginError(f"a method is POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got '{name}'")
+    return _of(policy, budgets or UNIFORM)
+
+
+def _is_plan(name: str) -> bool:
+    return name.endswith(".json") or Path(name).is_file()
+
+
+def _of_plan(name: str, path: str, policy: str | None = None) -> Method:
+    """A plan's budgets, under its own policy if no other is named."""
+    plan = load_plan(path)
+    chosen = plan.method.policy if policy is None else PlanChoice(policy)
+    return Method(name, chosen.name, registry.create("policy", chosen.name, chosen.params), plan=plan)
+
+
+def _quantized(name: str, kind: str) -> Method:
+    if kind not in QUANTIZED:
+        raise PluginError(f"there is no method '{name}'; there is: {', '.join(f'quantized/{x}' for x in QUANTIZED)}")
+    return replace(_full(), name=name, quantized=kind)
 
 
 def _of(policy: str, allocator: str) -> Method:

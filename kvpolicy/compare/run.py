@@ -43,7 +43,7 @@ def compare(
     asked = {**task.settings, "seed": seed, **(settings or {})}
     before = _begun(out, asked)
     done = Comparison(asked, about or {})
-    pairs = [(m, r) for m in methods for r in ([1.0] if m.is_full else sorted(set(retentions), reverse=True))]
+    pairs = [(m, r) for m in methods for r in ([1.0] if m.evicts_nothing else sorted(set(retentions), reverse=True))]
     missing = sum(_known(before, *pair) is None for pair in pairs)
     progress.note(f"{missing} rows of {task.count} sequences to measure, {len(pairs) - missing} are in {out} already")
     progress.begin("compare", missing)
@@ -81,9 +81,10 @@ def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float)
 
 
 def _measured(task: Task, method: Method, retention: float, seed: int) -> Row:
-    row = Row(method.name, retention, method.identity, method.uniform_name, method.calibration)
+    row = Row(method.name, retention, method.identity, method.uniform_name, remark=method.remark)
     try:
-        measured = task.measure(method, method.table(task.spec, task.context, retention, seed))
+        row = replace(row, calibration=method.calibration(retention))
+        measured = task.measure(method, method.table(task.spec, task.context, retention, seed, task.dtype))
         if not bool(torch.isfinite(measured.losses).all()):
             raise ModelError("the loss is not finite: try another --dtype")
     except Exception as error:  # a plugin may raise anything
@@ -98,6 +99,7 @@ def _measured(task: Task, method: Method, retention: float, seed: int) -> Row:
         bytes=held.bytes,
         dense_bytes=held.dense_bytes,
         entries=held.entries,
+        decode_ms=measured.decode_ms,
     )
 
 

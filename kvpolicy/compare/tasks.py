@@ -6,40 +6,52 @@ import abc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvpolicy.compare.caches import decode_ms, filled_cache, ready, weighed
 from kvpolicy.compare.methods import Method
-from kvpolicy.compare.retrieval import Question, recalled
-from kvpolicy.errors import BudgetError
 from kvpolicy.evaluate import CacheBytes, measured_bytes
-from kvpolicy.integrations.transformers import PromptProbe, attached, prompt_cache, repeat_context
+from kvpolicy.integrations.transformers import PromptProbe
+from kvpolicy.integrations.transformers.probe import losses_from
+from kvpolicy.retrieval import Question, recalled
 from kvpolicy.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """losses: float64 `[n]`, one for each sequence;  held: of one real cache after the prompt."""
+    """losses: float64 `[n]`, one for each sequence;  held, decode_ms: of one real cache after the prompt."""
 
     losses: Tensor
     held: CacheBytes
+    decode_ms: float
 
 
 class Task(abc.ABC):
     """A prompt for each sequence, compressed once to a table of capacities, and what comes of it.
 
-    name:    as the command line knows it
-    spec:    the model's
-    context: tokens of every prompt, for which a table is
-    count:   sequences
+    name:     as the command line knows it
+    protocol: "prompt", or "window" where every token is decoded under the budget
+    model:    of transformers
+    spec:     the model's
+    context:  tokens of every prompt, for which a table is
+    count:    sequences
     """
 
     name: str
+    protocol: ClassVar[str] = "prompt"
+    model: Any
     spec: ModelSpec
     context: int
     count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     @abc.abstractmethod
@@ -56,6 +68,7 @@ class Task(abc.ABC):
         """What must agree for two runs to be one comparison, as JSON values."""
         return {
             "task": self.name,
+            "protocol": self.protocol,
             "prompt_length": self.context,
             "sequences": list(self.tokens.shape),
             "tokens_sha256": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
@@ -71,12 +84,15 @@ class PerplexityTask(Task):
     """The loss of the text behind a compressed prompt (`PromptProbe`), the same protocol for every policy.
 
     sequences: int64 [N, T];  prefill_length: tokens of the prompt, None for half of a sequence
+    tokenizer: for a policy that has prompts repeated
     """
 
     name = "perplexity"
 
-    def __init__(self, model: Any, sequences: Tensor, *, prefill_length: int | None, batch_size: int = 1) -> None:
-        self.model, self.sequences, self.batch_size = model, sequences, batch_size
+    def __init__(
+        self, model: Any, sequences: Tensor, *, prefill_length: int | None, batch_size: int = 1, tokenizer: Any = None
+    ) -> None:
+        self.model, self.sequences, self.batch_size, self.tokenizer = model, sequences, batch_size, tokenizer
         self.context = sequences.shape[1] // 2 if prefill_length is None else prefill_length
         self.count, self.spec = len(sequences), ModelSpec.from_config(model.config)
         self._probe: PromptProbe | None = None
@@ -91,8 +107,27 @@ class PerplexityTask(Task):
         return self.sequences
 
     def measure(self, method: Method, table: Tensor) -> Measured:
-        probe = self._probe_for(method)
-        return Measured(probe.loss(table), measured_bytes(probe, table))
+        prompt = self.sequences[:1, : self.context]
+        if method.quantized:
+            losses, held = self._quantized(method, table)
+        else:
+            probe = self._probe_for(method)
+            losses, held = probe.loss(table), measured_bytes(probe, table)
+        return Measured(losses, held, decode_ms(self.model, method, table, prompt, self.tokenizer))
+
+    def _quantized(self, method: Method, table: Tensor) -> tuple[Tensor, CacheBytes]:
+        """The same losses over caches of transformers, one sequence at a time: a batch might share its scales."""
+        losses, held, length = [], None, self.context
+        for ids in torch.split(self.sequences.to(self.model.device), 1):
+            with ready(self.model, method):
+                cache, logits = filled_cache(self.model, method, table, ids[:, :length])
+                held = held or weighed(cache, table, self.spec, self.dtype)
+                behind = self.model(ids[:, length:-1], past_key_values=cache, use_cache=True).logits
+            targets = ids[:, length:]
+            own = [losses_from(logits, targets[:, :1]), losses_from(behind, targets[:, 1:])]
+            losses.append(torch.cat(own, 1).double().mean(1).cpu())
+        assert held is not None
+        return torch.cat(losses), held
 
     def _probe_for(self, method: Method) -> PromptProbe:
         """The last probe again where only the table is another: it has run its prompts already."""
@@ -106,6 +141,7 @@ class PerplexityTask(Task):
                 prefill_length=self.context,
                 batch_size=self.batch_size,
                 allocator=allocator,
+                tokenizer=self.tokenizer,
             )
         assert self._probe is not None
         return self._probe
@@ -138,34 +174,23 @@ class RetrievalTask(Task):
 
     def measure(self, method: Method, table: Tensor) -> Measured:
         wrong, held = [], None
-        for first in range(0, self.count, self.batch_size):
-            batch = self.questions[first : first + self.batch_size]
-            answers, weighed = self._answers(torch.stack([each.ids for each in batch]), method, table)
-            held = held or weighed
+        size = 1 if method.quantized else self.batch_size  # a batch might share its scales
+        for first in range(0, self.count, size):
+            batch = self.questions[first : first + size]
+            answers, own = self._answers(torch.stack([each.ids for each in batch]), method, table)
+            held = held or own
             wrong += [float(recalled(said) != each.answer) for said, each in zip(answers, batch, strict=True)]
         assert held is not None
-        return Measured(torch.tensor(wrong, dtype=torch.float64), held)
+        took = decode_ms(self.model, method, table, self.questions[0].ids[None], self.tokenizer)
+        return Measured(torch.tensor(wrong, dtype=torch.float64), held, took)
 
     def _answers(self, ids: Tensor, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
         """What is generated greedily behind each prompt, and what the mean row's cache holds. ids: int64 [B, T]."""
-        with torch.no_grad(), attached(self.model):
-            cache = prompt_cache(self.model, method.policy, table, method.runtime_allocator)
-            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-            ids = ids.to(self.model.device)
-            token = self.model(ids, **options).logits[:, -1:].argmax(-1)
-            if cache.awaits_repeat:
-                repeat_context(self.model, cache, ids, self.tokenizer)
-            cache.check_enforced()
-            held = _weighed(cache.opened(), table)
-            said = [token]
+        with ready(self.model, method):
+            cache, logits = filled_cache(self.model, method, table, ids, self.tokenizer)
+            held = weighed(cache, table, self.spec, self.dtype)
+            said = [logits.argmax(-1)]
             for _ in range(max(each.answer_tokens for each in self.questions) - 1):
-                said.append(self.model(said[-1], **options).logits[:, -1:].argmax(-1))
+                logits = self.model(said[-1], past_key_values=cache, use_cache=True).logits[:, -1:]
+                said.append(logits.argmax(-1))
         return self.tokenizer.batch_decode(torch.cat(said, 1).cpu(), skip_special_tokens=True), held
-
-
-def _weighed(store: Any, table: Tensor) -> CacheBytes:
-    """The mean row's bytes of a filled store. Raises `BudgetError` if a row does not hold as much as the table says."""
-    held, rows = store.lengths.sum((0, 2)).tolist(), store.batch_size
-    if held != [int(table.sum())] * rows:
-        raise BudgetError(f"the cache holds {held} entries in its rows, the table says {int(table.sum())}")
-    return CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, held[0])

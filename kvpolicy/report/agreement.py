@@ -10,7 +10,7 @@ from rich.text import Text
 from torch import Tensor
 
 from kvpolicy.agreement import Agreement, pairs
-from kvpolicy.stats import chance_correlation
+from kvpolicy.ranks import chance_correlation
 
 
 def tables(found: Agreement) -> Iterator[Table | Text]:

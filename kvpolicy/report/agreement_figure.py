@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from kvpolicy.agreement import Agreement
+from kvpolicy.ranks import chance_correlation
 from kvpolicy.report.canvas import canvas, png
-from kvpolicy.stats import chance_correlation
 
-_CELL = 0.52  # inches
+_CELL = 0.47  # inches
 
 
 def agreement_png(found: Agreement, title: str) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvpolicy.compare.document import Comparison
@@ -13,62 +14,88 @@ from kvpolicy.report.figures import percent, size
 
 NOTES = (
     "above full, lost: with a 95 % bootstrap interval over the sequences, paired with the full cache. "
+    "of uniform's: perplexity above full, as a part of what uniform budgets add under the same policy, with its 95 % "
+    "interval; empty where theirs is not clearly above 0. "
     "vs uniform: against uniform budgets under the same policy. vs random: against entries kept by lot, under uniform "
     "budgets. Better or worse is said only where the 95 % interval of the paired difference leaves out 0, else "
-    "it is unclear; no correction is made for the number of rows. Bytes: of one real cache after its prompt."
+    "it is unclear; no correction is made for the number of rows. ms/token: one token in the eager loop over a cache "
+    "of one sequence, the median of 16. Bytes: of one real cache after its prompt, also as a part of what keys and "
+    "values of all its tokens take."
 )
+INTERVAL, SHARE = "95 %", "of uniform's"
+Cell = Callable[[Figures], str]
 
 
 def levels(comparison: Comparison) -> Iterator[tuple[str, list[Figures]]]:
-    """(heading, rows) of each retention, the full cache first in each."""
+    """(heading, rows) of each retention, in each first the rows that evict nothing."""
     rows = figures(comparison)
-    full = [row for row in rows if row.retention == 1]
+    whole = [row for row in rows if row.retention == 1]
     for retention in comparison.levels:
-        yield f"{percent(retention)} kept", [*full, *(row for row in rows if row.retention == retention)]
+        yield f"{percent(retention)} kept", [*whole, *(row for row in rows if row.retention == retention)]
 
 
 def markdown(comparison: Comparison) -> str:
     """The whole page."""
     lines = ["# Methods at equal bytes", ""]
     lines += [f"- {name}: {' '.join(str(value).split())}" for name, value in comparison.about.items()]
-    names = [*_columns(comparison), "calibration", "note"]
+    columns: dict[str, Cell] = {**_columns(comparison), "calibration": _calibration, "note": lambda row: row.note}
     for heading, rows in levels(comparison):
-        lines += ["", f"## {heading}", "", _row(names), "|" + "---|" * len(names)]
-        lines += [_row([*_cells(row), _calibration(row), row.note]) for row in rows]
+        lines += ["", f"## {heading}", "", _row(list(columns)), "|" + "---|" * len(columns)]
+        lines += [_row([cell(row) for cell in columns.values()]) for row in rows]
         lines += ["", " ".join(_said(comparison, rows))]
     return "\n".join([*lines, "", NOTES, ""])
 
 
 def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
-    """For each retention a table, and what else must be said about its rows."""
+    """For each retention a table for a terminal, and what else must be said about its rows."""
+    columns = _narrow(_columns(comparison))
     for heading, rows in levels(comparison):
-        table = Table(title=heading, title_justify="left")
-        for name in _columns(comparison):
+        table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in columns:
             table.add_column(name, no_wrap=name in ("method", "bytes"), overflow="fold")
         for row in rows:
-            table.add_row(*_cells(row))
-        failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
-        yield table, [*_said(comparison, rows), *failed]
+            table.add_row(*(cell(row) for cell in columns.values()))
+        told = [f"{row.method}: {row.note}" for row in rows if row.error is not None or row.remark]
+        yield table, [*_said(comparison, rows), *told]
 
 
-def _columns(comparison: Comparison) -> list[str]:
+def _narrow(columns: dict[str, Cell]) -> dict[str, Cell]:
+    """The same for a terminal: an interval stands beside its excess, and the rest is in the page."""
+    narrow = {name: cell for name, cell in columns.items() if name != INTERVAL}
+    for name in narrow.keys() & {"above full", "lost"}:
+        narrow[name] = lambda row: f"{_excess(row)} ({_interval(row)})" if _excess(row) else ""
+    if SHARE in narrow:
+        narrow[SHARE] = lambda row: "" if row.share is None else f"{row.share.mean:.0%}"
+    return narrow | {"bytes": lambda row: "" if row.error is not None else size(row.bytes)}
+
+
+def _columns(comparison: Comparison) -> dict[str, Cell]:
+    """What stands in each column, by its heading."""
     quality, excess = ("found", "lost") if comparison.is_retrieval else ("perplexity", "above full")
-    return ["method", quality, excess, "95 %", "vs uniform", "vs random", "bytes"]
+    shares: dict[str, Cell] = {} if comparison.is_retrieval else {SHARE: _share}
+    return {
+        "method": lambda row: row.method,
+        quality: lambda row: "failed" if row.quality is None else f"{row.quality:.4g}",
+        excess: _excess,
+        INTERVAL: _interval,
+        **shares,
+        "vs uniform": lambda row: row.versus_uniform,
+        "vs random": lambda row: row.versus_random,
+        "ms/token": lambda row: "" if row.decode_ms is None else f"{row.decode_ms:.3g}",
+        "bytes": lambda row: "" if row.error is not None else f"{size(row.bytes)}, {row.bytes / row.dense_bytes:.0%}",
+    }
 
 
-def _cells(row: Figures) -> list[str]:
-    if row.quality is None:
-        return [row.method, "failed", "", "", "", "", ""]
-    has_interval = row.excess is not None and row.low is not None and row.high is not None
-    return [
-        row.method,
-        f"{row.quality:.4g}",
-        f"{row.excess:+.1%}" if has_interval else "",
-        f"{row.low:+.1%} to {row.high:+.1%}" if has_interval else "",
-        row.versus_uniform,
-        row.versus_random,
-        size(row.bytes),
-    ]
+def _excess(row: Figures) -> str:
+    return "" if row.excess is None else f"{row.excess:+.1%}"
+
+
+def _interval(row: Figures) -> str:
+    return "" if row.low is None or row.high is None else f"{row.low:+.1%} to {row.high:+.1%}"
+
+
+def _share(row: Figures) -> str:
+    return "" if row.share is None else f"{row.share.mean:.0%}, {row.share.low:.0%} to {row.share.high:.0%}"
 
 
 def _row(cells: list[str]) -> str:
@@ -88,7 +115,18 @@ def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
 
 
 def _calibration(row: Figures) -> str:
-    if row.calibration is None:
-        return "none"
-    known = [row.calibration.get(name) for name in ("trials", "search_sequences", "context_length")]
+    told = row.calibration
+    if "tokens" in told:
+        if not told["tokens"]:
+            return "none"
+        return f"{_compact(told['tokens'])} tokens, {told['forwards']} forwards, {told['seconds']:.0f} s"
+    known = [told.get(name) for name in ("trials", "search_sequences", "context_length")]
     return "not recorded" if None in known else "{} trials on {} x {} tokens".format(*known)
+
+
+def _compact(count: int) -> str:
+    """A count in thousands or millions: `65k`."""
+    for unit, suffix in ((1_000_000, "M"), (1_000, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{suffix}"
+    return str(count)

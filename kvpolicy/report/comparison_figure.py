@@ -19,7 +19,8 @@ _MARKERS = "osD^vP*X<>"
 def comparison_png(comparison: Comparison) -> bytes:
     """What eviction costs, with 95 % intervals: over the bytes that are held, and as a bar for each row."""
     rows = [row for row in figures(comparison) if row.excess is not None]
-    levels = [(kept, [row for row in rows if row.retention == kept]) for kept in comparison.levels]
+    kept = [level for level in (1.0, *comparison.levels) if any(row.retention == level for row in rows)]
+    levels = [(level, [row for row in rows if row.retention == level]) for level in kept]
     bars = len(rows) + 2 * len(levels)
     heights = [5.0, 0.8 + 0.21 * bars]
     figure = Figure(figsize=(10.0, sum(heights)), dpi=_DPI, layout="constrained")

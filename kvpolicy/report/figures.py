@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kvpolicy.plan import BudgetPlan, PlanChoice, PlanLevel
 
+LOST_FACTS = 0.05
+"""A passkey score that is lower than the full cache's by more than this is worth a warning."""
 ITEMSIZE = 2  # bytes of one number in float16 and bfloat16, which the byte columns assume
 
 
@@ -79,3 +81,24 @@ def interval(level: PlanLevel) -> str:
     if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(x, int | float) for x in bounds):
         return f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
     return ""
+
+
+def passkeys(level: PlanLevel) -> str:
+    """Part of held-out pass keys that is found, and with the full cache: `85 of 95 %`; '' if not measured."""
+    found = level.retrieval.get("passkey") or {}
+    if found.get("score") is None or found.get("full") is None:
+        return ""
+    return f"{100 * found['score']:.0f} of {100 * found['full']:.0f} %"
+
+
+def lost_facts(level: PlanLevel) -> str:
+    """A warning, where more than 5 points fewer pass keys are found than with the full cache; else ''."""
+    found = level.retrieval.get("passkey") or {}
+    score, full = found.get("score"), found.get("full")
+    if score is None or full is None or full - score <= LOST_FACTS + 1e-9:
+        return ""
+    return (
+        f"at {percent(level.retention)} kept the model finds {100 * score:.0f} % of held-out pass keys, and "
+        f"{100 * full:.0f} % with the full cache: perplexity alone hides lost facts. Keep more, or tune with "
+        "--objective mixed"
+    )

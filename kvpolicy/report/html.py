@@ -9,7 +9,7 @@ from html import escape
 
 from kvpolicy.plan import BudgetPlan
 from kvpolicy.report.figures import method, model_name, percent, relative_budgets, sorted_levels
-from kvpolicy.report.tables import LEVEL_COLUMNS, level_rows, summary_rows
+from kvpolicy.report.tables import LEVEL_COLUMNS, level_rows, summary_rows, warnings_of
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 72rem;
@@ -34,6 +34,7 @@ def plan_html(plan: BudgetPlan) -> str:
         _facts(summary_rows(plan)),
         "<h2>Levels</h2>",
         _levels(plan),
+        *(f"<p>{escape(line)}</p>" for line in warnings_of(plan)),
         "<h2>Heat maps</h2>",
         f'<p><img alt="{alt}" src="data:image/png;base64,{picture}"></p>',
         *_budgets(plan),

@@ -11,7 +11,9 @@ from kvpolicy.report.figures import (
     choice,
     excess,
     interval,
+    lost_facts,
     model_name,
+    passkeys,
     percent,
     relative_budgets,
     size,
@@ -29,9 +31,14 @@ LEVEL_COLUMNS = (
     ("added / uniform's", "excess"),
     ("against uniform", "verdict"),
     ("loss, 95 %", "interval"),
+    ("answer loss", "answers"),
+    ("uniform's", "answers_uniform"),
+    ("full's", "answers_full"),
+    ("pass keys found", "passkeys"),
 )
 """Heading and key of each column that a table of levels can have."""
 _NARROW = {"kept", "heldout", "heldout_uniform", "heldout_full", "verdict", "interval"}  # fits 80 characters
+_FACTS = {"kept", "answers", "answers_uniform", "answers_full", "passkeys"}
 
 
 def level_rows(plan: BudgetPlan) -> list[dict[str, str]]:
@@ -41,6 +48,14 @@ def level_rows(plan: BudgetPlan) -> list[dict[str, str]]:
         row = {name: f"{value:.3f}" for name, value in level.perplexity.items()}
         row["kept"] = percent(level.retention)
         row["per token"] = size(bytes_per_token(plan, level.retention))
+        for key, name in (
+            ("answers", "heldout"),
+            ("answers_uniform", "heldout_uniform"),
+            ("answers_full", "heldout_full"),
+        ):
+            value = (level.retrieval.get("answer_loss") or {}).get(name)
+            row[key] = "" if value is None else f"{value:.4f}"
+        row["passkeys"] = passkeys(level)
         row["excess"], row["verdict"], row["interval"] = excess(level), verdict(level), interval(level)
         rows.append(row)
     return rows
@@ -56,6 +71,7 @@ def summary_rows(plan: BudgetPlan) -> list[tuple[str, str]]:
         ("estimator", choice(plan.method.estimator)),
         ("allocator", choice(plan.method.allocator)),
         ("policy", choice(plan.method.policy)),
+        *([("objective", str(plan.provenance["objective"]))] if "objective" in plan.provenance else []),
     ]
 
 
@@ -71,14 +87,29 @@ def summary_table(plan: BudgetPlan) -> Table:
 
 def levels_table(plan: BudgetPlan) -> Table:
     """One row per retention: perplexities and the comparison with uniform, as far as they were measured."""
+    return _table_of(level_rows(plan), "levels", _NARROW)
+
+
+def facts_table(plan: BudgetPlan) -> Table | None:
+    """One row per retention: how well answers are found in long prompts; None where that was not measured."""
     rows = level_rows(plan)
-    columns = [(head, key) for head, key in LEVEL_COLUMNS if key in _NARROW and any(row.get(key) for row in rows)]
-    table = Table(title="levels")
+    measured = any(row.get(key) for row in rows for key in _FACTS - {"kept"})
+    return _table_of(rows, "answers in long prompts", _FACTS) if measured else None
+
+
+def _table_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Table:
+    columns = [(head, key) for head, key in LEVEL_COLUMNS if key in keys and any(row.get(key) for row in rows)]
+    table = Table(title=title)
     for head, key in columns:
         table.add_column(head, justify="left" if key == "verdict" else "right", no_wrap=key != "verdict")
     for row in rows:
         table.add_row(*(Text(row.get(key, "")) for _, key in columns))
     return table
+
+
+def warnings_of(plan: BudgetPlan) -> list[str]:
+    """What a reader of the levels should know, a line each, smallest retention first."""
+    return [f"warning: {said}" for said in map(lost_facts, sorted_levels(plan)) if said]
 
 
 def budget_table(plan: BudgetPlan, level: PlanLevel) -> Table:

@@ -143,9 +143,10 @@ class SyntheticProbe(ModelProbe):
             raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
         if sequence is not None and not 0 <= sequence < self.num_sequences:
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
-        every = torch.arange(self.context_length)
-        (layers, heads), shape = self._spec.table_shape, (self._spec.num_kv_heads, 1, len(every))
-        seen = [bias(layer, every[-1:], every) for layer in range(layers)]
+        distance = torch.arange(self.context_length).flip(0)
+        rank = distance.masked_fill(distance >= self.context_length - _NUM_SINK_TOKENS, -1)[None, None]
+        (layers, heads), shape = self._spec.table_shape, (self._spec.num_kv_heads, 1, len(distance))
+        seen = [bias(layer, rank) for layer in range(layers)]
         for layer, given in enumerate(seen):
             if tuple(given.shape) != shape:
                 raise PluginError(
@@ -154,7 +155,7 @@ class SyntheticProbe(ModelProbe):
                 )
         losses = self._losses(torch.stack(seen).double().exp().sum((-2, -1)))
         if target == "full":
-            losses = losses - self._losses(torch.full((layers, heads), float(len(every)), dtype=torch.float64))
+            losses = losses - self._losses(torch.full((layers, heads), float(len(distance)), dtype=torch.float64))
         return (losses if sequence is None else losses[sequence : sequence + 1]).float()
 
     def _losses(self, capacities: Tensor) -> Tensor:

@@ -12,37 +12,39 @@ from optuna.storages import BaseStorage
 from torch import Tensor
 
 from kvpolicy.errors import PluginError, TextError
-from kvpolicy.evaluate import perplexity, probe_for
-from kvpolicy.integrations.transformers import (
-    Pace,
-    PromptProbe,
-    TransformersProbe,
-    cast_parameters,
-    set_pace,
-    weights_sha256,
-)
+from kvpolicy.evaluate import perplexity
+from kvpolicy.integrations.transformers import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
-from kvpolicy.plan import BudgetPlan, PlanChoice, PlanMethod, PlanModel
+from kvpolicy.plan import BudgetPlan, PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.profiling import profile
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
-from kvpolicy.tuning.level import Job, blamed, fitting, learns, search_level
+from kvpolicy.tuning.announce import Work, announce
+from kvpolicy.tuning.costs import known_cost, metered
+from kvpolicy.tuning.level import Job, blamed, fitting, learns
+from kvpolicy.tuning.levels import check_passkeys, limit_figures, search_levels
 from kvpolicy.tuning.losses import LossJournal
+from kvpolicy.tuning.passkey import PasskeyCheck, passkey_questions
+from kvpolicy.tuning.probes import Losses, Probes, make_probes
 from kvpolicy.tuning.search import search_space
-from kvpolicy.tuning.settings import (
-    HELDOUT_SEQUENCES,
-    LEAST_TRIALS,
-    MOST_TRIALS,
-    SEARCH_SECONDS,
-    SEARCH_SEQUENCES,
-    TuneSettings,
-)
+from kvpolicy.tuning.settings import LEAST_TRIALS, MOST_TRIALS, SEARCH_SECONDS, TuneSettings
 from kvpolicy.tuning.storage import open_storage, open_study, study_settings
 
 _TRIALS = "kvpolicy_trials"
-_OF_LOSSES = ("model", "weights", "text", "context_length", "sequences", "policy", "prefill_length", "dtype")
+_OF_LOSSES = (
+    "model",
+    "weights",
+    "text",
+    "context_length",
+    "sequences",
+    "objective",
+    "seed",
+    "policy",
+    "prefill_length",
+    "dtype",
+)
 """The settings that a loss depends on, beside the capacities."""
 
 
@@ -59,50 +61,62 @@ def tune(
 
     model: a transformers causal language model; it may be moved to bf16 (`choose_dtype`)
 
-    Raises `PluginError`, `ModelError`, `TextError`, `BudgetError`, `StudyError`; `KeyboardInterrupt` leaves a study
-    that `resume=True` goes on with.
+    Raises `PluginError`, `ModelError`, `TextError`, `BudgetError` (also where no retention keeps within `max_loss`),
+    `StudyError`; `KeyboardInterrupt` leaves a study that `resume=True` goes on with.
     """
     progress = progress or Progress()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
-    _check_roles(settings, allocator, policy)
-    search, heldout = _probes(model, corpus, settings, policy, progress)
+    _check_roles(settings, allocator)
+    search, heldout, asked = make_probes(model, corpus, settings, policy, progress)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
-    pace = _pace(model, search.sequences[0], settings, storage)
-    common = _common_settings(settings, corpus, search.spec, estimator, allocator, policy, pace) | {"weights": weights}
+    pace = _pace(model, search.text.sequences[0], settings, storage)
+    spec = search.text.spec
+    common = _common_settings(settings, corpus, spec, estimator, allocator, policy, pace) | {"weights": weights}
     studies = _open_studies(settings, storage, common)
-    seconds = search.seconds() if isinstance(search, PromptProbe) else pace.seconds
-    trials = _trial_count(settings, allocator, seconds, storage)
-    for study in studies.values():
-        study.set_user_attr(_TRIALS, trials)
-    profiling = estimator.num_forwards(search.spec, prompts=len(search.prompts), sequences=len(search.sequences))
-    _announce(progress, settings, search, heldout, trials, pace, seconds, profiling, learns(allocator))
+    first = next(iter(studies.values()))  # keeps what all levels share
     known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
-    with blamed("estimator", settings.estimator):
-        importance = profile(estimator, search, profiling, progress, known)
-    progress.begin("held-out text, full cache", 1)
-    full = heldout.full_loss()
-    progress.advance(f"perplexity {perplexity(full):.3f}")
-    progress.end()
-    job = Job(settings, search.spec, allocator, importance, search, heldout, full, trials, progress)
-    levels = tuple(search_level(job, study, retention) for retention, study in studies.items())
-    return BudgetPlan(
-        model=PlanModel.from_spec(search.spec, model_id, revision),
-        method=PlanMethod(
-            estimator=PlanChoice(settings.estimator, estimator.params()),
-            allocator=PlanChoice(settings.allocator),
-            policy=PlanChoice(settings.policy, policy.params()),
-        ),
-        importance=importance,
-        levels=levels,
-        provenance=_provenance(settings, corpus, job, pace),
+    passkeys = _passkeys(model, corpus, settings, policy, first, asked)
+    prompts, sequences = len(search.text.prompts), search.target.num_sequences
+    profiling = estimator.num_forwards(spec, prompts=prompts, sequences=sequences)
+    with metered(model, first, "shared"):
+        seconds = search.seconds(pace.seconds)
+        trials = _trial_count(settings, allocator, seconds * sequences, storage)
+        for study in studies.values():
+            study.set_user_attr(_TRIALS, trials)
+        checked = 0 if isinstance(passkeys, str) else passkeys.count
+        announce(
+            progress, settings, search, heldout, Work(trials, profiling, checked, pace, seconds, learns(allocator))
+        )
+        with blamed("estimator", settings.estimator):
+            importance = profile(estimator, search.target, profiling, progress, known)
+    full = _full_losses(heldout, progress)
+    job = Job(settings, spec, allocator, importance, search, heldout, full, trials, progress)
+    described = PlanModel.from_spec(spec, model_id, revision)
+    method = PlanMethod(
+        estimator=PlanChoice(settings.estimator, estimator.params()),
+        allocator=PlanChoice(settings.allocator),
+        policy=PlanChoice(settings.policy, policy.params()),
     )
+    levels, found = _searched(job, studies, passkeys)
+    return BudgetPlan(described, method, importance, levels, _provenance(settings, corpus, job, pace) | found)
 
 
-def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], policy: EvictionPolicy) -> None:
+def _searched(
+    job: Job, studies: dict[float, optuna.Study], passkeys: PasskeyCheck | str
+) -> tuple[tuple[PlanLevel, ...], dict[str, Any]]:
+    """The levels, and what their search adds to the provenance."""
+    limit = job.settings.max_loss
+    levels, missed = search_levels(job, studies)
+    levels, facts = check_passkeys(job, passkeys, levels)
+    found = {"calibration": _calibration(studies, len(levels) + (missed is not None)), "passkey": facts}
+    return levels, found if limit is None else found | {"max_loss": limit_figures(limit, levels, missed)}
+
+
+def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
     if allocator.split_scope != "none":
         raise PluginError(
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
@@ -110,11 +124,6 @@ def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], polic
         )
     if learns(allocator):
         fitting(settings)  # wrong parameters are refused before any work
-        if not policy.window_rule:
-            raise PluginError(
-                f"the allocator '{settings.allocator}' learns windows, and '{settings.policy}' keeps others than the "
-                "most recent entries: learn under --policy streaming; a cache takes the plan with another policy too"
-            )
     elif settings.allocator_params:
         raise PluginError(
             f"the parameters of the allocator '{settings.allocator}' are searched, not given; got "
@@ -122,30 +131,42 @@ def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator], polic
         )
 
 
-def _probes(
-    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, progress: Progress
-) -> tuple[TransformersProbe, TransformersProbe]:
-    """The search part's probe (with the profiling prompts) and the held-out part's."""
-    length = settings.context_length
-    held = min(HELDOUT_SEQUENCES, corpus.room("heldout", length))
-    if held < SEARCH_SEQUENCES or corpus.room("search", length) < 6:
-        raise TextError(
-            f"{corpus.name} is too short: after repetitions are dropped it has {len(corpus.search)} tokens to search "
-            f"on and {len(corpus.heldout)} to report on, a context of {length} needs {6 * length} and "
-            f"{SEARCH_SEQUENCES * length}; give a longer --text or a smaller --context"
-        )
-    search = corpus.sequences("search", SEARCH_SEQUENCES, length)
-    options: dict[str, Any] = {"prefill_length": settings.prefill_length, "batch_size": settings.batch_size}
-    return (
-        probe_for(
-            policy, model, search, corpus.prompts(length), tokenize=corpus.tokenize, progress=progress, **options
-        ),
-        probe_for(policy, model, corpus.sequences("heldout", held, length), **options),
-    )
+def _full_losses(heldout: Probes, progress: Progress) -> Losses:
+    progress.begin("held-out text, full cache", 1)
+    full = heldout.full_losses()
+    answers = "" if full.answers is None else f", answer loss {float(full.answers.mean()):.4f}"
+    progress.advance(f"perplexity {perplexity(full.text):.3f}{answers}")
+    progress.end()
+    return full
+
+
+def _passkeys(
+    model: Any,
+    corpus: Corpus,
+    settings: TuneSettings,
+    policy: EvictionPolicy,
+    study: optuna.Study,
+    asked: frozenset[str],
+) -> PasskeyCheck | str:
+    """The check, or why there is none. asked: numbers of the search's prompts"""
+    try:
+        questions = passkey_questions(corpus, settings, asked)
+    except TextError as error:
+        return str(error)
+    return PasskeyCheck(model, corpus.tokenizer, questions, policy, study, settings.batch_size)
+
+
+def _calibration(studies: dict[float, optuna.Study], searched: int) -> list[dict[str, Any]]:
+    """What was run: for all levels, with retention None, and for each of the levels that were searched."""
+    shared = {"retention": None} | known_cost(next(iter(studies.values())), "shared")
+    begun = list(studies.items())[:searched]
+    return [shared, *({"retention": retention} | known_cost(study, "search") for retention, study in begun)]
 
 
 def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], seconds: float, storage: BaseStorage) -> int:
     """Trials of each level: as asked, as a study that is resumed was given, or what fits the time.
+
+    seconds: of one trial
 
     One where nothing is drawn but what the allocator learned is measured.
     """
@@ -158,7 +179,7 @@ def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], secon
     for attributes in _stored(settings, storage):
         if _TRIALS in attributes:
             return int(attributes[_TRIALS])
-    fitting = SEARCH_SECONDS / (len(settings.retentions) * SEARCH_SEQUENCES * seconds)
+    fitting = SEARCH_SECONDS / (len(settings.retentions) * seconds)
     return int(min(max(fitting, LEAST_TRIALS), MOST_TRIALS))
 
 
@@ -187,39 +208,6 @@ def _open_studies(settings: TuneSettings, storage: BaseStorage, common: dict[str
     return studies
 
 
-def _announce(
-    progress: Progress,
-    settings: TuneSettings,
-    search: TransformersProbe,
-    heldout: TransformersProbe,
-    trials: int,
-    pace: Pace,
-    seconds: float,
-    profiling: int,
-    learning: bool,
-) -> None:
-    """What it will cost, before it starts.
-
-    seconds: of one sequence in a trial;  profiling: forwards of the estimator
-    """
-    levels, held, others = len(settings.retentions), len(heldout.sequences), profiling
-    scored = levels * ((trials + 1) * SEARCH_SEQUENCES + 2 * held) + held
-    if isinstance(search, PromptProbe):
-        others += held  # prompts; those of the search have been run
-        progress.note(f"the loss under {settings.policy}: {search.described}")
-    minutes = max(1, round((scored * seconds + others * pace.seconds) / 60))
-    dtype = str(pace.dtype).removeprefix("torch.")
-    progress.note(
-        f"{levels} levels x {trials} trials x {SEARCH_SEQUENCES} sequences of {settings.context_length} tokens, "
-        f"{(2 * levels + 1) * held} held-out sequences and {profiling} of '{settings.estimator}': at most "
-        f"{scored + others} forwards, about {minutes} min at {seconds:.2f} s each in {dtype} ({pace.reason})"
-    )
-    if learning:
-        progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
-    elif settings.trials is None:
-        progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
-
-
 def _common_settings(
     settings: TuneSettings,
     corpus: Corpus,
@@ -235,7 +223,8 @@ def _common_settings(
         "model": spec.config_sha256,
         "text": corpus.sha256,
         "context_length": settings.context_length,
-        "sequences": SEARCH_SEQUENCES,
+        "objective": settings.objective,
+        "sequences": settings.sequences,
         "estimator": {"name": settings.estimator, "params": estimator.params()},
         "allocator": settings.allocator,
         "policy": {"name": settings.policy, "params": policy.params()},
@@ -253,16 +242,26 @@ def _provenance(settings: TuneSettings, corpus: Corpus, job: Job, pace: Pace) ->
         "kvpolicy": version("kvpolicy"),
         "seed": settings.seed,
         "context_length": settings.context_length,
-        "protocol": job.search.protocol,
-        "prefill_length": job.search.prefill_length,
+        "objective": settings.objective,
+        "protocol": job.search.text.protocol,
+        "prefill_length": job.search.text.prefill_length,
         "text": corpus.name,
         "text_sha256": corpus.sha256,
         "trials": job.trials,
         "sampler": settings.sampler,
-        "search_sequences": SEARCH_SEQUENCES,
-        "heldout_sequences": len(job.heldout.sequences),
-        "device": str(job.search.model.device),
+        "search_sequences": settings.sequences,
+        "heldout_sequences": job.heldout.text.num_sequences,
+        **_needle_facts(job),
+        "device": str(job.search.text.model.device),
         "dtype": str(pace.dtype).removeprefix("torch."),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _needle_facts(job: Job) -> dict[str, Any]:
+    search, heldout = job.search.needles, job.heldout.needles
+    if search is None or heldout is None:
+        return {}
+    counts = {"search": search.num_sequences, "heldout": heldout.num_sequences}
+    return {"needles": counts | {"length": search.prefill_length}}

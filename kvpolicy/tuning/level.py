@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,14 +18,15 @@ from torch import Tensor
 from kvpolicy.apportion import apportion
 from kvpolicy.errors import KVPolicyError, ModelError, PluginError
 from kvpolicy.evaluate import perplexity
-from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.plan import PlanLevel, kept_fractions
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, Importance, ModelSpec
-from kvpolicy.stats import PairedDifference, paired_difference
-from kvpolicy.tuning.search import CHUNKS, chunk_means, run_trials, stopped_trials
+from kvpolicy.stats import PairedDifference, paired_difference, relative_increase
+from kvpolicy.tuning.costs import metered
+from kvpolicy.tuning.probes import Losses, Probes
+from kvpolicy.tuning.search import CHUNKS, chunk_parts, run_trials, stopped_trials
 from kvpolicy.tuning.settings import TuneSettings
 
 _FITTED = "kvpolicy_fitted"
@@ -38,30 +40,50 @@ class Job:
     spec: ModelSpec
     allocator: type[BudgetAllocator]
     importance: Importance
-    search: TransformersProbe
-    heldout: TransformersProbe
-    heldout_full: Tensor
+    search: Probes
+    heldout: Probes
+    heldout_full: Losses
     trials: int
     progress: Progress
 
-    def budget(self, retention: float) -> Budget:
-        context = self.search.context_length
-        floor = min(self.search.num_sink_tokens + 1, context)
+    def budget(self, retention: float, context: int) -> Budget:
+        floor = min(self.search.target.least_capacity, context)
         total = max(self.spec.total_entries(retention, context), floor * self.importance.per_head.numel())
         return Budget(total=total, shape=self.spec.table_shape, floor=floor, ceiling=context)
+
+    def table(self, shares: Tensor, retention: float, context: int) -> Tensor:
+        """Capacities `[L, H]` of a context."""
+        return _table(shares, self.budget(retention, context))
 
 
 def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
     """Searches one level and checks what was found on the held-out text."""
-    budget, uniform_shares = job.budget(retention), torch.ones(job.spec.table_shape)
-    uniform = _table(uniform_shares, budget)
+    with metered(job.search.text.model, study, "search"):
+        found = _found(job, study, retention)
+    return _checked(job, retention, found, stopped_trials(study))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chosen:
+    """params: None means that uniform was kept;  loss: the objective's on the search's sequences"""
+
+    shares: Tensor
+    params: dict[str, Any] | None
+    loss: float
+
+
+def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
+    """The best of the trials, or uniform."""
+    target, uniform = job.search.target, torch.ones(job.spec.table_shape)
+    budget = job.budget(retention, target.context_length)
     learned = fitted_shares(job, study, retention, budget)
     trials = job.trials if learned is None else 1
     job.progress.begin(f"search {retention:.0%}", trials)
-    reference = torch.cat(list(chunk_means(job.search.token_losses(uniform))))
-    if not bool(torch.isfinite(reference).all()):
+    reference = list(chunk_parts(target.token_losses(_table(uniform, budget))))
+    loss = float(torch.cat([parts.sum(1) for parts in reference]).mean())
+    if not math.isfinite(loss):
         raise ModelError(
-            f"the model's loss on the search text is not finite in {job.search.model.dtype}: try another --dtype"
+            f"the model's loss on the search text is not finite in {job.search.text.model.dtype}: try another --dtype"
         )
     study.pruner = _pruner()
 
@@ -70,7 +92,7 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
             return candidate.shares(job.importance, budget) if learned is None else learned
 
     def evaluate(candidate: BudgetAllocator) -> Iterable[Tensor]:
-        return job.search.token_losses(_table(shares_of(candidate), budget))
+        return target.token_losses(_table(shares_of(candidate), budget))
 
     try:
         found = run_trials(
@@ -88,11 +110,10 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
     if learned is not None:
         study.set_user_attr(_FITTED, learned.tolist())
     if found is None or found.excess >= 0:
-        return _checked(job, retention, uniform_shares, None, float(reference.mean()), uniform, searched=study)
+        return _Chosen(uniform, None, loss)
     params = found.params if learned is None else fitting(job.settings).params()
     chosen = registry.create("allocator", job.settings.allocator, params)
-    search_loss = float(reference.mean()) + found.excess
-    return _checked(job, retention, shares_of(chosen), params, search_loss, uniform, searched=study)
+    return _Chosen(shares_of(chosen), params, loss + found.excess)
 
 
 def fitted_shares(job: Job, study: optuna.Study, retention: float, budget: Budget) -> Tensor | None:
@@ -105,7 +126,7 @@ def fitted_shares(job: Job, study: optuna.Study, retention: float, budget: Budge
         job.progress.note(f"{retention:.0%} kept: learned before, in this study")
         return torch.tensor(kept, dtype=torch.float64)
     with blamed("allocator", job.settings.allocator):
-        learned = fitting(job.settings).fit(job.search, job.importance, budget)
+        learned = fitting(job.settings).fit(job.search.target, job.importance, budget)
     return None if learned is None else learned.detach().to("cpu", torch.float64)
 
 
@@ -120,43 +141,65 @@ def fitting(settings: TuneSettings) -> BudgetAllocator:
     return made
 
 
-def _checked(
-    job: Job,
-    retention: float,
-    shares: Tensor,
-    params: dict[str, Any] | None,
-    search_loss: float,
-    uniform: Tensor,
-    searched: optuna.Study,
-) -> PlanLevel:
-    """The level with its held-out figures. `params` None means that uniform was kept."""
-    progress, beats = job.progress, params is not None
+def _checked(job: Job, retention: float, found: _Chosen, stopped: int) -> PlanLevel:
+    """The level with its held-out figures."""
+    progress, full = job.progress, job.heldout_full
+    beats = found.params is not None
     progress.begin(f"held-out text {retention:.0%}", 2)
-    at_uniform = job.heldout.loss(uniform)
+    uniform = job.heldout.losses(lambda context: job.table(torch.ones(job.spec.table_shape), retention, context))
     progress.advance()
-    loss = job.heldout.loss(_table(shares, job.budget(retention))) if beats else at_uniform
+    losses = job.heldout.losses(lambda context: job.table(found.shares, retention, context)) if beats else uniform
     progress.advance()
     progress.end()
-    difference = paired_difference(loss, at_uniform, job.settings.seed)
-    progress.note(_summary(retention, beats, loss, at_uniform, job.heldout_full, difference))
+    difference = paired_difference(losses.target, uniform.target, job.settings.seed)
+    progress.note(_summary(job.settings.objective, retention, beats, losses, uniform, full, difference))
+    search = _search_losses(job, retention, found)
     return PlanLevel(
         retention=retention,
-        shares=kept_fractions(shares, retention),
-        allocator_params=params or {},
+        shares=kept_fractions(found.shares, retention),
+        allocator_params=found.params or {},
         perplexity={
-            "search": perplexity(torch.tensor([search_loss])),
-            "heldout": perplexity(loss),
-            "heldout_full": perplexity(job.heldout_full),
-            "heldout_uniform": perplexity(at_uniform),
+            "search": perplexity(search.text),
+            "heldout": perplexity(losses.text),
+            "heldout_full": perplexity(full.text),
+            "heldout_uniform": perplexity(uniform.text),
         },
         comparison={
             "loss_minus_uniform": difference.mean,
             "interval": [difference.low, difference.high],
             "n": difference.n,
             "verdict": f"{difference.verdict} uniform" if beats else "uniform kept: no trial beat it",
-            "trials_stopped_early": stopped_trials(searched),
+            "trials_stopped_early": stopped,
+            "loss_over_full": _over_full(job.settings, losses, full),
         },
+        retrieval=_answers(search, losses, full, uniform),
     )
+
+
+def _search_losses(job: Job, retention: float, found: _Chosen) -> Losses:
+    """Text and answers apart; the objective "perplexity" has measured the one that there is."""
+    if job.settings.objective == "perplexity":
+        loss = torch.tensor([found.loss], dtype=torch.float64)
+        return Losses(loss, None, loss)
+    return job.search.losses(lambda context: job.table(found.shares, retention, context))
+
+
+def _answers(search: Losses, losses: Losses, full: Losses, uniform: Losses) -> dict[str, Any]:
+    """Mean losses of the answers' tokens; nothing where there were no needle prompts."""
+    measured = {"search": search, "heldout": losses, "heldout_full": full, "heldout_uniform": uniform}
+    means = {name: float(each.answers.mean()) for name, each in measured.items() if each.answers is not None}
+    return {"answer_loss": means} if means else {}
+
+
+def _over_full(settings: TuneSettings, losses: Losses, full: Losses) -> dict[str, Any]:
+    """The relative increase of the held-out loss that a limit is about: the answers' under the objective "retrieval",
+    else the text's.
+    """
+    ours, base = losses.text, full.text
+    if settings.objective == "retrieval" and losses.answers is not None and full.answers is not None:
+        ours, base = losses.answers, full.answers
+    increase, low, high = relative_increase(ours, base, settings.seed)
+    return {"increase": increase, "interval": [low, high], "n": len(base)}
 
 
 def _table(shares: Tensor, budget: Budget) -> Tensor:
@@ -166,16 +209,29 @@ def _table(shares: Tensor, budget: Budget) -> Tensor:
 
 
 def _summary(
-    retention: float, beats: bool, loss: Tensor, uniform: Tensor, full: Tensor, difference: PairedDifference
+    objective: str,
+    retention: float,
+    beats: bool,
+    losses: Losses,
+    uniform: Losses,
+    full: Losses,
+    difference: PairedDifference,
 ) -> str:
     figures = (
-        f"{retention:.0%} kept: held-out perplexity {perplexity(loss):.3f} (uniform {perplexity(uniform):.3f}, full "
-        f"{perplexity(full):.3f})"
+        f"{retention:.0%} kept: held-out perplexity {perplexity(losses.text):.3f} (uniform "
+        f"{perplexity(uniform.text):.3f}, full {perplexity(full.text):.3f})"
     )
+    if losses.answers is not None and uniform.answers is not None and full.answers is not None:
+        figures += (
+            f", answer loss {float(losses.answers.mean()):.4f} (uniform {float(uniform.answers.mean()):.4f}, full "
+            f"{float(full.answers.mean()):.4f})"
+        )
     if not beats:
-        return f"{figures}; no trial beat uniform on the search text, so the plan stores uniform"
+        where = "on the search text" if objective == "perplexity" else "in the search"
+        return f"{figures}; no trial beat uniform {where}, so the plan stores uniform"
     interval = f"loss {difference.mean:+.4f}, 95 % [{difference.low:+.4f}, {difference.high:+.4f}], n = {difference.n}"
-    return f"{figures}; {difference.verdict} uniform ({interval})"
+    scored = "" if objective == "perplexity" else f" on {objective}"
+    return f"{figures}; {difference.verdict} uniform{scored} ({interval})"
 
 
 def _pruner() -> WilcoxonPruner:

@@ -21,6 +21,7 @@ from kvpolicy.tuning.storage import abandon, claim, close_zombies, is_claimed
 Sampler = Literal["tpe", "gp"]
 CHUNKS = 4
 """Text chunks a sequence's scored tokens are cut into; each is one pair for the Wilcoxon pruner."""
+_CHUNK_TOKENS = 8  # fewer say little: a shorter sequence, such as an answer, is one pair
 _STOPPED = "kvpolicy_stopped"
 
 Evaluate = Callable[[BudgetAllocator], Iterable[Tensor]]
@@ -34,17 +35,22 @@ class Found:
     excess: float
 
 
-def chunk_means(losses: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Token losses `[batch, n]`, batch by batch -> chunk means float64 `[batch * CHUNKS]`."""
+def chunk_parts(losses: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Token losses `[batch, n]`, batch by batch -> float64 `[batch, chunks]`: what each chunk adds to its row's mean.
+
+    These are the pairs of Wilcoxon's test. Their sum over the sequences is the mean loss, whatever the chunks' lengths.
+    """
     for batch in losses:
-        yield torch.stack([part.double().mean(1) for part in batch.tensor_split(CHUNKS, dim=1)], 1).flatten()
+        chunks = CHUNKS if batch.shape[1] >= CHUNKS * _CHUNK_TOKENS else 1
+        sums = [part.double().sum(1) for part in batch.tensor_split(chunks, dim=1)]
+        yield torch.stack(sums, 1) / batch.shape[1]
 
 
 def run_trials(
     study: optuna.Study,
     allocator: type[BudgetAllocator],
     evaluate: Evaluate,
-    uniform: Tensor,
+    uniform: list[Tensor],
     *,
     trials: int,
     seed: int,
@@ -54,7 +60,7 @@ def run_trials(
     """Runs trials until the study has `trials` finished ones, and returns the best that ran to its end, if any did.
 
     evaluate: allocator -> token losses `[batch, n]` of the search sequences, batch by batch
-    uniform:  chunk means of the uniform table on the same sequences, `[sequences * CHUNKS]`
+    uniform:  `chunk_parts` of the uniform table on the same sequences
 
     The objective is the mean loss above uniform's. A trial that Wilcoxon's test finds worse than the best stops early;
     it counts as finished with the mean so far and is never the result. Interrupted trials are failed and queued again.
@@ -78,19 +84,21 @@ def run_trials(
 
 
 def _run(
-    study: optuna.Study, trial: optuna.Trial, candidate: BudgetAllocator, evaluate: Evaluate, uniform: Tensor
+    study: optuna.Study, trial: optuna.Trial, candidate: BudgetAllocator, evaluate: Evaluate, uniform: list[Tensor]
 ) -> None:
     excess: list[float] = []
-    for means in chunk_means(evaluate(candidate)):
-        for value in (means - uniform[len(excess) : len(excess) + len(means)]).tolist():
+    done, sequences = 0, sum(map(len, uniform))
+    for parts, reference in zip(chunk_parts(evaluate(candidate)), uniform, strict=False):
+        done += len(parts)
+        for value in (parts - reference).flatten().tolist():
             if not math.isfinite(value):
                 raise ModelError(f"trial {trial.number}: the model's loss is {value}; another --dtype may help")
             trial.report(value, step=len(excess))
             excess.append(value)
-        if len(excess) < len(uniform) and trial.should_prune():
+        if done < sequences and trial.should_prune():
             trial.set_user_attr(_STOPPED, True)
             break
-    study.tell(trial, sum(excess) / len(excess))
+    study.tell(trial, sum(excess) / done)
 
 
 def make_sampler(name: Sampler, seed: int, number: int, trials: int) -> BaseSampler:

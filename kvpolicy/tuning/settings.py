@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.tuning.search import Sampler
 
-SEARCH_SEQUENCES = 4
-HELDOUT_SEQUENCES = 8
+Objective = Literal["perplexity", "retrieval", "mixed"]
+HELDOUT_SEQUENCES, LEAST_HELDOUT = 8, 4
+NEEDLES_PER_SEQUENCE, HELDOUT_NEEDLES = 4, 32
+"""Needle prompts for each search sequence, as many as a sequence has chunks, and held-out ones; half are pass keys."""
+MAX_LOSS_RETENTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""What the command line goes through under `max_loss` where no retentions are given."""
 LEAST_TRIALS, MOST_TRIALS = 8, 40
 SEARCH_SECONDS = 200.0
 """Time all levels' trials together should fit where `trials` is not given."""
@@ -21,6 +26,11 @@ class TuneSettings:
     """What a search does. Defaults are the command line's.
 
     retentions: kept fractions, each in (0, 1); one study each
+    objective:  what a trial is measured by: "perplexity" on the text, "retrieval" (the loss of the answers' tokens
+                behind needle prompts that the policy compresses once), or "mixed", half and half
+    max_loss:   stop at the first retention, from the largest, whose held-out loss is above the full cache's by more
+                than this part of it (upper end of the 95 % interval); the plan holds those before it
+    sequences:  of the text, in each trial; four needle prompts for each
     policy:     who evicts; a window rule is searched by the loss of decoding from the first token on, any other policy
                 by the loss behind a prompt that it compresses once
     prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
@@ -38,6 +48,9 @@ class TuneSettings:
     allocator_params: dict[str, Any] | None = None
     policy: str = "streaming"
     retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
+    objective: Objective = "perplexity"
+    max_loss: float | None = None
+    sequences: int = 4
     context_length: int = 1024
     prefill_length: int | None = None
     trials: int | None = None
@@ -55,7 +68,13 @@ class TuneSettings:
                 raise BudgetError(f"a retention to tune must lie in (0, 1), got {retention:g} (1 keeps everything)")
         if not self.retentions or len(set(self.retentions)) < len(self.retentions):
             raise BudgetError(f"give each retention once, got {', '.join(map(str, self.retentions)) or 'none'}")
-        for name, least in (("context_length", 64), ("trials", 1), ("batch_size", 1)):
+        if self.objective not in get_args(Objective):
+            raise BudgetError(f"objective must be one of {', '.join(get_args(Objective))}, got '{self.objective}'")
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
+            raise BudgetError(
+                f"max_loss is a part of the full cache's loss, above 0 (0.02 is 2 %); got {self.max_loss:g}"
+            )
+        for name, least in (("context_length", 64), ("trials", 1), ("batch_size", 1), ("sequences", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BudgetError(f"{name} must be at least {least}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -115,6 +116,12 @@ def study_settings(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings a study was made with, of its user attributes; empty for a study that is not ours."""
     stored: Mapping[str, Any] = attributes.get(_SETTINGS, {})
     return stored
+
+
+def settings_digest(study: optuna.Study) -> str:
+    """Of the settings a study is for now: what was kept in it under others, before its first trial, is not its own."""
+    text = json.dumps(study.user_attrs.get(_SETTINGS), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def claim(trial: optuna.Trial) -> None:

@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),  # one that inductor begins with
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning"),
 ]
 
 
@@ -158,6 +159,25 @@ def test_nothing_waits_nothing_grows_nothing_is_joined():
     names = {event.name for event in profile.events()}
     assert "aten::argmax" in names, "the profile has seen the loop"
     assert "aten::cat" not in names
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
+def test_layers_of_a_prompt_do_not_wait_for_the_device(policy):
+    """The CPU has to stay ahead through a whole prompt: what it waits for does not grow with the layers."""
+    waits = []
+    for layers in (2, 5):
+        model = tiny_model("Llama", layers=layers).cuda()
+        runner = runner_of(model, retention=0.3, context_length=512, policy=policy)
+        runner.prefill(tiny_ids(100).cuda())
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                runner.prefill(tiny_ids(100).cuda())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(each.message) for each in told))
+    assert waits[0] == waits[1] <= 4, waits
 
 
 def test_generate_compiles_it():

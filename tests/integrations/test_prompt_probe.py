@@ -20,6 +20,7 @@ from kvpolicy.integrations.transformers import prompt_probe
 from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.plan import PlanChoice
 from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny_checkpoint import tiny_tokenizer
 
 LENGTH, PROMPT = 120, 80
 SNAPKV = {"observation_window": 8, "recent_window": 8}
@@ -198,11 +199,28 @@ def test_a_policy_that_requires_what_no_cache_has_is_refused_before_anything_run
         PromptProbe(model, tiny_ids(LENGTH), policy=Asking())
 
 
-def test_a_policy_that_has_the_context_repeated_is_refused_before_anything_runs():
-    model = tiny_model("Llama")
-    model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
-    with pytest.raises(PluginError, match="KVzipPolicy requires repeat_attention: no context is repeated"):
-        PromptProbe(model, tiny_ids(LENGTH), policy=registry.create("policy", "kvzip"))
+def test_a_policy_that_has_the_context_repeated():
+    """Against a cache whose context is repeated once and that is then fed token by token."""
+    model, tokenizer, ids = tiny_model("Llama", vocab_size=400), tiny_tokenizer(), tiny_ids(LENGTH, batch=2)
+    policy = registry.create("policy", "kvzip", {"repeat_chunk": 50})
+    with pytest.raises(PluginError, match="KVzipPolicy requires repeat_attention: prompts are repeated, which takes"):
+        PromptProbe(model, ids, policy=policy)
+    probe = PromptProbe(model, ids, policy=policy, prefill_length=PROMPT, tokenizer=tokenizer)
+    table, losses = uneven(probe.spec), []
+    plan = BudgetPlan.from_capacities(probe.spec, table, PROMPT, PlanChoice("kvzip", {"repeat_chunk": 50}))
+    cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
+    with torch.no_grad():
+        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        kvpolicy.repeat_context(model, cache, ids[:, :PROMPT], tokenizer)
+        for position in range(PROMPT, LENGTH):
+            losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
+            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+    kvpolicy.detach(model)
+    expected = torch.stack(losses, 1).double().mean(1)
+    torch.testing.assert_close(probe.loss(table), expected, rtol=1e-5, atol=0)
+    soft = probe.soft_loss(hard(table, 4), "text").double()
+    torch.testing.assert_close(soft, expected, rtol=1e-5, atol=0)
+    assert (expected - dense_loss(model, ids)).abs().max() > 1e-3, "eviction must have had an effect"
 
 
 # --- a plan under another policy
@@ -240,3 +258,44 @@ def test_a_plan_under_its_own_policy_and_a_table_of_ones_own_do_not_warn():
     kvpolicy.new_cache(model, plan, policy=registry.create("policy", "snapkv", SNAPKV))
     own = BudgetPlan.from_capacities(ModelSpec.from_config(model.config), torch.full((3, 2), 20), PROMPT)
     kvpolicy.new_cache(model, own, policy="snapkv")
+
+
+def hard(table, num_sink_tokens):
+    def bias(layer, rank):
+        visible = rank < (table[layer] - num_sink_tokens)[:, None, None]
+        return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+
+    return bias
+
+
+@pytest.mark.parametrize("model_name", ["Llama", "GptOss", "Gemma3Window", "Gemma3n"])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("snapkv", SNAPKV), ("snapkv", SNAPKV | {"num_sink_tokens": 3}), ("h2o", {}), ("streaming", {})],
+)
+def test_a_hard_bias_by_rank_is_the_policy(model_name, name, params):
+    model, ids = tiny_model(model_name, attention=attention_of(model_name)), tiny_ids(LENGTH, batch=3)
+    probe = make_probe(model, ids, name, params, batch_size=2)
+    table = uneven(probe.spec)
+    found = probe.soft_loss(hard(table, probe.num_sink_tokens), "text").double()
+    torch.testing.assert_close(found, probe.loss(table), rtol=1e-5, atol=0)
+    assert (found - probe.full_loss()).abs().max() > 1e-3, "eviction must have had an effect"
+
+
+def test_without_a_bias_nothing_diverges_and_gradients_reach_every_head():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
+    probe = make_probe(model, ids)
+    none = probe.soft_loss(lambda layer, rank: torch.zeros(rank.shape))
+    torch.testing.assert_close(none, torch.zeros(2), rtol=0, atol=1e-6)
+    theta = torch.zeros(probe.spec.table_shape, requires_grad=True)
+    probe.soft_loss(
+        lambda layer, rank: theta[layer][:, None, None] * rank.clamp(min=0) / 50 - rank / 50
+    ).sum().backward()
+    assert (theta.grad != 0).all()
+
+
+def test_a_split_of_each_prompt_has_no_soft_loss():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    probe = make_probe(model, ids, allocator=registry.create("allocator", "adakv"))
+    with pytest.raises(PluginError, match="AdaKVAllocator splits the budget of each prompt"):
+        probe.soft_loss(hard(uneven(probe.spec), 0))

@@ -18,22 +18,21 @@ def probe_of(name, length=80, batch=2, **options):
 
 
 def nothing(heads):
-    return lambda layer, q, k: torch.zeros(heads, len(q), len(k))
+    return lambda layer, rank: torch.zeros(heads, *rank.shape[1:])
 
 
 def slopes(theta):
-    """A smooth bias: each KV head's falls along the distance as its theta says."""
+    """A smooth bias: each KV head's falls along the ranks as its theta says."""
 
-    def bias(layer, q, k):
-        return -theta[layer].exp()[:, None, None] * (q[:, None] - k).clamp(min=0) / 20
+    def bias(layer, rank):
+        return -theta[layer].exp()[:, None, None] * rank.clamp(min=0) / 20
 
     return bias
 
 
-def window_rule(capacities, num_sink_tokens=4):
-    def bias(layer, q, k):
-        window = (capacities[layer] - num_sink_tokens)[:, None, None]
-        visible = (k < num_sink_tokens) | (q[:, None] - k < window)
+def hard(capacities, num_sink_tokens=4):
+    def bias(layer, rank):
+        visible = rank < (capacities[layer] - num_sink_tokens)[:, None, None]
         return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
 
     return bias
@@ -55,20 +54,26 @@ def test_without_a_bias_it_is_the_full_cache(name):
 
 @pytest.mark.parametrize("prefill", [0, 33])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_hard_bias_is_the_window_rule(name, prefill):
-    probe = probe_of(name, length=300, batch=1, prefill_length=prefill)  # two blocks of queries
+def test_a_hard_bias_is_the_window_rule(name, prefill, monkeypatch):
+    monkeypatch.setattr(biased, "_SCORES", 2**18)  # several blocks of queries
+    probe = probe_of(name, length=300, batch=1, prefill_length=prefill)
     capacities = torch.randint(5, 120, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
-    found = probe.soft_loss(window_rule(capacities), "text").double()
+    found = probe.soft_loss(hard(capacities), "text").double()
     torch.testing.assert_close(found, probe.loss(capacities), rtol=0, atol=2e-6)
     assert abs(float(found - probe.full_loss())) > 1e-4, "the window must matter"
 
 
 def test_the_divergence_is_that_of_the_two_predictions():
     probe, capacities = probe_of("Llama", length=60, batch=1), torch.full((3, 2), 9)
+
+    def windows(layer, q, k):
+        visible = (k < 4) | (q[:, None] - k < 9 - 4)
+        return torch.zeros(visible.shape).masked_fill(~visible, float("-inf")).expand(2, -1, -1)
+
     with torch.no_grad():
         full = probe.model(probe.sequences).logits[0].double()
         handlers = [
-            biased.BiasedAttention(module, probe.spec, row, window_rule(capacities), 0)
+            biased.BiasedAttention(module, probe.spec, row, windows, 0)
             for row, (module, _) in enumerate(attention_modules(probe.model, range(3)))
         ]
         with biased.biased(probe.model, handlers, []):
@@ -78,7 +83,7 @@ def test_the_divergence_is_that_of_the_two_predictions():
         p, q = full[position].softmax(0), soft[position].softmax(0)
         expected += sum(float(a) * float(a.log() - b.log()) for a, b in zip(p, q, strict=True)) / 45
     assert expected > 1e-3
-    assert float(probe.soft_loss(window_rule(capacities))) == pytest.approx(expected, rel=1e-4)
+    assert float(probe.soft_loss(hard(capacities))) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("target", ["full", "text"])
@@ -145,11 +150,11 @@ def test_a_forward_of_another_library_is_put_back():
 def test_the_model_is_left_as_it_was_after_an_error():
     probe, calls = probe_of("Llama", length=40), []
 
-    def failing(layer, q, k):
+    def failing(layer, rank):
         calls.append(layer)
         if len(calls) == 3:
             raise RuntimeError("no bias")
-        return torch.zeros(2, len(q), len(k))
+        return torch.zeros(2, *rank.shape[1:])
 
     with pytest.raises(RuntimeError, match="no bias"):
         probe.soft_loss(failing)

@@ -27,13 +27,13 @@ def probe_of(model, **options):
 
 def test_laws():
     check_allocator(LearnedAllocator(steps=3))
-    check_allocator(LearnedAllocator(steps=1, tau_start=0.1, tau_end=0.1, num_sink_tokens=0, seed=-1))
+    check_allocator(LearnedAllocator(steps=1, tau_start=0.1, tau_end=0.1, seed=-1))
 
 
 class Biases:
     """Keeps every bias that a fit asks for."""
 
-    num_sequences, progress = 3, Progress()
+    num_sequences, least_capacity, progress = 3, 5, Progress()
 
     def __init__(self):
         self.seen, self.order = [], []
@@ -41,7 +41,9 @@ class Biases:
     def soft_loss(self, bias, target, *, sequence):
         assert target == "full"
         positions = torch.arange(CONTEXT)
-        self.seen.append(torch.stack([bias(layer, positions, positions) for layer in range(2)]))
+        rank = (positions[:, None] - positions).clamp(min=0)
+        rank[:, :4] = -1
+        self.seen.append(torch.stack([bias(layer, rank[None]) for layer in range(2)]))
         self.order.append(sequence)
         loss = (self.seen[-1][0, 0, -1].exp().sum() * -0.01)[None]
         self.seen[-1] = self.seen[-1].detach()
@@ -50,7 +52,7 @@ class Biases:
 
 def test_the_bias_is_the_formula_from_uniform_on_and_hardens():
     probe = Biases()
-    LearnedAllocator(steps=5, tau_start=0.4, tau_end=0.1, num_sink_tokens=4).fit(probe, ANY, budget(4 * 24))
+    LearnedAllocator(steps=5, tau_start=0.4, tau_end=0.1).fit(probe, ANY, budget(4 * 24))
     window = 24 - 4
     for q, k in ((90, 88), (90, 70), (90, 40), (50, 4), (90, 3), (2, 0)):
         expected = 0.0 if k < 4 else -math.log1p(math.exp(-(math.log(window + 0.5) - math.log(q - k + 1)) / 0.4))
@@ -135,9 +137,9 @@ def test_steps_cost_and_convergence_are_told():
             told.append("end")
 
     LearnedAllocator(steps=3).fit(probe_of(tiny_model("Llama", layers=2), progress=Telling()), ANY, budget(120))
-    assert told[0] == ("learn windows", 3) and told[4] == "end"
+    assert told[0] == ("learn capacities", 3) and told[4] == "end"
     assert [line.split(",")[0] for line in told[1:4]] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert told[5].startswith("learned windows in 3 steps") and "divergence from the full cache" in told[5]
+    assert told[5].startswith("learned capacities in 3 steps") and "divergence from the full cache" in told[5]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,6 @@ def test_steps_cost_and_convergence_are_told():
     [
         ({"steps": 0}, "steps must be >= 1"),
         ({"learning_rate": 0.0}, "learning_rate > 0"),
-        ({"num_sink_tokens": -1}, "num_sink_tokens >= 0"),
         ({"tau_end": 0.0}, "tau_start >= tau_end > 0, got 0.35 and 0.0"),
         ({"tau_start": 0.01}, "tau_start >= tau_end"),
     ],
@@ -184,7 +185,7 @@ def test_tune_learns_and_writes_a_plan(kvpolicy, tiny_checkpoint, tiny_text, tmp
     where = ["--model", tiny_checkpoint, "--text", tiny_text, "--out", tmp_path / "plan.json"]
     done = kvpolicy("tune", *where, *FAST, *options)
     assert done.code == 0
-    assert done.err.count("learned windows in 3 steps") == 1
+    assert done.err.count("learned capacities in 3 steps") == 1
     plan = load_plan(tmp_path / "plan.json")
     level = plan.levels[0]
     assert plan.method.allocator.name == "learned" and plan.provenance["trials"] == 1

@@ -12,9 +12,10 @@ from kvpolicy.integrations.transformers.load import load_config, load_model, par
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
 from kvpolicy.integrations.transformers.prompt_probe import PromptProbe, prompt_cache
+from kvpolicy.integrations.transformers.quantized import cache_nbytes, quantized_cache
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.save import load_cache
-from kvpolicy.integrations.transformers.supply import attached
+from kvpolicy.integrations.transformers.supply import attached, detached
 
 __all__ = [
     "DecodeRunner",
@@ -24,8 +25,10 @@ __all__ = [
     "TransformersProbe",
     "attach",
     "attached",
+    "cache_nbytes",
     "cast_parameters",
     "detach",
+    "detached",
     "generate",
     "load_cache",
     "load_config",
@@ -33,6 +36,7 @@ __all__ = [
     "new_cache",
     "parameter_count",
     "prompt_cache",
+    "quantized_cache",
     "read_corpus",
     "repeat_context",
     "set_pace",

@@ -116,14 +116,14 @@ def _run(
     (attach if isinstance(cache, RaggedCache) else detach)(model)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     gc.collect()
-    begun = _now(ids)
+    begun = seconds_now(ids)
     model(ids[:, :prompt], past_key_values=cache, use_cache=True, **last)
     if isinstance(cache, RaggedCache) and cache.awaits_repeat and tokenizer is not None:  # without, decoding refuses
         repeat_context(model, cache, ids[:, :prompt], tokenizer)
-    filled = _now(ids)
+    filled = seconds_now(ids)
     for step in range(prompt, ids.shape[1]):
         model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-    ended = _now(ids)
+    ended = seconds_now(ids)
     cost.prefill_seconds.append(filled - begun)
     cost.token_seconds.append((ended - filled) / (ids.shape[1] - prompt))
     if isinstance(cache, RaggedCache):
@@ -133,7 +133,7 @@ def _run(
         cost.bytes = sum(tensor.nbytes for layer in cache.layers for tensor in tensors_of(layer).values())
 
 
-def _now(ids: Tensor) -> float:
+def seconds_now(ids: Tensor) -> float:
     """Seconds, once everything that was launched on the device of `ids` is done."""
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)

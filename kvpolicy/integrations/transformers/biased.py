@@ -20,18 +20,22 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import PluginError
 from kvpolicy.integrations.transformers.intercept import AttentionHandler, Stock, intercepted
 from kvpolicy.integrations.transformers.observe import check_heads
-from kvpolicy.interfaces import ScoreBias
 from kvpolicy.spec import ModelSpec
 
-_QUERY_ROWS = 256  # of a block of scores: 134 MB in fp32 for 32 heads at 4096 tokens
+_SCORES = 1 << 25  # of a block of queries, all heads: 134 MB in fp32
 
+PositionBias = Callable[[int, Tensor, Tensor], Tensor]
+"""Budgeted layer, positions of queries `[q]` and of keys `[k]` on one device -> `[H, q, k]`."""
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 
 class BiasedAttention:
-    """Causal attention with a bias on the scores, in place of one layer's attention."""
+    """Causal attention with a bias on the scores, in place of one layer's attention.
 
-    def __init__(self, module: nn.Module, spec: ModelSpec, layer: int, bias: ScoreBias, prefill_length: int) -> None:
+    prefill_length: queries at the start that attend densely, through the model's own attention
+    """
+
+    def __init__(self, module: nn.Module, spec: ModelSpec, layer: int, bias: PositionBias, prefill_length: int) -> None:
         self.module, self.spec, self.layer, self.bias = module, spec, layer, bias
         self.prefill_length = prefill_length
         self.calls = 0
@@ -41,10 +45,13 @@ class BiasedAttention:
     ) -> tuple[Tensor, Any]:
         check_heads(module, self.spec, query, key)
         self.calls += 1
-        block, query_blocks = partial(self._block, options=options), torch.split(query, _QUERY_ROWS, dim=2)
-        out = [
+        first, block = min(self.prefill_length, query.shape[2]), partial(self._block, options=options)
+        out = [stock()[0][:, :first].transpose(1, 2)] if first else []
+        rows_each = max(1, _SCORES // (query.shape[0] * query.shape[1] * query.shape[2]))
+        begins = range(first, query.shape[2], rows_each)
+        out += [
             checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
-            for begin, rows in zip(range(0, query.shape[2], _QUERY_ROWS), query_blocks, strict=True)
+            for begin, rows in zip(begins, torch.split(query[:, :, first:], rows_each, dim=2), strict=True)
         ]
         return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
@@ -69,7 +76,7 @@ class BiasedAttention:
         return mixed.reshape(batch, num_q_heads, count, -1)
 
     def _bias(self, begin: int, end: int, device: torch.device) -> Tensor:
-        """[H, n, end] with causality; the first `prefill_length` queries attend densely."""
+        """[H, n, end] with causality."""
         rows = torch.arange(begin, end, device=device)
         columns = torch.arange(end, device=device)
         given = self.bias(self.layer, rows, columns)
@@ -78,8 +85,6 @@ class BiasedAttention:
                 f"soft_loss: the bias of layer {self.layer} has shape {list(given.shape)}, expected [KV heads, "
                 f"queries, keys] = {[self.spec.num_kv_heads, end - begin, end]}"
             )
-        if begin < self.prefill_length:
-            given = given.masked_fill((rows < self.prefill_length)[:, None], 0.0)
         return given.masked_fill(columns > rows[:, None], float("-inf"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -22,4 +23,4 @@ def read_corpus(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = No
 
     start = tokenizer("").input_ids
     prefix = tuple(start) if start and start == [tokenizer.bos_token_id] else ()
-    return make_corpus(path, tokenize, prefix)
+    return replace(make_corpus(path, tokenize, prefix), tokenizer=tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import BudgetError, ModelError, PluginError
-from kvpolicy.integrations.transformers.biased import BiasedAttention, biased, decoder_layers
+from kvpolicy.integrations.transformers.biased import BiasedAttention, PositionBias, biased, decoder_layers
 from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.integrations.transformers.rotary import find_rotary
@@ -204,13 +204,27 @@ class TransformersProbe(ModelProbe):
         device = self.model.device
         ids = self.sequences[index : index + 1].to(device)
         teacher = self._teacher(index, device) if target == "full" else None
+        ranks = self._ranks(index)
+
+        def by_position(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+            return bias(layer, ranks(layer, q_pos, kv_pos))
+
         handlers = [
-            BiasedAttention(module, self._spec, row, bias, self.prefill_length) for module, row in self._windowed
+            BiasedAttention(module, self._spec, row, by_position, self.prefill_length) for module, row in self._windowed
         ]
         with biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
             loss = self.losses_of(ids).mean() if teacher is None else divergence(teacher, self.scored_logits(ids)[0])
         self._check_reached([handler.calls for handler in handlers], 1)
         return loss
+
+    def _ranks(self, sequence: int) -> PositionBias:
+        """The ranks of a sequence's entries, see `ScoreBias`, by the positions of queries and keys."""
+
+        def distance(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+            rank = (q_pos[:, None] - kv_pos).clamp(min=0)
+            return rank.masked_fill(kv_pos < self.num_sink_tokens, -1)[None]
+
+        return distance
 
     def _check(self, capacities: Tensor) -> None:
         """Raises `BudgetError` for a table that this model and this rule cannot have."""

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import MIN_TOKENS, Fixed
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.integrations.transformers.biased import PositionBias
 from kvpolicy.integrations.transformers.build import cache_of
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.recipe import Recipe
+from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.supply import attached
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ScoreBias, SoftTarget
+from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.text import Tokenize
 
 KEPT_BYTES = 2 * 1024**3
@@ -42,7 +45,8 @@ class _Prompt:
 class PromptProbe(TransformersProbe):
     """Sequences whose first part is a prompt that is compressed once; what follows it is scored.
 
-    policy:         who evicts, any policy that does not have the context repeated
+    policy:         who evicts
+    tokenizer:      the model's, for a policy that has each prompt repeated (`repeat_context`)
     prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
                     prompt's, and the tokens at positions >= prefill_length are scored
     allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
@@ -70,12 +74,12 @@ class PromptProbe(TransformersProbe):
         prefill_length: int | None = None,
         batch_size: int = 1,
         allocator: BudgetAllocator | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if "repeat_attention" in policy.requires:
+        if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
-                f"{type(policy).__name__} requires repeat_attention: no context is repeated while losses are measured, "
-                "so neither tune nor eval can run under it. Tune and evaluate under another policy; a cache takes this "
-                "one with any plan"
+                f"{type(policy).__name__} requires repeat_attention: prompts are repeated, which takes the model's "
+                "tokenizer. Make the probe with PromptProbe(..., tokenizer=tokenizer)"
             )
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length
@@ -93,8 +97,9 @@ class PromptProbe(TransformersProbe):
             prefill_length=prefill_length,
             batch_size=batch_size,
         )
-        self.policy, self.allocator = policy, allocator
+        self.policy, self.allocator, self.tokenizer = policy, allocator, tokenizer
         self._kept: dict[int, _Prompt] = {}
+        self._order: dict[int, Tensor] = {}
         with attached(model):
             prompt_cache(model, policy, self._whole, allocator)
 
@@ -114,12 +119,32 @@ class PromptProbe(TransformersProbe):
             'top of the budget (decode="append"), are scored'
         )
 
-    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
-        """Raises `PluginError`: windows are learned under a window rule."""
-        raise PluginError(
-            f"soft_loss is that of windows, and {type(self.policy).__name__} keeps others than the most recent "
-            "entries: learn under a window rule such as streaming; a cache takes the plan with another policy too"
-        )
+    def _ranks(self, sequence: int) -> PositionBias:
+        """By the scores that the prompt's entries got with nothing evicted; what follows the prompt is kept."""
+        if self.allocator is not None:
+            raise PluginError(
+                f"soft_loss is that of capacities, and {type(self.allocator).__name__} splits the budget of each "
+                "prompt: learn under a policy alone"
+            )
+        if sequence not in self._order:
+            self._order[sequence] = self._eviction_ranks(sequence)
+        order = self._order[sequence]
+
+        def rank(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+            found = F.pad(order[layer].long(), (0, 1), value=-1)[:, kv_pos.clamp(max=self.prefill_length)]
+            return found[:, None].expand(-1, len(q_pos), -1)
+
+        return rank
+
+    def _eviction_ranks(self, sequence: int) -> Tensor:
+        """int32 [L, H, prefill_length] on the model's device, of one sequence's prompt."""
+        index, row = divmod(sequence, self.batch_size)
+        ids = torch.split(self.sequences, self.batch_size)[index].to(self.model.device)
+        with torch.no_grad(), attached(self.model):
+            store = self._compressed(index, ids, self._whole).cache.opened()
+        store.take(torch.tensor([row]))
+        layers = [None if held is None else held.outliving() for held in store.layers]
+        return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
 
     def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
         self._check(capacities)
@@ -175,6 +200,9 @@ class PromptProbe(TransformersProbe):
         """Runs the prompts of a batch under these capacities."""
         cache, length = prompt_cache(self.model, self.policy, table, self.allocator), self.prefill_length
         logits = self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if cache.awaits_repeat:
+            assert self.tokenizer is not None  # asked for at the beginning
+            repeat_context(self.model, cache, ids[:, :length], self.tokenizer)
         return _Prompt(cache, losses_from(logits[:, -1:], ids[:, length : length + 1]))
 
 

@@ -50,6 +50,18 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
             detach(model)
 
 
+@contextmanager
+def detached(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the model has its own attention and its own caches; afterwards it is as it was before."""
+    before = is_attached(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        if before:
+            attach(model)
+
+
 def _supplied(
     model: PreTrainedModel, given: dict[str, Any], plan: BudgetPlan | None, options: dict[str, Any]
 ) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Budgets learned by gradient: windows with soft edges, moved until the model predicts what its full cache predicts.
+"""Budgets learned by gradient: capacities with soft edges, moved until the model predicts what its full cache predicts.
 
-No source: made for kvpolicy. The window rule is StreamingLLM's (arXiv:2309.17453); that a per-head gate is learned
+No source: made for kvpolicy. That a per-head gate is learned
 by distilling the full cache into it is DuoAttention's idea (arXiv:2410.10819), which learns two kinds of heads.
 """
 
@@ -19,12 +19,11 @@ from kvpolicy import Budget, BudgetAllocator, Importance, ModelProbe, PluginErro
 
 @dataclass(frozen=True, slots=True)
 class LearnedAllocator(BudgetAllocator):
-    """Shares from gradient descent on the divergence between the full cache and soft windows.
+    """Shares from gradient descent on the divergence between the full cache and soft capacities.
 
     steps:           of Adam, one sequence each
     learning_rate:   at the first step; it falls to zero along a line
-    tau_start, tau_end: width of a window's edge, in units of log distance, at the first and the last step
-    num_sink_tokens: first positions that every head sees; those of the policy
+    tau_start, tau_end: width of a capacity's edge, in units of log rank, at the first and the last step
     seed:            of the order of the sequences
     """
 
@@ -34,14 +33,12 @@ class LearnedAllocator(BudgetAllocator):
     learning_rate: float = 0.08
     tau_start: float = 0.35
     tau_end: float = 0.05
-    num_sink_tokens: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 1 and self.learning_rate > 0 and self.num_sink_tokens >= 0):
+        if not (self.steps >= 1 and self.learning_rate > 0):
             raise PluginError(
-                "learned: steps must be >= 1, learning_rate > 0 and num_sink_tokens >= 0, got "
-                f"{self.steps}, {self.learning_rate} and {self.num_sink_tokens}"
+                f"learned: steps must be >= 1 and learning_rate > 0, got {self.steps} and {self.learning_rate}"
             )
         if not self.tau_start >= self.tau_end > 0:
             raise PluginError(f"learned: expected tau_start >= tau_end > 0, got {self.tau_start} and {self.tau_end}")
@@ -57,8 +54,9 @@ class LearnedAllocator(BudgetAllocator):
         """The capacities, float64 `[L, H]`, that the last step left; they sum to the budget's total."""
         theta = torch.zeros(budget.shape, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.Adam([theta], lr=self.learning_rate)
+        num_sink_tokens = probe.least_capacity - 1
         order, losses, begun = self._order(probe.num_sequences), [], time.monotonic()
-        probe.progress.begin("learn windows", self.steps)
+        probe.progress.begin("learn capacities", self.steps)
         try:
             for step in range(self.steps):
                 done = step / max(self.steps - 1, 1)
@@ -66,7 +64,7 @@ class LearnedAllocator(BudgetAllocator):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 adam.zero_grad()
                 with torch.enable_grad():
-                    bias = _SoftWindows(_capacities(theta, budget), self.num_sink_tokens, tau)
+                    bias = _SoftCapacities(_capacities(theta, budget) - num_sink_tokens, tau)
                     loss = probe.soft_loss(bias, "full", sequence=order[step]).mean()
                     loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(_finite(float(loss.detach()), step))
@@ -85,22 +83,19 @@ class LearnedAllocator(BudgetAllocator):
         return [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)][: self.steps]
 
 
-class _SoftWindows:
-    """`logsigmoid((log(window + 1/2) - log(distance + 1)) / tau)`, 0 on sink tokens.
+class _SoftCapacities:
+    """`logsigmoid((log(kept + 1/2) - log(rank + 1)) / tau)`, 0 on entries that are never evicted.
 
-    As tau goes to 0 this becomes the window rule: a head sees the last `window` tokens, itself included.
-    capacities: [L, H], not whole numbers; window: capacity less the sink tokens
+    As tau goes to 0 this becomes what a cache does: the `kept` entries that rank first are seen, the others not.
+    kept: [L, H], capacities less the sink tokens, not whole numbers
     """
 
-    def __init__(self, capacities: Tensor, num_sink_tokens: int, tau: float) -> None:
-        self.edges = (capacities - num_sink_tokens).clamp(min=1).add(0.5).log().float()
-        self.num_sink_tokens, self.tau = num_sink_tokens, tau
+    def __init__(self, kept: Tensor, tau: float) -> None:
+        self.edges, self.tau = kept.clamp(min=1).add(0.5).log().float(), tau
 
-    def __call__(self, layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-        distance = (q_pos[:, None] - kv_pos).clamp(min=0)
-        edge = self.edges[layer].to(q_pos.device)[:, None, None]
-        bias = F.logsigmoid((edge - torch.log1p(distance.float())) / self.tau)
-        return bias.masked_fill(kv_pos < self.num_sink_tokens, 0.0)
+    def __call__(self, layer: int, rank: Tensor) -> Tensor:
+        edge = self.edges[layer].to(rank.device)[:, None, None]
+        return F.logsigmoid((edge - torch.log1p(rank.float())) / self.tau)  # log(0) of rank -1: no bias
 
 
 def _capacities(theta: Tensor, budget: Budget) -> Tensor:
@@ -120,10 +115,10 @@ def _finite(loss: float, step: int) -> float:
 
 
 def _summary(losses: list[float], seconds: float) -> str:
-    """Cost and convergence, in one line. The windows get harder meanwhile, so the divergence need not fall."""
+    """Cost and convergence, in one line. The edges get harder meanwhile, so the divergence need not fall."""
     part = max(1, len(losses) // 10)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     return (
-        f"learned windows in {len(losses)} steps, {seconds:.0f} s ({seconds / len(losses):.2f} s a step): divergence "
-        f"from the full cache {first:.4f} at first, {last:.4f} at last"
+        f"learned capacities in {len(losses)} steps, {seconds:.0f} s ({seconds / len(losses):.2f} s a step): "
+        f"divergence from the full cache {first:.4f} at first, {last:.4f} at last"
     )

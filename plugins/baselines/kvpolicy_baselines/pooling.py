@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
 
 Pooling = Literal["avg", "max"]
 
@@ -15,9 +15,23 @@ def pooled(mass: Tensor, positions: Tensor, kernel_size: int, pooling: Pooling) 
 
     mass, positions: `[B, H, n]`, absent entries at -1;  kernel_size: odd. Absent entries give a number too.
     """
-    spare = int(positions.max()) + 1  # a place behind the last position, which takes no attention anywhere
-    place = positions.where(positions >= 0, spare)
-    dense = mass.new_zeros(*mass.shape[:2], spare + 1).scatter(2, place, mass.masked_fill(positions < 0, 0.0))
-    pool = avg_pool1d if pooling == "avg" else max_pool1d
-    near: Tensor = pool(dense, kernel_size, stride=1, padding=kernel_size // 2)
-    return near.gather(2, place)
+    half, order = kernel_size // 2, positions.argsort(2)
+    place, sorted_mass = positions.gather(2, order), mass.gather(2, order)
+    # neighbours by position are neighbours in this order, at most as many steps away
+    result = sorted_mass.clone()
+    for step in range(1, min(half, place.shape[2] - 1) + 1):
+        before, behind = slice(None, -step), slice(step, None)
+        near = (place[..., behind] - place[..., before] <= half) & (place[..., before] >= 0)
+        for at, other in ((before, behind), (behind, before)):
+            _combine(result[..., at], sorted_mass[..., other].masked_fill(~near, 0.0), pooling)
+    if pooling == "avg":
+        result = result / kernel_size
+    return torch.empty_like(result).scatter_(2, order, result)
+
+
+def _combine(result: Tensor, other: Tensor, pooling: Pooling) -> None:
+    """In place."""
+    if pooling == "avg":
+        result.add_(other)
+    else:
+        torch.maximum(result, other, out=result)

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ FILLER = (
     " The road is long. The river is wide."
 )
 _SPARE_TOKENS = 3  # for a space or a colon before the number
+_DRAWS = 200  # of one prompt, until it is one that is wanted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,19 +34,27 @@ class Question:
     answer: the number that is asked for
     depth:  where it stands, 0 first and 1 last
     answer_tokens: to generate, enough for the number
+    asked:  the text at the end of the prompt, which a space and the number follow
     """
 
     ids: Tensor
     answer: str
     depth: float
     answer_tokens: int
+    asked: str = ""
 
 
-def make_passkeys(tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Question]:
+Fits = Callable[[Question], bool]
+
+
+def make_passkeys(tokenizer: Any, count: int, length: int, seed: int = 0, fits: Fits | None = None) -> list[Question]:
     """`count` prompts of exactly `length` tokens: one number of five digits in filler, at depths drawn evenly.
 
-    Raises `TextError` where `length` leaves no filler.
+    fits: which prompts are wanted; others are drawn again
+
+    Raises `TextError` where `length` leaves no filler, and where no prompt fits.
     """
+    ending = " What is the pass key? The pass key is"
 
     def make(draw: random.Random, depth: float) -> Question:
         key = _number(draw)
@@ -52,26 +62,29 @@ def make_passkeys(tokenizer: Any, count: int, length: int, seed: int = 0) -> lis
             tokenizer, "Somewhere in this text stands a pass key. Find it and remember it."
         )
         needle = _ids(tokenizer, f" The pass key is {key}. Remember it.")
-        end, filler = _ids(tokenizer, " What is the pass key? The pass key is"), _ids(tokenizer, FILLER)
+        end, filler = _ids(tokenizer, ending), _ids(tokenizer, FILLER)
         room = _room(length, len(begin) + len(needle) + len(end), least=len(filler))
         around = (filler * (room // len(filler) + 1))[:room]
         at = round(depth * room / len(filler)) * len(filler)  # between two rounds of the filler
-        return _question(tokenizer, begin + around[:at] + needle + around[at:] + end, key, depth)
+        return _question(tokenizer, begin + around[:at] + needle + around[at:] + end, key, depth, ending)
 
-    return _spread(make, count, seed)
+    return _spread(make, count, seed, fits)
 
 
-def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Question]:
+def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0, fits: Fits | None = None) -> list[Question]:
     """`count` prompts of exactly `length` tokens: as many items with a number each as there is room for, and one asked
     for, at depths drawn evenly.
 
-    Raises `TextError` where `length` leaves room for fewer than two items.
+    fits: which prompts are wanted; others are drawn again
+
+    Raises `TextError` where `length` leaves room for fewer than two items, and where no prompt fits.
     """
 
     def make(draw: random.Random, depth: float) -> Question:
         begin = _start(tokenizer) + _ids(tokenizer, "Each item of this list has a number. Remember all of them.")
         names = draw.sample(range(1_000, 10_000), 9_000)
-        asked = _ids(tokenizer, f" Which number has item {names[0]}? Item {names[0]} has number")
+        ending = f" Which number has item {names[0]}? Item {names[0]} has number"
+        asked = _ids(tokenizer, ending)
         room = _room(length, len(begin) + len(asked), least=2 * len(_item(tokenizer, names[0], "10000")))
         items: list[tuple[int, str, list[int]]] = []
         for name in names:
@@ -85,9 +98,23 @@ def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0) -> l
         items.insert(place, items.pop(0))  # the first one drawn is asked for
         around = (_ids(tokenizer, FILLER) * length)[:room]
         body = [token for _, _, line in items for token in line]
-        return _question(tokenizer, begin + around + body + asked, items[place][1], depth)
+        return _question(tokenizer, begin + around + body + asked, items[place][1], depth, ending)
 
-    return _spread(make, count, seed)
+    return _spread(make, count, seed, fits)
+
+
+def answer_ids(tokenizer: Any, asked: str, answer: str) -> list[int]:
+    """The tokens of a number as they follow the end of its prompt, a space included.
+
+    Raises `TextError` for a tokenizer that makes one token of the prompt's end and the number.
+    """
+    before, whole = _ids(tokenizer, asked), _ids(tokenizer, f"{asked} {answer}")
+    if whole[: len(before)] != before or len(whole) == len(before):
+        raise TextError(
+            f"this tokenizer joins the number {answer} to the end of its prompt, so that its tokens cannot be told "
+            "apart: needle prompts cannot be made for it"
+        )
+    return whole[len(before) :]
 
 
 def recalled(text: str) -> str:
@@ -96,16 +123,29 @@ def recalled(text: str) -> str:
     return found[0] if found else ""
 
 
-def _spread(make: Callable[[random.Random, float], Question], count: int, seed: int) -> list[Question]:
+def _spread(
+    make: Callable[[random.Random, float], Question], count: int, seed: int, fits: Fits | None
+) -> list[Question]:
     """Depths are one from each of `count` equal parts, in no order, so that few prompts cover all of them."""
     draw = random.Random(seed)
     depths = [(index + draw.random()) / count for index in range(count)]
     draw.shuffle(depths)
-    return [make(draw, depth) for depth in depths]
+    return [_fitting(partial(make, draw, depth), fits) for depth in depths]
 
 
-def _question(tokenizer: Any, ids: list[int], answer: str, depth: float) -> Question:
-    return Question(torch.tensor(ids), answer, depth, len(_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS)
+def _fitting(make: Callable[[], Question], fits: Fits | None) -> Question:
+    for _ in range(_DRAWS):
+        question = make()
+        if fits is None or fits(question):
+            return question
+    raise TextError(
+        f"none of {_DRAWS} prompts that were drawn has an answer that fits (the last one's is {question.answer}): this "
+        "tokenizer gives the numbers of 5 digits no usual count of tokens"
+    )
+
+
+def _question(tokenizer: Any, ids: list[int], answer: str, depth: float, asked: str) -> Question:
+    return Question(torch.tensor(ids), answer, depth, len(_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS, asked)
 
 
 def _number(draw: random.Random) -> str:

@@ -1,0 +1,22 @@
+"""What one entry of a store takes."""
+
+from __future__ import annotations
+
+import torch
+
+from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.spec import ModelSpec
+
+
+def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:
+    """Whether each entry has a score beside it: not under a window rule, unless its budget is split at run time.
+
+    split: what splits, None for nothing
+    """
+    return not policy.window_rule or split is not None
+
+
+def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool) -> int:
+    """Bytes of one entry: key, value and position, and its score where there is one. dtype: of keys and values."""
+    position, score = torch.int32.itemsize, torch.float32.itemsize
+    return spec.entry_bytes(dtype.itemsize) + position + (score if scored else 0)

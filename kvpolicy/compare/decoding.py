@@ -1,0 +1,55 @@
+"""Decoding from the first token on, as `kvpolicy eval` measures it under a window rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvpolicy.compare.caches import decode_ms
+from kvpolicy.compare.methods import Method
+from kvpolicy.compare.tasks import Measured, Task
+from kvpolicy.errors import PluginError
+from kvpolicy.evaluate import measured_bytes
+from kvpolicy.integrations.transformers import TransformersProbe
+from kvpolicy.spec import ModelSpec
+
+
+class DecodingTask(Task):
+    """The loss of sequences of which every token is decoded under the budget (`TransformersProbe`): no prompt comes
+    first. Tables are for whole sequences. For methods under a window rule and the full cache alone.
+
+    sequences: int64 [N, T], of which tokens from T // 4 on are scored
+    """
+
+    name = "perplexity"
+    protocol = "window"
+
+    def __init__(self, model: Any, sequences: Tensor, *, batch_size: int = 1) -> None:
+        self.model, self.sequences, self.batch_size = model, sequences, batch_size
+        self.count, self.context = len(sequences), int(sequences.shape[1])
+        self.spec = ModelSpec.from_config(model.config)
+
+    @property
+    def described(self) -> str:
+        return f"{self._probe(num_sink_tokens=0).described}; a cache is weighed and timed behind a whole sequence"
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.sequences
+
+    def measure(self, method: Method, table: Tensor) -> Measured:
+        """Raises `PluginError` for a method that keeps others than the most recent entries."""
+        if not method.is_full and (not method.policy.window_rule or method.runtime_allocator or method.quantized):
+            raise PluginError(
+                "--prefill 0 decodes from the first token on, which is measured under a window rule alone, with "
+                "budgets known up front: give --prefill N, a prompt to compress"
+            )
+        probe = self._probe(method.policy.num_sink_tokens)
+        held = measured_bytes(probe, table)
+        return Measured(probe.loss(table), held, decode_ms(self.model, method, table, self.sequences[:1]))
+
+    def _probe(self, num_sink_tokens: int) -> TransformersProbe:
+        return TransformersProbe(
+            self.model, self.sequences, num_sink_tokens=num_sink_tokens, batch_size=self.batch_size
+        )

@@ -1,0 +1,69 @@
+"""What a search will cost, said before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpolicy.integrations.transformers import Pace, PromptProbe
+from kvpolicy.progress import Progress
+from kvpolicy.tuning.probes import Probes
+from kvpolicy.tuning.settings import TuneSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do besides the settings.
+
+    trials:    of each level
+    profiling: forwards of the estimator
+    passkeys:  prompts of the passkey check, each run once for all levels
+    seconds:   of one sequence in a trial, in the mean
+    learning:  whether the allocator learns
+    """
+
+    trials: int
+    profiling: int
+    passkeys: int
+    pace: Pace
+    seconds: float
+    learning: bool
+
+
+def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout: Probes, work: Work) -> None:
+    """Says how the loss is measured, how many forwards it takes at most, and about how long."""
+    for part in search.parts:
+        if isinstance(part, PromptProbe):
+            progress.note(f"the loss under {settings.policy}: {part.described}")
+    levels, pace = len(settings.retentions), work.pace
+    held = sum(each.num_sequences for each in heldout.all)
+    apart = 0 if search.needles is None else sum(each.num_sequences for each in search.all)
+    scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * held) + held
+    passkeys = work.passkeys
+    others = work.profiling + _prompts(search, heldout) + passkeys
+    minutes = max(1, round((scored * work.seconds + others * pace.seconds) / 60))
+    dtype = str(pace.dtype).removeprefix("torch.")
+    checks = f", {passkeys} prompts with pass keys" if passkeys else ""
+    progress.note(
+        f"{levels} levels x {work.trials} trials x {_named(settings, search)}, {(2 * levels + 1) * held} held-out "
+        f"sequences{checks} and {work.profiling} of '{settings.estimator}': at most {scored + others} forwards, about "
+        f"{minutes} min at {work.seconds:.2f} s each in {dtype} ({pace.reason})"
+    )
+    if work.learning:
+        progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
+    elif settings.trials is None:
+        progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
+
+
+def _named(settings: TuneSettings, search: Probes) -> str:
+    """The sequences of one trial in words."""
+    text = f"{settings.sequences} sequences of {settings.context_length} tokens"
+    if search.needles is None:
+        return text
+    needles = f"{search.needles.num_sequences} needle prompts of {search.needles.prefill_length} tokens"
+    return needles if settings.objective == "retrieval" else f"{text} and {needles}"
+
+
+def _prompts(search: Probes, heldout: Probes) -> int:
+    """Prompts that are yet to be run before losses behind them can be measured; those of the target have been."""
+    waiting = [each for each in (*search.all, *heldout.all) if each not in search.parts]
+    return sum(each.num_sequences for each in waiting if isinstance(each, PromptProbe))

@@ -1,0 +1,120 @@
+"""Whether a model that finds a number in its prompt with the full cache still finds it under a plan."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import optuna
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.lower import lower
+from kvpolicy.errors import TextError
+from kvpolicy.integrations.transformers import RaggedCache, attached, prompt_cache, repeat_context
+from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.needles import answer_of, equal_answers
+from kvpolicy.retrieval import Question, make_passkeys, recalled
+from kvpolicy.text import Corpus
+from kvpolicy.tuning.probes import needle_seed
+from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.storage import settings_digest
+
+PROMPTS = 20
+ABLE = 0.8
+"""A model that finds fewer of the numbers than this with the full cache cannot do the task."""
+
+
+class PasskeyCheck:
+    """Held-out pass keys under the plan's policy. Each prompt is run once for all tables; the study keeps the scores.
+
+    A number is found where greedy decoding says it. One forward of the answer checks that: each of its tokens has
+    to be the likeliest one behind those before it, and what follows may be no digit.
+
+    questions: prompts of equal length, whose answers have equally many tokens
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        policy: EvictionPolicy,
+        study: optuna.Study,
+        batch_size: int = 1,
+    ) -> None:
+        self._model, self._tokenizer, self._policy, self._study = model, tokenizer, policy, study
+        self._questions = list(questions)
+        self.count, self.length = len(questions), len(questions[0].ids)
+        self._answers = torch.stack([answer_of(tokenizer, each) for each in questions])
+        self._batch = batch_size
+
+    def scores(self, tables: Sequence[Tensor]) -> tuple[float, list[float]]:
+        """The parts of the prompts whose number is generated exactly: with the full cache, and under each table.
+
+        tables: int64 `[L, H]` each, the entries of `length` tokens that are kept
+
+        A model that finds fewer than `ABLE` with the full cache has no scores under tables.
+        """
+        whole = torch.full(tables[0].shape, max(self.length, self._policy.num_sink_tokens + 1))
+        names = [self._name(table) for table in (whole, *tables)]
+        attributes = self._study.user_attrs
+        known = [attributes[name] for name in names if name in attributes]
+        if len(known) < len(names) and not (names[0] in attributes and known[0] < ABLE):
+            known = self._measured(whole, tables)
+            for name, score in zip(names, known, strict=False):
+                self._study.set_user_attr(name, score)
+        return known[0], known[1:] if known[0] >= ABLE else []
+
+    def _measured(self, whole: Tensor, tables: Sequence[Tensor]) -> list[float]:
+        """The full cache's score, and those under the tables as long as the task may still be one for this model."""
+        found = [0] * (1 + len(tables))
+        for first in range(0, self.count, self._batch):
+            batch = slice(first, first + self._batch)
+            ids = torch.stack([each.ids for each in self._questions[batch]]).to(self._model.device)
+            with torch.no_grad(), attached(self._model):
+                cache = prompt_cache(self._model, self._policy, whole)
+                token = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+                if cache.awaits_repeat:
+                    repeat_context(self._model, cache, ids, self._tokenizer)
+                found[0] += self._found(cache, whole, token, batch)
+                if first + len(ids) - found[0] > self.count - ABLE * self.count:
+                    continue
+                for index, table in enumerate(tables, 1):
+                    found[index] += self._found(cache, table, token, batch)
+        return [each / self.count for each in found[: None if found[0] >= ABLE * self.count else 1]]
+
+    def _found(self, prompt: RaggedCache, table: Tensor, token: Tensor, batch: slice) -> int:
+        """How many numbers greedy decoding gives behind prompts that have been run whole.
+
+        token: int64 [B, 1], what it says first
+        """
+        answers, cache = self._answers[batch], copy.deepcopy(prompt)
+        lower(cache.opened(), table.clamp(max=self.length))
+        cache.recording, cache.rollback = True, answers.shape[1]  # as in `PromptProbe`: the answer is on top
+        ids = answers.to(self._model.device)
+        said = torch.cat([token, self._model(ids, past_key_values=cache, use_cache=True).logits.argmax(-1)], 1).cpu()
+        cache.check_enforced()
+        texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)
+        same = (said[:, :-1] == answers).all(1).tolist()
+        pairs = zip(same, texts, self._questions[batch], strict=True)
+        return sum(is_same and recalled(text) == each.answer for is_same, text, each in pairs)
+
+    def _name(self, table: Tensor) -> str:
+        digest = hashlib.sha256(json.dumps(table.tolist()).encode()).hexdigest()[:16]
+        return f"kvpolicy_passkey:{settings_digest(self._study)}:{digest}"
+
+
+def passkey_questions(corpus: Corpus, settings: TuneSettings, without: Collection[str]) -> list[Question]:
+    """Prompts of the context's length that ask for none of the numbers in `without`, those of the search.
+
+    Raises `TextError` where there is no tokenizer and where the context is too short.
+    """
+    if corpus.tokenizer is None:
+        raise TextError(f"the text {corpus.name} came without its tokenizer")
+    seed = needle_seed(settings, 2)
+    fits = equal_answers(corpus.tokenizer, seed, without)
+    return make_passkeys(corpus.tokenizer, PROMPTS, settings.context_length, seed, fits)

@@ -1,0 +1,140 @@
+"""What losses are measured on: text and needle prompts, for the search and held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import TextError
+from kvpolicy.evaluate import probe_for
+from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
+from kvpolicy.interfaces import EvictionPolicy
+from kvpolicy.needles import Needles, make_needles
+from kvpolicy.progress import Progress
+from kvpolicy.text import Corpus
+from kvpolicy.tuning.joined import JoinedProbe
+from kvpolicy.tuning.settings import (
+    HELDOUT_NEEDLES,
+    HELDOUT_SEQUENCES,
+    LEAST_HELDOUT,
+    NEEDLES_PER_SEQUENCE,
+    Objective,
+    TuneSettings,
+)
+
+_PROMPTS = 6  # of `Corpus.prompts`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """Of each sequence, float64, nats per scored token; `target` is what the objective goes by.
+
+    text: `[n]`;  answers: `[m]`, of needle prompts, None under the objective "perplexity"
+    """
+
+    text: Tensor
+    answers: Tensor | None
+    target: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probes:
+    """The search's probes, or the held-out ones.
+
+    needles: prompts that are compressed once, scored by the tokens of their answers; None under "perplexity"
+    target:  the text, the needles, or both joined: what the objective is measured on
+    """
+
+    text: TransformersProbe
+    needles: PromptProbe | None
+    target: TransformersProbe | JoinedProbe
+
+    def losses(self, table: Callable[[int], Tensor]) -> Losses:
+        """table: capacities int `[L, H]` for a context length; text and needles may differ in theirs"""
+        text = self.text.loss(table(self.text.context_length))
+        if self.needles is None:
+            return Losses(text, None, text)
+        answers = self.needles.loss(table(self.needles.context_length))
+        return Losses(
+            text, answers, self.target.joined(text, answers) if isinstance(self.target, JoinedProbe) else answers
+        )
+
+    def full_losses(self) -> Losses:
+        """With nothing evicted."""
+        return self.losses(lambda context: torch.full(self.text.spec.table_shape, context))
+
+    @property
+    def all(self) -> tuple[TransformersProbe, ...]:
+        """Text and needles, as far as there are any."""
+        return (self.text,) if self.needles is None else (self.text, self.needles)
+
+    @property
+    def parts(self) -> tuple[TransformersProbe, ...]:
+        """What the target is made of."""
+        return self.target.parts if isinstance(self.target, JoinedProbe) else (self.target,)
+
+    def seconds(self, forward: float) -> float:
+        """What a sequence of the target takes in a trial, in the mean. Runs its prompts.
+
+        forward: seconds of one forward of a whole sequence
+        """
+        each = [(x.seconds() if isinstance(x, PromptProbe) else forward) * x.num_sequences for x in self.parts]
+        return sum(each) / self.target.num_sequences
+
+
+def make_probes(
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, progress: Progress
+) -> tuple[Probes, Probes, frozenset[str]]:
+    """The search's probes (with the profiling prompts), the held-out ones, and the numbers that the search asks for.
+
+    Raises `TextError` for a text that is too short, and where needle prompts cannot be made.
+    """
+    length = settings.context_length
+    held, least = min(HELDOUT_SEQUENCES, corpus.room("heldout", length)), max(_PROMPTS, settings.sequences)
+    if held < LEAST_HELDOUT or corpus.room("search", length) < least:
+        raise TextError(
+            f"{corpus.name} is too short: after repetitions are dropped it has {len(corpus.search)} tokens to search "
+            f"on and {len(corpus.heldout)} to report on, a context of {length} with {settings.sequences} search "
+            f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer --text or a smaller "
+            "--context, or fewer --sequences"
+        )
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "tokenizer": corpus.tokenizer}
+    profiling: dict[str, Any] = {"prompts": corpus.prompts(length), "tokenize": corpus.tokenize}
+    prefill: dict[str, Any] = {"prefill_length": settings.prefill_length}
+    sequences = corpus.sequences("search", settings.sequences, length)
+    text = probe_for(policy, model, sequences, progress=progress, **profiling, **prefill, **options)
+    heldout = probe_for(policy, model, corpus.sequences("heldout", held, length), **prefill, **options)
+    if settings.objective == "perplexity":
+        return Probes(text, None, text), Probes(heldout, None, heldout), frozenset()
+    prompt = length if settings.objective == "retrieval" else text.context_length
+    made, others = _needles(corpus, settings, prompt)
+    options |= {"policy": policy, "prefill_length": prompt}
+    search = PromptProbe(model, made.sequences, **profiling, **options)
+    check = PromptProbe(model, others.sequences, **options)
+    return _joined(settings.objective, text, search), _joined(settings.objective, heldout, check), made.answers
+
+
+def _joined(objective: Objective, text: TransformersProbe, needles: PromptProbe) -> Probes:
+    return Probes(text, needles, needles if objective == "retrieval" else JoinedProbe(text, needles))
+
+
+def _needles(corpus: Corpus, settings: TuneSettings, length: int) -> tuple[Needles, Needles]:
+    """The search's and the held-out ones, which ask for other numbers."""
+    if corpus.tokenizer is None:
+        raise TextError(
+            f"the objective {settings.objective} makes prompts of its own, and the text {corpus.name} came without its "
+            "tokenizer: make it with read_corpus(tokenizer, path)"
+        )
+    count, seed = NEEDLES_PER_SEQUENCE * settings.sequences, needle_seed(settings, 0)
+    search = make_needles(corpus.tokenizer, count, length, seed)
+    seed = needle_seed(settings, 1)
+    return search, make_needles(corpus.tokenizer, HELDOUT_NEEDLES, length, seed, without=search.answers)
+
+
+def needle_seed(settings: TuneSettings, purpose: int) -> int:
+    """Seeds that differ for the search (0), what is held out (1), and the passkey check (2)."""
+    return 3 * settings.seed + purpose
