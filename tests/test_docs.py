@@ -79,7 +79,7 @@ def test_every_option_of_the_help_is_on_the_page():
     for verb in re.findall(r"^## kvpolicy (\w+)$", page, re.MULTILINE):
         section = page.split(f"## kvpolicy {verb}\n")[1].split("\n## ")[0]
         printed = CliRunner().invoke(app, [verb, "--help"], env=environment).output
-        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", printed)) - {"--help"}
+        options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", printed)) - {"--help"}
         rows = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
         assert "--json" in options
         assert {option for option in options if f"`{option}`" not in rows} == set(), verb
