@@ -160,6 +160,12 @@ def test_profile_draws_token_maps_and_layers_besides(kvpolicy, tiny_checkpoint, 
     assert found == kvpolicy(*plain).json
 
 
+def test_texts_of_one_name_are_refused(refused, tiny_checkpoint, tiny_text):
+    twice = ["--text", tiny_text, "--text", tiny_text, "--context", "64", "--agreement"]
+    line = refused("profile", "--model", tiny_checkpoint, *twice)
+    assert f"two texts are called {tiny_text.name}" in line
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

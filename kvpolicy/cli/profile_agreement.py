@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpolicy.agreement import agreement
 from kvpolicy.cli.profile_subject import Answer, Subject
+from kvpolicy.errors import TextError
 from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
 
 
@@ -15,8 +16,10 @@ def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstim
     """On the search and the held-out part of each text and of the default one, and on each prompt of the first."""
     by_text: dict[str, ModelProbe] = {}
     by_prompt: dict[str, ModelProbe] = {}
-    digests = {}
+    digests: dict[str, str] = {}
     for corpus in [subject.corpus(path) for path in (*texts, None)]:
+        if corpus.name in digests:
+            raise TextError(f"--text: two texts are called {corpus.name}; give each another file name to compare them")
         digests[corpus.name] = corpus.sha256
         for part in ("search", "heldout"):
             prompts, sequences = corpus.prompts(subject.context, part), corpus.sequences(part, 1, subject.context)
