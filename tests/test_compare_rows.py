@@ -144,11 +144,11 @@ def test_quantized_rows_stand_in_every_table_and_in_no_level(tmp_path):
 def test_answers_over_a_quantized_cache_are_those_of_generate():
     model, table = tiny_model("Llama"), torch.full((3, 2), PROMPT)
     task = RetrievalTask("passkey", model, Speller(), questions(2), batch_size=2)
-    for each in task.questions:
+    for index, each in enumerate(task.questions):
         cache = QuantizedCache("fp8", model.config)
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "past_key_values": cache}
         expected = model.generate(each.ids[None], **options)[0, PROMPT:]
-        answers, held = task._answers(each.ids[None], named(FP8), table)
+        answers, held = task._answers(index, named(FP8), table)
         assert answers == [" ".join(map(str, expected.tolist()))] and held.entries == 6 * PROMPT
     assert len(task.measure(named(FP8), table).losses) == 2
 

@@ -6,17 +6,30 @@ from torch import Tensor
 
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore
+from kvpolicy.interfaces import BudgetAllocator
 
 
-def lower(store: RaggedStore, table: Tensor) -> None:
-    """Fixes the capacities and evicts down to them by the scores that the entries have. table: int64 [L, H].
+def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None = None) -> None:
+    """Fixes the capacities and evicts down to them by the scores that the entries have.
+
+    table:     int64 [L, H]
+    allocator: splits the table's total at run time instead, layer by layer as a prompt would
 
     A store that has scored its prompt and evicted nothing then holds what it would, had these been its capacities from
     the first token on: selection looks at scores and positions alone. Raises `BudgetError` below the policy's floor.
     """
-    store.schedule = Fixed(table).with_floor(store.policy.num_sink_tokens + 1)
-    store.rows = RowTables(store.schedule, None, store.batch_size)
+    floor = store.policy.num_sink_tokens + 1
+    store.schedule = Fixed(table).with_floor(floor)
+    store.split = None if allocator is None else RuntimeSplit(allocator, store.schedule, floor)
+    store.rows = RowTables(store.schedule, store.split, store.batch_size)
+    if store.split is not None:
+        for index, held in enumerate(store.layers):
+            if held is not None:
+                store.split_layer(index, held)
+                held.shrink()
+        return
     store.rows.grow(store.seen.tolist())
     own = slice(store.first_head, store.first_head + store.num_heads)
     for index, held in enumerate(store.layers):

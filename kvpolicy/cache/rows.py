@@ -41,20 +41,19 @@ class RowTables:
                 made[key] = self.schedule.at(count, held)
             self.tables[row], self.seen[row] = made[key], count
 
-    def split_layer(self, scores: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
-        """Fills in one more layer at run time. scores: float32 [B, H, n] of layers 0 to l.
+    def split_layer(self, layer: int, scores: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
+        """Fills in layer l at run time. scores: float32 [B, H, n] of layers 0 to l, or of l alone: see `at_layer`.
 
         Returns int64 [B, H] of each of the layers 0 to l.
         """
         assert self.split is not None
-        layer = len(scores) - 1
         if not layer:
             self._before = list(self.tables)
         for row, count in enumerate(seen):
             before = self._before[row]
             now = self._table(row) if layer else self.split.start(count, before)
             own = [scored[row : row + 1] for scored in scores]
-            self.tables[row], self.seen[row] = self.split.at_layer(own, count, before, now), count
+            self.tables[row], self.seen[row] = self.split.at_layer(layer, own, count, before, now), count
         if layer == self.schedule.shape[0] - 1:
             self._before = []
         return [self.layer(index) for index in range(layer + 1)]

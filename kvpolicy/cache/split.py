@@ -45,21 +45,19 @@ class RuntimeSplit:
         """The table before the first layer of a forward has been scored, int64 [L, H]; held: that of now."""
         return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
 
-    def at_layer(self, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Tensor) -> Tensor:
-        """The table after one more layer has been scored, int64 [L, H].
+    def at_layer(self, layer: int, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Tensor) -> Tensor:
+        """The table after layer l has been scored, int64 [L, H].
 
-        scores: float32 [1, H, n] of layers 0 to l; inf for entries that stay anyhow, -inf for absent ones
+        scores: float32 [1, H, n] of layers 0 to l, under the scope "layer" of l alone; inf for entries that stay
+            anyhow, -inf for absent ones
         held:   [L, H] before this forward; capacities do not fall below it
         now:    [L, H] as this forward has left it. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
-        layer = len(scores) - 1
         floors, most, total = self.start(seen, held), self._most(seen, now), self.schedule.total(seen)
         table = now.clone()
         if self.allocator.split_scope == "layer":
             one = slice(layer, layer + 1)
-            table[one] = self._apportion(
-                scores[-1:], self._part(total, layer), floors[one], floors[one].clamp(min=most)
-            )
+            table[one] = self._apportion(scores, self._part(total, layer), floors[one], floors[one].clamp(min=most))
             return table
         ceilings = now[: layer + 1].clone()
         ceilings[layer] = ceilings[layer].clamp(min=most)

@@ -297,7 +297,7 @@ class RaggedStore:
         if self.split is None or scores is None:
             self._grow(layer, held, held.settled)
         else:
-            self._split(layer, held, settled, scores)
+            self.split_layer(layer, held, settled, scores)
         held.fold(settled, scores)
 
     # --- what becomes of a batch
@@ -416,12 +416,21 @@ class RaggedStore:
         self.rows.grow(seen.tolist())
         held.table = self._heads(self.rows.layer(layer))
 
-    def _split(self, layer: int, held: StoreLayer, chunk: Chunk, scores: Tensor) -> None:
-        """Run-time capacities of this layer, and of earlier ones that shrink for it. scores: float32 [S, width + n]."""
+    def split_layer(
+        self, layer: int, held: StoreLayer, chunk: Chunk | None = None, scores: Tensor | None = None
+    ) -> None:
+        """Run-time capacities of this layer, and of earlier ones that shrink for it.
+
+        chunk, scores: float32 [S, width + n], of tokens that come in now; None splits by what is held
+        """
+        assert self.split is not None
         earlier = [self._layer(index) for index in range(layer)]
         device = held.arena.device  # layers may lie on several
-        compared = [*(each.compared().to(device) for each in earlier), held.compared(scores, chunk)]
-        for each, table in zip((*earlier, held), self.rows.split_layer(compared, held.settled.tolist()), strict=True):
+        compared = [held.compared(scores, chunk)]
+        if self.split.allocator.split_scope == "model":
+            compared = [*(each.compared().to(device) for each in earlier), *compared]
+        tables = self.rows.split_layer(layer, compared, held.settled.tolist())
+        for each, table in zip((*earlier, held), tables, strict=True):
             each.table = table
         for each in earlier:
             each.shrink()

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.compare.caches import decode_ms, filled_cache, ready, weighed
 from kvpolicy.compare.methods import Method
 from kvpolicy.evaluate import CacheBytes, measured_bytes
-from kvpolicy.integrations.transformers import PromptProbe
+from kvpolicy.integrations.transformers import PromptProbe, Prompts
 from kvpolicy.integrations.transformers.probe import losses_from
 from kvpolicy.retrieval import Question, recalled
 from kvpolicy.spec import ModelSpec
@@ -160,6 +160,7 @@ class RetrievalTask(Task):
         self.name, self.model, self.tokenizer, self.questions = name, model, tokenizer, list(questions)
         self.context, self.count, self.batch_size = len(questions[0].ids), len(questions), batch_size
         self.spec = ModelSpec.from_config(model.config)
+        self._prompts: Prompts | None = None
 
     @property
     def described(self) -> str:
@@ -175,22 +176,34 @@ class RetrievalTask(Task):
     def measure(self, method: Method, table: Tensor) -> Measured:
         wrong, held = [], None
         size = 1 if method.quantized else self.batch_size  # a batch might share its scales
-        for first in range(0, self.count, size):
+        for index, first in enumerate(range(0, self.count, size)):
             batch = self.questions[first : first + size]
-            answers, own = self._answers(torch.stack([each.ids for each in batch]), method, table)
+            answers, own = self._answers(index, method, table)
             held = held or own
             wrong += [float(recalled(said) != each.answer) for said, each in zip(answers, batch, strict=True)]
         assert held is not None
         took = decode_ms(self.model, method, table, self.questions[0].ids[None], self.tokenizer)
         return Measured(torch.tensor(wrong, dtype=torch.float64), held, took)
 
-    def _answers(self, ids: Tensor, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
-        """What is generated greedily behind each prompt, and what the mean row's cache holds. ids: int64 [B, T]."""
+    def _answers(self, index: int, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
+        """What is generated greedily behind each prompt of a batch, and what the mean row's cache holds."""
         with ready(self.model, method):
-            cache, logits = filled_cache(self.model, method, table, ids, self.tokenizer)
+            if method.quantized:
+                cache, logits = filled_cache(self.model, method, table, self.tokens[index : index + 1])
+            else:
+                cache, logits = self._prompts_for(method).compressed(index, table, method.runtime_allocator)
             held = weighed(cache, table, self.spec, self.dtype)
             said = [logits.argmax(-1)]
             for _ in range(max(each.answer_tokens for each in self.questions) - 1):
                 logits = self.model(said[-1], past_key_values=cache, use_cache=True).logits[:, -1:]
                 said.append(logits.argmax(-1))
         return self.tokenizer.batch_decode(torch.cat(said, 1).cpu(), skip_special_tokens=True), held
+
+    def _prompts_for(self, method: Method) -> Prompts:
+        """The last ones again under the same policy: they have been run already."""
+        if self._prompts is None or self._prompts.policy != method.policy:
+            self._prompts = None  # frees their caches first
+            self._prompts = Prompts(
+                self.model, torch.split(self.tokens, self.batch_size), method.policy, self.tokenizer
+            )
+        return self._prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Collection, Sequence
@@ -12,9 +11,8 @@ import optuna
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.lower import lower
 from kvpolicy.errors import TextError
-from kvpolicy.integrations.transformers import RaggedCache, attached, prompt_cache, repeat_context
+from kvpolicy.integrations.transformers import Prompts, attached
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.needles import answer_of, equal_answers
 from kvpolicy.retrieval import Question, make_passkeys, recalled
@@ -74,29 +72,23 @@ class PasskeyCheck:
         found = [0] * (1 + len(tables))
         for first in range(0, self.count, self._batch):
             batch = slice(first, first + self._batch)
-            ids = torch.stack([each.ids for each in self._questions[batch]]).to(self._model.device)
+            ids = torch.stack([each.ids for each in self._questions[batch]])
+            prompts = Prompts(self._model, [ids], self._policy, self._tokenizer)
             with torch.no_grad(), attached(self._model):
-                cache = prompt_cache(self._model, self._policy, whole)
-                token = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-                if cache.awaits_repeat:
-                    repeat_context(self._model, cache, ids, self._tokenizer)
-                found[0] += self._found(cache, whole, token, batch)
+                found[0] += self._found(prompts, whole, batch)
                 if first + len(ids) - found[0] > self.count - ABLE * self.count:
                     continue
                 for index, table in enumerate(tables, 1):
-                    found[index] += self._found(cache, table, token, batch)
+                    found[index] += self._found(prompts, table, batch)
         return [each / self.count for each in found[: None if found[0] >= ABLE * self.count else 1]]
 
-    def _found(self, prompt: RaggedCache, table: Tensor, token: Tensor, batch: slice) -> int:
-        """How many numbers greedy decoding gives behind prompts that have been run whole.
-
-        token: int64 [B, 1], what it says first
-        """
-        answers, cache = self._answers[batch], copy.deepcopy(prompt)
-        lower(cache.opened(), table.clamp(max=self.length))
+    def _found(self, prompts: Prompts, table: Tensor, batch: slice) -> int:
+        """How many numbers greedy decoding gives behind a batch of prompts."""
+        answers, (cache, logits) = self._answers[batch], prompts.compressed(0, table)
         cache.recording, cache.rollback = True, answers.shape[1]  # as in `PromptProbe`: the answer is on top
         ids = answers.to(self._model.device)
-        said = torch.cat([token, self._model(ids, past_key_values=cache, use_cache=True).logits.argmax(-1)], 1).cpu()
+        behind = self._model(ids, past_key_values=cache, use_cache=True).logits
+        said = torch.cat([logits, behind], 1).argmax(-1).cpu()
         cache.check_enforced()
         texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)
         same = (said[:, :-1] == answers).all(1).tolist()

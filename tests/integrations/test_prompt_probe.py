@@ -16,7 +16,7 @@ from kvpolicy import (
     registry,
 )
 from kvpolicy.evaluate import measured_bytes, probe_for
-from kvpolicy.integrations.transformers import prompt_probe
+from kvpolicy.integrations.transformers import prompts as prompts_module
 from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.plan import PlanChoice
 from tests.tiny import attention_of, tiny_ids, tiny_model
@@ -103,7 +103,7 @@ def forwards_of(model):
 
 @pytest.mark.parametrize(("kept_bytes", "prompts"), [(10**9, [2, 0]), (0, [2, 2]), (60_000, [2, 1])])
 def test_prompts_are_run_once_as_far_as_memory_reaches(monkeypatch, kept_bytes, prompts):
-    monkeypatch.setattr(prompt_probe, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(prompts_module, "KEPT_BYTES", kept_bytes)
     model, ids = tiny_model("Llama", layers=2), tiny_ids(LENGTH, batch=2)
     probe, seen, losses = make_probe(model, ids), forwards_of(model), []
     for count in prompts:
@@ -111,8 +111,7 @@ def test_prompts_are_run_once_as_far_as_memory_reaches(monkeypatch, kept_bytes, 
         losses.append(probe.loss(torch.full((2, 2), 20)))
         assert (seen.count(PROMPT), seen.count(LENGTH - PROMPT - 1)) == (count, 2)
     assert torch.equal(*losses)
-    held = sum(prompt.cache.nbytes for prompt in probe._kept.values())
-    assert held <= kept_bytes
+    assert probe.contexts.nbytes <= kept_bytes
 
 
 def test_the_model_is_left_as_it_was():

@@ -11,7 +11,8 @@ from kvpolicy.integrations.transformers.decode_runner import DecodeRunner
 from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
-from kvpolicy.integrations.transformers.prompt_probe import PromptProbe, prompt_cache
+from kvpolicy.integrations.transformers.prompt_probe import PromptProbe
+from kvpolicy.integrations.transformers.prompts import Prompts, prompt_cache
 from kvpolicy.integrations.transformers.quantized import cache_nbytes, quantized_cache
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.save import load_cache
@@ -21,6 +22,7 @@ __all__ = [
     "DecodeRunner",
     "Pace",
     "PromptProbe",
+    "Prompts",
     "RaggedCache",
     "TransformersProbe",
     "attach",
