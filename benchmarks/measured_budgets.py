@@ -1,0 +1,75 @@
+"""Budgets that are measured or learned against heuristic ones, on texts that nothing was searched on.
+
+    python benchmarks/measured_budgets.py --search books.txt --report other.txt wiki.txt --out results/budgets
+
+Plans: learned (each retention by itself), sensitivity with power and with hull, cosine with baklava. Then every plan,
+uniform and pyramid under the window rule, decoded from the first token on, on each text of --report and on Python's
+language reference. Writes the plans and OUT/window_TEXT.json and .md; a later run goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from side_by_side import Command, merge_levels, reachable, run
+
+
+def tunes(options: argparse.Namespace) -> dict[str, Command]:
+    """The searches whose plans are not there yet."""
+    common = ["--model", reachable(options.model), "--text", options.search.resolve(), "--quiet"]
+    common += ["--context", options.context]
+    levels = [x for r in options.retention for x in ("--retention", r)]
+    learned = ["tune", "--estimator", "uniform", "--allocator", "learned", "--sequences", options.sequences]
+    learned += ["--allocator-param", f"steps={options.steps}"]
+    searched = ["tune", "--batch-size", 8, "--sequences", options.search_sequences, *levels]
+    commands: dict[str, Command] = {
+        f"learned_{r:g}": [*learned, "--retention", r, *common] for r in sorted(options.retention)
+    }
+    for name, method in {
+        "power": ["--estimator", "sensitivity", "--allocator", "power", "--trials", options.trials],
+        "hull": ["--estimator", "sensitivity", "--allocator", "hull"],
+        "baklava": ["--estimator", "cosine", "--allocator", "baklava", "--trials", options.trials],
+    }.items():
+        commands[name] = [*searched, *method, *common]
+    missing = {name: command for name, command in commands.items() if not (options.out / f"{name}.json").exists()}
+    return {name: [*command, "--out", f"{name}.json"] for name, command in missing.items()}
+
+
+def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Command]:
+    """One for each text."""
+    levels = [x for r in options.retention for x in ("-r", r)]
+    common = ["--prefill", 0, "--part", "whole", "--context", options.context, "--limit", options.limit]
+    common += ["--batch-size", 8, "--model", reachable(options.model), *levels]
+    common += ["streaming/uniform", "streaming/pyramid", *plans]
+    texts = {path.stem: ["--text", path.resolve()] for path in options.report} | {"python": []}
+    return {
+        f"window_{name}": ["compare", *common, *text, "--out", f"window_{name}.json"] for name, text in texts.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--search", type=Path, required=True)
+    parser.add_argument("--report", type=Path, nargs="*", default=[])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--retention", type=float, nargs="+", default=[0.5, 0.3, 0.1, 0.05])
+    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--sequences", type=int, default=24, help="that capacities are learned on")
+    parser.add_argument("--search-sequences", type=int, default=8, help="of sensitivity and of trials")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--limit", type=int, default=16, help="sequences of each text")
+    parser.add_argument("--processes", type=int, default=4)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    run(tunes(options), options.out, options.processes)
+    learned = [options.out / f"learned_{retention:g}.json" for retention in options.retention]
+    merge_levels(learned, options.out / "learned.json")
+    plans = [f"{name}.json" for name in ("learned", "power", "hull", "baklava")]
+    run(comparisons(options, [plan for plan in plans if (options.out / plan).exists()]), options.out, options.processes)
+
+
+if __name__ == "__main__":
+    main()
