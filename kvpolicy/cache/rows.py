@@ -49,11 +49,15 @@ class RowTables:
         assert self.split is not None
         if not layer:
             self._before = list(self.tables)
+        alike: dict[tuple[int, int], list[int]] = {}
         for row, count in enumerate(seen):
-            before = self._before[row]
-            now = self._table(row) if layer else self.split.start(count, before)
-            own = [scored[row : row + 1] for scored in scores]
-            self.tables[row], self.seen[row] = self.split.at_layer(layer, own, count, before, now), count
+            alike.setdefault((id(self._before[row]), count), []).append(row)
+        for (_, count), rows in alike.items():
+            before = self._before[rows[0]]
+            now = [self._table(row) if layer else self.split.start(count, before) for row in rows]
+            own = scores if len(rows) == len(seen) else [scored[rows] for scored in scores]
+            for row, table in zip(rows, self.split.at_layer(layer, own, count, before, now), strict=True):
+                self.tables[row], self.seen[row] = table, count
         if layer == self.schedule.shape[0] - 1:
             self._before = []
         return [self.layer(index) for index in range(layer + 1)]

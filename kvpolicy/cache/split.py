@@ -17,7 +17,7 @@ from kvpolicy.spec import Budget
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSplit:
-    """One sequence at a time, layer by layer.
+    """The tables of a batch, layer by layer.
 
     allocator: its `split_scope` is "layer" (every layer gets the same total) or "model"
     schedule:  how many entries there are in all; its own shares are not used
@@ -45,30 +45,41 @@ class RuntimeSplit:
         """The table before the first layer of a forward has been scored, int64 [L, H]; held: that of now."""
         return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
 
-    def at_layer(self, layer: int, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Tensor) -> Tensor:
-        """The table after layer l has been scored, int64 [L, H].
+    def at_layer(
+        self, layer: int, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The tables of b sequences after layer l has been scored, int64 [L, H] each.
 
-        scores: float32 [1, H, n] of layers 0 to l, under the scope "layer" of l alone; inf for entries that stay
+        scores: float32 [b, H, n] of layers 0 to l, under the scope "layer" of l alone; inf for entries that stay
             anyhow, -inf for absent ones
-        held:   [L, H] before this forward; capacities do not fall below it
-        now:    [L, H] as this forward has left it. Layers 0 to l - 1 may only shrink, later ones are at their floor.
+        held:   [L, H] before this forward, the same for all; capacities do not fall below it
+        now:    [L, H] as this forward has left each. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
-        floors, most, total = self.start(seen, held), self._most(seen, now), self.schedule.total(seen)
-        table = now.clone()
-        if self.allocator.split_scope == "layer":
+        floors, most, total = self.start(seen, held), self._most(seen, now[0]), self.schedule.total(seen)
+        if self.split_is_per_layer:  # all sequences at once: the device is waited for once
             one = slice(layer, layer + 1)
-            table[one] = self._apportion(scores, self._part(total, layer), floors[one], floors[one].clamp(min=most))
-            return table
-        ceilings = now[: layer + 1].clone()
-        ceilings[layer] = ceilings[layer].clamp(min=most)
-        left = total - int(floors[layer + 1 :].sum())
-        table[: layer + 1] = self._apportion(scores, left, floors[: layer + 1], ceilings)
-        return table
+            parts = self._apportion(scores, self._part(total, layer), floors[one], floors[one].clamp(min=most))
+            return [
+                torch.cat([table[:layer], part, table[layer + 1 :]]) for table, part in zip(now, parts, strict=True)
+            ]
+        left, tables = total - int(floors[layer + 1 :].sum()), []
+        for row, table in enumerate(now):
+            ceilings = table[: layer + 1].clone()
+            ceilings[layer] = ceilings[layer].clamp(min=most)
+            own = [scored[row : row + 1] for scored in scores]
+            (part,) = self._apportion(own, left, floors[: layer + 1], ceilings)
+            tables.append(torch.cat([part, table[layer + 1 :]]))
+        return tables
+
+    @property
+    def split_is_per_layer(self) -> bool:
+        """Whether every layer is split by itself."""
+        return self.allocator.split_scope == "layer"
 
     def grown(self, table: Tensor, seen: int) -> Tensor:
         """The table after decoding up to `seen` tokens: the proportions of the prompt, under a larger total."""
         total, ceilings = self.schedule.total(seen), table.clamp(min=self._most(seen, table))
-        if self.allocator.split_scope == "model":
+        if not self.split_is_per_layer:
             return _apportion_within(table.double(), total, table, ceilings)
         parts = [
             _apportion_within(table[one].double(), self._part(total, layer), table[one], ceilings[one])
@@ -86,20 +97,21 @@ class RuntimeSplit:
         """Most entries of a KV head: the tokens seen, or the mean while there are fewer."""
         return max(seen, -(-self.schedule.total(seen) // table.numel()), self.floor)
 
-    def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> Tensor:
+    def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> list[Tensor]:
+        """One part for each sequence, int64 of the shape of `floors`. scores: float32 [b, H, n] of each of its layers."""
         name = type(self.allocator).__name__
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
         shares = self.allocator.split(scores, budget)
-        expected = (1, *budget.shape)
+        expected = (len(scores[0]), *budget.shape)
         if tuple(shares.shape) != expected:
             raise PluginError(f"{name}.split returned shape {tuple(shares.shape)}, expected {expected}")
-        shares = shares[0].detach().cpu()
+        shares = shares.detach().cpu()
         if not bool((torch.isfinite(shares) & (shares >= 0)).all()):
             raise PluginError(
                 f"{name}.split returned shares that are negative, infinite or NaN; scores are inf for entries that "
                 "stay anyhow and -inf for absent ones, and sums must leave both out"
             )
-        return apportion(shares, budget)
+        return [apportion(each, budget) for each in shares]
 
 
 def _apportion_within(shares: Tensor, total: int, floors: Tensor, ceilings: Tensor) -> Tensor:

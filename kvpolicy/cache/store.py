@@ -427,7 +427,7 @@ class RaggedStore:
         earlier = [self._layer(index) for index in range(layer)]
         device = held.arena.device  # layers may lie on several
         compared = [held.compared(scores, chunk)]
-        if self.split.allocator.split_scope == "model":
+        if not self.split.split_is_per_layer:
             compared = [*(each.compared().to(device) for each in earlier), *compared]
         tables = self.rows.split_layer(layer, compared, held.settled.tolist())
         for each, table in zip((*earlier, held), tables, strict=True):
