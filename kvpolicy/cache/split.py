@@ -98,7 +98,7 @@ class RuntimeSplit:
         return max(seen, -(-self.schedule.total(seen) // table.numel()), self.floor)
 
     def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> list[Tensor]:
-        """One part for each sequence, int64 of the shape of `floors`. scores: float32 [b, H, n] of each of its layers."""
+        """A table for each sequence, int64 like `floors`. scores: float32 [b, H, n] of each of its layers."""
         name = type(self.allocator).__name__
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
         shares = self.allocator.split(scores, budget)
