@@ -224,11 +224,14 @@ def _check(policy: EvictionPolicy, method: str, scores: Tensor, shape: tuple[int
         )
 
 
+@dataclass(slots=True)
 class NotANumber:
-    """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it."""
+    """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
 
-    def __init__(self) -> None:
-        self.found: Tensor | None = None
+    found: bool [], since the last check; None where nothing has come
+    """
+
+    found: Tensor | None = None
 
     def add(self, scores: Tensor) -> None:
         found = scores.isnan().any()

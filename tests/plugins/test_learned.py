@@ -73,6 +73,19 @@ def test_a_narrow_edge_is_the_window_rule():
         assert weight[q, : q + 1].tolist() == pytest.approx([float(x) for x in visible], abs=1e-6)
 
 
+def test_it_can_start_from_an_importance():
+    probe, importance = Biases(), Importance(torch.tensor([[1.0, 4.0], [0.0, 2.0]]))
+    LearnedAllocator(steps=1, start_exponent=0.5).fit(probe, importance, budget(4 * 24))
+    shares = torch.tensor([[1 / 4, 1.0], [0.02, 2 / 4]]).sqrt()
+    kept = 5 + (4 * 24 - 4 * 5) * shares / shares.sum() - 4
+    for layer, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        expected = -math.log1p(math.exp(-(math.log(float(kept[layer, head]) + 0.5) - math.log(61)) / 0.35))
+        assert float(probe.seen[0][layer, head, 90, 30]) == pytest.approx(expected, abs=1e-4)
+    again = Biases()
+    LearnedAllocator(steps=1, start_exponent=3.0).fit(again, Importance(torch.zeros(SHAPE)), budget(4 * 24))
+    assert torch.equal(again.seen[0][0, 0], again.seen[0][1, 1]), "where nothing was measured it starts from uniform"
+
+
 def test_each_round_sees_every_sequence_once():
     probe = Biases()
     LearnedAllocator(steps=8).fit(probe, ANY, budget(4 * 24))
@@ -147,6 +160,7 @@ def test_steps_cost_and_convergence_are_told():
     [
         ({"steps": 0}, "steps must be >= 1"),
         ({"learning_rate": 0.0}, "learning_rate > 0"),
+        ({"start_exponent": math.inf}, "start_exponent must be finite, got inf"),
         ({"tau_end": 0.0}, "tau_start >= tau_end > 0, got 0.35 and 0.0"),
         ({"tau_start": 0.01}, "tau_start >= tau_end"),
     ],

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kvpolicy import Budget, BudgetAllocator, Importance, ModelProbe, PluginError
 
+_LEAST_IMPORTANCE = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class LearnedAllocator(BudgetAllocator):
@@ -24,6 +26,7 @@ class LearnedAllocator(BudgetAllocator):
     steps:           of Adam, one sequence each
     learning_rate:   at the first step; it falls to zero along a line
     tau_start, tau_end: width of a capacity's edge, in units of log rank, at the first and the last step
+    start_exponent:  power of the importance that the first shares are in proportion to; 0 starts from uniform
     seed:            of the order of the sequences
     """
 
@@ -33,6 +36,7 @@ class LearnedAllocator(BudgetAllocator):
     learning_rate: float = 0.08
     tau_start: float = 0.35
     tau_end: float = 0.05
+    start_exponent: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,6 +44,8 @@ class LearnedAllocator(BudgetAllocator):
             raise PluginError(
                 f"learned: steps must be >= 1 and learning_rate > 0, got {self.steps} and {self.learning_rate}"
             )
+        if not math.isfinite(self.start_exponent):
+            raise PluginError(f"learned: start_exponent must be finite, got {self.start_exponent}")
         if not self.tau_start >= self.tau_end > 0:
             raise PluginError(f"learned: expected tau_start >= tau_end > 0, got {self.tau_start} and {self.tau_end}")
 
@@ -52,7 +58,7 @@ class LearnedAllocator(BudgetAllocator):
 
     def fit(self, probe: ModelProbe, importance: Importance, budget: Budget) -> Tensor:
         """The capacities, float64 `[L, H]`, that the last step left; they sum to the budget's total."""
-        theta = torch.zeros(budget.shape, dtype=torch.float64, requires_grad=True)
+        theta = self._start(importance.per_head).requires_grad_()
         adam = torch.optim.Adam([theta], lr=self.learning_rate)
         num_sink_tokens = probe.least_capacity - 1
         order, losses, begun = self._order(probe.num_sequences), [], time.monotonic()
@@ -75,6 +81,14 @@ class LearnedAllocator(BudgetAllocator):
             probe.progress.end()
         probe.progress.note(_summary(losses, time.monotonic() - begun))
         return _capacities(theta.detach(), budget)
+
+    def _start(self, importance: Tensor) -> Tensor:
+        """Theta whose shares are in proportion to a power of the importance, float64 `[L, H]`."""
+        best = float(importance.max())
+        if best <= 0:
+            return torch.zeros(importance.shape, dtype=torch.float64)
+        # a head that measured nothing can still rise: it starts at a small part of the best
+        return self.start_exponent * (importance.double() / best).clamp(min=_LEAST_IMPORTANCE).log()
 
     def _order(self, count: int) -> list[int]:
         """Which sequence each step sees: all of them once, in an order drawn anew, before any comes again."""
