@@ -248,6 +248,17 @@ class ModelProbe(abc.ABC):
         """
         raise PluginError(f"{type(self).__name__} has no soft_loss: budgets cannot be learned on it")
 
+    def saved(self) -> Any:
+        """What `save` was last given for this `fit`, also by a run that was interrupted; None if nothing was kept."""
+        return None
+
+    def save(self, state: Any) -> None:
+        """Keeps where a long `fit` is, so that it can go on there. By default nothing is kept.
+
+        state: JSON values
+        """
+        return
+
     @property
     def progress(self) -> Progress:
         """Told of long work; by default it says nothing."""

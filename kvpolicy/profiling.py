@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvpolicy.interfaces import ImportanceEstimator, LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.delegate import DelegateProbe
+from kvpolicy.interfaces import ImportanceEstimator, LayerActivations, ModelProbe
 from kvpolicy.progress import Progress
-from kvpolicy.spec import Importance, ModelSpec
+from kvpolicy.spec import Importance
 
 
 class KnownLosses(Protocol):
@@ -34,7 +35,7 @@ def profile(
         progress.end()
 
 
-class ProfilingProbe(ModelProbe):
+class ProfilingProbe(DelegateProbe):
     """Asks `probe`, says after each forward that it is done, and asks for no loss twice.
 
     forwards: how many are expected; each tenth of them is worth a line
@@ -42,28 +43,9 @@ class ProfilingProbe(ModelProbe):
     """
 
     def __init__(self, probe: ModelProbe, forwards: int, progress: Progress, known: KnownLosses | None = None) -> None:
-        self._probe, self._forwards = probe, forwards
-        self._stage, self._known = progress, known
+        super().__init__(probe)
+        self._forwards, self._stage, self._known = forwards, progress, known
         self._done = 0
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._probe.spec
-
-    @property
-    def context_length(self) -> int:
-        return self._probe.context_length
-
-    @property
-    def least_capacity(self) -> int:
-        return self._probe.least_capacity
-
-    @property
-    def prompts(self) -> Sequence[Tensor]:
-        return self._probe.prompts
-
-    def tokenize(self, text: str) -> Tensor:
-        return self._probe.tokenize(text)
 
     def observe(
         self,
@@ -73,19 +55,8 @@ class ProfilingProbe(ModelProbe):
         prompts: Sequence[Tensor] | None = None,
         observation_window: int = 32,
     ) -> None:
-        self._probe.observe(visit, requires, prompts=prompts, observation_window=observation_window)
+        super().observe(visit, requires, prompts=prompts, observation_window=observation_window)
         self._advance(len(self._probe.prompts if prompts is None else prompts))
-
-    @property
-    def num_sequences(self) -> int:
-        return self._probe.num_sequences
-
-    @property
-    def progress(self) -> Progress:
-        return self._probe.progress
-
-    def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
-        return self._probe.soft_loss(bias, target, sequence=sequence)
 
     def loss(self, capacities: Tensor) -> Tensor:
         losses = None if self._known is None else self._known.find(capacities)

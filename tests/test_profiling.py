@@ -8,6 +8,7 @@ from kvpolicy_baklava.estimator import CosineEstimator
 from kvpolicy_baselines.sensitivity import SensitivityEstimator
 
 from kvpolicy import ModelProbe, StudyError
+from kvpolicy.delegate import DelegateProbe
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.profiling import ProfilingProbe, profile
 from kvpolicy.progress import Progress
@@ -39,7 +40,7 @@ class Steps(Progress):
 
 def test_every_question_goes_to_the_probe_behind():
     public = {name for name in vars(ModelProbe) if not name.startswith("_")}
-    assert public <= set(vars(ProfilingProbe))
+    assert public <= set(vars(DelegateProbe))
     probe = SyntheticProbe()
     seen = ProfilingProbe(probe, 1, Progress())
     assert (seen.spec, seen.context_length, seen.least_capacity) == (probe.spec, 64, 5)

@@ -296,6 +296,34 @@ class Counted(Fixed):
 FITS: list[tuple[int, int]] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Halting(Fixed):
+    """Is interrupted the first time, under each parameter."""
+
+    times: int = 1
+
+    def fit(self, probe, importance, budget):
+        STATES.append((self.times, probe.saved()))
+        if probe.saved() is None:
+            probe.save({"step": 3, "of": self.times})
+            raise KeyboardInterrupt
+        return torch.ones(budget.shape)
+
+
+STATES: list[tuple[int, object]] = []
+
+
+def test_learning_goes_on_from_the_state_that_was_kept_under_the_same_settings(tmp_path, monkeypatch, offered):
+    monkeypatch.setattr(TransformersProbe, "token_losses", losses_by_spread)
+    settings = make_settings(tmp_path, allocator=offered(Halting), allocator_params={"times": 1}, retentions=(0.4,))
+    STATES.clear()
+    for times in (1, 2):  # no trial has run yet, so other settings take the study over, but not what was kept in it
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(settings, allocator_params={"times": times}, resume=times > 1))
+    run(replace(settings, allocator_params={"times": 2}, resume=True))
+    assert STATES == [(1, None), (2, None), (2, {"step": 3, "of": 2})]
+
+
 def test_a_level_is_learned_once_and_kept_in_the_study(tmp_path, monkeypatch, offered):
     monkeypatch.setattr(TransformersProbe, "token_losses", losses_by_spread)
     settings = make_settings(

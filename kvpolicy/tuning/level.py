@@ -25,11 +25,10 @@ from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, Importance, ModelSpec
 from kvpolicy.stats import PairedDifference, paired_difference, relative_increase
 from kvpolicy.tuning.costs import metered
+from kvpolicy.tuning.fit import fitted_shares, keep_fitted
 from kvpolicy.tuning.probes import Losses, Probes
 from kvpolicy.tuning.search import CHUNKS, chunk_parts, run_trials, stopped_trials
 from kvpolicy.tuning.settings import TuneSettings
-
-_FITTED = "kvpolicy_fitted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,8 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     """The best of the trials, or uniform."""
     target, uniform = job.search.target, torch.ones(job.spec.table_shape)
     budget = job.budget(retention, target.context_length)
-    learned = fitted_shares(job, study, retention, budget)
+    with blamed("allocator", job.settings.allocator):
+        learned = fitted_shares(fitting(job.settings), target, job.importance, budget, study, job.progress)
     trials = job.trials if learned is None else 1
     job.progress.begin(f"search {retention:.0%}", trials)
     reference = list(chunk_parts(target.token_losses(_table(uniform, budget))))
@@ -108,26 +108,12 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     finally:
         job.progress.end()
     if learned is not None:
-        study.set_user_attr(_FITTED, learned.tolist())
+        keep_fitted(study, learned)
     if found is None or found.excess >= 0:
         return _Chosen(uniform, None, loss)
     params = found.params if learned is None else fitting(job.settings).params()
     chosen = registry.create("allocator", job.settings.allocator, params)
     return _Chosen(shares_of(chosen), params, loss + found.excess)
-
-
-def fitted_shares(job: Job, study: optuna.Study, retention: float, budget: Budget) -> Tensor | None:
-    """What the allocator learns for this level, or learned before in a study that is resumed; None if it does not.
-
-    It is kept once its trial has run: from then on the study is not taken over by other settings.
-    """
-    kept = study.user_attrs.get(_FITTED)
-    if kept is not None:
-        job.progress.note(f"{retention:.0%} kept: learned before, in this study")
-        return torch.tensor(kept, dtype=torch.float64)
-    with blamed("allocator", job.settings.allocator):
-        learned = fitting(job.settings).fit(job.search.target, job.importance, budget)
-    return None if learned is None else learned.detach().to("cpu", torch.float64)
 
 
 def learns(allocator: type[BudgetAllocator]) -> bool:

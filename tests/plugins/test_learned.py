@@ -1,5 +1,6 @@
 """Learned windows: the gradient, a planted truth, exact totals, and what a search makes of them."""
 
+import json
 import math
 
 import pytest
@@ -36,7 +37,13 @@ class Biases:
     num_sequences, least_capacity, progress = 3, 5, Progress()
 
     def __init__(self):
-        self.seen, self.order = [], []
+        self.seen, self.order, self.states = [], [], []
+
+    def saved(self):
+        return self.states[-1] if self.states else None
+
+    def save(self, state):
+        self.states.append(json.loads(json.dumps(state)))
 
     def soft_loss(self, bias, target, *, sequence):
         assert target == "full"
@@ -118,6 +125,39 @@ def test_a_head_that_nothing_reads_falls_to_the_floor(dead):
     others = [float(shares[i, j]) for i in range(2) for j in range(2) if (i, j) != dead]
     assert float(shares[dead]) < 8 and min(others) > float(shares[dead])
     assert float(shares[dead]) < given.uniform_capacity / 3
+
+
+@pytest.mark.parametrize("stopped", [4, 7, 12])
+def test_an_interrupted_run_goes_on_where_it_was_kept_and_ends_the_same(stopped):
+    """Bit by bit, through JSON."""
+
+    class Stopping(TransformersProbe):
+        states, calls, most = (), 0, 10**9
+
+        def saved(self):
+            return json.loads(self.states[-1]) if self.states else None
+
+        def save(self, state):
+            self.states = (*self.states, json.dumps(state))
+
+        def soft_loss(self, *args, **options):
+            self.calls += 1
+            if self.calls > self.most:
+                raise KeyboardInterrupt
+            return super().soft_loss(*args, **options)
+
+    model, learned = tiny_model("Llama", layers=2), LearnedAllocator(steps=12, learning_rate=0.3)
+    straight = learned.fit(Stopping(model, tiny_ids(CONTEXT, 2)), ANY, budget(120))
+    probe = Stopping(model, tiny_ids(CONTEXT, 2))
+    probe.most = stopped
+    if stopped < 12:
+        with pytest.raises(KeyboardInterrupt):
+            learned.fit(probe, ANY, budget(120))
+    else:
+        learned.fit(probe, ANY, budget(120))
+    probe.most, probe.calls = 10**9, 0
+    assert torch.equal(learned.fit(probe, ANY, budget(120)), straight)
+    assert probe.calls == 12 - stopped // 5 * 5
 
 
 def test_the_model_and_the_callers_gradient_mode_are_left_alone():

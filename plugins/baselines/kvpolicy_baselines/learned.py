@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvpolicy import Budget, BudgetAllocator, Importance, ModelProbe, PluginError
 
 _LEAST_IMPORTANCE = 0.02
+_SAVED_STEPS = 5  # from one state that is kept to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +62,32 @@ class LearnedAllocator(BudgetAllocator):
         """The capacities, float64 `[L, H]`, that the last step left; they sum to the budget's total."""
         theta = self._start(importance.per_head).requires_grad_()
         adam = torch.optim.Adam([theta], lr=self.learning_rate)
-        num_sink_tokens = probe.least_capacity - 1
-        order, losses, begun = self._order(probe.num_sequences), [], time.monotonic()
-        probe.progress.begin("learn capacities", self.steps)
+        num_sink_tokens, order = probe.least_capacity - 1, self._order(probe.num_sequences)
+        losses, begun = _restored(probe.saved(), theta, adam), time.monotonic()
+        first = len(losses)
+        probe.progress.begin("learn capacities", self.steps - first)
         try:
-            for step in range(self.steps):
-                done = step / max(self.steps - 1, 1)
-                tau = self.tau_start * (self.tau_end / self.tau_start) ** done
+            for step in range(first, self.steps):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 adam.zero_grad()
                 with torch.enable_grad():
-                    bias = _SoftCapacities(_capacities(theta, budget) - num_sink_tokens, tau)
+                    bias = _SoftCapacities(_capacities(theta, budget) - num_sink_tokens, self._tau(step))
                     loss = probe.soft_loss(bias, "full", sequence=order[step]).mean()
                     loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(_finite(float(loss.detach()), step))
                 adam.step()
-                left = (self.steps - step - 1) * (time.monotonic() - begun) / (step + 1)
+                if (step + 1) % _SAVED_STEPS == 0:
+                    probe.save(_state(losses, theta, adam))
+                left = (self.steps - step - 1) * (time.monotonic() - begun) / (step + 1 - first)
                 probe.progress.advance(f"step {step + 1}/{self.steps}, divergence {losses[-1]:.4f}, {left:.0f} s left")
         finally:
             probe.progress.end()
-        probe.progress.note(_summary(losses, time.monotonic() - begun))
+        probe.progress.note(_summary(losses, first, time.monotonic() - begun))
         return _capacities(theta.detach(), budget)
+
+    def _tau(self, step: int) -> float:
+        """The width of the edges falls by the same factor each step."""
+        return float(self.tau_start * (self.tau_end / self.tau_start) ** (step / max(self.steps - 1, 1)))
 
     def _start(self, importance: Tensor) -> Tensor:
         """Theta whose shares are in proportion to a power of the importance, float64 `[L, H]`."""
@@ -128,11 +135,31 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-def _summary(losses: list[float], seconds: float) -> str:
+def _state(losses: list[float], theta: Tensor, adam: torch.optim.Adam) -> dict[str, Any]:
+    """Where learning is, as JSON values, which hold every bit of a double."""
+    moments = adam.state[theta]
+    tensors = {"theta": theta.detach(), "mean": moments["exp_avg"], "square": moments["exp_avg_sq"]}
+    return {"losses": losses} | {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def _restored(state: dict[str, Any] | None, theta: Tensor, adam: torch.optim.Adam) -> list[float]:
+    """Goes back to where an interrupted run was last kept. Returns the losses of its steps."""
+    if state is None:
+        return []
+    learned, mean, square = (torch.tensor(state[x], dtype=torch.float64) for x in ("theta", "mean", "square"))
+    with torch.no_grad():
+        theta.copy_(learned)
+    steps = torch.tensor(float(len(state["losses"])))
+    adam.state[theta] = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
+    return list(state["losses"])
+
+
+def _summary(losses: list[float], before: int, seconds: float) -> str:
     """Cost and convergence, in one line. The edges get harder meanwhile, so the divergence need not fall."""
-    part = max(1, len(losses) // 10)
+    part, taken = max(1, len(losses) // 10), len(losses) - before
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    kept = f"; {before} of the steps were taken before" if before else ""
     return (
-        f"learned capacities in {len(losses)} steps, {seconds:.0f} s ({seconds / len(losses):.2f} s a step): "
+        f"learned capacities in {len(losses)} steps, {seconds:.0f} s ({seconds / max(taken, 1):.2f} s a step){kept}: "
         f"divergence from the full cache {first:.4f} at first, {last:.4f} at last"
     )
