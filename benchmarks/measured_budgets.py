@@ -3,8 +3,9 @@
     python benchmarks/measured_budgets.py --search books.txt --report other.txt wiki.txt --out results/budgets
 
 Plans: learned (each retention by itself), sensitivity with power and with hull, cosine with baklava. Then every plan,
-uniform and pyramid under the window rule, decoded from the first token on, on each text of --report and on Python's
-language reference. Writes the plans and OUT/window_TEXT.json and .md; a later run goes on with what is there.
+uniform and pyramid under the window rule, decoded from the first token on, and every policy behind a prompt, on each
+text of --report and on Python's language reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a
+page beside each; a later run goes on with what is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from side_by_side import Command, merge_levels, reachable, run
+from side_by_side import Command, merge_levels, missing, reachable, run
+
+SCORED = (
+    "streaming/uniform", "snapkv/uniform", "snapkv/adakv", "expected_attention/uniform", "expected_attention/adakv",
+    "h2o", "tova", "l2norm", "keydiff", "corm", "r_kv", "kvzip", "kv_compress/kv_compress",
+)  # fmt: skip
 
 
 def tunes(options: argparse.Namespace) -> dict[str, Command]:
@@ -32,19 +38,22 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
         "baklava": ["--estimator", "cosine", "--allocator", "baklava", "--trials", options.trials],
     }.items():
         commands[name] = [*searched, *method, *common]
-    missing = {name: command for name, command in commands.items() if not (options.out / f"{name}.json").exists()}
-    return {name: [*command, "--out", f"{name}.json"] for name, command in missing.items()}
+    return missing(commands, options.out)
 
 
 def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Command]:
-    """One for each text."""
-    levels = [x for r in options.retention for x in ("-r", r)]
-    common = ["--prefill", 0, "--part", "whole", "--context", options.context, "--limit", options.limit]
-    common += ["--batch-size", 8, "--model", reachable(options.model), *levels]
-    common += ["streaming/uniform", "streaming/pyramid", *plans]
+    """Two for each text: decoded from the first token on, and behind a prompt, where every policy can be."""
+    common = ["--part", "whole", "--context", options.context, "--limit", options.limit, "--batch-size", 8]
+    common += ["--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r))]
+    methods = {
+        "window": ["--prefill", 0, "streaming/uniform", "streaming/pyramid", *plans],
+        "prompt": [*SCORED, *plans, *(f"snapkv/{plan}" for plan in plans)],
+    }
     texts = {path.stem: ["--text", path.resolve()] for path in options.report} | {"python": []}
     return {
-        f"window_{name}": ["compare", *common, *text, "--out", f"window_{name}.json"] for name, text in texts.items()
+        f"{protocol}_{name}": ["compare", *common, *text, *asked, "--out", f"{protocol}_{name}.json"]
+        for protocol, asked in methods.items()
+        for name, text in texts.items()
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from side_by_side import Command, merge_levels, merge_rows, reachable, run
+from side_by_side import Command, merge_levels, merge_rows, missing, reachable, run
 
 TASKS = ("passkey", "key-value")
 UNSEEN_SEED = 7  # the search's prompts come from 0 to 2
@@ -26,10 +26,8 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     commands: dict[str, Command] = {}
     for policy in options.policies:
         for retention in options.retention:
-            out = options.out / f"{policy}_{retention:g}.json"
-            if not out.exists():
-                commands[out.stem] = ["tune", "--policy", policy, "--retention", retention, *common, "--out", out.name]
-    return commands
+            commands[f"{policy}_{retention:g}"] = ["tune", "--policy", policy, "--retention", retention, *common]
+    return missing(commands, options.out)
 
 
 def main() -> None:

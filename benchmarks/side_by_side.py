@@ -41,6 +41,16 @@ def reachable(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
+def missing(tunes: dict[str, Command], folder: Path) -> dict[str, Command]:
+    """The searches whose plans are not in the folder yet; one that was begun there goes on."""
+    commands = {}
+    for name, tune in tunes.items():
+        if not (folder / f"{name}.json").exists():
+            again = ["--resume"] if (folder / f"{name}.json.study").exists() else []
+            commands[name] = [*tune, *again, "--out", f"{name}.json"]
+    return commands
+
+
 def merge_rows(parts: Sequence[Path], out: Path) -> Comparison:
     """One comparison of the rows of several, and its page beside it. Rows that several have must agree."""
     found = [load_comparison(path) for path in parts if path.exists()]
