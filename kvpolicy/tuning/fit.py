@@ -31,7 +31,7 @@ def fitted_shares(
     if kept is not None:
         progress.note(f"{study.study_name}: learned before, in this study")
         return torch.tensor(kept, dtype=torch.float64)
-    learned = allocator.fit(FittingProbe(probe, study), importance, budget)
+    learned = allocator.fit(FittingProbe(probe, study, progress), importance, budget)
     return None if learned is None else learned.detach().to("cpu", torch.float64)
 
 
@@ -41,11 +41,15 @@ def keep_fitted(study: optuna.Study, shares: Tensor) -> None:
 
 
 class FittingProbe(DelegateProbe):
-    """Keeps the state of a `fit` in its study, under the settings that the study is for now."""
+    """Keeps the state of a `fit` in its study, under the settings that the study is for now, and tells of its steps."""
 
-    def __init__(self, probe: ModelProbe, study: optuna.Study) -> None:
+    def __init__(self, probe: ModelProbe, study: optuna.Study, progress: Progress) -> None:
         super().__init__(probe)
-        self._study = study
+        self._study, self._progress = study, progress
+
+    @property
+    def progress(self) -> Progress:
+        return self._progress
 
     def saved(self) -> Any:
         return self._study.user_attrs.get(self._name)

@@ -234,8 +234,10 @@ def test_a_probe_without_soft_loss_is_refused_by_name():
 # --- tune
 
 
-def test_tune_learns_and_writes_a_plan(kvpolicy, tiny_checkpoint, tiny_text, tmp_path):
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_tune_learns_and_writes_a_plan(kvpolicy, tiny_checkpoint, tiny_text, tmp_path, policy):
     options = ["--allocator", "learned", "--allocator-param", "steps=3", "--retention", "0.5", "--trials", "2"]
+    options += ["--policy", policy]
     where = ["--model", tiny_checkpoint, "--text", tiny_text, "--out", tmp_path / "plan.json"]
     done = kvpolicy("tune", *where, *FAST, *options)
     assert done.code == 0
