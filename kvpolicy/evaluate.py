@@ -16,7 +16,6 @@ from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
 from kvpolicy.interfaces import EvictionPolicy, LayerActivations
-from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.text import Tokenize
 
@@ -40,7 +39,6 @@ def probe_for(
     tokenizer: Any = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
-    progress: Progress | None = None,
 ) -> TransformersProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.
@@ -51,7 +49,7 @@ def probe_for(
     if not policy.window_rule:
         options |= {"policy": policy, "prefill_length": prefill_length, "tokenizer": tokenizer}
         return PromptProbe(model, sequences, prompts, **options)
-    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0, "progress": progress}
+    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0}
     return TransformersProbe(model, sequences, prompts, **options)
 
 

@@ -70,7 +70,7 @@ def tune(
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy)
     _check_roles(settings, allocator)
-    search, heldout, asked = make_probes(model, corpus, settings, policy, progress)
+    search, heldout, asked = make_probes(model, corpus, settings, policy)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
     weights = weights_sha256(model)  # before the dtype may change
     pace = _pace(model, search.text.sequences[0], settings, storage)

@@ -14,7 +14,6 @@ from kvpolicy.evaluate import probe_for
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.needles import Needles, make_needles
-from kvpolicy.progress import Progress
 from kvpolicy.text import Corpus
 from kvpolicy.tuning.joined import JoinedProbe
 from kvpolicy.tuning.settings import (
@@ -87,7 +86,7 @@ class Probes:
 
 
 def make_probes(
-    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, progress: Progress
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy
 ) -> tuple[Probes, Probes, frozenset[str]]:
     """The search's probes (with the profiling prompts), the held-out ones, and the numbers that the search asks for.
 
@@ -106,7 +105,7 @@ def make_probes(
     profiling: dict[str, Any] = {"prompts": corpus.prompts(length), "tokenize": corpus.tokenize}
     prefill: dict[str, Any] = {"prefill_length": settings.prefill_length}
     sequences = corpus.sequences("search", settings.sequences, length)
-    text = probe_for(policy, model, sequences, progress=progress, **profiling, **prefill, **options)
+    text = probe_for(policy, model, sequences, **profiling, **prefill, **options)
     heldout = probe_for(policy, model, corpus.sequences("heldout", held, length), **prefill, **options)
     if settings.objective == "perplexity":
         return Probes(text, None, text), Probes(heldout, None, heldout), frozenset()
