@@ -25,7 +25,7 @@ def slopes(theta):
     """A smooth bias: each KV head's falls along the ranks as its theta says."""
 
     def bias(layer, rank):
-        return -theta[layer].exp()[:, None, None] * rank.clamp(min=0) / 20
+        return -theta[layer].exp().to(rank.device)[:, None, None] * rank.clamp(min=0) / 20
 
     return bias
 

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -23,6 +25,8 @@ from kvpolicy.integrations.transformers.observe import check_heads
 from kvpolicy.spec import ModelSpec
 
 _SCORES = 1 << 25  # of a block of queries, all heads: 134 MB in fp32
+_DIFFERENTIABLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's kernels that give a mask its gradient."""
 
 PositionBias = Callable[[int, Tensor, Tensor], Tensor]
 """Budgeted layer, positions of queries `[q]` and of keys `[k]` on one device -> `[H, q, k]`."""
@@ -47,7 +51,8 @@ class BiasedAttention:
         self.calls += 1
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, options=options)
         out = [stock()[0][:, :first].transpose(1, 2)] if first else []
-        rows_each = max(1, _SCORES // (query.shape[0] * query.shape[1] * query.shape[2]))
+        rows_each = _SCORES // (query.shape[0] * query.shape[1] * query.shape[2])
+        rows_each = max(rows_each - rows_each % 8, 8)  # masks whose rows are aligned
         begins = range(first, query.shape[2], rows_each)
         out += [
             checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
@@ -59,21 +64,22 @@ class BiasedAttention:
         """Queries from position `begin` on: [B, num_q_heads, n, value_dim]."""
         batch, num_q_heads, count, dim = query.shape
         num_kv_heads, end = key.shape[1], begin + count
-        key, value = key[:, :, :end], value[:, :, :end]
-        scale = options.get("scaling")
-        grouped = query.reshape(batch, num_kv_heads, -1, dim)  # [B, H, group * n, D]: a group shares its keys
-        scores = (grouped @ key.transpose(-1, -2)).reshape(batch, num_kv_heads, -1, count, end).float()
-        scores = scores * (dim**-0.5 if scale is None else scale)
-        if softcap := options.get("softcap"):
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + self._bias(begin, end, query.device)[:, None]
-        sinks = options.get("s_aux")
-        if sinks is not None:  # a learned logit per query head, whose value is zero
-            column = sinks.detach().float().reshape(1, num_kv_heads, -1, 1, 1)
-            scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], -1)
-        weights = torch.softmax(scores, -1)[..., :end].to(value.dtype)
-        mixed = weights.reshape(batch, num_kv_heads, -1, end) @ value
-        return mixed.reshape(batch, num_q_heads, count, -1)
+        scale = options.get("scaling") or dim**-0.5
+        # the heads that share keys become sequences of their own, [B * group, H, n, D], under one bias
+        query = query.reshape(batch, num_kv_heads, -1, count, dim).transpose(1, 2)
+        group = query.shape[1]
+        query = query.flatten(0, 1)
+        key, value = (x[:, None, :, :end].expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (key, value))
+        bias, softcap, sinks = self._bias(begin, end, query.device), options.get("softcap"), options.get("s_aux")
+        if softcap or sinks is not None:
+            columns = None if sinks is None else sinks.detach().reshape(num_kv_heads, group).T.repeat(batch, 1)
+            mixed = _attention(query, key, value, bias, scale, softcap, columns)
+        else:
+            with sdpa_kernel(_DIFFERENTIABLE):
+                mask = bias.to(query.dtype).expand(len(query), -1, -1, -1)
+                mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        mixed = mixed.reshape(batch, group, num_kv_heads, count, -1)
+        return mixed.transpose(1, 2).reshape(batch, num_q_heads, count, -1)
 
     def _bias(self, begin: int, end: int, device: torch.device) -> Tensor:
         """[H, n, end] with causality."""
@@ -86,6 +92,23 @@ class BiasedAttention:
                 f"queries, keys] = {[self.spec.num_kv_heads, end - begin, end]}"
             )
         return given.masked_fill(columns > rows[:, None], float("-inf"))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """What torch's kernels cannot do: a softcap, and a learned logit for each head, `sinks` [B, H], of value zero.
+
+    query: [B, H, q, D];  key, value: [B, H, k, D];  bias: [H, q, k]
+    """
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[..., None, None].expand(*scores.shape[:-1], 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]].to(value.dtype)
+    return weights @ value
 
 
 @contextmanager
