@@ -19,7 +19,8 @@ def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tenso
     """Columns of each segment: pinned entries first, by position, then the others in the order in which they leave.
 
     scores:    float32 [S, N]
-    positions: int64 [S, N], -1 for an absent entry; those come last
+    positions: int64 [S, N], ascending behind the pinned, as `kept_columns` leaves them; -1 for an absent entry, and
+               those come last
     seen:      int64 [S, 1], tokens of each segment's sequence
     spare:     int64 [S], tokens that each segment takes before it is full and has to evict
 
@@ -41,37 +42,47 @@ def _with_window(
 
     Each decoded token frees one of them, so after `window` evictions all are free, and `order` is right from there on.
     """
-    places = torch.arange(order.shape[1], device=order.device)
-    rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+    segments, total = order.shape
+    columns = torch.arange(total, device=order.device)
     evictable = (positions != ABSENT) & ~pinned
     inside = evictable & (positions >= seen - window)
     outside = evictable & ~inside
-    free, waiting = _first(rank, outside, window), _first(positions, inside, window)
-    columns = torch.cat([free, waiting], 1)
-    present = torch.cat([outside.gather(1, free), inside.gather(1, waiting)], 1)
+    free, is_free = _first(order, outside, window)
+    waiting, is_waiting = _first(columns.expand_as(order), inside, window)
+    candidates, present = torch.cat([free, waiting], 1), torch.cat([is_free, is_waiting], 1)
     # the eviction from which on each may leave: once decoded tokens have freed it, or nothing else is left
     freed = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
-    alone = outside.sum(1, keepdim=True) + 1 + places[: waiting.shape[1]]
+    steps = torch.arange(window, device=order.device)
+    alone = outside.sum(1, keepdim=True) + 1 + steps
     opens = torch.cat([torch.zeros_like(free), torch.minimum(freed, alone)], 1)
-    leaving = columns.gather(1, _leaving(keys.gather(1, columns).masked_fill(~present, _LAST), opens, window))
-    step = torch.arange(window, device=order.device)
-    beyond = step >= present.sum(1, keepdim=True)  # no candidate is left: into a column that is cut off
-    rank = torch.cat([rank, rank[:, :1]], 1)
-    # before everything but the pinned
-    rank = rank.scatter_(1, leaving.masked_fill(beyond, rank.shape[1] - 1), (step - 2 * window).expand_as(leaving))
-    rank = torch.where(pinned, rank[:, :-1] - 4 * window - pinned.shape[1], rank[:, :-1])
-    return rank.argsort(1)
+    keys = keys.gather(1, candidates).masked_fill(~present, _LAST)
+    leaving = candidates.gather(1, _leaving(keys, opens, window))
+    count = present.sum(1, keepdim=True).clamp(max=window)
+    leaving = torch.where(steps < count, leaving, total)  # no candidate is left: into a column that is cut off
+    # between the pinned and all others, which stay in their order
+    leaves = torch.zeros(segments, total + 1, dtype=torch.bool, device=order.device).scatter_(1, leaving, True)
+    stays = ~leaves.gather(1, order)
+    place = stays.cumsum(1) - 1 + torch.where(pinned.gather(1, order), 0, count)
+    result = order.new_empty(segments, total + 1).scatter_(1, torch.where(stays, place, total), order)
+    place = torch.where(steps < count, pinned.sum(1, keepdim=True) + steps, total)
+    return result.scatter_(1, place, leaving)[:, :total]
 
 
 def _leaving(keys: Tensor, opens: Tensor, count: int) -> Tensor:
     """Which candidates leave, one after another: the worst of those that may. keys, opens: [S, N]; int64 [S, count]."""
-    leaving = []
+    keys, leaving = keys.clone(), []
     for step in range(1, count + 1):
-        leaving.append(keys.masked_fill(opens > step, _LAST).argmin(1, keepdim=True))
-        keys = keys.scatter(1, leaving[-1], _LAST)
+        leaving.append(torch.where(opens > step, _LAST, keys).argmin(1, keepdim=True))
+        keys.scatter_(1, leaving[-1], _LAST)
     return torch.cat(leaving, 1)
 
 
-def _first(key: Tensor, among: Tensor, count: int) -> Tensor:
-    """The columns of the `count` smallest keys of each row, among those marked; behind those, of others. int64."""
-    return key.masked_fill(~among, _LAST).topk(min(count, key.shape[1]), 1, largest=False).indices
+def _first(order: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` of the columns that are marked, int64 [S, count], and which of them there are, bool.
+
+    order: the columns of each row, int64 [S, N];  among: the mark of each column, bool [S, N]
+    """
+    marked = among.gather(1, order)
+    place = torch.where(marked, (marked.cumsum(1) - 1).clamp(max=count), count)
+    columns = order.new_zeros(len(order), count + 1).scatter_(1, place, order)[:, :count]
+    return columns, torch.arange(count, device=order.device) < marked.sum(1, keepdim=True)
