@@ -75,7 +75,7 @@ class BiasedAttention:
             columns = None if sinks is None else sinks.detach().reshape(num_kv_heads, group).T.repeat(batch, 1)
             mixed = _attention(query, key, value, bias, scale, softcap, columns)
         else:
-            if torch.is_grad_enabled() and not query.requires_grad:
+            if bias.requires_grad and not query.requires_grad:
                 query = query.detach().requires_grad_()  # in the first layer: torch's kernel looks here, not at masks
             with sdpa_kernel(_DIFFERENTIABLE):
                 mask = bias.to(query.dtype).expand(len(query), -1, -1, -1)
