@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--retention", type=float, nargs="+", default=[0.5, 0.3, 0.1, 0.05])
     parser.add_argument("--steps", type=int, default=140)
-    parser.add_argument("--sequences", type=int, default=24, help="that capacities are learned on")
+    parser.add_argument("--sequences", type=int, default=48, help="that capacities are learned on")
     parser.add_argument("--search-sequences", type=int, default=8, help="of sensitivity and of trials")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--limit", type=int, default=16, help="sequences of each text")

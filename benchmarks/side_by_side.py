@@ -54,7 +54,10 @@ def missing(tunes: dict[str, Command], folder: Path) -> dict[str, Command]:
 def merge_rows(parts: Sequence[Path], out: Path) -> Comparison:
     """One comparison of the rows of several, and its page beside it. Rows that several have must agree."""
     found = [load_comparison(path) for path in parts if path.exists()]
-    merged = Comparison(found[0].settings, found[0].about)
+    about = found[0].about
+    if Path(about["model"]).is_absolute():
+        about |= {"model": Path(about["model"]).name}  # where the file was is nobody's business
+    merged = Comparison(found[0].settings, about)
     for comparison in found:
         if comparison.settings != merged.settings:
             sys.exit(f"the parts of {out} were made under different settings")
