@@ -136,7 +136,7 @@ def together(probe: ModelProbe, budgets: dict[float, Budget], variant: Variant) 
 
 
 def table(folder: Path) -> str:
-    """Markdown: what is left of uniform's excess at each retention on each text, and how far that is from the default."""
+    """Markdown: what is left of uniform's excess at each retention on each text, and the distance from the default."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     references, lines = found.pop("references"), []
     texts = list(references["full"])
