@@ -8,11 +8,13 @@ policy, and decoding needs neither scores nor a search for the worst.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
 _LAST = torch.iinfo(torch.int64).max
+_MOST = 1 << 24  # of candidates times evictions at a time
 
 
 def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection) -> Tensor:
@@ -55,10 +57,12 @@ def _with_window(
     steps = torch.arange(window, device=order.device)
     alone = outside.sum(1, keepdim=True) + 1 + steps
     opens = torch.cat([torch.zeros_like(free), torch.minimum(freed, alone)], 1)
-    keys = keys.gather(1, candidates).masked_fill(~present, _LAST)
-    leaving = candidates.gather(1, _leaving(keys, opens, window))
+    opens = opens.masked_fill(~present, window + 1)  # never
+    each = max(1, _MOST // (opens.shape[1] * window))
+    parts = zip(torch.split(keys.gather(1, candidates), each), torch.split(opens, each), strict=True)
+    slots = torch.cat([_slots(*part, window) for part in parts]) - 1
+    leaving = torch.full((segments, window + 1), total, device=order.device).scatter_(1, slots, candidates)[:, :window]
     count = present.sum(1, keepdim=True).clamp(max=window)
-    leaving = torch.where(steps < count, leaving, total)  # no candidate is left: into a column that is cut off
     # between the pinned and all others, which stay in their order
     leaves = torch.zeros(segments, total + 1, dtype=torch.bool, device=order.device).scatter_(1, leaving, True)
     stays = ~leaves.gather(1, order)
@@ -68,13 +72,22 @@ def _with_window(
     return result.scatter_(1, place, leaving)[:, :total]
 
 
-def _leaving(keys: Tensor, opens: Tensor, count: int) -> Tensor:
-    """Which candidates leave, one after another: the worst of those that may. keys, opens: [S, N]; int64 [S, count]."""
-    keys, leaving = keys.clone(), []
-    for step in range(1, count + 1):
-        leaving.append(torch.where(opens > step, _LAST, keys).argmin(1, keepdim=True))
-        keys.scatter_(1, leaving[-1], _LAST)
-    return torch.cat(leaving, 1)
+def _slots(keys: Tensor, opens: Tensor, count: int) -> Tensor:
+    """At which eviction each candidate leaves, int64 [S, N], from 1; above `count` if it does not by then.
+
+    keys: int64 [S, N], distinct, the smallest leaves first;  opens: the first eviction at which a candidate may leave
+
+    Every eviction takes one, so a candidate leaves at the first from its `opens` on that those with smaller keys leave
+    free. They queue for it: by eviction t, of a(t) that may leave min(a(t), 1 + those by t - 1) have left, which is
+    t + min(0, a(s) - s) over all s <= t. One launch for all t, where a loop would wait for each.
+    """
+    steps = torch.arange(1, count + 1, device=keys.device)
+    smaller = (keys[:, None] < keys[..., None]).float()  # [S, N, N]: of each, those before it
+    came = smaller @ (opens[..., None] <= steps).float()  # [S, N, count]
+    left = (came - steps).cummin(2).values.clamp(max=0) + steps
+    taken = left > F.pad(left, (1, 0))[..., :-1]
+    free = ~taken & (steps >= opens[..., None])
+    return torch.where(free, steps, count + 1).amin(2)
 
 
 def _first(order: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def test_without_a_bias_it_is_the_full_cache(name):
 @pytest.mark.parametrize("prefill", [0, 33])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_hard_bias_is_the_window_rule(name, prefill, monkeypatch):
-    monkeypatch.setattr(biased, "_SCORES", 2**18)  # several blocks of queries
+    monkeypatch.setitem(biased._SCORES, "cpu", 2**18)  # several blocks of queries
     probe = probe_of(name, length=300, batch=1, prefill_length=prefill)
     capacities = torch.randint(5, 120, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
     found = probe.soft_loss(hard(capacities), "text").double()

@@ -23,7 +23,7 @@ def learned(model, length=203):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_as_on_the_cpu(name, monkeypatch):
-    monkeypatch.setattr(biased, "_SCORES", 2**16)  # several blocks of queries, the last one not aligned
+    monkeypatch.setitem(biased._SCORES, "cuda", 2**16)  # several blocks of queries, the last one not aligned
     model = tiny_model(name, attention=attention_of(name))
     expected, gradient = learned(model)
     found, on_gpu = learned(model.cuda())

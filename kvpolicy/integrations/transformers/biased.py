@@ -1,8 +1,8 @@
 """A model under a bias on its attention scores, so that gradients reach the bias and memory stays small.
 
-Each decoder layer is checkpointed, and within it each block of queries: of a layer there is what enters it, and one
-block's scores at a time. What is checkpointed is computed again in the backward, long after the forward has ended, so
-each layer brings the conditions of the forward back for that time.
+Each decoder layer is checkpointed, and within it each block of queries, if there are several: of a layer there is what
+enters it, and one block's scores at a time. What is checkpointed is computed again in the backward, long after the
+forward has ended, so each layer brings the conditions of the forward back for that time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from kvpolicy.integrations.transformers.intercept import AttentionHandler, Stock
 from kvpolicy.integrations.transformers.observe import check_heads
 from kvpolicy.spec import ModelSpec
 
-_SCORES = 1 << 25  # of a block of queries, all heads: 134 MB in fp32
+_SCORES = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Of a block of queries, all heads: 134 MB in fp32. On a GPU that many small operations would wait for Python."""
 _DIFFERENTIABLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """torch's kernels that give a mask its gradient."""
 
@@ -51,13 +52,13 @@ class BiasedAttention:
         self.calls += 1
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, options=options)
         out = [stock()[0][:, :first].transpose(1, 2)] if first else []
-        rows_each = _SCORES // (query.shape[0] * query.shape[1] * query.shape[2])
+        rows_each = _SCORES.get(query.device.type, _SCORES["cpu"]) // (query.shape[0] * query.shape[1] * query.shape[2])
         rows_each = max(rows_each - rows_each % 8, 8)  # masks whose rows are aligned
+        rows = torch.split(query[:, :, first:], rows_each, dim=2)
+        if len(rows) > 1:  # otherwise the layer's checkpoint is enough
+            block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         begins = range(first, query.shape[2], rows_each)
-        out += [
-            checkpoint(block, begin, rows, key, value, use_reentrant=False, preserve_rng_state=False)
-            for begin, rows in zip(begins, torch.split(query[:, :, first:], rows_each, dim=2), strict=True)
-        ]
+        out += [block(begin, each, key, value) for begin, each in zip(begins, rows, strict=True)]
         return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
     def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
