@@ -51,7 +51,7 @@ def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Comm
     }
     texts = {path.stem: ["--text", path.resolve()] for path in options.report} | {"python": []}
     return {
-        f"{protocol}_{name}": ["compare", *common, *text, *asked, "--out", f"{protocol}_{name}.json"]
+        f"{protocol}_{name}": ["compare", "--no-timing", *common, *text, *asked, "--out", f"{protocol}_{name}.json"]
         for protocol, asked in methods.items()
         for name, text in texts.items()
     }

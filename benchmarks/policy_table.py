@@ -37,7 +37,7 @@ def main() -> None:
     commands: dict[str, Command] = {}
     for policy in options.policies:
         commands[policy] = [
-            "compare", *(f"{policy}/{allocator}" for allocator in ALLOCATORS), "--task", options.task,
+            "compare", "--no-timing", *(f"{policy}/{allocator}" for allocator in ALLOCATORS), "--task", options.task,
             "--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r)),
             "--context", options.context, "--limit", options.limit, "--batch-size", options.batch_size,
             "--out", f"{policy}.json",

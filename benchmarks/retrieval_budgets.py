@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     run(tunes(options), options.out, options.processes)
-    common = ["--seed", UNSEEN_SEED, "--model", reachable(options.model), "--batch-size", 25]
+    common = ["--seed", UNSEEN_SEED, "--model", reachable(options.model), "--batch-size", 10]
     common += ["--context", options.context, "--limit", options.limit]
     common += [x for r in options.retention for x in ("-r", r)]
     commands: dict[str, Command] = {}
@@ -55,7 +55,7 @@ def main() -> None:
         methods = [f"{policy}/uniform", f"{policy}/adakv", f"{policy}.json"]
         for task in TASKS:
             out = ["--out", f"{task}_{policy}.json"]
-            commands[f"{task}_{policy}"] = ["compare", *methods, "--task", task, *common, *out]
+            commands[f"{task}_{policy}"] = ["compare", "--no-timing", *methods, "--task", task, *common, *out]
     run(commands, options.out, options.processes)
     for task in TASKS:
         merge_rows([options.out / f"{task}_{policy}.json" for policy in options.policies], options.out / f"{task}.json")

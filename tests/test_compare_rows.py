@@ -10,7 +10,7 @@ from transformers import QuantizedCache
 
 import kvpolicy
 from kvpolicy import BudgetPlan, KVPolicyError, ModelSpec, PlanError, PromptProbe, TransformersProbe, registry
-from kvpolicy.compare import caches
+from kvpolicy.compare import caches, tasks
 from kvpolicy.compare.calibration import calibration_of
 from kvpolicy.compare.decoding import DecodingTask
 from kvpolicy.compare.figures import figures
@@ -95,6 +95,31 @@ def test_every_row_that_did_not_fail_has_a_decode_time(tmp_path):
     assert times.pop("kvzip/uniform") is None, "its context cannot be repeated without a tokenizer"
     assert set(times) == {"full", FP8, "random/uniform"} and min(times.values()) > 0
     assert f"| {times['full']:.3g} |" in markdown(found)
+
+
+def test_decoding_is_not_timed_where_nothing_could_be_told(tmp_path, monkeypatch):
+    def timed(*_):
+        raise AssertionError("decoding was timed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "decode_ms", timed)
+        found = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json", timing=False)
+    assert {row.decode_ms for row in found.rows.values()} == {None} and "ms/token |" not in markdown(found)
+    again = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json")
+    assert all(row.decode_ms for row in again.rows.values()), "rows without a time are measured again for one"
+
+
+def test_memory_that_runs_out_is_a_row_that_says_what_to_do(tmp_path, monkeypatch):
+    measure = PerplexityTask.measure
+
+    def full(self, method, table):
+        if method.name == "tova/uniform":
+            raise torch.OutOfMemoryError("CUDA out of memory. " + 50 * "Tried to allocate. ")
+        return measure(self, method, table)
+
+    monkeypatch.setattr(PerplexityTask, "measure", full)
+    found = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json")
+    assert found.rows["tova/uniform", 0.5].error == "out of memory on the device: try a smaller --batch-size"
 
 
 # --- quantized caches

@@ -63,6 +63,7 @@ def compare_command(
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
+    timing: Annotated[bool, typer.Option(help="Time decoding; not while others use the device.")] = True,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -107,7 +108,9 @@ def compare_command(
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     progress = watcher(quiet)
     try:
-        found = compare(made, chosen, retentions, out, seed=seed, settings=settings, about=about, progress=progress)
+        found = compare(
+            made, chosen, retentions, out, seed=seed, settings=settings, about=about, timing=timing, progress=progress
+        )
     except KeyboardInterrupt:
         progress.note(f"interrupted; rows that were measured are in {out}: run the same command to go on")
         raise

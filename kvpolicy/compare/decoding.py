@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.compare.caches import decode_ms
 from kvpolicy.compare.methods import Method
 from kvpolicy.compare.tasks import Measured, Task
 from kvpolicy.errors import PluginError
@@ -46,8 +45,7 @@ class DecodingTask(Task):
                 "budgets known up front: give --prefill N, a prompt to compress"
             )
         probe = self._probe(method.policy.num_sink_tokens)
-        held = measured_bytes(probe, table)
-        return Measured(probe.loss(table), held, decode_ms(self.model, method, table, self.sequences[:1]))
+        return Measured(probe.loss(table), measured_bytes(probe, table))
 
     def _probe(self, num_sink_tokens: int) -> TransformersProbe:
         return TransformersProbe(

@@ -30,7 +30,7 @@ class Row:
     calibration: see `Method.calibration`; of a row that failed it may be empty
     losses:      one for each sequence, smaller is better; empty where the method failed
     bytes, dense_bytes, entries: of one real cache after its prompt
-    decode_ms:   milliseconds of a token decoded on that cache, None where the method failed
+    decode_ms:   milliseconds of a token decoded on that cache, None where it was not timed
     error:       why the method failed
     remark:      what a reader should know besides
     """

@@ -26,6 +26,7 @@ def compare(
     seed: int = 0,
     settings: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
+    timing: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
     """Every method at every retention. The file at `out` is written after each row, and rows it has are not measured
@@ -35,6 +36,7 @@ def compare(
     retentions: kept fractions of the prompt, each in (0, 1)
     settings:   what must agree besides the task's own and the seed, as JSON values
     about:      names for a reader
+    timing:     whether decoding is timed, of which nothing can be told while others use the device
 
     A method that fails is a row that says why. Raises `KVPolicyError` for a file made under other settings, and what
     `full` raises: without it there is nothing to compare with.
@@ -44,14 +46,14 @@ def compare(
     before = _begun(out, asked)
     done = Comparison(asked, about or {})
     pairs = [(m, r) for m in methods for r in ([1.0] if m.evicts_nothing else sorted(set(retentions), reverse=True))]
-    missing = sum(_known(before, *pair) is None for pair in pairs)
+    missing = sum(_known(before, *pair, timing) is None for pair in pairs)
     progress.note(f"{missing} rows of {task.count} sequences to measure, {len(pairs) - missing} are in {out} already")
     progress.begin("compare", missing)
     try:
         for method, retention in pairs:
-            row = _known(before, method, retention)
+            row = _known(before, method, retention, timing)
             if row is None:
-                row = _measured(task, method, retention, seed)
+                row = _measured(task, method, retention, seed, timing)
                 progress.advance(f"{method.name}, {retention:.4g} kept: {_said(row)}")
             before.pop(row.key, None)
             done.rows[row.key] = row
@@ -74,24 +76,27 @@ def _begun(out: Path, asked: dict[str, Any]) -> dict[tuple[str, float], Row]:
     return dict(earlier.rows)
 
 
-def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float) -> Row | None:
+def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float, timing: bool) -> Row | None:
     """A row that need not be measured again."""
     row = rows.get((method.name, retention))
-    return row if row is not None and row.error is None and row.identity == method.identity else None
+    if row is None or row.error is not None or row.identity != method.identity:
+        return None
+    return None if timing and row.decode_ms is None else row
 
 
-def _measured(task: Task, method: Method, retention: float, seed: int) -> Row:
+def _measured(task: Task, method: Method, retention: float, seed: int, timing: bool) -> Row:
     row = Row(method.name, retention, method.identity, method.uniform_name, remark=method.remark)
     try:
         row = replace(row, calibration=method.calibration(retention))
-        measured = task.measure(method, method.table(task.spec, task.context, retention, seed, task.dtype))
+        table = method.table(task.spec, task.context, retention, seed, task.dtype)
+        measured = task.measure(method, table)
         if not bool(torch.isfinite(measured.losses).all()):
             raise ModelError("the loss is not finite: try another --dtype")
+        took = task.decode_ms(method, table) if timing else None
     except Exception as error:  # a plugin may raise anything
         if method.is_full:
             raise
-        said = str(error) if isinstance(error, KVPolicyError) else f"{type(error).__name__}: {error}"
-        return replace(row, error=" ".join(said.split()))
+        return replace(row, error=" ".join(_reason(error).split()))
     held = measured.held
     return replace(
         row,
@@ -99,8 +104,14 @@ def _measured(task: Task, method: Method, retention: float, seed: int) -> Row:
         bytes=held.bytes,
         dense_bytes=held.dense_bytes,
         entries=held.entries,
-        decode_ms=measured.decode_ms,
+        decode_ms=took,
     )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):  # whose own message is a page
+        return "out of memory on the device: try a smaller --batch-size"
+    return str(error) if isinstance(error, KVPolicyError) else f"{type(error).__name__}: {error}"
 
 
 def _said(row: Row) -> str:

@@ -22,11 +22,10 @@ from kvpolicy.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """losses: float64 `[n]`, one for each sequence;  held, decode_ms: of one real cache after the prompt."""
+    """losses: float64 `[n]`, one for each sequence;  held: of one real cache after the prompt."""
 
     losses: Tensor
     held: CacheBytes
-    decode_ms: float
 
 
 class Task(abc.ABC):
@@ -38,6 +37,7 @@ class Task(abc.ABC):
     spec:     the model's
     context:  tokens of every prompt, for which a table is
     count:    sequences
+    tokenizer: the model's, for a policy that has prompts repeated
     """
 
     name: str
@@ -46,6 +46,7 @@ class Task(abc.ABC):
     spec: ModelSpec
     context: int
     count: int
+    tokenizer: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +80,10 @@ class Task(abc.ABC):
     def measure(self, method: Method, table: Tensor) -> Measured:
         """Under one method's capacities, int64 `[L, H]`. Raises what caches raise."""
 
+    def decode_ms(self, method: Method, table: Tensor) -> float:
+        """Milliseconds of a token decoded behind the first prompt, over one method's cache."""
+        return decode_ms(self.model, method, table, self.tokens[:1, : self.context], self.tokenizer)
+
 
 class PerplexityTask(Task):
     """The loss of the text behind a compressed prompt (`PromptProbe`), the same protocol for every policy.
@@ -107,15 +112,12 @@ class PerplexityTask(Task):
         return self.sequences
 
     def measure(self, method: Method, table: Tensor) -> Measured:
-        prompt = self.sequences[:1, : self.context]
         if method.quantized:
-            losses, held = self._quantized(method, table)
-        else:
-            probe = self._probe_for(method)
-            losses, held = probe.loss(table), measured_bytes(probe, table)
-        return Measured(losses, held, decode_ms(self.model, method, table, prompt, self.tokenizer))
+            return self._quantized(method, table)
+        probe = self._probe_for(method)
+        return Measured(probe.loss(table), measured_bytes(probe, table))
 
-    def _quantized(self, method: Method, table: Tensor) -> tuple[Tensor, CacheBytes]:
+    def _quantized(self, method: Method, table: Tensor) -> Measured:
         """The same losses over caches of transformers, one sequence at a time: a batch might share its scales."""
         losses, held, length = [], None, self.context
         for ids in torch.split(self.sequences.to(self.model.device), 1):
@@ -127,7 +129,7 @@ class PerplexityTask(Task):
             own = [losses_from(logits, targets[:, :1]), losses_from(behind, targets[:, 1:])]
             losses.append(torch.cat(own, 1).double().mean(1).cpu())
         assert held is not None
-        return torch.cat(losses), held
+        return Measured(torch.cat(losses), held)
 
     def _probe_for(self, method: Method) -> PromptProbe:
         """The last probe again where only the table is another: it has run its prompts already."""
@@ -182,8 +184,7 @@ class RetrievalTask(Task):
             held = held or own
             wrong += [float(recalled(said) != each.answer) for said, each in zip(answers, batch, strict=True)]
         assert held is not None
-        took = decode_ms(self.model, method, table, self.questions[0].ids[None], self.tokenizer)
-        return Measured(torch.tensor(wrong, dtype=torch.float64), held, took)
+        return Measured(torch.tensor(wrong, dtype=torch.float64), held)
 
     def _answers(self, index: int, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
         """What is generated greedily behind each prompt of a batch, and what the mean row's cache holds."""

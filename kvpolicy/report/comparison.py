@@ -73,6 +73,9 @@ def _columns(comparison: Comparison) -> dict[str, Cell]:
     """What stands in each column, by its heading."""
     quality, excess = ("found", "lost") if comparison.is_retrieval else ("perplexity", "above full")
     shares: dict[str, Cell] = {} if comparison.is_retrieval else {SHARE: _share}
+    times: dict[str, Cell] = {"ms/token": lambda row: "" if row.decode_ms is None else f"{row.decode_ms:.3g}"}
+    if all(row.decode_ms is None for row in comparison.rows.values()):
+        times = {}
     return {
         "method": lambda row: row.method,
         quality: lambda row: "failed" if row.quality is None else f"{row.quality:.4g}",
@@ -81,7 +84,7 @@ def _columns(comparison: Comparison) -> dict[str, Cell]:
         **shares,
         "vs uniform": lambda row: row.versus_uniform,
         "vs random": lambda row: row.versus_random,
-        "ms/token": lambda row: "" if row.decode_ms is None else f"{row.decode_ms:.3g}",
+        **times,
         "bytes": lambda row: "" if row.error is not None else f"{size(row.bytes)}, {row.bytes / row.dense_bytes:.0%}",
     }
 
