@@ -24,9 +24,8 @@ def table_of(known, budget):
 
 
 def envelope(capacities, losses, at):
-    """The greatest convex function under the curve: the lowest of all chords; level where that would rise.
-
-    Below the first capacity it goes on with the slope at its begin, beyond the last it stays.
+    """The greatest convex function under the curve: the lowest of all chords; level where that would rise, and beyond
+    the last capacity. at: not below the first.
     """
     points = list(zip(capacities, losses, strict=True))
 
@@ -37,18 +36,13 @@ def envelope(capacities, losses, at):
             if a[0] <= x <= b[0]
         )
 
-    def falling(x):
-        return min(chords(y) for y in range(capacities[0], min(x, capacities[-1]) + 1))
-
-    first = capacities[0]
-    if at >= first:
-        return falling(at)
-    return falling(first) + (falling(first) - falling(first + 1)) * (first - at)
+    return min(chords(y) for y in range(capacities[0], min(at, capacities[-1]) + 1))
 
 
 def lowest(capacities, curves, budget):
-    """The least sum of envelopes over all tables of that total, by enumeration."""
-    floors, ceilings = budget.floors().flatten().tolist(), budget.ceilings().flatten().tolist()
+    """The least sum of envelopes over all tables of that total without what was not measured, by enumeration."""
+    floors = budget.floors().clamp(min=capacities[0]).flatten().tolist()
+    ceilings = budget.ceilings().flatten().tolist()
     values = [
         {at: envelope(capacities, curve, at) for at in range(floor, ceiling + 1)}
         for curve, floor, ceiling in zip(curves, floors, ceilings, strict=True)
@@ -87,7 +81,8 @@ def test_the_table_is_the_best_of_all(kind, seed):
     curves = curves.float()  # as importance has them
     bounds = ((3, 14), (5, 12), (torch.tensor([[3, 6, 2]]), torch.tensor([[14, 9, 16]])))
     for floor, ceiling in bounds:
-        least, most = (int(torch.as_tensor(bound).expand(1, 3).sum()) for bound in (floor, ceiling))
+        least, most = torch.as_tensor(floor).clamp(min=capacities[0]), torch.as_tensor(ceiling)
+        least, most = (int(bound.expand(1, 3).sum()) for bound in (least, most))
         for total in range(least, most + 1, 5):
             budget = Budget(total, (1, 3), floor, ceiling)
             table = table_of(importance(curves[None], capacities), budget).flatten().tolist()
@@ -102,9 +97,15 @@ def test_equal_heads_get_the_same():
     assert table_of(known, Budget(53, (2, 2), 5, 64)).tolist() == [[13, 12], [12, 16]]
 
 
-def test_a_curve_that_rises_gets_its_floor():
+def test_a_curve_that_rises_gets_the_smallest_capacity_that_was_measured():
     known = importance([[[2.0, 2.1, 2.2], [2.4, 2.3, 2.2]]], [8, 16, 64])
-    assert table_of(known, Budget(60, (1, 2), 5, 64)).tolist() == [[5, 55]]
+    assert table_of(known, Budget(60, (1, 2), 5, 64)).tolist() == [[8, 52]]
+
+
+def test_what_was_not_measured_is_filled_first_and_alike():
+    known = importance([[[9.0, 1.0, 0.0], [9.0, 8.9, 8.8]]], [20, 30, 64])
+    for total, expected in ((10, [5, 5]), (30, [15, 15]), (40, [20, 20]), (45, [25, 20])):
+        assert table_of(known, Budget(total, (1, 2), 5, 64)).tolist() == [expected], total
 
 
 @pytest.mark.parametrize("mean", [6, 20, 33, 64])
