@@ -45,9 +45,10 @@ def test_json_table_and_picture(compare, tmp_path):
 
 
 def test_from_the_first_token_on(compare):
-    result = compare("--methods", "streaming/pyramid", "--prefill", "0", "-r", "0.5", *SMALL, "--json")
+    result = compare("--methods", "streaming/pyramid", "--prefill", "0", "-r", "0.5", *SMALL, "--json", "--no-timing")
     assert result.code == 0, result.err
     failed = {row["method"]: row["error"] is not None for row in result.json["rows"]}
+    assert {row["decode_ms"] for row in result.json["rows"]} == {None}
     names = ["full", "random/uniform", "streaming/uniform", "streaming/pyramid", "streaming/pyramid shuffled"]
     assert failed == {name: name == "random/uniform" for name in names}
     settings = result.json["settings"]

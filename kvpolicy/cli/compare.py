@@ -63,7 +63,9 @@ def compare_command(
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
-    timing: Annotated[bool, typer.Option(help="Time decoding; not while others use the device.")] = True,
+    no_timing: Annotated[
+        bool, typer.Option("--no-timing", help="Leave out decode time, as where others use the device.")
+    ] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -109,7 +111,15 @@ def compare_command(
     progress = watcher(quiet)
     try:
         found = compare(
-            made, chosen, retentions, out, seed=seed, settings=settings, about=about, timing=timing, progress=progress
+            made,
+            chosen,
+            retentions,
+            out,
+            seed=seed,
+            settings=settings,
+            about=about,
+            timing=not no_timing,
+            progress=progress,
         )
     except KeyboardInterrupt:
         progress.note(f"interrupted; rows that were measured are in {out}: run the same command to go on")
