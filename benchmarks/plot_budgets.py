@@ -3,7 +3,8 @@
     python benchmarks/plot_budgets.py benchmarks/results/budgets_h100 docs/images
 
 Prints Markdown: which part of uniform's excess perplexity each plan leaves, for each text and in the mean of the texts,
-with 95 % bootstrap intervals (sequences drawn again within each text, 10 000 times). Writes budgets.png.
+with 95 % bootstrap intervals (sequences drawn again within each text, 10 000 times). First decoded from the first token
+on, of which it draws budgets.png, then behind a prompt, as far as all texts have the rows.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ PLANS = {  # colour, name
     "power.json": ("#e08e45", "sensitivity, power"),
     "baklava.json": ("#8e7cc3", "cosine, baklava"),
 }
-CONTROLS = {name.replace(".json", ".json shuffled"): ("", f"{said}, shuffled") for name, (_, said) in PLANS.items()}
+BEHIND = ("learned.json", "power.json", "baklava.json", "snapkv/learned.json", "snapkv/power.json", "snapkv/adakv")
 RESAMPLES = 10_000
 
 
 def share(found: Comparison, method: str, level: float, seed: int) -> tuple[float, Tensor]:
-    """What is left of uniform's excess perplexity, and the same of each resample."""
-    full = found.at("full", 1.0)
-    excess = [found.at(name, level).values() - full.values() for name in (method, "streaming/uniform")]
+    """What is left of the excess perplexity of uniform budgets under the same policy, and the same of each resample."""
+    full, uniform = found.at("full", 1.0), found.at(method, level).uniform
+    excess = [found.at(name, level).values() - full.values() for name in (method, uniform)]
     count = len(full.values())
     picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (torch.expm1(each[picks].mean(1)) for each in excess)
@@ -45,38 +46,66 @@ def bounds(resamples: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def main() -> None:
-    folder, images = Path(sys.argv[1]), Path(sys.argv[2])
-    texts = {path.stem.removeprefix("window_"): load_comparison(path) for path in sorted(folder.glob("window_*.json"))}
-    levels = next(iter(texts.values())).levels
+def row(texts: list[Comparison], method: str, level: float) -> tuple[list[float], float, float, float, str]:
+    """The share of each text, their mean with its bounds, and a line of the table."""
+    found = [share(each, method, level, seed) for seed, each in enumerate(texts)]
+    mean, (low, high) = sum(x for x, _ in found) / len(found), bounds(torch.stack([x for _, x in found]).mean(0))
+    cells = [f"{x:.2f} ({a:.2f} to {b:.2f})" for x, (a, b) in ((x, bounds(draws)) for x, draws in found)]
+    return [x for x, _ in found], mean, low, high, f"{' | '.join(cells)} | **{mean:.3f}** ({low:.3f} to {high:.3f}) |"
+
+
+def head(texts: dict[str, Comparison]) -> str:
     counts = [f"{name} (n = {len(found.at('full', 1.0).losses)})" for name, found in texts.items()]
-    print(f"| kept | method | {' | '.join(counts)} | mean of the texts |\n{'|---' * (len(texts) + 3)}|")
+    return f"| kept | method | {' | '.join(counts)} | mean of the texts |\n{'|---' * (len(texts) + 3)}|"
+
+
+def read(folder: Path, protocol: str) -> dict[str, Comparison]:
+    paths = sorted(folder.glob(f"{protocol}_*.json"))
+    return {path.stem.removeprefix(f"{protocol}_"): load_comparison(path) for path in paths}
+
+
+def table(texts: dict[str, Comparison], named: dict[str, str]) -> None:
+    """Prints what all texts have of these methods."""
+    print(head(texts))
+    comparisons = list(texts.values())
+    for level in comparisons[0].levels:
+        for method, said in named.items():
+            if all(found.at(method, level) for found in comparisons):
+                print(f"| {level:.0%} | {said} | {row(comparisons, method, level)[-1]}")
+
+
+def draw(texts: list[Comparison], path: Path) -> None:
+    levels = texts[0].levels
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     axis.axhline(1, color="0.5", linewidth=1, linestyle=":")
     axis.annotate(" uniform", (1, 1), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     for place, level in enumerate(levels):
-        for index, (method, (colour, said)) in enumerate({**PLANS, **CONTROLS}.items()):
-            found = [share(each, method, level, seed) for seed, each in enumerate(texts.values())]
-            mean, (low, high) = (
-                sum(x for x, _ in found) / len(found),
-                bounds(torch.stack([x for _, x in found]).mean(0)),
-            )
-            cells = [f"{x:.2f} ({a:.2f} to {b:.2f})" for x, (a, b) in ((x, bounds(draws)) for x, draws in found)]
-            print(f"| {level:.0%} | {said} | {' | '.join(cells)} | **{mean:.3f}** ({low:.3f} to {high:.3f}) |")
-            if colour:
-                x = place + 0.25 * (index - 1)
-                axis.bar(x, mean, 0.22, color=colour, label=said if not place else None)
-                axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", linewidth=1, capsize=2)
-                axis.plot(
-                    [x] * len(found), [each for each, _ in found], "o", color="white", markeredgecolor="black", ms=4
-                )
+        for index, (method, (colour, said)) in enumerate(PLANS.items()):
+            found, mean, low, high, _ = row(texts, method, level)
+            x = place + 0.25 * (index - 1)
+            axis.bar(x, mean, 0.22, color=colour, label=said if not place else None)
+            axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", linewidth=1, capsize=2)
+            axis.plot([x] * len(found), found, "o", color="white", markeredgecolor="black", ms=4)
     axis.set_xticks(range(len(levels)), [f"{level:.0%} kept" for level in levels])
     axis.set_ylabel("perplexity added, as a part of\nwhat uniform budgets add")
     axis.set_title("SmolLM2-135M, 4096 tokens: means of four texts, 95 % intervals; circles are the texts", fontsize=9)
     axis.set_ylim(0, 1.25)
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(images / "budgets.png", dpi=130)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    folder, images = Path(sys.argv[1]), Path(sys.argv[2])
+    plans = {method: said for method, (_, said) in PLANS.items()}
+    shuffled = {f"{method} shuffled": f"{said}, shuffled" for method, said in plans.items()}
+    texts = read(folder, "window")
+    table(texts, plans)
+    print()
+    table(texts, shuffled)
+    print()
+    table(read(folder, "prompt"), {method: f"`{method.replace('.json', '')}`" for method in BEHIND})
+    draw(list(texts.values()), images / "budgets.png")
 
 
 if __name__ == "__main__":
