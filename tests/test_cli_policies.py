@@ -31,6 +31,19 @@ def test_tune_for_a_policy_writes_whom_it_was_tuned_for(snapkv):
     assert "the loss under snapkv: a prompt of 64 tokens is compressed once" in result.err
 
 
+def test_parameters_of_the_policy_hold_in_the_search_and_under_the_plan(kvpolicy, tiny_checkpoint, tiny_text, tmp_path):
+    out = tmp_path / "plan.json"
+    given = ["tune", "--model", tiny_checkpoint, "--text", tiny_text, *CONTEXT, "--retention", "0.5", "--trials", "1"]
+    options = ["--policy-param", "num_sink_tokens=9", "--policy-param", "recent_window=20", "--policy", "snapkv"]
+    result = kvpolicy(*given, *options, "--out", out)
+    assert result.code == 0, result.err
+    plan = load_plan(out)
+    assert (plan.method.policy.params["num_sink_tokens"], plan.method.policy.params["recent_window"]) == (9, 20)
+    assert int(plan.capacities(64).min()) > 9, "sink tokens stay in every KV head"
+    refused = kvpolicy(*given, "--policy", "snapkv", "--policy-param", "sinks=9", "--out", out)
+    assert refused.code == 2 and "sinks" in refused.err
+
+
 def test_eval_takes_policy_and_prompt_from_the_plan(kvpolicy, snapkv, tiny_text):
     path, _ = snapkv
     row = kvpolicy("eval", path, "--text", tiny_text, "--dtype", "float32", "--json").json

@@ -31,6 +31,11 @@ Params = Annotated[
     typer.Option("--param", help="A parameter of the estimator, NAME=JSON; several times.", show_default=False),
 ]
 
+PolicyParams = Annotated[
+    list[str] | None,
+    typer.Option("--policy-param", help="A parameter of the policy, NAME=JSON; several times.", show_default=False),
+]
+
 AllocatorParams = Annotated[
     list[str] | None,
     typer.Option(

@@ -21,6 +21,7 @@ def tune_command(
     policy: Annotated[str, typer.Option(help="Who evicts.")] = "streaming",
     param: opt.Params = None,
     allocator_param: opt.AllocatorParams = None,
+    policy_param: opt.PolicyParams = None,
     objective: Annotated[
         str, typer.Option(help="What is searched for: perplexity, retrieval or mixed.")
     ] = "perplexity",
@@ -80,6 +81,7 @@ def tune_command(
         allocator=allocator,
         allocator_params=opt.parse_params(allocator_param, "--allocator-param"),
         policy=policy,
+        policy_params=opt.parse_params(policy_param, "--policy-param"),
         retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else (0.5, 0.3, 0.1))),
         objective=objective,  # type: ignore[arg-type]  # checked by the settings
         max_loss=max_loss,

@@ -68,7 +68,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
-    policy = registry.create("policy", settings.policy)
+    policy = registry.create("policy", settings.policy, settings.policy_params)
     _check_roles(settings, allocator)
     search, heldout, asked = make_probes(model, corpus, settings, policy)
     storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here

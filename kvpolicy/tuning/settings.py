@@ -47,6 +47,7 @@ class TuneSettings:
     allocator: str = "baklava"
     allocator_params: dict[str, Any] | None = None
     policy: str = "streaming"
+    policy_params: dict[str, Any] | None = None
     retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
     objective: Objective = "perplexity"
     max_loss: float | None = None
