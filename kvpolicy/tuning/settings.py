@@ -33,6 +33,7 @@ class TuneSettings:
     sequences:  of the text, in each trial; four needle prompts for each
     policy:     who evicts; a window rule is searched by the loss of decoding from the first token on, any other policy
                 by the loss behind a prompt that it compresses once
+    policy_params: the policy's own; its defaults otherwise
     prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
                 attend densely, None for none
     trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine

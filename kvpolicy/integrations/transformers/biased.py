@@ -25,7 +25,7 @@ from kvpolicy.integrations.transformers.observe import check_heads
 from kvpolicy.spec import ModelSpec
 
 _SCORES = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Of a block of queries, all heads: 134 MB in fp32. On a GPU that many small operations would wait for Python."""
+"""Of a block of queries, all heads: 134 MB in fp32. A GPU would wait for Python at that size."""
 _DIFFERENTIABLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """torch's kernels that give a mask its gradient."""
 
