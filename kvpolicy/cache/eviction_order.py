@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
 _LAST = torch.iinfo(torch.int64).max
-_MOST = 1 << 24  # of candidates times evictions at a time
+_MOST = 1 << 24  # pairs of candidates at a time
 
 
 def eviction_order(scores: Tensor, positions: Tensor, seen: Tensor, spare: Tensor, protection: Protection) -> Tensor:
@@ -45,30 +45,29 @@ def _with_window(
     Each decoded token frees one of them, so after `window` evictions all are free, and `order` is right from there on.
     """
     segments, total = order.shape
+    count = min(window, total)  # evictions that the window may change
     columns = torch.arange(total, device=order.device)
     evictable = (positions != ABSENT) & ~pinned
     inside = evictable & (positions >= seen - window)
     outside = evictable & ~inside
-    free, is_free = _first(order, outside, window)
-    waiting, is_waiting = _first(columns.expand_as(order), inside, window)
+    free, is_free = _first(order, outside, count)
+    waiting, is_waiting = _first(columns.expand_as(order), inside, count)
     candidates, present = torch.cat([free, waiting], 1), torch.cat([is_free, is_waiting], 1)
     # the eviction from which on each may leave: once decoded tokens have freed it, or nothing else is left
     freed = positions.gather(1, waiting) - (seen - window) - spare[:, None] + 1
-    steps = torch.arange(window, device=order.device)
+    steps = torch.arange(count, device=order.device)
     alone = outside.sum(1, keepdim=True) + 1 + steps
     opens = torch.cat([torch.zeros_like(free), torch.minimum(freed, alone)], 1)
-    opens = opens.masked_fill(~present, window + 1)  # never
-    each = max(1, _MOST // (opens.shape[1] * window))
-    parts = zip(torch.split(keys.gather(1, candidates), each), torch.split(opens, each), strict=True)
-    slots = torch.cat([_slots(*part, window) for part in parts]) - 1
-    leaving = torch.full((segments, window + 1), total, device=order.device).scatter_(1, slots, candidates)[:, :window]
-    count = present.sum(1, keepdim=True).clamp(max=window)
+    opens = opens.masked_fill(~present, count + 1)  # never
+    slots = _slots(keys.gather(1, candidates), opens, count) - 1
+    leaving = torch.full((segments, count + 1), total, device=order.device).scatter_(1, slots, candidates)[:, :count]
+    gone = present.sum(1, keepdim=True).clamp(max=count)
     # between the pinned and all others, which stay in their order
     leaves = torch.zeros(segments, total + 1, dtype=torch.bool, device=order.device).scatter_(1, leaving, True)
     stays = ~leaves.gather(1, order)
-    place = stays.cumsum(1) - 1 + torch.where(pinned.gather(1, order), 0, count)
+    place = stays.cumsum(1) - 1 + torch.where(pinned.gather(1, order), 0, gone)
     result = order.new_empty(segments, total + 1).scatter_(1, torch.where(stays, place, total), order)
-    place = torch.where(steps < count, pinned.sum(1, keepdim=True) + steps, total)
+    place = torch.where(steps < gone, pinned.sum(1, keepdim=True) + steps, total)
     return result.scatter_(1, place, leaving)[:, :total]
 
 
@@ -79,15 +78,18 @@ def _slots(keys: Tensor, opens: Tensor, count: int) -> Tensor:
 
     Every eviction takes one, so a candidate leaves at the first from its `opens` on that those with smaller keys leave
     free. They queue for it: by eviction t, of a(t) that may leave min(a(t), 1 + those by t - 1) have left, which is
-    t + min(0, a(s) - s) over all s <= t. One launch for all t, where a loop would wait for each.
+    t + min(0, a(s) - s) over all s <= t. A few launches for all t, where a loop would take some for each.
     """
     steps = torch.arange(1, count + 1, device=keys.device)
-    smaller = (keys[:, None] < keys[..., None]).float()  # [S, N, N]: of each, those before it
-    came = smaller @ (opens[..., None] <= steps).float()  # [S, N, count]
-    left = (came - steps).cummin(2).values.clamp(max=0) + steps
-    taken = left > F.pad(left, (1, 0))[..., :-1]
-    free = ~taken & (steps >= opens[..., None])
-    return torch.where(free, steps, count + 1).amin(2)
+    may = (opens[..., None] <= steps).float()  # [S, N, count]
+    each = max(1, _MOST // keys.numel())
+    slots = []
+    for own, begin in zip(torch.split(keys, each, 1), torch.split(opens, each, 1), strict=True):
+        came = (keys[:, None] < own[..., None]).float() @ may  # [S, each, count]: those with smaller keys
+        left = (came - steps).cummin(2).values.clamp(max=0) + steps
+        taken = left > F.pad(left, (1, 0))[..., :-1]
+        slots.append(torch.where(~taken & (steps >= begin[..., None]), steps, count + 1).amin(2))
+    return torch.cat(slots, 1)
 
 
 def _first(order: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:

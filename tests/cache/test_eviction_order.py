@@ -1,5 +1,6 @@
 """When entries that a window protects at first leave: against one eviction after another."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,5 +18,8 @@ def test_each_eviction_takes_the_worst_that_may_leave(candidates, count, data):
             gone = min(free, key=keys.__getitem__)
             expected[gone] = step
             left.remove(gone)
-    found = eviction_order._slots(torch.tensor([keys, keys]), torch.tensor([opens, opens]), count)
-    assert found.tolist() == [expected, expected]
+    for most in (1, 2**24):  # candidate by candidate, and all at once
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(eviction_order, "_MOST", most)
+            found = eviction_order._slots(torch.tensor([keys, keys]), torch.tensor([opens, opens]), count)
+        assert found.tolist() == [expected, expected]
