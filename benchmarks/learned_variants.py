@@ -1,6 +1,6 @@
 r"""What makes learned budgets better: one thing changed at a time, reported on texts that nothing was learned on.
 
-    python benchmarks/learned_variants.py --search books.txt --report other.txt wiki.txt --importance power.json \\
+    python benchmarks/learned_variants.py --search books.txt --report other.txt wiki.txt --importance power.json \
         --out DIR
     python benchmarks/learned_variants.py --table DIR
 

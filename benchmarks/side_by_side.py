@@ -56,7 +56,7 @@ def merge_rows(parts: Sequence[Path], out: Path) -> Comparison:
     found = [load_comparison(path) for path in parts if path.exists()]
     about = found[0].about
     if Path(about["model"]).is_absolute():
-        about |= {"model": Path(about["model"]).name}  # where the file was is nobody's business
+        about |= {"model": Path(about["model"]).name}  # without the folder of one machine
     merged = Comparison(found[0].settings, about)
     for comparison in found:
         if comparison.settings != merged.settings:
