@@ -4,7 +4,7 @@ Source: LU-KV, arXiv:2602.08585 (marginal utility on convex hulls, greedy), reco
 readable. The curves are whatever the estimator measured; the paper's are those of an oracle of attention.
 
 Different on purpose: no KV head stays below the smallest capacity that was measured while entries are left. Going on
-along the curve instead sent half of the heads of SmolLM2-135M to their floor, and what they lose there together no
+along the curve instead sent 43 of the 90 heads of SmolLM2-135M to their floor, and what they lose there together no
 measurement of one head has shown.
 """
 
