@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from kvpolicy_baselines import learned
 from kvpolicy_baselines.learned import LearnedAllocator
 from torch import Tensor
@@ -34,11 +36,13 @@ class Variant:
     """options: of the allocator;  start: "uniform", "importance" or "larger", the retention before it
 
     joint: one training, whose steps take the retentions in turn, for all of them
+    learned_sinks: how many of a head's entries are its first tokens is learned with its capacity
     """
 
     options: dict[str, Any]
     start: str = "uniform"
     joint: bool = False
+    learned_sinks: bool = False
     num_sequences: int = 48
     num_sink_tokens: int = 4
 
@@ -53,6 +57,7 @@ VARIANTS = {
     "from the larger level": Variant({"start_exponent": 1.0}, start="larger"),
     "rate 0.16": Variant({"learning_rate": 0.16}),
     "edges end at 0.02": Variant({"tau_end": 0.02}),
+    "learned sink tokens": Variant({}, learned_sinks=True),
     "16 sink tokens": Variant({}, num_sink_tokens=16),
     "70 steps": Variant({"steps": 70}),
     "8 sequences": Variant({}, num_sequences=8),
@@ -99,6 +104,8 @@ class Bench:
     def measure(self, variant: Variant) -> dict[str, Any]:
         sequences = self.search.sequences("search", variant.num_sequences, self.context)
         probe, begun = self.probe(sequences, variant.num_sink_tokens), time.monotonic()
+        if variant.learned_sinks:
+            return self.with_sinks(variant, sequences)
         budgets = {r: self.budget(r, variant.num_sink_tokens) for r in self.options.retention}
         learn = together if variant.joint else self.one_by_one
         shares = learn(probe, budgets, variant)
@@ -118,6 +125,75 @@ class Bench:
             if variant.start == "larger":
                 importance = Importance((shares[retention] - budget.floors()).float())
         return shares
+
+    def with_sinks(self, variant: Variant, sequences: Tensor) -> dict[str, Any]:
+        """As `measure`. Caches have one number of sink tokens, so these are measured under a mask."""
+        probe, begun = self.probe(sequences, 0), time.monotonic()
+        learned = {r: capacities_and_sinks(probe, self.budget(r, 1), variant) for r in self.options.retention}
+        seconds, losses, counts = time.monotonic() - begun, {}, {}
+        for retention, (capacities, sinks) in learned.items():
+            table = apportion(capacities, self.budget(retention, 1))
+            sinks = torch.minimum(sinks.round().long(), table - 1)
+            with torch.no_grad():
+                held = Visible(table - sinks, sinks)
+                losses[f"{retention:g}"] = {
+                    name: self.probe(x, 0).soft_loss(held, "text").tolist() for name, x in self.report.items()
+                }
+            counts[f"{retention:g}"] = sinks.tolist()
+        return {"variant": asdict(variant), "seconds": seconds, "losses": losses, "sink_tokens": counts}
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a window and sink tokens of each head leave visible, both int64 [L, H]: 0, and minus infinity elsewhere."""
+
+    windows: Tensor
+    sinks: Tensor
+
+    def __call__(self, layer: int, rank: Tensor) -> Tensor:
+        windows, sinks = (x[layer].to(rank.device)[:, None, None] for x in (self.windows, self.sinks))
+        seen = (rank < windows) | (torch.arange(rank.shape[-1], device=rank.device) < sinks)
+        return torch.zeros(seen.shape, device=rank.device).masked_fill(~seen, float("-inf"))
+
+
+@dataclass(frozen=True)
+class SoftlyVisible:
+    """The same with soft edges: an entry is seen if its window or its sink tokens let it, log(a + b - ab)."""
+
+    windows: Tensor
+    sinks: Tensor
+    tau: float
+
+    def __call__(self, layer: int, rank: Tensor) -> Tensor:
+        window = self._edge(self.windows[layer], rank)
+        sink = self._edge(self.sinks[layer], torch.arange(rank.shape[-1], device=rank.device))
+        return torch.logaddexp(F.logsigmoid(window), F.logsigmoid(sink) + F.logsigmoid(-window))
+
+    def _edge(self, count: Tensor, place: Tensor) -> Tensor:
+        edge = (count + 0.5).log().float().to(place.device)[:, None, None]
+        return (edge - torch.log1p(place.float())) / self.tau
+
+
+def capacities_and_sinks(probe: ModelProbe, budget: Budget, variant: Variant) -> tuple[Tensor, Tensor]:
+    """As `LearnedAllocator.fit`, with the logarithm of each head's sink tokens learned beside it, from 4 on."""
+    allocator = LearnedAllocator(**variant.options)
+    theta = torch.zeros(budget.shape, dtype=torch.float64, requires_grad=True)
+    sinks = torch.full(budget.shape, math.log(variant.num_sink_tokens), dtype=torch.float64, requires_grad=True)
+    adam, order = torch.optim.Adam([theta, sinks]), allocator._order(probe.num_sequences)
+
+    def current() -> tuple[Tensor, Tensor]:
+        capacities = learned._capacities(theta, budget)
+        return capacities, torch.minimum(sinks.exp().clamp(min=1), capacities - 1)
+
+    for step in range(allocator.steps):
+        adam.param_groups[0]["lr"] = allocator.learning_rate * (1 - step / allocator.steps)
+        adam.zero_grad()
+        capacities, first = current()
+        bias = SoftlyVisible(capacities - first, first, allocator._tau(step))
+        probe.soft_loss(bias, sequence=order[step]).mean().backward()
+        adam.step()
+    with torch.no_grad():
+        return current()
 
 
 def together(probe: ModelProbe, budgets: dict[float, Budget], variant: Variant) -> dict[float, Tensor]:
