@@ -2,10 +2,10 @@
 
     python benchmarks/measured_budgets.py --search books.txt --report other.txt wiki.txt --out results/budgets
 
-Plans: learned (each retention by itself), sensitivity with power and with hull, cosine with baklava. Then every plan,
-uniform and pyramid under the window rule, decoded from the first token on, and every policy behind a prompt, on each
-text of --report and on Python's language reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a
-page beside each; a later run goes on with what is there.
+Plans: learned (each retention by itself) under the window rule and under snapkv, sensitivity with power and with hull,
+cosine with baklava. Then every plan, uniform and pyramid under the window rule, decoded from the first token on, and
+every policy behind a prompt, on each text of --report and on Python's language reference. Writes the plans,
+OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page beside each; a later run goes on with what is there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from side_by_side import Command, merge_levels, missing, reachable, run
 
 SCORED = (
     "streaming/uniform", "snapkv/uniform", "snapkv/adakv", "expected_attention/uniform", "expected_attention/adakv",
-    "h2o", "tova", "l2norm", "keydiff", "corm", "r_kv", "kvzip", "kv_compress/kv_compress",
+    "h2o", "tova", "l2norm", "keydiff", "corm", "r_kv", "kvzip", "kv_compress/kv_compress", "quantized/int4",
+    "quantized/int2",
 )  # fmt: skip
 
 
@@ -29,9 +30,10 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     learned = ["tune", "--estimator", "uniform", "--allocator", "learned", "--sequences", options.sequences]
     learned += ["--allocator-param", f"steps={options.steps}"]
     searched = ["tune", "--batch-size", 8, "--sequences", options.search_sequences, *levels]
-    commands: dict[str, Command] = {
-        f"learned_{r:g}": [*learned, "--retention", r, *common] for r in sorted(options.retention)
-    }
+    commands: dict[str, Command] = {}
+    for name, policy in (("learned", []), ("snapkv_learned", ["--policy", "snapkv"])):
+        for r in sorted(options.retention):
+            commands[f"{name}_{r:g}"] = [*learned, *policy, "--retention", r, *common]
     for name, method in {
         "power": ["--estimator", "sensitivity", "--allocator", "power", "--trials", options.trials],
         "hull": ["--estimator", "sensitivity", "--allocator", "hull"],
@@ -45,9 +47,10 @@ def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Comm
     """Two for each text: decoded from the first token on, and behind a prompt, where every policy can be."""
     common = ["--part", "whole", "--context", options.context, "--limit", options.limit, "--batch-size", 8]
     common += ["--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r))]
+    for_windows = [plan for plan in plans if plan != "snapkv_learned.json"]
     methods = {
-        "window": ["--prefill", 0, "streaming/uniform", "streaming/pyramid", *plans],
-        "prompt": [*SCORED, *plans, *(f"snapkv/{plan}" for plan in plans)],
+        "window": ["--prefill", 0, "streaming/uniform", "streaming/pyramid", *for_windows],
+        "prompt": [*SCORED, *plans, *(f"snapkv/{plan}" for plan in for_windows)],
     }
     texts = {path.stem: ["--text", path.resolve()] for path in options.report} | {"python": []}
     return {
@@ -74,9 +77,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     run(tunes(options), options.out, options.processes)
-    learned = [options.out / f"learned_{retention:g}.json" for retention in options.retention]
-    merge_levels(learned, options.out / "learned.json")
-    plans = [f"{name}.json" for name in ("learned", "power", "hull", "baklava")]
+    for name in ("learned", "snapkv_learned"):
+        merge_levels([options.out / f"{name}_{r:g}.json" for r in options.retention], options.out / f"{name}.json")
+    plans = [f"{name}.json" for name in ("learned", "snapkv_learned", "power", "hull", "baklava")]
     run(comparisons(options, [plan for plan in plans if (options.out / plan).exists()]), options.out, options.processes)
 
 

@@ -71,8 +71,10 @@ def merge_rows(parts: Sequence[Path], out: Path) -> Comparison:
 
 
 def merge_levels(parts: Sequence[Path], out: Path) -> None:
-    """One plan of the levels of several that differ in nothing else, largest first."""
+    """One plan of the levels of several that differ in nothing else, largest first; none where all are missing."""
     plans = [load_plan(path) for path in parts if path.exists()]
+    if not plans:
+        return
     spent = [each for plan in plans for each in plan.provenance["calibration"] if each["retention"] is not None]
     levels = sorted((level for plan in plans for level in plan.levels), key=lambda level: -level.retention)
     more = {"calibration": [plans[0].provenance["calibration"][0], *spent]}
