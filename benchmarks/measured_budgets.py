@@ -3,9 +3,10 @@
     python benchmarks/measured_budgets.py --search books.txt --report other.txt wiki.txt --out results/budgets
 
 Plans: learned (each retention by itself) under the window rule and under snapkv, sensitivity with power and with hull,
-cosine with baklava. Then every plan, uniform and pyramid under the window rule, decoded from the first token on, and
-every policy behind a prompt, on each text of --report and on Python's language reference. Writes the plans,
-OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page beside each; a later run goes on with what is there.
+power on three times the sequences, cosine with baklava. Then every plan, uniform and pyramid under the window rule,
+decoded from the first token on, and every policy behind a prompt, on each text of --report and on Python's language
+reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page beside each; a later run goes on with
+what is there.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     levels = [x for r in options.retention for x in ("--retention", r)]
     learned = ["tune", "--estimator", "uniform", "--allocator", "learned", "--sequences", options.sequences]
     learned += ["--allocator-param", f"steps={options.steps}"]
-    searched = ["tune", "--batch-size", 8, "--sequences", options.search_sequences, *levels]
+    searched = ["tune", "--batch-size", 8, *levels]
     commands: dict[str, Command] = {}
     for name, policy in (("learned", []), ("snapkv_learned", ["--policy", "snapkv"])):
         for r in sorted(options.retention):
             commands[f"{name}_{r:g}"] = [*learned, *policy, "--retention", r, *common]
-    for name, method in {
-        "power": ["--estimator", "sensitivity", "--allocator", "power", "--trials", options.trials],
-        "hull": ["--estimator", "sensitivity", "--allocator", "hull"],
-        "baklava": ["--estimator", "cosine", "--allocator", "baklava", "--trials", options.trials],
-    }.items():
-        commands[name] = [*searched, *method, *common]
+    power = ["--estimator", "sensitivity", "--allocator", "power", "--trials", options.trials]
+    hull = ["--estimator", "sensitivity", "--allocator", "hull"]
+    baklava = ["--estimator", "cosine", "--allocator", "baklava", "--trials", options.trials]
+    few = options.search_sequences
+    for name, sequences, method in (
+        ("power", few, power), ("power24", 3 * few, power), ("hull", few, hull), ("baklava", few, baklava),
+    ):  # fmt: skip
+        commands[name] = [*searched, "--sequences", sequences, *method, *common]
     return missing(commands, options.out)
 
 
@@ -48,9 +51,10 @@ def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Comm
     common = ["--part", "whole", "--context", options.context, "--limit", options.limit, "--batch-size", 8]
     common += ["--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r))]
     for_windows = [plan for plan in plans if plan != "snapkv_learned.json"]
+    behind = [plan for plan in plans if plan != "power24.json"]
     methods = {
         "window": ["--prefill", 0, "streaming/uniform", "streaming/pyramid", *for_windows],
-        "prompt": [*SCORED, *plans, *(f"snapkv/{plan}" for plan in for_windows)],
+        "prompt": [*SCORED, *behind, *(f"snapkv/{plan}" for plan in behind if plan in for_windows)],
     }
     texts = {path.stem: ["--text", path.resolve()] for path in options.report} | {"python": []}
     return {
@@ -79,7 +83,7 @@ def main() -> None:
     run(tunes(options), options.out, options.processes)
     for name in ("learned", "snapkv_learned"):
         merge_levels([options.out / f"{name}_{r:g}.json" for r in options.retention], options.out / f"{name}.json")
-    plans = [f"{name}.json" for name in ("learned", "snapkv_learned", "power", "hull", "baklava")]
+    plans = [f"{name}.json" for name in ("learned", "snapkv_learned", "power", "power24", "hull", "baklava")]
     run(comparisons(options, [plan for plan in plans if (options.out / plan).exists()]), options.out, options.processes)
 
 

@@ -25,9 +25,14 @@ import matplotlib.pyplot as plt
 PLANS = {  # colour, name
     "learned.json": ("#1b6ca8", "learned"),
     "power.json": ("#e08e45", "sensitivity, power"),
+    "power24.json": ("#b3541e", "the same, 24 sequences"),
+    "hull.json": ("#6aa84f", "sensitivity, hull"),
     "baklava.json": ("#8e7cc3", "cosine, baklava"),
 }
-BEHIND = ("learned.json", "power.json", "baklava.json", "snapkv/learned.json", "snapkv/power.json", "snapkv/adakv")
+BEHIND = (
+    "learned.json", "power.json", "hull.json", "baklava.json", "snapkv_learned.json", "snapkv/learned.json",
+    "snapkv/power.json", "snapkv/hull.json", "snapkv/baklava.json", "snapkv/adakv",
+)  # fmt: skip
 RESAMPLES = 10_000
 
 
@@ -76,20 +81,20 @@ def table(texts: dict[str, Comparison], named: dict[str, str]) -> None:
 
 def draw(texts: list[Comparison], path: Path) -> None:
     levels = texts[0].levels
-    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axis.axhline(1, color="0.5", linewidth=1, linestyle=":")
     axis.annotate(" uniform", (1, 1), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     for place, level in enumerate(levels):
         for index, (method, (colour, said)) in enumerate(PLANS.items()):
             found, mean, low, high, _ = row(texts, method, level)
-            x = place + 0.25 * (index - 1)
-            axis.bar(x, mean, 0.22, color=colour, label=said if not place else None)
+            x = place + 0.17 * (index - (len(PLANS) - 1) / 2)
+            axis.bar(x, mean, 0.15, color=colour, label=said if not place else None)
             axis.errorbar(x, mean, [[mean - low], [high - mean]], color="black", linewidth=1, capsize=2)
-            axis.plot([x] * len(found), found, "o", color="white", markeredgecolor="black", ms=4)
+            axis.plot([x] * len(found), found, "o", color="white", markeredgecolor="black", ms=3)
     axis.set_xticks(range(len(levels)), [f"{level:.0%} kept" for level in levels])
     axis.set_ylabel("perplexity added, as a part of\nwhat uniform budgets add")
     axis.set_title("SmolLM2-135M, 4096 tokens: means of four texts, 95 % intervals; circles are the texts", fontsize=9)
-    axis.set_ylim(0, 1.25)
+    axis.set_ylim(0, 1.4)
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
