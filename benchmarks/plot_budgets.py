@@ -4,7 +4,8 @@
 
 Prints Markdown: which part of uniform's excess perplexity each plan leaves, for each text and in the mean of the texts,
 with 95 % bootstrap intervals (sequences drawn again within each text, 10 000 times). First decoded from the first token
-on, of which it draws budgets.png, then behind a prompt, as far as all texts have the rows.
+on, of which it draws budgets.png, then behind a prompt, as far as all texts have the rows. Last what every method adds
+to the full cache's perplexity behind a prompt, in the mean of the texts that have all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt
 PLANS = {  # colour, name
     "learned.json": ("#1b6ca8", "learned"),
     "power.json": ("#e08e45", "sensitivity, power"),
-    "power24.json": ("#b3541e", "the same, 24 sequences"),
+    "power24.json": ("#b3541e", "sensitivity, power, 24 sequences"),
     "hull.json": ("#6aa84f", "sensitivity, hull"),
     "baklava.json": ("#8e7cc3", "cosine, baklava"),
 }
@@ -33,17 +34,26 @@ BEHIND = (
     "learned.json", "power.json", "hull.json", "baklava.json", "snapkv_learned.json", "snapkv/learned.json",
     "snapkv/power.json", "snapkv/hull.json", "snapkv/baklava.json", "snapkv/adakv",
 )  # fmt: skip
+POLICIES = (
+    "quantized/int4", "quantized/int2", "random/uniform", "streaming/uniform", "learned.json", "power.json",
+    "snapkv/uniform", "snapkv/adakv", "snapkv_learned.json", "snapkv/power.json", "expected_attention/uniform",
+    "expected_attention/adakv", "kv_compress/uniform", "kv_compress/kv_compress", "h2o/uniform", "tova/uniform",
+    "l2norm/uniform", "keydiff/uniform", "corm/uniform", "r_kv/uniform", "kvzip/uniform",
+)  # fmt: skip
 RESAMPLES = 10_000
+
+
+def excess(found: Comparison, method: str, level: float, seed: int) -> tuple[float, Tensor]:
+    """What a method adds to the full cache's perplexity, as a part of it, and the same of each resample."""
+    added = found.at(method, level).values() - found.at("full", 1.0).values()
+    picks = torch.randint(len(added), (RESAMPLES, len(added)), generator=torch.Generator().manual_seed(seed))
+    return math.expm1(added.mean()), torch.expm1(added[picks].mean(1))
 
 
 def share(found: Comparison, method: str, level: float, seed: int) -> tuple[float, Tensor]:
     """What is left of the excess perplexity of uniform budgets under the same policy, and the same of each resample."""
-    full, uniform = found.at("full", 1.0), found.at(method, level).uniform
-    excess = [found.at(name, level).values() - full.values() for name in (method, uniform)]
-    count = len(full.values())
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
-    ours, theirs = (torch.expm1(each[picks].mean(1)) for each in excess)
-    return math.expm1(excess[0].mean()) / math.expm1(excess[1].mean()), ours / theirs
+    ours, uniform = (excess(found, name, level, seed) for name in (method, found.at(method, level).uniform))
+    return ours[0] / uniform[0], ours[1] / uniform[1]
 
 
 def bounds(resamples: Tensor) -> tuple[float, float]:
@@ -79,6 +89,31 @@ def table(texts: dict[str, Comparison], named: dict[str, str]) -> None:
                 print(f"| {level:.0%} | {said} | {row(comparisons, method, level)[-1]}")
 
 
+def policies(texts: dict[str, Comparison]) -> None:
+    """Prints what each method adds to the full cache's perplexity, in percent, at every level."""
+    levels = next(iter(texts.values())).levels
+    asked = {method: (1.0,) if method.startswith("quantized") else levels for method in POLICIES}
+    complete = {
+        name: found
+        for name, found in texts.items()
+        if all(found.at(method, level) for method, theirs in asked.items() for level in theirs)
+    }
+    print(f"Above the full cache on {', '.join(complete) or 'no text, as none has all methods'}:\n")
+    if not complete:
+        return
+    print(f"| method | {' | '.join(f'{level:.0%}' for level in levels)} |\n{'|---' * (len(levels) + 1)}|")
+    for method, theirs in asked.items():
+        cells = [added(list(complete.values()), method, level) for level in theirs]
+        print(f"| `{method.replace('.json', '')}` | {' | '.join(cells)} |{' |' * (len(levels) - len(theirs))}")
+
+
+def added(texts: list[Comparison], method: str, level: float) -> str:
+    """The mean of the texts, in percent, with its bounds."""
+    drawn = [excess(found, method, level, seed) for seed, found in enumerate(texts)]
+    low, high = bounds(torch.stack([draws for _, draws in drawn]).mean(0))
+    return f"{100 * sum(x for x, _ in drawn) / len(drawn):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def draw(texts: list[Comparison], path: Path) -> None:
     levels = texts[0].levels
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -109,7 +144,10 @@ def main() -> None:
     print()
     table(texts, shuffled)
     print()
-    table(read(folder, "prompt"), {method: f"`{method.replace('.json', '')}`" for method in BEHIND})
+    behind = read(folder, "prompt")
+    table(behind, {method: f"`{method.replace('.json', '')}`" for method in BEHIND})
+    print()
+    policies(behind)
     draw(list(texts.values()), images / "budgets.png")
 
 
