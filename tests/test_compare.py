@@ -173,6 +173,19 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, measured):
     assert measured.names == ["keydiff/uniform"] and ("tova/uniform", 0.3) in more.rows
 
 
+def test_rows_of_another_device_are_gone_on_with_unless_they_are_timed(tmp_path, monkeypatch):
+    out = tmp_path / "c.json"
+    monkeypatch.setattr("kvpolicy.compare.run.device_name", lambda device: "a GPU")
+    compare(task_of(), read_methods(["tova"]), [0.5], out)
+    assert {row.device for row in load_comparison(out).rows.values()} == {"a GPU"}
+    assert "- device: a GPU\n" in markdown(load_comparison(out))
+    monkeypatch.undo()
+    found = compare(task_of(), read_methods(["tova", "l2norm"]), [0.5], out, timing=False)
+    assert "- device: a GPU; cpu for l2norm/uniform\n" in markdown(found)
+    found = compare(task_of(), read_methods(["tova", "l2norm"]), [0.5], out)
+    assert {row.device for row in found.rows.values()} == {"cpu"} and "- device: cpu\n" in markdown(found)
+
+
 def test_a_row_of_another_plan_of_that_name_or_that_failed_is_measured_again(tmp_path, measured):
     model, path, out = tiny_model("Llama"), tmp_path / "plan.json", tmp_path / "c.json"
     spec = ModelSpec.from_config(model.config)

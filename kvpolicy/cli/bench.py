@@ -12,6 +12,7 @@ import typer
 from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
+from kvpolicy.devices import device_name
 
 
 def bench(
@@ -58,7 +59,7 @@ def bench(
     costs = measure_decode(network, ids, makers, **options, progress=watcher(quiet))
     rows = [_row(cost, costs[0], kept) for cost, kept in zip(costs, [None, *retentions], strict=True)]
     run = {"model": name, "plan": plan, "policy": choice.policy_name, "context_length": context}
-    run |= {"new_tokens": new_tokens, "repeats": repeats, "batch_size": batch_size, "device": _device(where)}
+    run |= {"new_tokens": new_tokens, "repeats": repeats, "batch_size": batch_size, "device": device_name(where)}
     run |= {"dtype": str(network.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     if json:
         opt.print_json({**run, "torch": torch.__version__, "dense": rows[0], "caches": rows[1:]})
@@ -107,10 +108,6 @@ def _row(cost: Any, dense: Any, retention: float | None) -> dict[str, Any]:
         return row
     kept = {"entries": cost.entries, "entries_seen": cost.entries_seen, "kept": cost.entries / cost.entries_seen}
     return {**row, "retention": retention, **kept, "evicted": cost.entries < cost.entries_seen}
-
-
-def _device(where: str) -> str:
-    return torch.cuda.get_device_name(where) if where.startswith("cuda") else where
 
 
 def _report(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:

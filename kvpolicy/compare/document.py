@@ -33,6 +33,7 @@ class Row:
     decode_ms:   milliseconds of a token decoded on that cache, None where it was not timed
     error:       why the method failed
     remark:      what a reader should know besides
+    device:      its name, '' where the file does not say
     """
 
     method: str
@@ -47,6 +48,7 @@ class Row:
     decode_ms: float | None = None
     error: str | None = None
     remark: str = ""
+    device: str = ""
 
     @property
     def key(self) -> tuple[str, float]:
@@ -134,6 +136,7 @@ def _row(fields: Fields) -> Row:
         decode_ms=fields.read("decode_ms", number) if fields.has("decode_ms") else None,
         error=fields.read("error", text) if fields.has("error") else None,
         remark=fields.read("remark", text),
+        device=fields.read("device", text) if fields.has("device") else "",
     )
     if not row.losses and row.error is None:
         raise PlanError(f"{fields.path('losses')} is empty, and no error says why")

@@ -13,6 +13,7 @@ from kvpolicy.compare.document import Comparison, Row, load_comparison, save_com
 from kvpolicy.compare.figures import summary
 from kvpolicy.compare.methods import Method
 from kvpolicy.compare.tasks import Task
+from kvpolicy.devices import device_name
 from kvpolicy.errors import KVPolicyError, ModelError
 from kvpolicy.progress import Progress
 
@@ -36,7 +37,8 @@ def compare(
     retentions: kept fractions of the prompt, each in (0, 1)
     settings:   what must agree besides the task's own and the seed, as JSON values
     about:      names for a reader
-    timing:     whether decoding is timed, of which nothing can be told while others use the device
+    timing:     whether decoding is timed, of which nothing can be told while others use the device; rows that were
+                measured on another device are measured again then
 
     A method that fails is a row that says why. Raises `KVPolicyError` for a file made under other settings, and what
     `full` raises: without it there is nothing to compare with.
@@ -46,14 +48,16 @@ def compare(
     before = _begun(out, asked)
     done = Comparison(asked, about or {})
     pairs = [(m, r) for m in methods for r in ([1.0] if m.evicts_nothing else sorted(set(retentions), reverse=True))]
-    missing = sum(_known(before, *pair, timing) is None for pair in pairs)
+    device = device_name(task.model.device)
+    timed_on = device if timing else None
+    missing = sum(_known(before, *pair, timed_on) is None for pair in pairs)
     progress.note(f"{missing} rows of {task.count} sequences to measure, {len(pairs) - missing} are in {out} already")
     progress.begin("compare", missing)
     try:
         for method, retention in pairs:
-            row = _known(before, method, retention, timing)
+            row = _known(before, method, retention, timed_on)
             if row is None:
-                row = _measured(task, method, retention, seed, timing)
+                row = replace(_measured(task, method, retention, seed, timing), device=device)
                 progress.advance(f"{method.name}, {retention:.4g} kept: {_said(row)}")
             before.pop(row.key, None)
             done.rows[row.key] = row
@@ -76,12 +80,12 @@ def _begun(out: Path, asked: dict[str, Any]) -> dict[tuple[str, float], Row]:
     return dict(earlier.rows)
 
 
-def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float, timing: bool) -> Row | None:
-    """A row that need not be measured again."""
+def _known(rows: dict[tuple[str, float], Row], method: Method, retention: float, timed_on: str | None) -> Row | None:
+    """A row that need not be measured again. timed_on: the device that times are wanted of, if they are."""
     row = rows.get((method.name, retention))
     if row is None or row.error is not None or row.identity != method.identity:
         return None
-    return None if timing and row.decode_ms is None else row
+    return None if timed_on is not None and (row.decode_ms is None or row.device != timed_on) else row
 
 
 def _measured(task: Task, method: Method, retention: float, seed: int, timing: bool) -> Row:

@@ -38,12 +38,24 @@ def markdown(comparison: Comparison) -> str:
     """The whole page."""
     lines = ["# Methods at equal bytes", ""]
     lines += [f"- {name}: {' '.join(str(value).split())}" for name, value in comparison.about.items()]
+    lines += [f"- device: {_devices(comparison)}"]
     columns: dict[str, Cell] = {**_columns(comparison), "calibration": _calibration, "note": lambda row: row.note}
     for heading, rows in levels(comparison):
         lines += ["", f"## {heading}", "", _row(list(columns)), "|" + "---|" * len(columns)]
         lines += [_row([cell(row) for cell in columns.values()]) for row in rows]
         lines += ["", " ".join(_said(comparison, rows))]
     return "\n".join([*lines, "", NOTES, ""])
+
+
+def _devices(comparison: Comparison) -> str:
+    """Where the rows were measured: one device, and behind others the methods that they measured."""
+    found: dict[str, list[str]] = {}
+    for row in comparison.rows.values():
+        methods = found.setdefault(row.device or "not recorded", [])
+        if row.method not in methods:
+            methods.append(row.method)
+    first, *others = found
+    return "; ".join([first, *(f"{name} for {', '.join(found[name])}" for name in others)])
 
 
 def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
