@@ -3,7 +3,7 @@
     python benchmarks/measured_budgets.py --search books.txt --report other.txt wiki.txt --out results/budgets
 
 Plans: learned (each retention by itself) under the window rule and under snapkv, sensitivity with power and with hull,
-power on three times the sequences, cosine with baklava. Then every plan, uniform and pyramid under the window rule,
+power on 24 sequences, cosine with baklava. Then every plan, uniform and pyramid under the window rule,
 decoded from the first token on, and every policy behind a prompt, on each text of --report and on Python's language
 reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page beside each; a later run goes on with
 what is there.
@@ -40,7 +40,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     baklava = ["--estimator", "cosine", "--allocator", "baklava", "--trials", options.trials]
     few = options.search_sequences
     for name, sequences, method in (
-        ("power", few, power), ("power24", 3 * few, power), ("hull", few, hull), ("baklava", few, baklava),
+        ("power", few, power), ("power24", 24, power), ("hull", few, hull), ("baklava", few, baklava),
     ):  # fmt: skip
         commands[name] = [*searched, "--sequences", sequences, *method, *common]
     return missing(commands, options.out)

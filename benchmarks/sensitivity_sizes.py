@@ -27,7 +27,7 @@ from kvpolicy.stats import excess_share, paired_difference
 from kvpolicy.text import Corpus
 
 CONTEXT, FLOOR_SHARE, EXPONENTS, RETENTIONS = 4096, 0.42, (0.25, 0.4, 0.6), (0.3, 0.1)
-SIZES = {"1/32": 0, "1/8": 1}
+SIZES = {"1/8": 1, "1/32": 0}  # places in what was measured
 SUBSETS = {"24": slice(0, 24), "8a": slice(0, 24, 3), "8b": slice(1, 24, 3)}
 FOR_EXPONENTS = [2, 9, 16]
 
@@ -53,6 +53,13 @@ class Bench:
         budget, allocator = self.budget(retention), PowerAllocator(exponent=exponent, floor_share=FLOOR_SHARE)
         return apportion(allocator.shares(Importance(importance), budget), budget)
 
+    def best_exponent(self, importance: Tensor, size: str, retention: float) -> float:
+        tried = {}
+        for each in EXPONENTS:
+            table = self.power(importance, retention, each)
+            tried[each] = float(self.losses(self.search, table, f"search 24@{size} {retention} {each}").mean())
+        return min(tried, key=lambda each: tried[each])
+
     def losses(self, sequences: Tensor, table: Tensor, what: str) -> Tensor:
         found = TransformersProbe(self.model, sequences, num_sink_tokens=4).loss(table)
         with self.out.open("a", encoding="utf-8") as file:
@@ -74,17 +81,11 @@ def main() -> None:
     for retention in RETENTIONS:
         table = apportion(torch.ones(bench.spec.table_shape), bench.budget(retention))
         uniform, first = bench.losses(bench.report, table, f"uniform {retention}"), None
-        for size in ("1/8", "1/32"):
-            exponent = 0.0
-            for name, subset in SUBSETS.items():
-                importance = measured[:, :, SIZES[size], subset].mean(-1).clamp(min=0).float()
-                if not exponent:
-                    tried = {}
-                    for each in EXPONENTS:
-                        table = bench.power(importance, retention, each)
-                        tried[each] = bench.losses(bench.search, table, f"search 24@{size} {retention} {each}").mean()
-                    exponent = min(tried, key=lambda each: tried[each])
-                table = bench.power(importance, retention, exponent)
+        for size, place in SIZES.items():
+            importance = {n: measured[:, :, place, s].mean(-1).clamp(min=0).float() for n, s in SUBSETS.items()}
+            exponent = bench.best_exponent(importance["24"], size, retention)
+            for name, own in importance.items():
+                table = bench.power(own, retention, exponent)
                 found = bench.losses(bench.report, table, f"{name}@{size} {retention} {exponent}")
                 first = found if first is None else first
                 left, apart = excess_share(found, uniform, full), paired_difference(found, first)
