@@ -1,17 +1,19 @@
-"""The table and the picture of docs/results.md on measured and learned budgets, from what measured_budgets.py found.
+"""The tables and pictures of docs/results.md on measured and learned budgets, from what measured_budgets.py found.
 
     python benchmarks/plot_budgets.py benchmarks/results/budgets_h100 docs/images
 
 Prints Markdown: which part of uniform's excess perplexity each plan leaves, for each text and in the mean of the texts,
 with 95 % bootstrap intervals (sequences drawn again within each text, 10 000 times). First decoded from the first token
 on, of which it draws budgets.png, then behind a prompt, as far as all texts have the rows. Last what every method adds
-to the full cache's perplexity behind a prompt, in the mean of the texts that have all of them.
+to the full cache's perplexity behind a prompt, in the mean of the texts that have all of them, which all_policies.png
+draws too.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -40,6 +42,14 @@ POLICIES = (
     "expected_attention/adakv", "kv_compress/uniform", "kv_compress/kv_compress", "h2o/uniform", "tova/uniform",
     "l2norm/uniform", "keydiff/uniform", "corm/uniform", "r_kv/uniform", "kvzip/uniform",
 )  # fmt: skip
+DRAWN = {  # over all other methods, in grey: colour, name
+    "snapkv_learned.json": ("#1b6ca8", "snapkv, learned for it"),
+    "snapkv/power.json": ("#b3541e", "snapkv, sensitivity"),
+    "learned.json": ("#6fb1e0", "window rule, learned"),
+    "h2o/uniform": ("#6aa84f", "h2o, uniform"),
+    "expected_attention/uniform": ("#8e7cc3", "expected_attention, uniform"),
+    "snapkv/uniform": ("black", "snapkv, uniform"),
+}
 RESAMPLES = 10_000
 
 
@@ -89,29 +99,64 @@ def table(texts: dict[str, Comparison], named: dict[str, str]) -> None:
                 print(f"| {level:.0%} | {said} | {row(comparisons, method, level)[-1]}")
 
 
-def policies(texts: dict[str, Comparison]) -> None:
-    """Prints what each method adds to the full cache's perplexity, in percent, at every level."""
+def levels_of(method: str, levels: Sequence[float]) -> Sequence[float]:
+    """A quantized cache keeps every token."""
+    return (1.0,) if method.startswith("quantized") else levels
+
+
+def policies(texts: dict[str, Comparison]) -> list[Comparison]:
+    """Prints what each method adds to the full cache's perplexity, in percent. Returns the texts with all methods."""
     levels = next(iter(texts.values())).levels
-    asked = {method: (1.0,) if method.startswith("quantized") else levels for method in POLICIES}
     complete = {
         name: found
         for name, found in texts.items()
-        if all(found.at(method, level) for method, theirs in asked.items() for level in theirs)
+        if all(found.at(method, level) for method in POLICIES for level in levels_of(method, levels))
     }
     print(f"Above the full cache on {', '.join(complete) or 'no text, as none has all methods'}:\n")
-    if not complete:
-        return
-    print(f"| method | {' | '.join(f'{level:.0%}' for level in levels)} |\n{'|---' * (len(levels) + 1)}|")
-    for method, theirs in asked.items():
-        cells = [added(list(complete.values()), method, level) for level in theirs]
-        print(f"| `{method.replace('.json', '')}` | {' | '.join(cells)} |{' |' * (len(levels) - len(theirs))}")
+    if complete:
+        print(f"| method | {' | '.join(f'{level:.0%}' for level in levels)} |\n{'|---' * (len(levels) + 1)}|")
+    for method in POLICIES if complete else ():
+        cells = []
+        for level in levels_of(method, levels):
+            mean, low, high = added(list(complete.values()), method, level)
+            cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
+        print(f"| `{method.replace('.json', '')}` | {' | '.join(cells)} |{' |' * (len(levels) - len(cells))}")
+    return list(complete.values())
 
 
-def added(texts: list[Comparison], method: str, level: float) -> str:
-    """The mean of the texts, in percent, with its bounds."""
+def added(texts: list[Comparison], method: str, level: float) -> tuple[float, float, float]:
+    """The mean of the texts and its bounds, in percent."""
     drawn = [excess(found, method, level, seed) for seed, found in enumerate(texts)]
     low, high = bounds(torch.stack([draws for _, draws in drawn]).mean(0))
-    return f"{100 * sum(x for x, _ in drawn) / len(drawn):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return 100 * sum(x for x, _ in drawn) / len(drawn), 100 * low, 100 * high
+
+
+def draw_policies(texts: list[Comparison], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for method in (*(method for method in POLICIES if method not in DRAWN), *DRAWN):
+        levels = levels_of(method, texts[0].levels)
+        rows = [texts[0].at(method, level) for level in levels]
+        held = [100 * row.bytes / row.dense_bytes for row in rows]
+        mean, low, high = zip(*(added(texts, method, level) for level in levels), strict=True)
+        if method.startswith("quantized"):
+            said = f"{method.removeprefix('quantized/')}, all tokens"
+            axis.plot(held, mean, "*", color="#c0392b", ms=11)
+            axis.annotate(said, (held[0], mean[0]), (0, 8), textcoords="offset points", fontsize=8, ha="center")
+        elif method in DRAWN:
+            colour, said = DRAWN[method]
+            axis.plot(held, mean, "o-", color=colour, ms=4, label=said)
+            axis.fill_between(held, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axis.plot(held, mean, "o-", color="0.8", ms=4, linewidth=1)
+    axis.plot([], [], "o-", color="0.8", ms=4, linewidth=1, label="all others")
+    axis.set(xscale="log", yscale="log", xlabel="bytes, percent of the full cache", ylabel="perplexity added, percent")
+    axis.set_xticks([5, 10, 16, 28, 50], ["5", "10", "16", "28", "50"])
+    axis.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
+    axis.minorticks_off()
+    axis.set_title("SmolLM2-135M, behind a prompt of 2048 tokens: mean of four texts, 95 % intervals", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def draw(texts: list[Comparison], path: Path) -> None:
@@ -147,8 +192,10 @@ def main() -> None:
     behind = read(folder, "prompt")
     table(behind, {method: f"`{method.replace('.json', '')}`" for method in BEHIND})
     print()
-    policies(behind)
+    complete = policies(behind)
     draw(list(texts.values()), images / "budgets.png")
+    if complete:
+        draw_policies(complete, images / "all_policies.png")
 
 
 if __name__ == "__main__":
