@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kvpolicy_baselines import learned
-from kvpolicy_baselines.learned import LearnedAllocator
+from kvpolicy_baselines.learned import LearnedAllocator, SoftCapacities, capacities_of
 from torch import Tensor
 
 import kvpolicy
@@ -179,17 +178,17 @@ def capacities_and_sinks(probe: ModelProbe, budget: Budget, variant: Variant) ->
     allocator = LearnedAllocator(**variant.options)
     theta = torch.zeros(budget.shape, dtype=torch.float64, requires_grad=True)
     sinks = torch.full(budget.shape, math.log(variant.num_sink_tokens), dtype=torch.float64, requires_grad=True)
-    adam, order = torch.optim.Adam([theta, sinks]), allocator._order(probe.num_sequences)
+    adam, order = torch.optim.Adam([theta, sinks]), allocator.order(probe.num_sequences)
 
     def current() -> tuple[Tensor, Tensor]:
-        capacities = learned._capacities(theta, budget)
+        capacities = capacities_of(theta, budget)
         return capacities, torch.minimum(sinks.exp().clamp(min=1), capacities - 1)
 
     for step in range(allocator.steps):
         adam.param_groups[0]["lr"] = allocator.learning_rate * (1 - step / allocator.steps)
         adam.zero_grad()
         capacities, first = current()
-        bias = SoftlyVisible(capacities - first, first, allocator._tau(step))
+        bias = SoftlyVisible(capacities - first, first, allocator.tau(step))
         probe.soft_loss(bias, sequence=order[step]).mean().backward()
         adam.step()
     with torch.no_grad():
@@ -201,14 +200,14 @@ def together(probe: ModelProbe, budgets: dict[float, Budget], variant: Variant) 
     allocator, turns = LearnedAllocator(**variant.options), list(budgets.values())
     theta = torch.zeros(turns[0].shape, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([theta])
-    order = allocator._order(probe.num_sequences)
+    order = allocator.order(probe.num_sequences)
     for step in range(allocator.steps):
         adam.param_groups[0]["lr"] = allocator.learning_rate * (1 - step / allocator.steps)
         adam.zero_grad()
-        kept = learned._capacities(theta, turns[step % len(turns)]) - (probe.least_capacity - 1)
-        probe.soft_loss(learned._SoftCapacities(kept, allocator._tau(step)), sequence=order[step]).mean().backward()
+        kept = capacities_of(theta, turns[step % len(turns)]) - (probe.least_capacity - 1)
+        probe.soft_loss(SoftCapacities(kept, allocator.tau(step)), sequence=order[step]).mean().backward()
         adam.step()
-    return {retention: learned._capacities(theta.detach(), budget) for retention, budget in budgets.items()}
+    return {retention: capacities_of(theta.detach(), budget) for retention, budget in budgets.items()}
 
 
 def table(folder: Path) -> str:

@@ -62,7 +62,7 @@ class LearnedAllocator(BudgetAllocator):
         """The capacities, float64 `[L, H]`, that the last step left; they sum to the budget's total."""
         theta = self._start(importance.per_head).requires_grad_()
         adam = torch.optim.Adam([theta], lr=self.learning_rate)
-        num_sink_tokens, order = probe.least_capacity - 1, self._order(probe.num_sequences)
+        num_sink_tokens, order = probe.least_capacity - 1, self.order(probe.num_sequences)
         losses, begun = _restored(probe.saved(), theta, adam), time.monotonic()
         first = len(losses)
         probe.progress.begin("learn capacities", self.steps - first)
@@ -71,7 +71,7 @@ class LearnedAllocator(BudgetAllocator):
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 adam.zero_grad()
                 with torch.enable_grad():
-                    bias = _SoftCapacities(_capacities(theta, budget) - num_sink_tokens, self._tau(step))
+                    bias = SoftCapacities(capacities_of(theta, budget) - num_sink_tokens, self.tau(step))
                     loss = probe.soft_loss(bias, "full", sequence=order[step]).mean()
                     loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(_finite(float(loss.detach()), step))
@@ -83,9 +83,9 @@ class LearnedAllocator(BudgetAllocator):
         finally:
             probe.progress.end()
         probe.progress.note(_summary(losses, first, time.monotonic() - begun))
-        return _capacities(theta.detach(), budget)
+        return capacities_of(theta.detach(), budget)
 
-    def _tau(self, step: int) -> float:
+    def tau(self, step: int) -> float:
         """The width of the edges falls by the same factor each step."""
         return float(self.tau_start * (self.tau_end / self.tau_start) ** (step / max(self.steps - 1, 1)))
 
@@ -97,14 +97,14 @@ class LearnedAllocator(BudgetAllocator):
         # a head that measured nothing can still rise: it starts at a small part of the best
         return self.start_exponent * (importance.double() / best).clamp(min=_LEAST_IMPORTANCE).log()
 
-    def _order(self, count: int) -> list[int]:
+    def order(self, count: int) -> list[int]:
         """Which sequence each step sees: all of them once, in an order drawn anew, before any comes again."""
         generator = torch.Generator().manual_seed(self.seed)
         rounds = math.ceil(self.steps / count)
         return [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)][: self.steps]
 
 
-class _SoftCapacities:
+class SoftCapacities:
     """`logsigmoid((log(kept + 1/2) - log(rank + 1)) / tau)`, 0 on entries that are never evicted.
 
     As tau goes to 0 this becomes what a cache does: the `kept` entries that rank first are seen, the others not.
@@ -119,8 +119,8 @@ class _SoftCapacities:
         return F.logsigmoid((edge - torch.log1p(rank.float())) / self.tau)  # log(0) of rank -1: no bias
 
 
-def _capacities(theta: Tensor, budget: Budget) -> Tensor:
-    """The floors, and of what is left a part by softmax: the exact total, never under a floor."""
+def capacities_of(theta: Tensor, budget: Budget) -> Tensor:
+    """Float64 `[L, H]`, as theta: the floors, and of what is left a part by softmax, so the total is exact."""
     floors = budget.floors().double()
     left = max(budget.total - float(floors.sum()), 0.0)
     return floors + left * torch.softmax(theta.flatten(), 0).reshape(theta.shape)
