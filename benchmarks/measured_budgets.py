@@ -4,9 +4,9 @@
 
 Plans: learned (each retention by itself) under the window rule and under snapkv, sensitivity with power and with hull,
 power on 24 sequences, cosine with baklava. Then every plan, uniform and pyramid under the window rule,
-decoded from the first token on, and every policy behind a prompt, on each text of --report and on Python's language
-reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page beside each; a later run goes on with
-what is there.
+decoded from the first token on, and every policy and plan but the one on 24 sequences behind a prompt, on each text of
+--report and on Python's language reference. Writes the plans, OUT/window_TEXT.json, OUT/prompt_TEXT.json and a page
+beside each; a later run goes on with what is there.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ RESAMPLES = 10_000
 
 def excess(found: Comparison, method: str, level: float, seed: int) -> tuple[float, Tensor]:
     """What a method adds to the full cache's perplexity, as a part of it, and the same of each resample."""
-    added = found.at(method, level).values() - found.at("full", 1.0).values()
-    picks = torch.randint(len(added), (RESAMPLES, len(added)), generator=torch.Generator().manual_seed(seed))
-    return math.expm1(added.mean()), torch.expm1(added[picks].mean(1))
+    more = found.at(method, level).values() - found.at("full", 1.0).values()
+    picks = torch.randint(len(more), (RESAMPLES, len(more)), generator=torch.Generator().manual_seed(seed))
+    return math.expm1(more.mean()), torch.expm1(more[picks].mean(1))
 
 
 def share(found: Comparison, method: str, level: float, seed: int) -> tuple[float, Tensor]:
