@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KVPolicyError(Exception):
     """Root of all errors raised on purpose by kvpolicy; the command line turns them into exit code 2."""
@@ -45,3 +48,25 @@ class PlanWarning(UserWarning):
 
 class GraphWarning(UserWarning):
     """Decoding is slower than asked for: it could not be compiled, or not be captured in a CUDA graph."""
+
+
+@contextmanager
+def foreign(said: str, kind: type[KVPolicyError]) -> Iterator[None]:
+    """Around a call into a library that reads what is somebody's: whatever is raised there becomes one line of `kind`.
+
+    said: what was tried with whose file, such as "cannot load the model 'x' from the directory x"
+
+    Our own code stays outside: an error in it is a bug and is to be seen as one.
+    """
+    try:
+        yield
+    except KVPolicyError:
+        raise
+    except Exception as error:
+        raise kind(f"{said}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the paragraphs behind it; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,12 @@
-"""The command line: one file a verb. Errors are one line and exit code 2; Ctrl-C exits 130."""
+"""The command line: one file a verb. Errors are one line and exit code 2; Ctrl-C exits 130, a closed pipe 141."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import re
 import sys
 import warnings
 from typing import NoReturn, cast
@@ -17,7 +22,7 @@ from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
 from kvpolicy.cli.show import show
 from kvpolicy.cli.tune import tune_command
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import KVPolicyError, first_line
 
 app = typer.Typer(
     name="kvpolicy",
@@ -39,15 +44,22 @@ app.command()(plugins)
 
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's, wherever this typer keeps its click
 _INTERRUPTED = 130
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's, of GPUs and of CPUs
+_BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of `cat ... | head`
 
 
 def main() -> None:
     """Entry point of the `kvpolicy` command."""
     warnings.showwarning = _show_warning
+    if sys.stdout is None:
+        _fail("standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         code = app(prog_name="kvpolicy", standalone_mode=False)  # typer's own error boxes are more than one line
-    except KVPolicyError as error:
-        _fail(str(error))
+        sys.stdout.flush()
     except _UsageError as error:
         if len(sys.argv) == 1:
             error.show()  # type: ignore[attr-defined]  # the help
@@ -55,12 +67,44 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see --help")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except BrokenPipeError:  # `kvpolicy ... | head`
-        sys.stderr.close()
-        sys.exit(141)
+    except (Exception, SystemExit) as error:
+        if _is_broken_pipe(error):
+            _drop_output()
+            sys.exit(_BROKEN_PIPE)
+        if (said := _said(error)) is None:
+            raise
+        _fail(said)
     if code == _INTERRUPTED:
         _say("interrupted")
     sys.exit(code or 0)
+
+
+def _said(error: BaseException) -> str | None:
+    """The line for a failure that is not ours; None for a bug, which is to be seen with its traceback.
+
+    What libraries raise over somebody's file is a `KVPolicyError` by now (`kvpolicy.errors.foreign`).
+    """
+    if isinstance(error, KVPolicyError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = error.filename
+        if where is None and error.errno in _CANNOT_WRITE:  # our files are `kvpolicy.files`', which names them
+            where = "standard output"
+            _drop_output()
+        return first_line(error) if where is None else f"{where}: {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return f"not enough memory: {first_line(error)}; a shorter context or a smaller batch needs less"
+    return None
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Whether nobody reads standard output any more, as in `kvpolicy ... | head`. rich turns that into an exit."""
+    return isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
+
+
+def _drop_output() -> None:
+    """Gives up what still waits for standard output: Python would try again at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:
@@ -70,7 +114,8 @@ def _fail(message: str) -> NoReturn:
 
 def _say(message: str) -> None:
     """One line, whatever a library put into the message."""
-    print(f"kvpolicy: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # where standard error cannot be written either
+        print(f"kvpolicy: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,0 +1,94 @@
+"""The edge of the command line: whose fault is one line and exit code 2, and whose is a traceback."""
+
+import os
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+from kvpolicy.errors import ModelError, PlanError, foreign
+from tests.command_line import KVPOLICY
+
+PRINTING = [["show", "PLAN"], ["show", "PLAN", "--json"], ["plugins"]]
+
+
+def test_a_foreign_error_names_whose_it_is_in_one_line():
+    with pytest.raises(ModelError) as caught, foreign("cannot read the file 'x'", ModelError):
+        raise IndexError("\n  row 7 is not there \nand a paragraph\n")
+    assert str(caught.value) == "cannot read the file 'x': row 7 is not there"
+    with pytest.raises(ModelError, match=r"'x': StopIteration$"), foreign("cannot read the file 'x'", ModelError):
+        raise StopIteration
+    with pytest.raises(PlanError, match=r"^as it was$"), foreign("cannot read the file 'x'", ModelError):
+        raise PlanError("as it was")
+
+
+def fails(monkeypatch, error):
+    def raising(name):
+        raise error
+
+    monkeypatch.setattr("kvpolicy.cli.options.check_retention", raising)
+    return ["estimate", "-r", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a\nb"), "a b: No such file or directory"),
+        (OSError("the socket is gone"), "the socket is gone"),
+        (MemoryError(), "not enough memory: MemoryError; a shorter context or a smaller batch needs less"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "not enough memory: CUDA out of memory. Tried; a",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(refused, monkeypatch, error, said):
+    assert said in refused(*fails(monkeypatch, error))
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shape"), AttributeError("x"), SystemExit(0)])
+def test_a_bug_of_ours_is_seen(kvpolicy, monkeypatch, bug):
+    from kvpolicy.cli import main
+
+    monkeypatch.setattr("sys.argv", ["kvpolicy", *fails(monkeypatch, bug)])
+    with warnings.catch_warnings(), pytest.raises(type(bug)):
+        main()
+
+
+def printing(arguments, plan, stdout, monkeypatch):
+    """The exit code of a verb in this process."""
+    from kvpolicy.cli import main
+
+    monkeypatch.setattr("sys.argv", ["kvpolicy", *(str(plan) if each == "PLAN" else each for each in arguments)])
+    monkeypatch.setattr("sys.stdout", stdout)
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
+        main()
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_an_output_that_takes_nothing_is_one_line(tuned, arguments, monkeypatch, capfd):
+    with open("/dev/full", "w") as full:
+        assert printing(arguments, tuned[0], full, monkeypatch) == 2
+    assert capfd.readouterr().err == "kvpolicy: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_a_reader_that_has_left_is_no_error(tuned, arguments, monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        assert printing(arguments, tuned[0], pipe, monkeypatch) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_nor_does_python_say_anything_at_its_exit(tuned):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*KVPOLICY, "show", str(tuned[0]), "--json"], stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, b"kvpolicy: error: standard output: No space left on device\n")
+
+
+def test_a_name_that_is_no_text_is_still_shown(refused):
+    said = refused("show", b"\xff.json".decode(errors="surrogateescape"))
+    assert "plan file '\\udcff.json': cannot be read: No such file or directory" in said
