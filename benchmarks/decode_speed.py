@@ -26,6 +26,7 @@ import transformers
 
 import kvpolicy
 from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
+from kvpolicy.integrations.transformers import with_cache
 from kvpolicy.integrations.transformers.bench import measure_decode
 
 KEPT = 0.25
@@ -106,7 +107,7 @@ def child(options: argparse.Namespace) -> None:
 
     def run(count: int) -> Any:
         cache = cache_of(options.child)
-        model(prompt[:, :count], past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        model(prompt[:, :count], **with_cache(model, cache), use_cache=cache is not None, logits_to_keep=1)
         return cache
 
     run(32)  # libraries are loaded, threads started

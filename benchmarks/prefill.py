@@ -23,6 +23,7 @@ from harness import write_csv
 from transformers import DynamicCache
 
 import kvpolicy
+from kvpolicy.integrations.transformers import with_cache
 
 KEPT = 0.3
 POLICIES = (  # name, kind, whether at fixed addresses
@@ -58,7 +59,7 @@ def measure(model: Any, context: int, repeats: int) -> list[dict[str, Any]]:
             kvpolicy.detach(model)
             clean()
             cache = make()
-            took, _ = timed(partial(model, ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+            took, _ = timed(partial(model, ids, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
             if turn:
                 seconds[key].append(took)
             peaks[key] = torch.cuda.max_memory_allocated()

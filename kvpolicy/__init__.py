@@ -19,6 +19,7 @@ from kvpolicy.errors import (
     PluginWarning,
     StudyError,
     TextError,
+    VersionWarning,
 )
 from kvpolicy.hookspecs import Register, hookimpl
 from kvpolicy.interfaces import (
@@ -114,6 +115,7 @@ __all__ = [
     "TransformersProbe",
     "Trial",
     "TuneSettings",
+    "VersionWarning",
     "apportion",
     "attach",
     "attached",

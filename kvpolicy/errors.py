@@ -46,6 +46,10 @@ class PlanWarning(UserWarning):
     """A plan is used outside the conditions it was made for."""
 
 
+class VersionWarning(UserWarning):
+    """A release of transformers that is newer than those kvpolicy was tested with."""
+
+
 class GraphWarning(UserWarning):
     """Decoding is slower than asked for: it could not be compiled, or not be captured in a CUDA graph."""
 

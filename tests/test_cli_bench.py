@@ -9,7 +9,7 @@ from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import bench as bench_module
 from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.integrations.transformers.bench import DENSE, DecodeCost, measure_decode
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import save_tiny_falcon
 
 LAYERS, HEADS, ENTRY = 2, 2, (8 + 8) * 4
@@ -137,7 +137,7 @@ def test_every_layer_of_a_stock_cache_is_weighed():
     model, ids = tiny_model("Gemma3Window"), tiny_ids(60)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
     (dense,) = measure_decode(model, ids, {}, new_tokens=4, repeats=1)
     assert dense.bytes >= sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 

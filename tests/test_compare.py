@@ -21,7 +21,7 @@ from kvpolicy.plan import PlanChoice, save_plan
 from kvpolicy.report.comparison import markdown
 from kvpolicy.report.comparison_figure import pareto_front
 from kvpolicy.retrieval import Question, make_key_values, make_passkeys, recalled
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 
 LENGTH, PROMPT = 100, 80
@@ -412,7 +412,7 @@ def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
         with torch.no_grad():
             for _ in range(6):
                 fed = tokens if tokens.shape[1] == PROMPT else tokens[:, -1:]
-                tokens = torch.cat([tokens, model(fed, past_key_values=cache).logits[:, -1:].argmax(-1)], 1)
+                tokens = torch.cat([tokens, model(fed, **over(cache)).logits[:, -1:].argmax(-1)], 1)
         expected.append(" ".join(map(str, tokens[0, PROMPT:].tolist())))
     kvpolicy.detach(model)
     answers, held = task._answers(0, method, table)

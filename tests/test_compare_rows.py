@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from transformers import QuantizedCache
+from transformers import Cache, QuantizedCache
 
 import kvpolicy
 from kvpolicy import BudgetPlan, KVPolicyError, ModelSpec, PlanError, PromptProbe, TransformersProbe, registry
@@ -22,7 +22,7 @@ from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel, save_plan
 from kvpolicy.report.comparison import markdown, tables
 from tests.test_compare import PROMPT, Speller, questions
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 
 LENGTH = 100
 FP8 = "quantized/fp8"
@@ -76,7 +76,8 @@ def test_decode_time_is_the_median_of_single_tokens_behind_the_prompt(monkeypatc
     seconds = iter([99.0, 99.0, 99.0, *(0.001 * x for x in (16, 1, 15, 2, 14, 3, 13, 4, 12, 5, 11, 6, 10, 7, 9, 8))])
 
     def forward(_, args, given):
-        fed.append((tuple(args[0].shape), given["past_key_values"].get_seq_length()))
+        (cache,) = (x for x in given.values() if isinstance(x, Cache))
+        fed.append((tuple(args[0].shape), cache.get_seq_length()))
         clock[0] += next(seconds) if args[0].shape[1] == 1 else 1000.0
 
     monkeypatch.setattr(caches, "seconds_now", lambda _: clock[0])
@@ -129,10 +130,10 @@ def fp8_losses(model, ids, prompt):
     """Token by token over transformers' own cache."""
     cache, losses = QuantizedCache("fp8", model.config), []
     with torch.no_grad():
-        logits = model(ids[:, :prompt], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, :prompt], **over(cache)).logits[:, -1]
         for at in range(prompt, ids.shape[1]):
             losses.append(torch.nn.functional.cross_entropy(logits, ids[:, at]))
-            logits = model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1]
+            logits = model(ids[:, at : at + 1], **over(cache)).logits[:, -1]
     return float(torch.stack(losses).double().mean())
 
 
@@ -171,7 +172,7 @@ def test_answers_over_a_quantized_cache_are_those_of_generate():
     task = RetrievalTask("passkey", model, Speller(), questions(2), batch_size=2)
     for index, each in enumerate(task.questions):
         cache = QuantizedCache("fp8", model.config)
-        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "past_key_values": cache}
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **over(cache)}
         expected = model.generate(each.ids[None], **options)[0, PROMPT:]
         answers, held = task._answers(index, named(FP8), table)
         assert answers == [" ".join(map(str, expected.tolist()))] and held.entries == 6 * PROMPT

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvpolicy
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "custom_loop.py"
 PROMPT, COUNT = 90, 40
@@ -60,7 +60,7 @@ def test_a_ragged_table_gives_the_tokens_of_new_cache(example, reference, model,
     plan, ids = ragged_plan(reference), tiny_ids(PROMPT, batch=2)
     cache = kvpolicy.new_cache(reference, plan, **options)
     expected = reference.generate(
-        ids, past_key_values=cache, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, eos_token_id=None
+        ids, **over(cache), max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, eos_token_id=None
     )
     store = kvpolicy.RaggedStore.from_plan(plan, **options, batch_size=2)
     assert torch.equal(example.generate(model, store, ids, COUNT), expected[:, PROMPT:])

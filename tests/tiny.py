@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from kvpolicy.integrations.transformers.versions import generate_with_cache
 from tests.tiny_architectures import AROUND, CLASSES, options
 
 
@@ -48,3 +49,8 @@ def attention_of(name):
 def tiny_ids(length, batch=1):
     """Tokens `[batch, length]` for any of the models, the same ones at each call: no special and no image tokens."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def over(cache):
+    """The keyword argument that hands a cache to a forward or to generate; transformers 5.24 renamed it."""
+    return generate_with_cache(cache)

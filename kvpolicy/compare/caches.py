@@ -21,6 +21,7 @@ from kvpolicy.integrations.transformers import (
     prompt_cache,
     quantized_cache,
     repeat_context,
+    with_cache,
 )
 from kvpolicy.integrations.transformers.bench import seconds_now
 from kvpolicy.spec import ModelSpec
@@ -46,7 +47,7 @@ def filled_cache(model: Any, method: Method, table: Tensor, ids: Tensor, tokeniz
     else:
         cache = prompt_cache(model, method.policy, table, method.runtime_allocator)
     ids = ids.to(model.device)
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]
+    logits = model(ids, **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits[:, -1:]
     if isinstance(cache, RaggedCache):
         if cache.awaits_repeat:
             repeat_context(model, cache, ids, tokenizer)
@@ -81,6 +82,6 @@ def decode_ms(model: Any, method: Method, table: Tensor, prompt: Tensor, tokeniz
         token = logits.argmax(-1)
         for _ in range(WARM_TOKENS + TIMED_TOKENS):
             begun = seconds_now(token)
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, **with_cache(model, cache), use_cache=True)
             seconds.append(seconds_now(token) - begun)
     return 1e3 * statistics.median(seconds[WARM_TOKENS:])

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.compare.caches import decode_ms, filled_cache, ready, weighed
 from kvpolicy.compare.methods import Method
 from kvpolicy.evaluate import CacheBytes, measured_bytes
-from kvpolicy.integrations.transformers import PromptProbe, Prompts
+from kvpolicy.integrations.transformers import PromptProbe, Prompts, with_cache
 from kvpolicy.integrations.transformers.probe import losses_from
 from kvpolicy.retrieval import Question, recalled
 from kvpolicy.spec import ModelSpec
@@ -124,7 +124,7 @@ class PerplexityTask(Task):
             with ready(self.model, method):
                 cache, logits = filled_cache(self.model, method, table, ids[:, :length])
                 held = held or weighed(cache, table, self.spec, self.dtype)
-                behind = self.model(ids[:, length:-1], past_key_values=cache, use_cache=True).logits
+                behind = self.model(ids[:, length:-1], **with_cache(self.model, cache), use_cache=True).logits
             targets = ids[:, length:]
             own = [losses_from(logits, targets[:, :1]), losses_from(behind, targets[:, 1:])]
             losses.append(torch.cat(own, 1).double().mean(1).cpu())
@@ -196,7 +196,7 @@ class RetrievalTask(Task):
             held = weighed(cache, table, self.spec, self.dtype)
             said = [logits.argmax(-1)]
             for _ in range(max(each.answer_tokens for each in self.questions) - 1):
-                logits = self.model(said[-1], past_key_values=cache, use_cache=True).logits[:, -1:]
+                logits = self.model(said[-1], **with_cache(self.model, cache), use_cache=True).logits[:, -1:]
                 said.append(logits.argmax(-1))
         return self.tokenizer.batch_decode(torch.cat(said, 1).cpu(), skip_special_tokens=True), held
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TextError
-from kvpolicy.integrations.transformers import Prompts, attached
+from kvpolicy.integrations.transformers import Prompts, attached, with_cache
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.needles import answer_of, equal_answers
 from kvpolicy.retrieval import Question, make_passkeys, recalled
@@ -87,7 +87,7 @@ class PasskeyCheck:
         answers, (cache, logits) = self._answers[batch], prompts.compressed(0, table)
         cache.recording, cache.rollback = True, answers.shape[1]  # as in `PromptProbe`: the answer is on top
         ids = answers.to(self._model.device)
-        behind = self._model(ids, past_key_values=cache, use_cache=True).logits
+        behind = self._model(ids, **with_cache(self._model, cache), use_cache=True).logits
         said = torch.cat([logits, behind], 1).argmax(-1).cpu()
         cache.check_enforced()
         texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)

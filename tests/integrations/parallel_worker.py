@@ -18,7 +18,7 @@ import kvpolicy
 from kvpolicy import BudgetAllocator, BudgetError, BudgetPlan, ModelError, ModelSpec
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from tests.integrations.ragged_oracle import ragged_table
-from tests.tiny import tiny_ids
+from tests.tiny import over, tiny_ids
 
 RANKS, PROMPT, NEW, CONTEXT = 2, 40, 12, 60
 
@@ -46,7 +46,7 @@ def seen_of(model, cache):
     """What generating `NEW` tokens shows."""
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"output_logits": True, "return_dict_in_generate": True}
-    out = model.generate(tiny_ids(PROMPT, batch=2), past_key_values=cache, **options)
+    out = model.generate(tiny_ids(PROMPT, batch=2), **over(cache), **options)
     held = {"capacities": cache.capacities, "lengths": cache.lengths}
     return held | {"tokens": out.sequences, "logits": torch.stack(out.logits, 1)}
 
@@ -65,7 +65,7 @@ def run(folder, name, rank):
     loaded = kvpolicy.load_cache(model, own, plan)
     with torch.no_grad():
         next_ids = found["growing"]["tokens"][:, -1:]
-        found["went_on"] = [model(next_ids, past_key_values=each).logits for each in (growing, loaded)]
+        found["went_on"] = [model(next_ids, **over(each)).logits for each in (growing, loaded)]
     dist.barrier()
     other = folder / f"{name}.{1 - rank}.safetensors"
     found["refused"] = [

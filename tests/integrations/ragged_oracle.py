@@ -4,6 +4,7 @@ import torch
 
 from kvpolicy import ModelSpec
 from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
+from tests.tiny import over
 
 
 def visible_tokens(capacities, sinks, steps):
@@ -78,7 +79,7 @@ def stepped_logits(model, ids, cache, steps, after=None):
     """Logits [B, T, vocab] of `ids` fed in forwards of `steps` tokens. `after(cache)` is called behind each."""
     parts = []
     for part in torch.split(ids, steps, 1):
-        parts.append(model(part, past_key_values=cache).logits)
+        parts.append(model(part, **over(cache)).logits)
         if after is not None:
             after(cache)
     return torch.cat(parts, 1)

@@ -8,6 +8,7 @@ from kvpolicy import BudgetPlan, ModelSpec
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.integrations.transformers.cache import BudgetedLayer
 from kvpolicy.plan_parts import PlanLevel
+from tests.tiny import over
 
 PROMPT, STEPS = 48, [1] * 6 + [7] + [1] * 10 + [2] + [1] * 2
 LENGTH = PROMPT + sum(STEPS)
@@ -38,7 +39,7 @@ def feed(model, cache, ids, steps, mask=None):
         begin = cache.get_seq_length()
         seen = None if mask is None else mask[:, : begin + count]
         part = ids[:, begin : begin + count]
-        parts.append(model(part, past_key_values=cache, attention_mask=seen).logits)
+        parts.append(model(part, **over(cache), attention_mask=seen).logits)
     return torch.cat(parts, 1)
 
 

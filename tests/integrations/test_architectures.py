@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from kvpolicy import ModelError, ModelSpec
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES, REFUSED, SHARED_KEYS, WITH_LINEAR
 
 RECORDING = "tests_recording"
@@ -87,8 +87,8 @@ def test_a_stock_cache_gives_what_no_cache_gives(name):
     ids = tiny_ids(43, batch=2)
     expected = model(ids, use_cache=False).logits
     cache = DynamicCache(config=model.config)
-    logits = [model(ids[:, :40], past_key_values=cache).logits]
-    logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40, 43)]
+    logits = [model(ids[:, :40], **over(cache)).logits]
+    logits += [model(ids[:, t : t + 1], **over(cache)).logits for t in range(40, 43)]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-4)
     plain = [index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     assert plain == list(ModelSpec.from_config(model.config).budgeted_layers)

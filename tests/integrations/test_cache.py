@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelError, ModelSpec
 from tests.integrations.ragged_oracle import masked_logits, ragged_table, stepped_logits, visible_tokens
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES, REFUSED
 
 STEPS = [40, 9] + [1] * 12 + [7] + [1] * 4
@@ -84,7 +84,7 @@ def test_another_model_is_not_touched():
     with torch.no_grad():
         before = other(ids).logits
         cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8)
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
         torch.testing.assert_close(other(ids).logits, before, rtol=0, atol=0)
     assert other.config._attn_implementation == "sdpa"
 
@@ -107,7 +107,7 @@ def test_left_padded_rows_give_what_they_give_alone():
         parts = []
         for step in range(decoded.shape[1] + 1):
             positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp(min=0)
-            parts.append(model(ids, attention_mask=mask, position_ids=positions, past_key_values=batch).logits[:, -1])
+            parts.append(model(ids, attention_mask=mask, position_ids=positions, **over(batch)).logits[:, -1])
             within_capacity(batch)
             ids = decoded[:, step : step + 1]
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -127,7 +127,7 @@ def test_two_caches_on_one_model_do_not_meet():
     caches = [fixed_cache(model, table, 64) for _ in ids]
     with torch.no_grad():
         for part in torch.split(ids, [30, *[1] * 20], 1):
-            logits = [model(part[row][None], past_key_values=caches[row]).logits[0, -1] for row in range(2)]
+            logits = [model(part[row][None], **over(caches[row])).logits[0, -1] for row in range(2)]
     for row in range(2):
         torch.testing.assert_close(logits[row], expected[row][0, -1], rtol=0, atol=0)
 
@@ -155,12 +155,12 @@ def test_a_model_that_was_detached_is_noticed_at_once(filled, length):
     cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8)
     with torch.no_grad():
         if filled:
-            model(ids, past_key_values=cache)
+            model(ids, **over(cache))
         kvpolicy.detach(model)
         with pytest.raises(ModelError, match="not attached"):
-            model(ids[:, :length], past_key_values=cache)
+            model(ids[:, :length], **over(cache))
         kvpolicy.attach(model)
-        model(ids[:, :length], past_key_values=cache)
+        model(ids[:, :length], **over(cache))
     assert cache.get_seq_length() == filled + length
 
 
@@ -174,7 +174,7 @@ def test_keys_that_never_reach_their_attention_are_noticed():
     with pytest.raises(ModelError, match="no budget was enforced"):
         cache.report()
     with torch.no_grad(), pytest.raises(ModelError, match="no budget was enforced"):
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
 
 
 def test_offloading_is_refused():
@@ -182,7 +182,7 @@ def test_offloading_is_refused():
     cache = kvpolicy.new_cache(model, retention=0.5)
     cache.offloading = True
     with pytest.raises(ModelError, match="cannot be offloaded"):
-        model(tiny_ids(8), past_key_values=cache)
+        model(tiny_ids(8), **over(cache))
 
 
 def test_a_users_mask_holds_on_a_compressed_cache():
@@ -193,8 +193,8 @@ def test_a_users_mask_holds_on_a_compressed_cache():
     def logits(mask):
         cache = fixed_cache(model, table, 64)
         with torch.no_grad():
-            model(ids[:, :20], past_key_values=cache)
-            return model(ids[:, 20:], past_key_values=cache, attention_mask=mask).logits
+            model(ids[:, :20], **over(cache))
+            return model(ids[:, 20:], **over(cache), attention_mask=mask).logits
 
     causal = torch.arange(30)[None] <= torch.arange(20, 30)[:, None]
     torch.testing.assert_close(logits(causal[None, None]), logits(None), rtol=0, atol=1e-6)

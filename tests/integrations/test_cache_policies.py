@@ -12,7 +12,7 @@ import kvpolicy
 from kvpolicy import BudgetAllocator, EvictionPolicy, ModelSpec, PluginError
 from kvpolicy.integrations.transformers import sources
 from tests.integrations.ragged_oracle import stepped_logits
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 GIVEN = []
 
@@ -130,7 +130,7 @@ def test_keys_and_values_are_freed_layer_by_layer(name, monkeypatch):
 
     monkeypatch.setattr(type(cache), "update", watched)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
     shared = {layer.shared_with for layer in spec.layers}
     assert all(set(indices) <= shared for indices in most), most
     assert len(alive) == spec.num_budgeted_layers
@@ -149,7 +149,7 @@ def test_two_prompts_times_three_beams_under_a_run_time_allocator(allocator):
 
     def run(rows, row_mask):
         cache = kvpolicy.new_cache(model, policy=KeyNorm(), allocator=allocator, retention=0.4, min_tokens=6)
-        return model.generate(rows, attention_mask=row_mask, past_key_values=cache, **options)[:, -12:], cache
+        return model.generate(rows, attention_mask=row_mask, **over(cache), **options)[:, -12:], cache
 
     both, cache = run(ids, mask)
     for row, prompt in enumerate((short, long)):

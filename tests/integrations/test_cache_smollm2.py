@@ -12,7 +12,7 @@ import kvpolicy
 from kvpolicy import BudgetPlan, EvictionPolicy, Importance, ModelSpec, TransformersProbe
 from kvpolicy.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
 from tests.integrations.ragged_oracle import masked_logits, ragged_table, stepped_logits, visible_tokens
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 SINKS = 4
 TEXT = "A cache keeps what its budget allows; each head keeps another part of what was said. " * 60
@@ -125,9 +125,9 @@ def test_no_head_exceeds_its_capacity_in_200_steps(model, ids):
     cache = kvpolicy.new_cache(model, ragged_plan(ModelSpec.from_config(model.config)), retention=0.3, min_tokens=32)
     before = torch.zeros(1)
     with torch.no_grad():
-        model(ids[:, :150], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :150], **over(cache), logits_to_keep=1)
         for step in range(200):
-            model(ids[:, 150 + step : 151 + step], past_key_values=cache)
+            model(ids[:, 150 + step : 151 + step], **over(cache))
             assert bool((cache.lengths <= cache.capacities).all())
             assert bool((cache.capacities >= before).all()), "a capacity fell"
             before = cache.capacities
@@ -142,7 +142,7 @@ def test_a_budget_grows_with_a_long_answer():
     options = {"max_new_tokens": 1500, "do_sample": True, "eos_token_id": None}
     cache = kvpolicy.new_cache(model, ragged_plan(spec, context_length=1024), retention=0.3)
     torch.manual_seed(0)
-    got = model.generate(prompt, attention_mask=mask, past_key_values=cache, **options)
+    got = model.generate(prompt, attention_mask=mask, **over(cache), **options)
     torch.manual_seed(0)
     dense = model.generate(prompt, attention_mask=mask, **{**options, "max_new_tokens": 64})
     assert torch.equal(got[:, : 16 + 64], dense)

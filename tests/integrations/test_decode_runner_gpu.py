@@ -7,7 +7,7 @@ import torch
 
 import kvpolicy
 from tests.integrations.test_static_cache import CONTEXT, stepped
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +95,7 @@ def test_one_graph_for_three_prompts(smollm2, policy):
         prompt = prompt_of(tokenizer, length, skip=length)
         cache = kvpolicy.new_cache(model, **options)
         expected = model.generate(
-            prompt, past_key_values=cache, max_new_tokens=600, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompt, **over(cache), max_new_tokens=600, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert runner.generate(prompt, 600).tolist() == expected.tolist()
         assert torch.equal(runner.cache.lengths, cache.lengths.cpu())
@@ -114,7 +114,7 @@ def test_tokens_of_the_torch_path(smollm2, shape):
         on_cpu = model.cpu()
         cache = kvpolicy.new_cache(on_cpu, plan_of(on_cpu, shape, 1024), context_length=1024)
         expected = on_cpu.generate(
-            prompt.cpu(), past_key_values=cache, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompt.cpu(), **over(cache), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         model.cuda()
     assert found == expected.tolist()
@@ -185,11 +185,11 @@ def test_generate_compiles_it():
     model, ids = tiny_model("Llama").cuda(), tiny_ids(50).cuda()
     options = {"retention": 0.4, "context_length": CONTEXT}
     arguments = {"max_new_tokens": 20, "do_sample": False}
-    expected = model.generate(ids, past_key_values=kvpolicy.new_cache(model, **options), **arguments)
+    expected = model.generate(ids, **over(kvpolicy.new_cache(model, **options)), **arguments)
     counters = torch._dynamo.utils.counters
     counters.clear()
     cache = kvpolicy.new_cache(model, static=True, **options)
     for _ in range(2):
         cache.reset()
-        assert model.generate(ids, past_key_values=cache, **arguments).tolist() == expected.tolist()
+        assert model.generate(ids, **over(cache), **arguments).tolist() == expected.tolist()
     assert counters["stats"]["unique_graphs"] == 1

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelError, ModelSpec
 from tests.integrations.ragged_oracle import ragged_table, stepped_logits
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
 
 MODES = {
@@ -35,7 +35,7 @@ def ragged_plan(model, low=5, high=20, context_length=64):
 def generated(model, ids, cache, new_tokens=16, **options):
     torch.manual_seed(3)
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens, **options)
+    return model.generate(ids, attention_mask=mask, **over(cache), max_new_tokens=new_tokens, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,16 +95,16 @@ def test_every_architecture_generates_under_a_budget(name):
 def test_assisted_generation_holds_at_most_the_rollback_above_the_capacity(llama):
     ids = tiny_ids(80)
     cache = kvpolicy.new_cache(llama, ragged_plan(llama), context_length=64, rollback=8)
-    over = []
-    hook = llama.register_forward_hook(lambda *_: over.append(int((cache.lengths - cache.capacities).max())))
+    above = []
+    hook = llama.register_forward_hook(lambda *_: above.append(int((cache.lengths - cache.capacities).max())))
     generated(llama, ids, cache, 20, prompt_lookup_num_tokens=3, do_sample=False)
     hook.remove()
-    assert max(over) == 8
+    assert max(above) == 8
     with pytest.raises(BudgetError, match="cannot be taken back"):
         cache.crop(-20)
     cache.stop_recording()
     with torch.no_grad():
-        llama(ids[:, :3], past_key_values=cache)
+        llama(ids[:, :3], **over(cache))
     assert torch.equal(cache.lengths, cache.capacities)
 
 
@@ -148,7 +148,7 @@ def test_beams_carry_their_own_capacities(llama):
 
     def run(rows, row_mask):
         cache = kvpolicy.new_cache(llama, retention=0.4, min_tokens=8)
-        return llama.generate(rows, attention_mask=row_mask, past_key_values=cache, **options), cache
+        return llama.generate(rows, attention_mask=row_mask, **over(cache), **options), cache
 
     both, cache = run(ids, mask)
     assert cache.capacities.shape[1] == 6
@@ -162,11 +162,11 @@ def test_beams_carry_their_own_capacities(llama):
 def test_linear_layers_go_with_their_beams_and_are_reset():
     model, ids = tiny_model("Qwen3Next"), tiny_ids(20, batch=2)
     options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 10, "eos_token_id": None}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    expected = model.generate(ids, **over(DynamicCache(config=model.config)), **options)
     cache = kvpolicy.new_cache(model, retention=1.0)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **over(cache), **options), expected)
     cache.reset()
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **over(cache), **options), expected)
 
 
 def test_rows_can_be_selected_and_repeated(llama):
@@ -334,9 +334,9 @@ def test_attached_refuses_what_it_cannot_exchange(llama):
     static = StaticCache(config=llama.config, max_cache_len=64)
     with torch.no_grad(), kvpolicy.attached(llama, retention=0.5):
         with pytest.raises(ModelError, match="a StaticCache was given"):
-            llama(ids, past_key_values=static)
+            llama(ids, **over(static))
         with pytest.raises(ModelError, match="a cache that offloads was given"):
-            llama(ids, past_key_values=DynamicCache(config=llama.config, offloading=True))
+            llama(ids, **over(DynamicCache(config=llama.config, offloading=True)))
         with pytest.raises(BudgetError, match="Assisted generation"):
             llama.generate(tiny_ids(300), max_new_tokens=20, prompt_lookup_num_tokens=3, do_sample=False)
     assert llama.config._attn_implementation == "sdpa"

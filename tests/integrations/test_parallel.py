@@ -16,7 +16,7 @@ from kvpolicy import BudgetPlan, ModelError, ModelSpec
 from kvpolicy.integrations.transformers.devices import layer_devices
 from kvpolicy.integrations.transformers.masks import make_mask
 from tests.integrations.parallel_worker import CONTEXT, NEW, PROMPT, RANKS, plan_of, seen_of
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["Llama", "Qwen3"]  # whose heads are split between the processes; Phi3 keeps them all in each
@@ -176,7 +176,7 @@ def test_hooks_that_move_tensors_change_nothing(name, spread, tmp_path):
     loaded = kvpolicy.load_cache(model, tmp_path / "cache.safetensors")
     assert {held.arena.device for held in loaded.store.layers} == {torch.device("cpu")}
     with torch.no_grad():
-        following = [model(tokens[-1][:, -1:], past_key_values=each).logits for each in (cache, loaded)]
+        following = [model(tokens[-1][:, -1:], **over(each)).logits for each in (cache, loaded)]
     assert torch.equal(*following)
 
 

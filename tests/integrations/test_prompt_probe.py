@@ -19,7 +19,7 @@ from kvpolicy.evaluate import measured_bytes, probe_for
 from kvpolicy.integrations.transformers import prompts as prompts_module
 from kvpolicy.integrations.transformers.attachment import is_attached
 from kvpolicy.plan import PlanChoice
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 
 LENGTH, PROMPT = 120, 80
@@ -38,11 +38,11 @@ def stepped_loss(model, ids, table, name, params):
     plan = BudgetPlan.from_capacities(spec, table, PROMPT, PlanChoice(name, params))
     cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
     with torch.no_grad():
-        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, :PROMPT], **over(cache)).logits[:, -1]
         assert torch.equal(cache.lengths, table[:, None].expand(-1, len(ids), -1)), "compressed to the table"
         for position in range(PROMPT, LENGTH):
             losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
-            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+            logits = model(ids[:, position : position + 1], **over(cache)).logits[:, -1]
     assert torch.equal(cache.lengths, (table + LENGTH - PROMPT)[:, None].expand(-1, len(ids), -1)), "nothing left since"
     kvpolicy.detach(model)
     return torch.stack(losses, 1).double().mean(1)
@@ -153,10 +153,10 @@ def test_an_allocator_at_run_time_splits_the_total_for_each_prompt(name, params)
     )
     losses = []
     with torch.no_grad():
-        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, :PROMPT], **over(cache)).logits[:, -1]
         for position in range(PROMPT, LENGTH):
             losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
-            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+            logits = model(ids[:, position : position + 1], **over(cache)).logits[:, -1]
     kvpolicy.detach(model)
     table = torch.full((3, 2), 24)  # 0.3 of 80
     probe = PromptProbe(model, ids, policy=policy, prefill_length=PROMPT, allocator=allocator)
@@ -209,11 +209,11 @@ def test_a_policy_that_has_the_context_repeated():
     plan = BudgetPlan.from_capacities(probe.spec, table, PROMPT, PlanChoice("kvzip", {"repeat_chunk": 50}))
     cache = kvpolicy.new_cache(model, plan, context_length=PROMPT, decode="append")
     with torch.no_grad():
-        logits = model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, :PROMPT], **over(cache)).logits[:, -1]
         kvpolicy.repeat_context(model, cache, ids[:, :PROMPT], tokenizer)
         for position in range(PROMPT, LENGTH):
             losses.append(F.cross_entropy(logits, ids[:, position], reduction="none"))
-            logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+            logits = model(ids[:, position : position + 1], **over(cache)).logits[:, -1]
     kvpolicy.detach(model)
     expected = torch.stack(losses, 1).double().mean(1)
     torch.testing.assert_close(probe.loss(table), expected, rtol=1e-5, atol=0)

@@ -5,7 +5,7 @@ import torch
 
 from kvpolicy import BudgetError, ModelSpec, PluginError, registry
 from kvpolicy.integrations.transformers import Prompts, attached, prompt_cache, prompts
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import over, tiny_ids, tiny_model
 
 LENGTH = 60
 POLICIES = [("snapkv", {"observation_window": 8, "recent_window": 4}), ("h2o", {}), ("streaming", {})]
@@ -13,7 +13,7 @@ POLICIES = [("snapkv", {"observation_window": 8, "recent_window": 4}), ("h2o", {
 
 def alone(model, ids, policy, table, allocator):
     cache = prompt_cache(model, policy, table, allocator)
-    logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+    logits = model(ids, **over(cache), use_cache=True).logits[:, -1:]
     return cache, logits
 
 
@@ -26,7 +26,7 @@ def check_same(model, found, expected, ids):
         assert [sorted(each.tolist()) for each in held] == [sorted(each.tolist()) for each in others]
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
     token = ids[:, :1]
-    behind = [model(token, past_key_values=cache, use_cache=True).logits for cache, _ in (found, expected)]
+    behind = [model(token, **over(cache), use_cache=True).logits for cache, _ in (found, expected)]
     torch.testing.assert_close(*behind, rtol=0, atol=1e-5)
 
 

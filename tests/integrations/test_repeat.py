@@ -15,7 +15,7 @@ from kvpolicy.cache.store import Scoring
 from kvpolicy.integrations.transformers import repeat
 from tests.cache.play import GROUP, spec_of, tensors
 from tests.integrations.ragged_oracle import stepped_logits
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
 from tests.tiny_checkpoint import tiny_tokenizer
 
@@ -51,7 +51,7 @@ def prompted(model, ids, *, mask=None, retention=0.3, min_tokens=8, policy=None,
         model, retention=retention, min_tokens=min_tokens, policy=policy or Repeated(), **options
     )
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **over(cache))
     return cache
 
 
@@ -141,7 +141,7 @@ def test_a_padded_row_is_given_what_it_is_given_alone(llama, counted):
     cache = kvpolicy.new_cache(llama, retention=0.3, min_tokens=8, policy=Repeated())
     places = None if counted == "columns" else (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        llama(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        llama(ids, attention_mask=mask, position_ids=places, **over(cache))
     after = None if counted == "columns" else mask.sum(1)
     kvpolicy.repeat_context(llama, cache, ids, INSTRUCTION, attention_mask=mask, next_position=after)
     together = GIVEN[:]
@@ -191,11 +191,11 @@ def test_generate_has_the_prompt_repeated_once_and_goes_on(llama):
     assert len(GIVEN) == 3 and cache.get_seq_length() == 65
     assert int(cache.lengths.sum()) <= round(0.3 * 65 * 6)
     with torch.no_grad():
-        token = llama(ids, past_key_values=own).logits[:, -1:].argmax(-1)
+        token = llama(ids, **over(own)).logits[:, -1:].argmax(-1)
         kvpolicy.repeat_context(llama, own, ids, tokenizer)
         for step in range(6):
             assert token.item() == answer[0, 60 + step]
-            token = llama(token, past_key_values=own).logits[:, -1:].argmax(-1)
+            token = llama(token, **over(own)).logits[:, -1:].argmax(-1)
     assert kvpolicy.generate(llama, cache, tiny_ids(5), **options).shape == (1, 11)
     assert len(GIVEN) == 6, "the prompts of two caches"
 
@@ -231,7 +231,7 @@ def test_nothing_is_repeated_where_nothing_is_ever_evicted(llama):
     ids, options = tiny_ids(30), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     cache = kvpolicy.new_cache(llama, retention=1.0, policy=Repeated())
     assert not cache.awaits_repeat
-    expected = llama.generate(ids, past_key_values=DynamicCache(config=llama.config), **options)
+    expected = llama.generate(ids, **over(DynamicCache(config=llama.config)), **options)
     assert torch.equal(kvpolicy.generate(llama, cache, ids, **options), expected) and not GIVEN
 
 
@@ -287,7 +287,7 @@ WAITS = "this cache still holds every token, as its policy requires repeat_atten
 def test_stock_generate_is_refused_at_its_first_step(llama):
     cache = kvpolicy.new_cache(llama, retention=0.3, min_tokens=8, policy=Repeated())
     with pytest.raises(ModelError, match=f"{WAITS}.*kvpolicy.repeat_context"):
-        llama.generate(tiny_ids(40), past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        llama.generate(tiny_ids(40), **over(cache), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert cache.awaits_repeat and cache.get_seq_length() == 40
     kvpolicy.repeat_context(llama, cache, tiny_ids(40), INSTRUCTION)  # and nothing is lost
     stepped_logits(llama, tiny_ids(2), cache, [1, 1])

@@ -8,7 +8,7 @@ import kvpolicy
 from kvpolicy import LayerActivations, ModelError, ModelSpec, TransformersProbe
 from kvpolicy.integrations.transformers.intercept import attention_modules
 from kvpolicy.integrations.transformers.rotary import find_rotary, rotary_of
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 HALVES = ["Llama", "Qwen2", "Qwen3", "Phi3", "Granite", "Olmo2", "Gemma3", "Gemma2Window", "GptOss", "Gemma3n", "Llava"]
 NEIGHBOURS = ["Cohere", "Ernie4_5", "Glm"]
@@ -36,7 +36,7 @@ def keys_and_rotary(name, token=7, length=40, **options):
     modules = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
     find_rotary(model, modules)
     with torch.no_grad():
-        model(torch.full((1, length), token), past_key_values=cache)
+        model(torch.full((1, length), token), **over(cache))
     found = [(cache.layers[i].keys[0], rotary_of(m)) for i, m in zip(spec.budgeted_layers, modules, strict=True)]
     return found[:1] if spec.attention.sinks else found
 
@@ -105,7 +105,7 @@ def test_a_probe_and_a_cache_supply_it():
         assert given.scale == model.model.layers[given.layer].self_attn.scaling != 16**-0.5
     cache = kvpolicy.new_cache(model, policy="expected_attention", retention=0.4, min_tokens=8)
     with torch.no_grad():
-        model(tiny_ids(50), past_key_values=cache)
+        model(tiny_ids(50), **over(cache))
     assert int(cache.lengths.sum()) == round(0.4 * 50 * 6)
 
 

@@ -6,7 +6,7 @@ from transformers import CompileConfig
 
 import kvpolicy
 from kvpolicy import BudgetError, GraphWarning, ModelError
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
 
 CONTEXT = 80
@@ -25,12 +25,12 @@ def runner():
 
 def stepped(model, cache, ids, prompt, mask=None):
     """Logits [B, V] behind the prompt and behind every further token."""
-    logits = [model(ids[:, :prompt], past_key_values=cache, attention_mask=mask, logits_to_keep=1).logits[:, -1]]
+    logits = [model(ids[:, :prompt], **over(cache), attention_mask=mask, logits_to_keep=1).logits[:, -1]]
     for column in range(prompt, ids.shape[1]):
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         step = ids[:, column : column + 1]
-        logits.append(model(step, past_key_values=cache, attention_mask=mask).logits[:, -1])
+        logits.append(model(step, **over(cache), attention_mask=mask).logits[:, -1])
     return torch.stack(logits, 1)
 
 
@@ -101,14 +101,14 @@ def test_generate_compiles_it(name):
     model, ids = tiny_model(name, attention=attention_of(name)), tiny_ids(50)
     options = {"retention": 0.4, "context_length": CONTEXT}
     arguments = {"max_new_tokens": 20, "do_sample": False}
-    expected = model.generate(ids, past_key_values=kvpolicy.new_cache(model, **options), **arguments)
+    expected = model.generate(ids, **over(kvpolicy.new_cache(model, **options)), **arguments)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     how = CompileConfig(fullgraph=True, backend="eager", mode=None)
     how._compile_all_devices = True
     cache = kvpolicy.new_cache(model, static=True, **options)
-    found = model.generate(ids, past_key_values=cache, compile_config=how, **arguments)
+    found = model.generate(ids, **over(cache), compile_config=how, **arguments)
     assert found.tolist() == expected.tolist()
     assert counters["stats"]["unique_graphs"] == 1, "compiled once, for all steps"
     cache.reset()
@@ -120,7 +120,7 @@ def test_generate_compiles_it(name):
 def test_generate_of_the_runner(runner):
     model, ids = tiny_model("Llama"), tiny_ids(50)
     cache = kvpolicy.new_cache(model, retention=0.4, context_length=CONTEXT)
-    expected = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    expected = model.generate(ids, **over(cache), max_new_tokens=20, do_sample=False, eos_token_id=None)
     static = runner(model, retention=0.4)
     assert static.generate(ids, 20).tolist() == expected.tolist()
     end = int(expected[0, 54])
@@ -143,7 +143,7 @@ def test_bytes_are_those_of_the_budget():
     model = tiny_model("Llama")
     cache = kvpolicy.new_cache(model, retention=0.25, context_length=4000, static=True)
     with torch.no_grad():
-        model(tiny_ids(300), past_key_values=cache)
+        model(tiny_ids(300), **over(cache))
     entries = 0.25 * 4000 * 3 * 2
     assert entries * (16 + 16 + 1) * 4 <= cache.nbytes <= entries * (16 + 16 + 1) * 4 * 1.01 + 4000
 
@@ -169,9 +169,9 @@ def test_what_fixed_addresses_rule_out_is_refused():
     with pytest.raises(ModelError, match="empty: a prompt comes first"):
         cache.report()
     with torch.no_grad():
-        model(tiny_ids(50), past_key_values=cache)
+        model(tiny_ids(50), **over(cache))
         with pytest.raises(ModelError, match="one token at a time, got 3 tokens"):
-            model(tiny_ids(3), past_key_values=cache)
+            model(tiny_ids(3), **over(cache))
     for what in (
         lambda: cache.crop(-1),
         lambda: cache.reorder_cache(torch.tensor([0])),
@@ -182,10 +182,10 @@ def test_what_fixed_addresses_rule_out_is_refused():
             what()
     cache.reset()
     with torch.no_grad(), pytest.raises(BudgetError, match=r"made for a batch of 1 .* got 2"):
-        model(tiny_ids(50, batch=2), past_key_values=cache)
+        model(tiny_ids(50, batch=2), **over(cache))
     with torch.no_grad(), pytest.raises(BudgetError, match="a prompt of 90 tokens was given a static store for 80"):
         other = kvpolicy.new_cache(model, retention=1.0, context_length=CONTEXT, static=True)
-        model(tiny_ids(90), past_key_values=other)
+        model(tiny_ids(90), **over(other))
 
 
 def test_a_runner_needs_a_static_cache_and_a_prompt(runner):

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import kvpolicy
 from tests.cache.play import GROUP, store_of, tensors
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 
 def best(scores, count, *, seen, sinks=0, recent=0):
@@ -46,7 +46,7 @@ def observed(ids, **options):
     """(attention [num_q_heads, T, T], key [H, T, D]) of each layer of the tiny Llama, by its own eager attention."""
     model, cache = tiny_model("Llama", attention="eager", **options), DynamicCache()
     with torch.no_grad():
-        attentions = model(ids, past_key_values=cache, output_attentions=True).attentions
+        attentions = model(ids, **over(cache), output_attentions=True).attentions
     return [(a[0], layer.keys[0]) for a, layer in zip(attentions, cache.layers, strict=True)]
 
 
@@ -55,7 +55,7 @@ def after_prompt(ids, policy, *, mask=None, **options):
     model = tiny_model("Llama")
     cache = kvpolicy.new_cache(model, policy=policy, min_tokens=8, **options)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **over(cache))
     return cache
 
 

@@ -9,7 +9,7 @@ import kvpolicy
 from kvpolicy import LayerActivations, PluginError, Rotary
 from kvpolicy.testing import check_eviction_policy
 from tests.plugins.direct import best, ids_of, kept
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 
 def mean_rotation(model, begin, count, dim):
@@ -32,7 +32,7 @@ def formula(model, ids, policy):
         hook = lambda _, __, out, index=index: projected.update({index: out[0]})  # noqa: E731
         layer.self_attn.q_proj.register_forward_hook(hook)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
     length, scores = ids.shape[1], {}
     for index, held in enumerate(cache.layers):
         attention = model.model.layers[index].self_attn
@@ -98,7 +98,7 @@ def test_a_cache_keeps_the_formulas_best(name, options, variant):
     scores = formula(tiny_model(name, **options), ids, policy)
     cache = kvpolicy.new_cache(model, policy=policy, retention=retention, min_tokens=8)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
     expected = {}
     for (layer, head), row in scores.items():
         ranked, count = dict(enumerate(row)), int(cache.capacities[layer, 0, head])
@@ -173,8 +173,8 @@ def test_a_prompt_of_few_tokens(length):
     model = tiny_model("Llama")
     cache = kvpolicy.new_cache(model, policy="expected_attention", retention=0.5, min_tokens=8)
     with torch.no_grad():
-        model(ids_of(length), past_key_values=cache)
-        model(ids_of(60), past_key_values=cache)
+        model(ids_of(length), **over(cache))
+        model(ids_of(60), **over(cache))
     assert int(cache.lengths.sum()) == round(0.5 * (60 + length) * 6)
     assert all(held[:4] == [0, 1, 2, 3] for held in kept(cache).values())
 
@@ -183,10 +183,10 @@ def test_decoding_leaves_the_scores_and_keeps_decoded_tokens_longest():
     model = tiny_model("Llama")
     cache = kvpolicy.new_cache(model, policy="expected_attention", retention=0.3, min_tokens=8)
     with torch.no_grad():
-        model(ids_of(60), past_key_values=cache)
+        model(ids_of(60), **over(cache))
         before = kept(cache)
         for token in ids_of(5)[0]:
-            model(token[None, None], past_key_values=cache)
+            model(token[None, None], **over(cache))
     for head, held in kept(cache).items():
         assert held[-5:] == list(range(60, 65))
         assert set(held[:-5]) < set(before[head])

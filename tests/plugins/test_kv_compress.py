@@ -16,7 +16,7 @@ from tests.plugins.direct import (
     observed,
     softmax,
 )
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 INF = float("inf")
 SMALL = KVCompressPolicy(observation_window=4, recent_window=4)
@@ -168,11 +168,11 @@ def test_chunks_and_decoding_keep_the_total_exact():
     cache = kvpolicy.new_cache(model, policy="kv_compress", allocator="kv_compress", retention=0.4, min_tokens=8)
     with torch.no_grad():
         for seen, ids in ((120, ids_of(120)), (150, ids_of(30))):
-            model(ids, past_key_values=cache)
+            model(ids, **over(cache))
             assert int(cache.lengths.sum()) == int(cache.capacities.sum()) == round(0.4 * seen * 6)
         before = cache.capacities
         for token in ids_of(70)[0]:
-            model(token[None, None], past_key_values=cache)
+            model(token[None, None], **over(cache))
     assert bool((cache.capacities >= before).all())
     assert bool((cache.lengths <= cache.capacities).all())
     assert int(cache.capacities.sum()) == round(0.4 * (150 + 64) * 6)

@@ -13,6 +13,7 @@ import torch
 
 import kvpolicy
 from kvpolicy import BudgetPlan, ModelSpec, registry
+from tests.tiny import over
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "kvpress_parity.json"
 KVPRESS = json.loads(RESULT.read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def kept_by(smollm2):
     def keep(policy):
         cache = kvpolicy.new_cache(model, plan, context_length=length, policy=policy)
         with torch.no_grad():
-            model(TOKENS, past_key_values=cache, logits_to_keep=1)
+            model(TOKENS, **over(cache), logits_to_keep=1)
         segments = list(itertools.product(PROMPTS, range(HEADS)))
         return {
             (prompt, layer, head): set(positions.tolist())

@@ -6,7 +6,7 @@ import kvpolicy
 from kvpolicy import PluginError
 from kvpolicy.testing import check_eviction_policy
 from tests.plugins.direct import best, ids_of, kept
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 INSTRUCTION = torch.tensor([5, 6, 7, 8])
 
@@ -31,7 +31,7 @@ def compressed(ids, policy, mask=None, **options):
     model = tiny_model("Llama")
     cache = kvpolicy.new_cache(model, policy=policy, min_tokens=8, **options)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **over(cache))
     kvpolicy.repeat_context(model, cache, ids, INSTRUCTION, attention_mask=mask)
     return cache
 
@@ -70,13 +70,13 @@ def test_a_full_budget_gives_the_tokens_of_the_stock_cache(allocator):
     for retention in (1.0, 0.9):
         cache = kvpolicy.new_cache(model, policy="kvzip", allocator=allocator, retention=retention)
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache).logits
+            logits = model(ids, **over(cache)).logits
         if retention < 1:
             kvpolicy.repeat_context(model, cache, ids, INSTRUCTION)
         mask = torch.ones(1, 61, dtype=torch.int64)
         first = logits[:, -1:].argmax(-1)
         more = model.generate(
-            first, attention_mask=mask, past_key_values=cache, max_new_tokens=11, do_sample=False, eos_token_id=None
+            first, attention_mask=mask, **over(cache), max_new_tokens=11, do_sample=False, eos_token_id=None
         )
         assert torch.equal(torch.cat([ids, more], 1), expected)
         assert not cache.report().evicted
@@ -88,7 +88,7 @@ def test_a_plans_shares_take_it_too():
     plan = kvpolicy.BudgetPlan.from_capacities(kvpolicy.ModelSpec.from_config(model.config), table, context_length=60)
     cache = kvpolicy.new_cache(model, plan, policy="kvzip", context_length=60)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **over(cache))
     kvpolicy.repeat_context(model, cache, ids, INSTRUCTION)
     assert torch.equal(cache.lengths[:, 0], table)
 

@@ -9,7 +9,7 @@ import kvpolicy
 from kvpolicy import Budget, Importance, PluginError, apportion
 from kvpolicy.testing import check_allocator
 from tests.plugins.direct import ids_of, kept
-from tests.tiny import tiny_model
+from tests.tiny import over, tiny_model
 
 IMPORTANCE = Importance(torch.tensor([[1.0, 3.0], [0.5, 0.1], [2.0, 2.0]]))
 
@@ -60,7 +60,7 @@ def test_heads_of_a_layer_keep_as_many_entries_but_not_the_same():
     plan = kvpolicy.BudgetPlan.from_capacities(kvpolicy.ModelSpec.from_config(model.config), table, context_length=100)
     cache = kvpolicy.new_cache(model, plan, policy=KeyDiffPolicy(), min_tokens=8)
     with torch.no_grad():
-        model(ids_of(100), past_key_values=cache)
+        model(ids_of(100), **over(cache))
     positions = kept(cache)
     assert cache.lengths[:, 0].tolist() == table.tolist()
     for layer, (one, two) in enumerate(table.tolist()):

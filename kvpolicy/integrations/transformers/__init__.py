@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.quantized import cache_nbytes, quantized
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.save import load_cache
 from kvpolicy.integrations.transformers.supply import attached, detached
+from kvpolicy.integrations.transformers.versions import with_cache
 
 __all__ = [
     "DecodeRunner",
@@ -43,4 +44,5 @@ __all__ = [
     "repeat_context",
     "set_pace",
     "weights_sha256",
+    "with_cache",
 ]

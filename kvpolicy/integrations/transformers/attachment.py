@@ -22,6 +22,7 @@ from kvpolicy.integrations.transformers.exchange import (
     text_config,
 )
 from kvpolicy.integrations.transformers.masks import LazyMask, make_mask
+from kvpolicy.integrations.transformers.versions import warn_if_untested
 
 _PREFIX = "kvpolicy_cache_"
 _HANDLE = "_kvpolicy_layer"
@@ -49,6 +50,7 @@ def attach(model: PreTrainedModel) -> None:
     base = attention_name(model)
     if is_attached(model):
         return
+    warn_if_untested()
     name = _PREFIX + base
 
     def attention(

@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.attachment import attach, detach, is_att
 from kvpolicy.integrations.transformers.cache import RaggedCache, tensors_of
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.repeat import repeat_context
+from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.progress import Progress
 
 MakeCache = Callable[[], Cache]
@@ -117,12 +118,12 @@ def _run(
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     gc.collect()
     begun = seconds_now(ids)
-    model(ids[:, :prompt], past_key_values=cache, use_cache=True, **last)
+    model(ids[:, :prompt], **with_cache(model, cache), use_cache=True, **last)
     if isinstance(cache, RaggedCache) and cache.awaits_repeat and tokenizer is not None:  # without, decoding refuses
         repeat_context(model, cache, ids[:, :prompt], tokenizer)
     filled = seconds_now(ids)
     for step in range(prompt, ids.shape[1]):
-        model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+        model(ids[:, step : step + 1], **with_cache(model, cache), use_cache=True)
     ended = seconds_now(ids)
     cost.prefill_seconds.append(filled - begun)
     cost.token_seconds.append((ended - filled) / (ids.shape[1] - prompt))

@@ -54,7 +54,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # `crop` says where it cannot
 
     def __init__(self, cache: RaggedCache, row: int, model_layer: int, followers: int) -> None:
         super().__init__()
@@ -403,8 +403,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             if self.recording:
                 raise
             raise BudgetError(
-                f"{error} Assisted generation announces itself to a cache that it is given: pass "
-                "past_key_values=kvpolicy.new_cache(...) to generate instead of letting attached() supply it"
+                f"{error} Assisted generation announces itself to a cache that it is given: call "
+                "kvpolicy.generate(model, kvpolicy.new_cache(...), ids, ...) instead of letting attached() supply it"
             ) from None
 
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:

@@ -16,6 +16,7 @@ from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.repeat import repeat_context
+from kvpolicy.integrations.transformers.versions import CACHE_NAMES, generate_with_cache
 
 
 def generate(
@@ -37,8 +38,9 @@ def generate(
     """
     seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
-    if "past_key_values" in options:
-        raise ModelError("kvpolicy.generate takes its cache as the second argument, not as past_key_values")
+    for name in CACHE_NAMES:
+        if name in options:
+            raise ModelError(f"kvpolicy.generate takes its cache as the second argument, not as {name}")
     if seen and options.get("prefill_chunk_size"):
         raise ModelError("prefill_chunk_size is for the first prompt: later ones are fed in one piece")
     new = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
@@ -49,7 +51,7 @@ def generate(
     if cache.awaits_repeat:
         options = _repeating(model, cache, fed, seen, options)
     try:
-        out = model.generate(fed, attention_mask=mask, past_key_values=cache, **options)
+        out = model.generate(fed, attention_mask=mask, **generate_with_cache(cache), **options)
     finally:
         cache.stop_recording()
     ids = out if isinstance(out, Tensor) else out.sequences

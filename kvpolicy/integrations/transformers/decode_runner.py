@@ -15,6 +15,7 @@ from kvpolicy.errors import BudgetError, GraphWarning, ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
+from kvpolicy.integrations.transformers.versions import with_cache
 
 _WARM_UP = 3  # steps before a capture: kernels are compiled and workspaces allocated in them
 
@@ -72,7 +73,7 @@ class DecodeRunner:
             input_ids.to(self.model.device),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            **with_cache(self.model, self.cache),
             use_cache=True,
             **last,
         )
@@ -187,7 +188,8 @@ class DecodeRunner:
 
     def _forward(self, forward: Callable[..., Any]) -> Tensor:
         """One token a row, from `_ids` at `_positions`."""
-        out = forward(input_ids=self._ids, position_ids=self._positions, past_key_values=self.cache, use_cache=True)
+        own = with_cache(self.model, self.cache)
+        out = forward(input_ids=self._ids, position_ids=self._positions, **own, use_cache=True)
         self._positions.add_(1)
         logits: Tensor = out.logits[:, -1]
         return logits

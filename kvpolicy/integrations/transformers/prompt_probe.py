@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.biased import PositionBias
 from kvpolicy.integrations.transformers.probe import TransformersProbe, losses_from
 from kvpolicy.integrations.transformers.prompts import Prompts, prompt_cache
 from kvpolicy.integrations.transformers.supply import attached
+from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.text import Tokenize
 
@@ -128,7 +129,9 @@ class PromptProbe(TransformersProbe):
                 cache, before = self.contexts.compressed(index, capacities, self.allocator)
                 # all of it may still be taken back, so nothing of it is scored or evicted: decode="append"
                 cache.recording, cache.rollback = True, ids.shape[1]
-                logits = self.model(ids[:, self.prefill_length : -1], past_key_values=cache, use_cache=True).logits
+                logits = self.model(
+                    ids[:, self.prefill_length : -1], **with_cache(self.model, cache), use_cache=True
+                ).logits
                 cache.check_enforced()
                 losses = losses_from(torch.cat([before, logits], 1), ids[:, self.prefill_length :])
             yield losses.cpu()

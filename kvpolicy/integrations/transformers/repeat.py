@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpolicy.cache.scoring import Scoring, attention_mass
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.cache import RaggedCache, Waiting
+from kvpolicy.integrations.transformers.versions import with_cache
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -148,7 +149,7 @@ def _feed(model: PreTrainedModel, cache: RaggedCache, pieces: Sequence[Tensor], 
     places = (positions[:, None] + valid.cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids, mask, places = (x.to(model.device) for x in (ids, mask.long(), places))
-    model(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, **last)
+    model(ids, attention_mask=mask, position_ids=places, **with_cache(model, cache), use_cache=True, **last)
 
 
 def _chunks(rows: Sequence[Tensor], size: int, instruction: _Instruction) -> Iterator[list[Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.interfaces import Rotary
 
 _BUFFERS = ("inv_freq", "full_attention_inv_freq")  # budgeted layers are those of full attention
@@ -83,7 +84,7 @@ def _keys(attention: nn.Module, device: torch.device, count: int, angle: float) 
         given = {"position_embeddings": tuple(x.round().to(like.dtype) for x in (turn.cos(), turn.sin()))}
         with contextlib.suppress(RuntimeError, TypeError, AttributeError, IndexError), torch.no_grad():
             try:
-                attention.forward(hidden, **given, attention_mask=None, past_key_values=_Catching())
+                attention.forward(hidden, **given, attention_mask=None, **with_cache(attention, _Catching()))
             except _CaughtKeys as caught:
                 return caught.keys
     _refuse(attention, "cannot be asked how it turns its keys")

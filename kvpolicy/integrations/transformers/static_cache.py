@@ -63,6 +63,7 @@ class StaticLayer(BudgetedLayer):
 
     cache: StaticRaggedCache
     is_compileable = True
+    is_croppable = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """As in `BudgetedLayer`, for the prompt; after it, one token at a time.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
 from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.plan import BudgetPlan
 
 
@@ -23,7 +24,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
     plan, options: as in `new_cache`. If any is given, every forward that begins with an empty stock cache, or with
         none, gets a new cache of kvpolicy instead. A forward under a cache that cannot be exchanged raises
         `ModelError`, so that a budget is never silently missing. Assisted generation needs a cache of its own
-        (`past_key_values=new_cache(...)`): it announces itself to the cache before the first forward.
+        (`generate(model, new_cache(...), ids, ...)`): it announces itself to the cache before the first forward.
 
     Raises what `new_cache` raises, before the context begins.
     """
@@ -39,7 +40,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
                 )
 
             def supply(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-                return args, _supplied(model, given, plan, options)
+                return _supplied(args, given, model, lambda: new_cache(model, plan, **options))
 
             handle = model.register_forward_pre_hook(supply, with_kwargs=True)
         yield
@@ -63,16 +64,20 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _supplied(
-    model: PreTrainedModel, given: dict[str, Any], plan: BudgetPlan | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a forward, with a cache of ours where a stock one would begin."""
-    cache = given.get("past_key_values")
+    args: tuple[Any, ...], given: dict[str, Any], model: PreTrainedModel, make: Callable[[], RaggedCache]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a forward, with a cache of ours where a stock one would begin, whatever its name is."""
+    cache = next((x for x in (*args, *given.values()) if isinstance(x, Cache)), None)
     if isinstance(cache, RaggedCache) or given.get("use_cache") is False:
-        return given
+        return args, given
     if cache is not None and not (type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading):
         kind = "cache that offloads" if getattr(cache, "offloading", False) else type(cache).__name__
         raise ModelError(
             f"a {kind} was given to a model that is attached with a budget; only an empty DynamicCache "
             "can be exchanged for a cache with budgets. Begin with a new one, or leave the context"
         )
-    return given | {"past_key_values": new_cache(model, plan, **options)}
+    own = make()
+    if cache is None:
+        return args, given | with_cache(model, own)
+    exchanged = {name: own if value is cache else value for name, value in given.items()}
+    return tuple(own if value is cache else value for value in args), exchanged
