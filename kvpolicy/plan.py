@@ -35,7 +35,6 @@ from kvpolicy.plan_parts import (
     check_level,
     check_method,
     choice_json,
-    floor_of,
     importance_json,
     kept_fractions,
     level_json,
@@ -47,6 +46,7 @@ from kvpolicy.plan_parts import (
     read_level,
     read_method,
     read_model,
+    sink_tokens_of,
 )
 from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, Importance, ModelSpec
@@ -114,14 +114,14 @@ class BudgetPlan:
         policy: who evicts; None means streaming with 4 sink tokens
 
         Raises `BudgetError` for a table of another shape, for fractions, and for entries outside
-        sink tokens + 1 to `context_length`.
+        sink tokens + 1 to `context_length`; `PluginError` for a policy that is not installed.
         """
         if policy is None:
             policy = PlanChoice("streaming", {"num_sink_tokens": 4})
         elif isinstance(policy, str):
             policy = PlanChoice(policy)
         context_length = positive("context_length", context_length)
-        capacities = read_capacities(table, spec.table_shape, floor_of(policy, context_length), context_length)
+        capacities = read_capacities(table, spec.table_shape, sink_tokens_of(policy) + 1, context_length)
         retention = int(capacities.sum()) / (context_length * capacities.numel())
         return cls(
             model=PlanModel.from_spec(spec, model_id),
@@ -138,8 +138,11 @@ class BudgetPlan:
 
     @property
     def num_sink_tokens(self) -> int:
-        """First tokens that every KV head keeps."""
-        return int(self.method.policy.params.get("num_sink_tokens", 0))
+        """First tokens that every KV head keeps; of a policy that is not installed here, those that the plan names."""
+        try:
+            return sink_tokens_of(self.method.policy)
+        except PluginError:
+            return int(self.method.policy.params.get("num_sink_tokens", 0))
 
     def shares_at(self, retention: float) -> Tensor:
         """Kept fractions, float64 `[L, H]`, interpolated linearly between the levels around `retention`.
@@ -196,7 +199,7 @@ class BudgetPlan:
         budget = Budget(
             total=total,
             shape=(layers, heads),
-            floor=floor_of(self.method.policy, context_length),
+            floor=min(self.num_sink_tokens + 1, context_length),
             ceiling=context_length,
             groups=rank_groups(layers, heads, tp_size),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PlanError
 from kvpolicy.plan_json import Fields, check_json, describe, number, sequence, table, text, vector, whole
+from kvpolicy.registry import registry
 from kvpolicy.spec import Importance, LayerSpec, ModelSpec
 
 _MEAN_TOLERANCE = 1e-6  # shares written with six decimals still pass
@@ -288,10 +289,12 @@ def read_capacities(value: object, shape: tuple[int, int], floor: int, ceiling: 
     return numbers.to(torch.int64)
 
 
-def floor_of(policy: PlanChoice, context_length: int) -> int:
-    """Least entries of a KV head: the policy's sink tokens and one more, within the context."""
-    sinks = policy.params.get("num_sink_tokens", 0)
-    return min(int(sinks) + 1, context_length)
+def sink_tokens_of(choice: PlanChoice) -> int:
+    """First tokens that a policy never evicts. Asks the policy itself: what its parameters leave out is its default.
+
+    Raises `PluginError` for a policy that is not installed here, or does not take these parameters.
+    """
+    return registry.create("policy", choice.name, choice.params).num_sink_tokens
 
 
 def rank_groups(layers: int, heads: int, tp_size: int) -> Tensor | None:

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.errors import BudgetError, PlanError, PlanWarning
+from kvpolicy.cache import RaggedStore
+from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
 from kvpolicy.plan import (
     BudgetPlan,
     PlanChoice,
@@ -28,6 +29,7 @@ from kvpolicy.plan import (
     save_plan,
 )
 from kvpolicy.plan_json import MAX_BYTES
+from kvpolicy.registry import registry
 from kvpolicy.spec import Importance, LayerSpec, ModelSpec
 
 FULL = LayerSpec("full", 4, 2, 16, 16)
@@ -266,7 +268,7 @@ def test_missing_optional_fields_are_filled() -> None:
     plan = BudgetPlan.from_json(document)
     assert plan.importance is None
     assert plan.method.estimator is None
-    assert int(plan.capacities(100, retention=0.5).min()) == 1
+    assert int(plan.capacities(100, retention=0.5).min()) == 5, "the sink tokens of streaming by default, and one more"
 
 
 @pytest.mark.parametrize(
@@ -464,6 +466,48 @@ def test_a_table_that_cannot_be_honoured(table: Any, message: str) -> None:
 
 
 def test_a_table_for_another_policy() -> None:
-    plan = BudgetPlan.from_capacities(SPEC, [[1, 1]] * 3, policy="snapkv")
+    plan = BudgetPlan.from_capacities(SPEC, [[5, 6]] * 3, policy="snapkv")
     assert plan.method.policy == PlanChoice("snapkv")
-    assert plan.capacities(4096).tolist() == [[1, 1]] * 3
+    assert plan.capacities(4096).tolist() == [[5, 6]] * 3
+    with pytest.raises(PluginError, match="there is no policy named 'snapk'"):
+        BudgetPlan.from_capacities(SPEC, [[5, 6]] * 3, policy="snapk")
+
+
+@pytest.mark.parametrize("policy", [*registry.names("policy"), PlanChoice("snapkv", {"num_sink_tokens": 7})], ids=str)
+def test_a_table_below_the_floor_of_its_policy(policy: Any) -> None:
+    """The sink tokens that a policy has by default count as well as those that the plan names."""
+    choice = PlanChoice(policy) if isinstance(policy, str) else policy
+    floor = registry.create("policy", choice.name, choice.params).num_sink_tokens + 1
+    with pytest.raises(BudgetError, match=rf"layer 1, KV head 0 is {floor - 1}, expected a whole number from {floor} "):
+        BudgetPlan.from_capacities(SPEC, [[9, 9], [floor - 1, 9], [9, 9]], policy=policy)
+    plan = BudgetPlan.from_capacities(SPEC, [[floor, 9], [9, 9], [9, 9]], 64, policy=policy)
+    assert plan.capacities(64, retention=plan.retentions[0]).tolist() == [[floor, 9], [9, 9], [9, 9]]
+
+
+def test_a_context_below_the_floor_takes_no_table() -> None:
+    with pytest.raises(BudgetError, match=r"is 3, expected a whole number from 5 \(sink tokens \+ 1\) to 3 \(context_"):
+        BudgetPlan.from_capacities(SPEC, [[3, 3]] * 3, 3, policy="streaming")
+
+
+def test_a_plan_promises_what_its_cache_allows() -> None:
+    """Also where a level's shares are below the floor, and the file leaves the policy's parameters out."""
+    document = BudgetPlan.from_capacities(SPEC, [[5, 9]] * 3, 64, policy="streaming").to_json()
+    document["levels"][0] |= {"shares": [[0.01, 0.03]] * 3, "retention": 0.02}
+    plan = BudgetPlan.from_json(document)
+    assert plan.num_sink_tokens == 4
+    store = RaggedStore.from_plan(plan, context_length=64)
+    for layer in range(3):
+        store.prefill(layer, torch.zeros(1, 4, 40, 16), torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16))
+    assert (
+        plan.capacities(64).tolist() == store.capacities[:, 0].tolist() == store.lengths[:, 0].tolist() == [[5, 5]] * 3
+    )
+
+
+def test_a_plan_for_a_policy_that_is_not_here_can_be_looked_at() -> None:
+    document = BudgetPlan.from_capacities(SPEC, [[5, 9]] * 3, 64).to_json()
+    document["method"]["policy"] = {"name": "nobody's", "params": {"num_sink_tokens": 2}}
+    plan = BudgetPlan.from_json(document)
+    assert plan.num_sink_tokens == 2
+    assert plan.capacities(64).tolist() == [[5, 9]] * 3
+    with pytest.raises(PluginError, match="there is no policy named"):
+        RaggedStore.from_plan(plan)

@@ -13,7 +13,7 @@ from kvpolicy.apportion import apportion
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan
-from kvpolicy.plan_parts import floor_of, positive, rank_groups
+from kvpolicy.plan_parts import positive, rank_groups
 from kvpolicy.spec import Budget, Importance, ModelSpec
 
 UNLIMITED = 2**31 - 1
@@ -161,7 +161,7 @@ def from_plan(
         shape,
         shares,
         retention,
-        floor_of(plan.method.policy, UNLIMITED),
+        plan.num_sink_tokens + 1,
         positive("min_tokens", min_tokens),
         rank_groups(*shape, tp_size),
     )
