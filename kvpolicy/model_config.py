@@ -14,9 +14,12 @@ from kvpolicy.spec import LayerKind, LayerSpec, ModelSpec
 _KINDS: dict[str, LayerKind] = {
     "full_attention": "full",
     "attention": "full",
+    "global": "full",
     "sliding_attention": "sliding",
+    "local": "sliding",
     "chunked_attention": "chunked",
     # No keys and values that grow with the context:
+    "cross_attention": "linear",
     "linear_attention": "linear",
     "mamba": "linear",
     "conv": "linear",
@@ -24,8 +27,15 @@ _KINDS: dict[str, LayerKind] = {
     "moe": "linear",
     "mlp": "linear",
 }
+_WINDOWS = {  # where a configuration says how far a layer of this type sees
+    "sliding_attention": "sliding_window",
+    "local": "window_size",
+    "chunked_attention": "attention_chunk_size",
+}
 _UNSCALED = frozenset({"gemma3n_text", "gemma4_text"})  # queries are normalised instead; no attribute says it
 _WITH_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "flint"})  # no attribute says it
+# is_decoder = False, which makes an encoder of BERT, means nothing in these
+_DECODERS = frozenset({"gpt_neox", "gpt_neox_japanese", "evolla", "EvollaModel"})
 
 
 def read_config(config: Any) -> ModelSpec:
@@ -33,7 +43,7 @@ def read_config(config: Any) -> ModelSpec:
 
     Composite configurations (images, audio) are read at their text part.
 
-    Raises `ModelError`, with the reason, where per-head budgets do not apply: encoder-decoder, bidirectional
+    Raises `ModelError`, with the reason, where per-head budgets do not apply: encoder, encoder-decoder, bidirectional
     or latent (MLA) attention, no attention heads, a layer type that is not known, no full-attention layer.
     """
     text = _text_config(config)
@@ -46,7 +56,7 @@ def read_config(config: Any) -> ModelSpec:
         model_type=model_type,
         hidden_size=_whole(text, "hidden_size", model_type),
         vocab_size=_whole(text, "vocab_size", model_type),
-        max_context=int(getattr(text, "max_position_embeddings", None) or 0),
+        max_context=_max_context(text),
         rope=_rope(text),
         layers=layers,
     )
@@ -68,10 +78,22 @@ def _text_config(config: Any) -> Any:
 def _refuse(config: Any, text: Any, model_type: str) -> None:
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise ModelError(f"model type '{model_type}' is an encoder-decoder; kvpolicy budgets decoder-only models")
-    if getattr(text, "kv_lora_rank", None):
+    if getattr(text, "is_decoder", None) is False and model_type not in _DECODERS:
         raise ModelError(
-            f"model type '{model_type}' has latent attention (MLA, kv_lora_rank = {text.kv_lora_rank}): it caches one "
-            "latent vector per token, not keys and values per head, so there are no KV heads to budget"
+            f"model type '{model_type}' is an encoder (is_decoder = False): it reads in both directions and keeps no "
+            "cache; kvpolicy budgets decoder-only models"
+        )
+    if callable(getattr(config, "get_text_config", None)) and not hasattr(text, "use_cache"):
+        # transformers' own configuration; one that was only read from JSON may leave out what is the default
+        raise ModelError(
+            f"model type '{model_type}' keeps no cache (its configuration has no use_cache): an encoder, or a decoder "
+            "that reads everything at each step; kvpolicy budgets decoder-only models"
+        )
+    ranks = [getattr(layer, "kv_lora_rank", None) for layer in getattr(text, "per_layer_config", None) or [text]]
+    if any(ranks):
+        raise ModelError(
+            f"model type '{model_type}' has latent attention (MLA, kv_lora_rank = {max(x or 0 for x in ranks)}): it "
+            "caches one latent vector per token, not keys and values per head, so there are no KV heads to budget"
         )
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ModelError(f"model type '{model_type}' attends in both directions; kvpolicy needs causal attention")
@@ -88,29 +110,31 @@ def _whole(text: Any, name: str, model_type: str) -> int:
     return value
 
 
+def _max_context(text: Any) -> int:
+    return int(getattr(text, "max_position_embeddings", None) or 0)
+
+
 def _layer_types(text: Any, model_type: str) -> list[str]:
     """One type per layer, by transformers' own rules for configurations that do not list them."""
     count = _whole(text, "num_hidden_layers", model_type)
-    listed = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    names = ("layer_types", "layers_block_type", "attention_layers")
+    listed = next((found for name in names if (found := getattr(text, name, None)) is not None), None)
     if listed is None:
-        if _window(text, "sliding") is not None:
-            return ["sliding_attention"] * count
-        if _window(text, "chunked") is not None:
-            return ["chunked_attention"] * count
-        return ["full_attention"] * count
+        windowed = [name for name in ("sliding_attention", "chunked_attention") if _window(text, name) is not None]
+        listed = [*windowed, "full_attention"][:1] * count
     if len(listed) != count:
         raise ModelError(
             f"the configuration of model type '{model_type}' lists {len(listed)} layer types for {count} layers"
         )
-    return [str(name) for name in listed]
+    crossing = getattr(text, "cross_attention_layers", None) or ()  # Mllama: these read the image, not the text
+    return ["cross_attention" if index in crossing else str(name) for index, name in enumerate(listed)]
 
 
-def _window(config: Any, kind: LayerKind) -> int | None:
-    if kind == "sliding" and getattr(config, "use_sliding_window", True) is not False:
-        return getattr(config, "sliding_window", None) or None
-    if kind == "chunked":
-        return getattr(config, "attention_chunk_size", None) or None
-    return None
+def _window(config: Any, layer_type: str) -> int | None:
+    """Tokens that a layer of this type sees, None for all of them."""
+    if layer_type not in _WINDOWS or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, _WINDOWS[layer_type], None) or None
 
 
 def _shared_with(text: Any, types: Sequence[str], model_type: str) -> list[int | None]:
@@ -136,10 +160,12 @@ def _layer(text: Any, index: int, layer_type: str, shared: int | None, model_typ
             f"it knows {', '.join(sorted(_KINDS))}"
         )
     layer = _layer_config(text, index)
-    window = _window(layer, kind)
-    if window is None and kind in ("sliding", "chunked"):
-        name = "sliding_window" if kind == "sliding" else "attention_chunk_size"
+    window = _window(layer, layer_type)
+    if window is None and layer_type in _WINDOWS:
+        name = _WINDOWS[layer_type]
         raise ModelError(f"layer {index} of model type '{model_type}' is of type '{layer_type}' but {name} is not set")
+    if window is not None and 0 < _max_context(text) <= window:
+        kind, window = "full", None  # no token within the model's context is ever out of sight
     num_q_heads = _whole(layer, "num_attention_heads", model_type)
     num_kv_heads, head_dim = _key_shape(text, layer, kind, num_q_heads, model_type)
     if num_q_heads % num_kv_heads:

@@ -47,6 +47,33 @@ def test_sliding_models_without_layer_types() -> None:
     assert kinds(spec_of("MistralConfig", **GQA, sliding_window=None)) == ["full"] * 4
 
 
+def test_a_window_as_long_as_the_context_is_no_window() -> None:
+    """Long Phi-3 and Phi-4-mini: sliding_window 262144, context 131072."""
+    for window in (64, 65):
+        spec = spec_of("Phi3Config", **GQA, sliding_window=window, max_position_embeddings=64, pad_token_id=0)
+        assert kinds(spec) == ["full"] * 4
+        assert spec.attention.window is None
+    with pytest.raises(ModelError, match="sliding"):
+        spec_of("Phi3Config", **GQA, sliding_window=63, max_position_embeddings=64, pad_token_id=0)
+    listed = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
+    raw = SimpleNamespace(**GQA, model_type="mine", max_position_embeddings=64, **listed)
+    assert kinds(ModelSpec.from_config(raw)) == ["full"] * 4
+
+
+def test_gpt_neo_alternates() -> None:
+    spec = spec_of(
+        "GPTNeoConfig", hidden_size=64, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]
+    )
+    assert kinds(spec) == ["full", "sliding"] * 2
+    assert spec.layers[1].window == 256
+
+
+def test_cross_attention_is_not_budgeted() -> None:
+    spec = spec_of("MllamaConfig", text_config={**GQA, "cross_attention_layers": [1], "pad_token_id": 0})
+    assert kinds(spec) == ["full", "linear", "full", "full"]
+    assert spec.budgeted_layers == (0, 2, 3)
+
+
 def test_qwen2_uses_its_window_only_when_told() -> None:
     assert kinds(spec_of("Qwen2Config", **GQA, sliding_window=16)) == ["full"] * 4
     spec = spec_of("Qwen2Config", **GQA, sliding_window=16, use_sliding_window=True, max_window_layers=3)
@@ -127,6 +154,10 @@ def test_qwen3_next_linear_layers() -> None:
         ("DeepseekV3Config", {}, "latent attention .MLA"),
         ("T5Config", {}, "encoder-decoder"),
         ("BartConfig", {}, "encoder-decoder"),
+        ("BertConfig", {}, "an encoder .is_decoder = False"),
+        ("RobertaConfig", {}, "an encoder .is_decoder = False"),
+        ("DistilBertConfig", {}, "keeps no cache .its configuration has no use_cache"),
+        ("ModernBertConfig", {}, "keeps no cache .its configuration has no use_cache"),
         ("MambaConfig", {}, "no attention heads"),
         ("FalconH1Config", {}, "'hybrid', which kvpolicy does not know"),
         ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "both directions"),
@@ -135,6 +166,11 @@ def test_qwen3_next_linear_layers() -> None:
 def test_refused_with_the_reason(name: str, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         spec_of(name, **settings)
+
+
+def test_decoders_that_say_nothing_of_it_are_taken() -> None:
+    assert kinds(spec_of("GPTNeoXConfig", **SMALL)) == ["full"] * 4  # is_decoder = False there
+    assert kinds(spec_of("BertConfig", **SMALL, is_decoder=True)) == ["full"] * 4
 
 
 @pytest.mark.parametrize(

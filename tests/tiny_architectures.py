@@ -8,7 +8,8 @@ WITH_WINDOWS = ["Qwen2Window", "Cohere2", "Gemma2Window", "Gemma3Window", "GptOs
 SHARED_KEYS = ["Gemma3n", "Gemma4"]
 WITH_LINEAR = ["Qwen3Next"]
 COMPOSITE = ["Llava", "Gemma3Vision"]  # the language model's configuration lies inside another one
-ARCHITECTURES = [*ALL_FULL, *WITH_WINDOWS, *SHARED_KEYS, *WITH_LINEAR, *COMPOSITE]
+CROSSING = ["Mllama"]  # some layers read the image, through keys and values that do not grow with the text
+ARCHITECTURES = [*ALL_FULL, *WITH_WINDOWS, *SHARED_KEYS, *WITH_LINEAR, *COMPOSITE, *CROSSING]
 
 # No attention function to exchange; latent attention.
 REFUSED = ["Falcon", "DeepseekV3"]
@@ -25,6 +26,7 @@ CLASSES = {
     "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
     "Llava": ("LlamaConfig", "LlavaForConditionalGeneration"),
     "Gemma3Vision": ("Gemma3TextConfig", "Gemma3ForConditionalGeneration"),
+    "Mllama": ("MllamaTextConfig", "MllamaForConditionalGeneration"),
 }
 
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -33,6 +35,24 @@ _VISION |= {"image_size": 16, "patch_size": 8}
 # Around the text configuration: (configuration, vision configuration, the rest). Image tokens lie above all others.
 AROUND = {
     "Llava": ("LlavaConfig", "CLIPVisionConfig", _VISION, {"image_token_index": 97}),
+    "Mllama": (
+        "MllamaConfig",
+        "MllamaVisionConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 80,  # 101 image tokens
+            "patch_size": 8,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        {"image_token_index": 97},
+    ),
     "Gemma3Vision": (
         "Gemma3Config",
         "SiglipVisionConfig",
@@ -67,6 +87,7 @@ def options(name, group, layers):
         "Gemma3Window": {**alternating, **gemma3},
         "Gemma3Vision": {**alternating, **gemma3, "vocab_size": 100},
         "Llava": {"vocab_size": 100},
+        "Mllama": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "head_dim": None},
         "GptOss": {**full, **experts},
         "GptOssWindow": {**alternating, **experts},
         # no rotary embedding in the full layers, which scale their queries from the 16th token on

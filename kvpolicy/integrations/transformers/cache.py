@@ -65,6 +65,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.has_holes = False  # padding elsewhere than before a row's first token
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # Mllama asks every layer's
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """
         self.cache.begin(key_states)
         self._finish()
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.arrived = key_states.shape[2]
         self.columns += self.arrived
         return mark(key_states, self), value_states

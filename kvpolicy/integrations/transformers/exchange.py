@@ -33,9 +33,10 @@ def attention_name(model: PreTrainedModel) -> str:
 def set_attention(model: PreTrainedModel, name: str) -> None:
     """Sets the implementation of the language model alone; a vision or audio part keeps its own.
 
-    Raises `ModelError` for a model whose attention cannot be exchanged.
+    Raises `ModelError` for a model whose attention cannot be exchanged, or is not causal.
     """
     text = text_config(model)
+    _check_causal(model, text)
     keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text]
     model.set_attn_implementation({keys[0]: name} if keys else name)
     if text._attn_implementation != name:
@@ -43,6 +44,17 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
             f"{type(model).__name__} does not let its attention be exchanged (it does not go through transformers' "
             "AttentionInterface); kvpolicy cannot measure or compress it"
         )
+
+
+def _check_causal(model: PreTrainedModel, text: Any) -> None:
+    """Raises `ModelError` for an encoder: not every configuration says that it is one."""
+    for module in model.modules():
+        own = getattr(module, "config", None) is text and isinstance(getattr(module, "layer_idx", None), int)
+        if own and getattr(module, "is_causal", None) is False:
+            raise ModelError(
+                f"{type(module).__name__} of {type(model).__name__} reads in both directions: an encoder keeps no "
+                "cache; kvpolicy budgets decoder-only models"
+            )
 
 
 def register(name: str, base: str, attention: Attention, mask: Callable[..., Any]) -> None:

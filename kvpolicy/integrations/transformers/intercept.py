@@ -73,6 +73,8 @@ def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tup
     pairs = []
     for index in layers:
         names = found.get(index, [])
+        # a decoder layer may be called after its attention and count layers too (Mllama): the innermost is meant
+        names = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
         if len(names) != 1:
             raise ModelError(
                 f"{type(model).__name__}: layer {index} has {len(names)} attention modules that kvpolicy recognises "

@@ -235,7 +235,7 @@ def _read_columns(cache: RaggedCache, store: RaggedStore, fields: Fields) -> Non
     for row, layer in enumerate(budgeted):
         layer.columns = whole(columns[row], f"columns[{row}]", least)
         layer.has_holes = state.flag(holes[row], f"has_holes[{row}]")
-        layer.is_initialized = True
+        layer.lazy_initialization(torch.empty(0), torch.empty(0))
     if len(set(columns)) > 1:
         raise KVPolicyError(f"its layers have seen different numbers of columns: {columns}")
     cache.recording = fields.read("recording", state.flag)
@@ -256,7 +256,8 @@ def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, 
             raise KVPolicyError(f"layer {index} is budgeted in the file or in the model, but not in both")
         if values is not None:
             heads = cache.spec.layers[index].num_kv_heads // shares
-            shape = (store.batch_size, heads, columns)
+            most = UNLIMITED if cache.spec.layers[index].kind == "linear" else columns  # an image's length is its own
+            shape = (store.batch_size, heads, most)
             unpack_stock(layer, Fields(values, f"stock[{index}]"), given, devices[index], model.dtype, shape)
             if getattr(layer, "is_sliding", False) and layer.get_seq_length() != columns:
                 raise KVPolicyError(f"layer {index} has seen {layer.get_seq_length()} columns, others {columns}")
