@@ -42,6 +42,10 @@ class PluginWarning(UserWarning):
     """A plugin was left out; everything else works."""
 
 
+class ModelWarning(UserWarning):
+    """A model's files are not as they were written; what could be made good was."""
+
+
 class PlanWarning(UserWarning):
     """A plan is used outside the conditions it was made for."""
 
@@ -64,13 +68,17 @@ def foreign(said: str, kind: type[KVPolicyError]) -> Iterator[None]:
     """
     try:
         yield
-    except KVPolicyError:
+    except (KVPolicyError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # an exit, and a panic in Rust, are no `Exception`
         raise kind(f"{said}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the paragraphs behind it; its type where it says nothing."""
+    """What an error of a library says, without the paragraphs behind it; with its type unless it was said to users."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    said = " ".join(lines[: last + 1])
+    if isinstance(error, OSError | ValueError | RuntimeError) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

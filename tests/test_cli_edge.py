@@ -13,14 +13,27 @@ from tests.command_line import KVPOLICY
 PRINTING = [["show", "PLAN"], ["show", "PLAN", "--json"], ["plugins"]]
 
 
-def test_a_foreign_error_names_whose_it_is_in_one_line():
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("\n  row 7 is not there \nand a paragraph\n"), "row 7 is not there"),
+        (RuntimeError("one of:\n(1) this"), "one of: (1) this"),
+        (KeyError("scores"), "KeyError: 'scores'"),
+        (StopIteration(), "StopIteration"),
+        (SystemExit(0), "SystemExit: 0"),
+    ],
+)
+def test_a_foreign_error_names_whose_it_is_in_one_line(error, said):
     with pytest.raises(ModelError) as caught, foreign("cannot read the file 'x'", ModelError):
-        raise IndexError("\n  row 7 is not there \nand a paragraph\n")
-    assert str(caught.value) == "cannot read the file 'x': row 7 is not there"
-    with pytest.raises(ModelError, match=r"'x': StopIteration$"), foreign("cannot read the file 'x'", ModelError):
-        raise StopIteration
-    with pytest.raises(PlanError, match=r"^as it was$"), foreign("cannot read the file 'x'", ModelError):
-        raise PlanError("as it was")
+        raise error
+    assert str(caught.value) == f"cannot read the file 'x': {said}"
+
+
+@pytest.mark.parametrize("error", [PlanError("as it was"), KeyboardInterrupt()])
+def test_what_is_told_already_and_ctrl_c_pass(error):
+    with pytest.raises(type(error)) as caught, foreign("cannot read the file 'x'", ModelError):
+        raise error
+    assert caught.value is error
 
 
 def fails(monkeypatch, error):

