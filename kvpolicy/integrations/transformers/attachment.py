@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.exchange import (
     stock_attention,
     text_config,
 )
-from kvpolicy.integrations.transformers.masks import LazyMask, make_mask
+from kvpolicy.integrations.transformers.masks import dense_mask, make_mask
 from kvpolicy.integrations.transformers.versions import warn_if_untested
 
 _PREFIX = "kvpolicy_cache_"
@@ -60,7 +60,7 @@ def attach(model: PreTrainedModel) -> None:
         layer: RaggedAttention | None = getattr(key, _HANDLE, None)
         if layer is not None:
             return layer.attention(stock, module, query, key, value, mask, options)
-        return stock(module, query, key, value, mask.dense() if isinstance(mask, LazyMask) else mask, **options)
+        return stock(module, query, key, value, dense_mask(mask), **options)
 
     def mask(**given: Any) -> Any:
         return make_mask(base, given)

@@ -14,9 +14,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
-from kvpolicy.integrations.transformers.cache import RaggedCache, tensors_of
+from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.repeat import repeat_context
+from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.progress import Progress
 

@@ -8,6 +8,7 @@ never the entries kept.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,8 +22,9 @@ from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.exchange import Attention
-from kvpolicy.integrations.transformers.masks import LazyMask, user_mask
+from kvpolicy.integrations.transformers.masks import LazyMask, dense_mask, user_mask
 from kvpolicy.integrations.transformers.sources import layer_sources
+from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -58,11 +60,24 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     def __init__(self, cache: RaggedCache, row: int, model_layer: int, followers: int) -> None:
         super().__init__()
-        self.cache, self.row, self.model_layer, self.followers = cache, row, model_layer, followers
+        self._cache = weakref.ref(cache)  # which holds its layers: what is dropped is free at once
+        self.row, self.model_layer, self.followers = row, model_layer, followers
         self.columns = 0  # tokens seen, padding included
         self.arrived = 0  # tokens whose attention has not come yet
         self.waiting: Waiting | None = None
         self.has_holes = False  # padding elsewhere than before a row's first token
+
+    @property
+    def cache(self) -> RaggedCache:
+        cache = self._cache()
+        assert cache is not None  # nobody else holds its layers
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_cache": self.cache}  # so that the layers of a copied cache belong to the copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_cache": weakref.ref(state["_cache"])}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # Mllama asks every layer's
@@ -92,6 +107,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         store = self.cache.opened()
         scoring = Scoring(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
         if not self.arrived:
+            self.check_follower(module)
             return self._follow(stock, module, query, key, value, mask, options, scoring)
         self.arrived = 0
         valid = self.valid_tokens(mask, key.shape[2])
@@ -106,7 +122,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.has_holes |= not empty or bool((valid[:, 1:] < valid[:, :-1]).any())
         chunk = store.arrive(self.row, key, value, valid)
         if empty:
-            result = _stock(stock, module, query, key, value, mask, options)
+            result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
             result = _as_stock(self._over_entries(store, query, chunk, mask, scoring)), None
         extra = layer_sources(module, store.spec, store.policy.requires)
@@ -114,6 +130,14 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if not self.followers:
             self._finish()
         return result
+
+    def check_follower(self, module: nn.Module) -> None:
+        """Raises `ModelError` where attention comes a second time for one update, and from no other layer."""
+        if not self.followers or getattr(module, "layer_idx", None) == self.model_layer:
+            raise ModelError(
+                f"layer {self.model_layer}: {type(module).__name__} attends several times to keys that it caches once, "
+                "with other values each time; a budget keeps one value a key, so this model cannot run over it"
+            )
 
     def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
         """Which of the newest tokens are no padding: bool [B, count], None if all of them."""
@@ -135,7 +159,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if waiting is None:
             return _as_stock(store.attend(self.row, query, scoring)), None
         if waiting.prompt:
-            result = _stock(stock, module, query, key, value, mask, options)
+            result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
             result = _as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring)), None
         waiting.left -= 1
@@ -416,24 +440,6 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self.store.take(rows.long())
         for layer in self._stock():
             on_stock(layer)
-
-
-def tensors_of(layer: Any) -> dict[str, Tensor]:
-    """The tensors of a stock layer, by attribute; those in lists and dicts too."""
-    held = {}
-    for name, value in vars(layer).items():
-        if isinstance(value, Tensor):
-            held[name] = value
-        elif isinstance(value, dict):
-            held |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
-    return held
-
-
-def _stock(
-    stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
-) -> tuple[Tensor, Any]:
-    """The model's own attention over a whole prompt."""
-    return stock(module, query, key, value, mask.dense() if isinstance(mask, LazyMask) else mask, **options)
 
 
 def _as_stock(out: Tensor) -> Tensor:

@@ -91,6 +91,11 @@ def make_mask(base: str, given: dict[str, Any]) -> Any:
     return LazyMask(base, given)
 
 
+def dense_mask(mask: Any) -> Any:
+    """What the model's own attention takes."""
+    return mask.dense() if isinstance(mask, LazyMask) else mask
+
+
 def user_mask(mask: Tensor) -> Tensor:
     """A 4-D mask that a user gave, as bool of the same shape: True or 0 is visible, a very negative number is not.
 

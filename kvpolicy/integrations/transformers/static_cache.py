@@ -21,9 +21,10 @@ from kvpolicy.cache.static import StaticStore
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
-from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache, tensors_of
+from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache
 from kvpolicy.integrations.transformers.exchange import Attention
 from kvpolicy.integrations.transformers.masks import user_mask
+from kvpolicy.integrations.transformers.stock_state import tensors_of
 
 _STORES: WeakValueDictionary[int, StaticStore] = WeakValueDictionary()
 """By handle, a constant in compiled code. Small numbers are used again, and what was compiled with them."""
@@ -89,6 +90,8 @@ class StaticLayer(BudgetedLayer):
         if not self.cache.decoding:
             return super().attention(stock, module, query, key, value, mask, options)
         append, self.arrived = bool(self.arrived), 0
+        if not append:
+            self.check_follower(module)
         arguments = (query, key, value, options.get("s_aux"), options.get("scaling"), options.get("softcap"))
         return static_attention(*arguments, self.cache.handle, self.row, append), None
 

@@ -18,6 +18,17 @@ from kvpolicy.plan_json import Fields, describe, sequence, text
 _LATE = {"dtype": None, "device": None}  # attributes that a layer has from its first tokens on
 
 
+def tensors_of(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a stock layer, by attribute; those in lists and dicts too."""
+    held = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            held[name] = value
+        elif isinstance(value, dict):
+            held |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
+    return held
+
+
 def pack_stock(layer: Any, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and JSON values. Raises `ModelError` for a layer whose state is of another kind."""
     tensors: dict[str, Tensor] = {}
