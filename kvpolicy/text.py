@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,20 @@ from torch import Tensor
 
 from kvpolicy.errors import TextError
 
-RUN_WORDS = 30
-"""A run of this many words that was seen before marks its paragraph as a repetition."""
+RUN = 192
+"""A run of this many bytes of UTF-8 that was seen before marks its paragraph as a repetition. White space does not
+count: about 30 English words, or 64 Chinese characters."""
 SEARCH_PART = 0.6
-"""Share of the words that the search may see; the rest is held out."""
+"""Share of the text that the search may see; the rest is held out."""
 _MAX_CHARACTERS = 20_000_000
+_WHOLE = 40  # bytes from which a whole paragraph is a repetition; shorter ones ("Examples:") say little
+_LONGEST = 2000  # characters of a paragraph; a longer one is cut, so that a text of one line can be split too
+_LONG_WORD = 30  # bytes: what is longer between two spaces is no word, but a script without spaces, or a table of data
+_ENDS = (
+    ("\n",),
+    (". ", "! ", "? ", "\u3002", "\uff01", "\uff1f"),  # the last three: Chinese and Japanese
+    (" ", "\t", "\u3000"),
+)  # where a paragraph is best cut, best first
 
 Tokenize = Callable[[str], list[int]]
 
@@ -107,27 +116,87 @@ def make_corpus(path: str | Path | None, tokenize: Tokenize, prefix: tuple[int, 
 
 
 def without_repetitions(text: str) -> list[str]:
-    """The paragraphs, less each that would repeat a run of 30 words already kept.
+    """The paragraphs, less each that stood there before, and each that would repeat a run of `RUN` bytes already kept.
 
-    Runs are counted across paragraph borders, so that afterwards every run of 30 words is unique, and any two
-    contiguous parts share none.
+    Runs begin at words, in scripts without spaces at every character. They are counted across paragraph borders, so
+    that afterwards every run is unique, and any two contiguous parts share none.
     """
     kept: list[str] = []
     seen: set[int] = set()
-    tail: tuple[str, ...] = ()
-    for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
-        words = tail + tuple(paragraph.split())
-        runs = [hash(words[i : i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)]
-        if not paragraph.strip() or len(set(runs)) < len(runs) or not seen.isdisjoint(runs):
+    tail = _Words(b"", [])
+    for paragraph in _paragraphs(text):
+        own = _Words.of(paragraph)
+        words = tail + own
+        marks = words.runs()
+        if len(own.written) >= _WHOLE:
+            marks.append(hash((own.written,)))  # the whole, which is no run
+        if not own.written or len(set(marks)) < len(marks) or not seen.isdisjoint(marks):
             continue
         kept.append(paragraph)
-        seen.update(runs)
-        tail = words[max(0, len(words) - RUN_WORDS + 1) :]
+        seen.update(marks)
+        tail = words.unfinished()
     return kept
 
 
 def split(paragraphs: list[str]) -> tuple[list[str], list[str]]:
-    """(search, held-out): the first paragraphs with 60 % of the words, and the rest."""
-    counts = torch.tensor([len(paragraph.split()) for paragraph in paragraphs], dtype=torch.int64)
+    """(search, held-out): the first paragraphs with 60 % of the characters, and the rest."""
+    counts = torch.tensor([len(paragraph) for paragraph in paragraphs], dtype=torch.int64)
     border = int((counts.cumsum(0) <= SEARCH_PART * int(counts.sum())).sum())
     return paragraphs[:border], paragraphs[border:]
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """What stands between blank lines, cut where it is too long."""
+    for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+        begin = 0
+        while len(paragraph) - begin > _LONGEST:
+            end = _end(paragraph, begin)
+            yield paragraph[begin:end].removesuffix("\n")
+            begin = end
+        yield paragraph[begin:]
+
+
+def _end(paragraph: str, begin: int) -> int:
+    """Where a piece of a quarter to half of `_LONGEST` characters ends best."""
+    least, most = begin + _LONGEST // 4, begin + _LONGEST // 2
+    for marks in _ENDS:
+        found = max(paragraph.rfind(mark, least, most) + len(mark) for mark in marks)
+        if found > least:
+            return found
+    return most
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """written: UTF-8 without white space;  begins: where runs begin in it, rising."""
+
+    written: bytes
+    begins: list[int]
+
+    @classmethod
+    def of(cls, text: str) -> _Words:
+        begins, offset = [], 0
+        words = [word.encode("utf-8", "replace") for word in text.split()]
+        for word in words:
+            if len(word) <= _LONG_WORD and word.isascii():
+                begins.append(offset)
+            else:
+                begins += [offset + i for i, byte in enumerate(word) if byte & 0xC0 != 0x80]  # each character
+            offset += len(word)
+        return cls(b"".join(words), begins)
+
+    def __add__(self, other: _Words) -> _Words:
+        shift = len(self.written)
+        return _Words(self.written + other.written, self.begins + [shift + begin for begin in other.begins])
+
+    def runs(self) -> list[int]:
+        """A hash of each run that is whole."""
+        last = len(self.written) - RUN
+        return [hash(self.written[begin : begin + RUN]) for begin in self.begins if begin <= last]
+
+    def unfinished(self) -> _Words:
+        """The end, in which runs begin that are not whole yet."""
+        last = len(self.written) - RUN
+        begins = [begin for begin in self.begins if begin > last]
+        first = begins[0] if begins else len(self.written)
+        return _Words(self.written[first:], [begin - first for begin in begins])

@@ -1,23 +1,34 @@
 """Calibration text: repetitions, the split, sequences, and what is refused."""
 
+import random
+import time
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 from kvpolicy import TextError
 from kvpolicy.integrations.transformers import read_corpus
-from kvpolicy.text import RUN_WORDS, SEARCH_PART, Corpus, make_corpus, read_text, split, without_repetitions
+from kvpolicy.text import RUN, SEARCH_PART, Corpus, make_corpus, read_text, split, without_repetitions
 from tests.tiny_checkpoint import text_of, tiny_tokenizer, words
+
+LEAST = RUN + 30  # white space left out, from the middle of a word on: a whole run is in it
 
 
 def runs(paragraphs):
-    """Every run of 30 words, also across paragraph borders."""
-    given = " ".join(paragraphs).split()
-    return [tuple(given[i : i + RUN_WORDS]) for i in range(len(given) - RUN_WORDS + 1)]
+    """Every stretch of `LEAST` bytes, wherever it begins, also across paragraph borders."""
+    given = "".join("".join(paragraphs).split()).encode()
+    return [given[i : i + LEAST] for i in range(len(given) - LEAST + 1)]
 
 
 def join(given):
     return " ".join(given)
+
+
+def han(count, seed=0):
+    """`count` drawn Chinese characters without a space."""
+    draw = random.Random(seed)
+    return "".join(chr(draw.randrange(0x4E00, 0x9FA0)) for _ in range(count))
 
 
 def characters(text):
@@ -30,12 +41,12 @@ def corpus(search=100, heldout=60, prefix=()):
 
 
 def planted_text():
-    """Fresh paragraphs of 40 words with repetitions inside, across one border, and across two."""
-    fresh = words(4000)
-    paragraphs = [fresh[i : i + 40] for i in range(0, 4000, 40)]
+    """Fresh paragraphs of 60 words with repetitions inside, across one border, and across two."""
+    fresh = words(6000)
+    paragraphs = [fresh[i : i + 60] for i in range(0, 6000, 60)]
     paragraphs.insert(60, list(paragraphs[3]))  # a whole paragraph again
-    paragraphs.insert(70, [*words(10, seed=1), *paragraphs[5][:30], *words(5, seed=2)])  # 30 words inside another
-    paragraphs.insert(80, paragraphs[10][-20:] + paragraphs[11][:20])  # across a border of the first occurrence
+    paragraphs.insert(70, [*words(10, seed=1), *paragraphs[5][:55], *words(5, seed=2)])  # 55 words inside another
+    paragraphs.insert(80, paragraphs[10][-30:] + paragraphs[11][:30])  # across a border of the first occurrence
     paragraphs[90:90] = [paragraphs[20][:15], paragraphs[20][15:25], paragraphs[20][25:]]  # one paragraph cut in three
     return "\n\n".join(map(join, paragraphs))
 
@@ -50,21 +61,36 @@ def test_a_repeated_paragraph_is_dropped_once_and_the_first_is_kept():
     assert without_repetitions("\n\n".join([a, b, a, b])) == [a, b]
 
 
-@pytest.mark.parametrize(("shared", "kept"), [(29, 2), (30, 1), (31, 1)])
-def test_a_shared_run_is_a_repetition_from_30_words_on(shared, kept):
-    first, fresh = words(50, 1), words(50, 2)
-    text = f"{join(first)}\n\n{join(fresh[:20] + first[10 : 10 + shared] + fresh[20:])}"
+@pytest.mark.parametrize(("shared", "kept"), [(RUN - 1, 2), (RUN, 1), (RUN + 1, 1)])
+def test_a_shared_run_of_words_is_a_repetition_from_its_length_on(shared, kept):
+    run = join(words(80))
+    end = next(i for i in range(len(run)) if len("".join(run[:i].split())) == shared)
+    text = f"{join(words(9, 1))} {run[:end]}\n\n{join(words(9, 2))} {run[:end]}"
+    assert len(without_repetitions(text)) == kept
+
+
+@pytest.mark.parametrize(("shared", "kept"), [(RUN // 3 - 1, 2), (RUN // 3, 1)])
+def test_a_shared_run_of_characters_is_a_repetition_wherever_it_begins(shared, kept):
+    run = han(shared)
+    text = f"{han(50, 1)}{run}{han(31, 2)}\n\n{han(20, 3)}{run}{han(40, 4)}"
     assert len(without_repetitions(text)) == kept
 
 
 def test_a_run_repeated_inside_one_paragraph_drops_it():
-    loop = words(30)
-    assert without_repetitions(join(loop * 3)) == []
+    assert without_repetitions(join(words(60) * 3)) == []
+    assert without_repetitions(han(100) * 3) == []
+
+
+@pytest.mark.parametrize(("length", "kept"), [(39, 2), (40, 1)])
+def test_a_whole_paragraph_is_not_kept_twice_from_40_bytes_on(length, kept):
+    repeated = "x" * length
+    text = "\n\n".join([join(words(40, 1)), repeated, join(words(40, 2)), repeated, join(words(40, 3))])
+    assert without_repetitions(text).count(repeated) == kept
 
 
 def test_a_run_that_crosses_a_border_of_short_paragraphs_is_a_repetition():
-    run = words(40)
-    parts = [join(run[:20]), join(run[20:]), join(words(40, 5)), join(run[:20]), join(run[20:])]
+    run = words(60)
+    parts = [join(run[:12]), join(run[12:]), join(words(40, 5)), join(run[:10]), join(run[10:])]
     kept = without_repetitions("\n\n".join(parts))
     assert kept == parts[:4], "the run is complete only with the last paragraph"
 
@@ -79,7 +105,7 @@ def test_no_run_stands_twice_after_planted_repetitions():
 
 
 @pytest.mark.parametrize("source", ["planted", "default"])
-def test_search_and_heldout_share_no_run_of_30_words(source):
+def test_search_and_heldout_share_no_run(source):
     text = planted_text() if source == "planted" else read_text(None)[1]
     search, heldout = split(without_repetitions(text))
     assert runs(search) and runs(heldout)
@@ -91,12 +117,72 @@ def test_the_default_text_has_repetitions_across_the_border_if_they_are_not_drop
     assert not set(runs(search)).isdisjoint(runs(heldout))
 
 
-def test_the_split_is_contiguous_and_at_60_percent_of_the_words():
+def test_the_split_is_contiguous_and_at_60_percent_of_the_text():
     paragraphs = [join(words(n, seed=n)) for n in (70, 10, 30, 200, 50, 90, 40, 60)]
     search, heldout = split(paragraphs)
     assert search + heldout == paragraphs
-    total = len(join(paragraphs).split())
-    assert len(join(search).split()) <= SEARCH_PART * total < len(join([*search, heldout[0]]).split())
+    total = len("".join(paragraphs))
+    assert len("".join(search)) <= SEARCH_PART * total < len("".join([*search, heldout[0]]))
+
+
+SCRIPTS = {
+    "Chinese": (0x4E00, 0x9FA0, ""),
+    "Japanese": (0x3041, 0x30FB, ""),
+    "Thai": (0x0E01, 0x0E2F, ""),
+    "Cyrillic": (0x0430, 0x0450, " "),
+    "code without spaces": (0x28, 0x7E, ""),
+}
+
+
+def written(script, count, length, seed=0):
+    """`count` paragraphs of `length` drawn characters."""
+    first, last, space = SCRIPTS[script]
+    draw = random.Random(seed)
+    drawn = ["".join(chr(draw.randrange(first, last)) for _ in range(length)) for _ in range(count)]
+    return [space.join(paragraph[i : i + 7] for i in range(0, length, 7)) for paragraph in drawn]
+
+
+@pytest.mark.parametrize("length", [40, 150, 400])
+@pytest.mark.parametrize("border", ["\n\n", "\n"], ids=["blank lines", "lines"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_has_heldout_paragraphs_that_stand_in_the_search_part(tmp_path, script, border, length):
+    paragraphs = written(script, 160, length)
+    (tmp_path / "twice.txt").write_text(border.join([*paragraphs, *paragraphs]), encoding="utf-8")
+    made = make_corpus(tmp_path / "twice.txt", characters)
+    search, heldout = ("".join(map(chr, part.tolist())) for part in (made.search, made.heldout))
+    assert len(search) > 0.45 * 160 * length and len(heldout) > 0.3 * 160 * length
+    assert [each for each in paragraphs if each in search and each in heldout] == []
+    assert set(runs([search])).isdisjoint(runs([heldout]))
+
+
+@pytest.mark.parametrize(
+    "text", [join(words(12_000)), "\n".join(words(12_000)), han(12_000)], ids=["line", "lines", "han"]
+)
+def test_a_text_of_one_paragraph_is_split_at_60_percent_and_loses_nothing(tmp_path, text):
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    made = make_corpus(tmp_path / "one.txt", characters)
+    assert len(made.search) / len(made.whole) == pytest.approx(SEARCH_PART, abs=0.1)
+    kept = "".join("".join(map(chr, made.whole.tolist())).split())
+    assert hash(kept) == hash("".join(text.split())), "a difference of long texts takes pytest minutes"
+
+
+def test_a_long_paragraph_is_cut_at_lines_else_at_sentences_else_at_words():
+    sentences = [f"{join(words(9, seed))}." for seed in range(400)]
+    for text, ends in (("\n".join(sentences), "."), (" ".join(sentences), ". "), (join(words(900)), " ")):
+        pieces = without_repetitions(text)
+        assert len(pieces) > 2
+        assert all(piece.endswith(ends) for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("make", [lambda n: join(words(n // 6)), han], ids=["words", "han"])
+def test_the_work_grows_no_faster_than_the_text(make):
+    def seconds(text):
+        begun = time.process_time()
+        without_repetitions(text)
+        return time.process_time() - begun
+
+    short, long = make(50_000), make(400_000)
+    assert min(seconds(long) for _ in range(2)) < 20 * min(seconds(short) for _ in range(3))
 
 
 def test_sequences_of_a_part_do_not_overlap_and_spread_over_it():
