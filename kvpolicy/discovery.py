@@ -16,14 +16,14 @@ import pluggy
 
 from kvpolicy import hookspecs
 from kvpolicy.errors import PluginError
-from kvpolicy.hookspecs import PROJECT, Register, Registration
-from kvpolicy.plugin_check import describe, quoted
+from kvpolicy.hookspecs import PROJECT, Register, Registration, Role
+from kvpolicy.plugin_check import quoted
+from kvpolicy.plugin_fault import describe
 
 ALLOW_VARIABLE = "KVPOLICY_PLUGINS"
 """Environment variable: comma-separated distributions whose plugins are loaded; unset means all."""
 
-FAILURES = (Exception, SystemExit)
-"""What a plugin may throw at us without taking the others down."""
+_Taken = dict[tuple[str, Role, str], str]  # distribution, role, name -> the entry point that offers it
 
 
 @dataclass(slots=True)
@@ -61,10 +61,11 @@ def load_plugins(entry_points: Iterable[EntryPoint]) -> tuple[list[Plugin], list
     """All plugins, built-ins first, and one warning for each that is broken. Never raises for a plugin."""
     allowed = _allowed()
     plugins: list[Plugin] = []
+    taken: _Taken = {}
     found = [(_describe_entry(entry), entry) for entry in entry_points]
     for plugin, entry in sorted(found, key=lambda pair: (not pair[0].is_builtin, pair[0].distribution, pair[0].name)):
         if plugin.is_builtin or allowed is None or normalized(plugin.distribution) in allowed:
-            _load(plugin, entry, plugins)
+            _load(plugin, entry, taken)
         else:
             plugin.status, plugin.error = "disabled", f"{ALLOW_VARIABLE} does not name '{plugin.distribution}'"
         plugins.append(plugin)
@@ -81,7 +82,7 @@ def _describe_entry(entry: EntryPoint) -> Plugin:
     return Plugin(entry.name, owner.name if owner else "unknown", owner.version if owner else "0")
 
 
-def _load(plugin: Plugin, entry: EntryPoint, loaded: list[Plugin]) -> None:
+def _load(plugin: Plugin, entry: EntryPoint, taken: _Taken) -> None:
     try:
         module = entry.load()
         # A manager of its own: a plugin is called alone, and one that fails leaves nothing in the others'.
@@ -91,20 +92,24 @@ def _load(plugin: Plugin, entry: EntryPoint, loaded: list[Plugin]) -> None:
         register = Register()
         manager.hook.kvpolicy_register(register=register)
         unknown = _unknown_hooks(manager, module)
-        _check_offers(plugin, register, unknown, loaded)
-        plugin.offers, plugin.unknown = list(register.registrations), unknown
-    except FAILURES as error:
+        if not register.offers:
+            nothing = "it registers nothing: implement kvpolicy_register(register)"
+            raise PluginError("; ".join(unknown.values()) or nothing)
+        _take(plugin, register, taken)
+        plugin.offers, plugin.unknown = list(register.offers.values()), unknown
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an exit too: it would take the others down
         plugin.status, plugin.error = "broken", describe(error)
 
 
-def _check_offers(plugin: Plugin, register: Register, unknown: dict[str, str], loaded: list[Plugin]) -> None:
-    if not register.registrations:
-        raise PluginError("; ".join(unknown.values()) or "it registers nothing: implement kvpolicy_register(register)")
-    siblings = [other for other in loaded if normalized(other.distribution) == normalized(plugin.distribution)]
-    taken = {(offer.role, offer.name): other for other in siblings for offer in other.offers}
-    for offer in register.registrations:
-        if sibling := taken.get((offer.role, offer.name)):
-            raise PluginError(f"{offer.role} '{offer.name}' is already offered by entry point '{sibling.name}'")
+def _take(plugin: Plugin, register: Register, taken: _Taken) -> None:
+    """Takes the names of a plugin, all or none."""
+    names = {(normalized(plugin.distribution), *offered): plugin.name for offered in register.offers}
+    for name in names.keys() & taken.keys():
+        _, role, short = name
+        raise PluginError(f"{role} '{short}' is already offered by entry point '{taken[name]}'")
+    taken.update(names)
 
 
 def _unknown_hooks(manager: pluggy.PluginManager, module: object) -> dict[str, str]:

@@ -49,7 +49,7 @@ class Register:
     """
 
     def __init__(self) -> None:
-        self.registrations: list[Registration] = []
+        self.offers: dict[tuple[Role, str], Registration] = {}
 
     def estimator(
         self,
@@ -97,9 +97,9 @@ class Register:
             raise PluginError(
                 f"{offer.role} '{offer.name}' has the target '{offer.target}'; expected 'package.module:Class'"
             )
-        if any((known.role, known.name) == (offer.role, offer.name) for known in self.registrations):
+        if (offer.role, offer.name) in self.offers:
             raise PluginError(f"{offer.role} '{offer.name}' is registered twice by one plugin; give each its own name")
-        self.registrations.append(offer)
+        self.offers[offer.role, offer.name] = offer
 
 
 @hookspec

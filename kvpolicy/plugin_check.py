@@ -6,13 +6,15 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kvpolicy.errors import KVPolicyError, PluginError
+from kvpolicy.errors import PluginError
 from kvpolicy.hookspecs import Role
 from kvpolicy.interfaces import SOURCES, BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
+from kvpolicy.plugin_fault import describe
 
 BASES: dict[Role, type] = {
     "estimator": ImportanceEstimator,
@@ -22,13 +24,64 @@ BASES: dict[Role, type] = {
 """The base class of each role."""
 
 
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+Law = Callable[[str, Any], str]
+"""name, value -> what is wrong with the value, or nothing."""
+
+_MOST = 2**31 - 1  # more tokens than a cache can see
+
+
+def _law(holds: Callable[[Any], bool], expected: str) -> Law:
+    return lambda name, value: "" if holds(value) else f"`{name}` is {value!r}, expected {expected}"
+
+
+def _whole(least: int, hint: str = "") -> Law:
+    return _law(lambda x: type(x) is int and least <= x <= _MOST, f"an int >= {least}{hint}")
+
+
+def _sources(name: str, value: Any) -> str:
+    if not isinstance(value, frozenset):
+        return f"`{name}` is a {type(value).__name__}, expected a frozenset of source names"
+    unknown = sorted(map(str, value - SOURCES))
+    return f"`{name}` lists {quoted(unknown)}; the sources are {quoted(sorted(SOURCES))}" if unknown else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+_BOOL = _law(lambda x: isinstance(x, bool), "a bool")
+SAYS: dict[Role, dict[str, Law]] = {
+    "estimator": {"requires": _sources, "token_measure": _law(lambda x: isinstance(x, str), "a str")},
+    "allocator": {
+        "needs_importance": _BOOL,
+        "needs_curves": _BOOL,
+        "split_scope": _law(lambda x: x in get_args(SplitScope), f"one of {quoted(get_args(SplitScope))}"),
+    },
+    "policy": {
+        "requires": _sources,
+        "window_rule": _BOOL,
+        "new_entry_score": _law(_is_number, "a number"),
+        "num_sink_tokens": _whole(0, ", for example a field `num_sink_tokens: int = 4`"),
+        "recent_window": _whole(0),
+        "observation_window": _whole(1),
+        "attention_power": _law(lambda x: _is_number(x) and 0 < x < math.inf, "a finite number above 0"),
+        "repeat_chunk": _whole(1),
+    },
+}
+"""What an object of each role says of itself, each with its law."""
+
+
 def class_problems(role: Role, target: object) -> list[str]:
     """Everything that keeps `target` from filling `role`; empty when it can."""
     if not isinstance(target, type):
         return [f"it is a {type(target).__name__}, not a class"]
     if not issubclass(target, BASES[role]):
         return [*_wrong_base(role, target), *_dataclass_problems(target)]
-    problems = [*_abstract_problems(target), *_dataclass_problems(target), *_contract_problems(role, target)]
+    problems = [*_abstract_problems(target), *_dataclass_problems(target), *_declared_problems(role, target)]
     return problems or _default_problems(role, target)
 
 
@@ -64,40 +117,34 @@ def _field_problems(field: dataclasses.Field[Any]) -> list[str]:
     return []
 
 
-def _contract_problems(role: Role, target: type) -> list[str]:
-    problems = []
-    requires: object = getattr(target, "requires", frozenset())
-    if not isinstance(requires, frozenset):
-        problems.append(f"`requires` is a {type(requires).__name__}, expected a frozenset of source names")
-    elif unknown := sorted(map(str, requires - SOURCES)):
-        problems.append(f"`requires` lists {quoted(unknown)}; the sources are {quoted(sorted(SOURCES))}")
-    if role == "allocator":
-        problems += _split_problems(target)
-    return problems
-
-
-def _split_problems(target: type) -> list[str]:
-    scope = getattr(target, "split_scope", None)
-    if scope not in get_args(SplitScope):
-        return [f"`split_scope` is {scope!r}, expected one of {quoted(get_args(SplitScope))}"]
-    if scope != "none" and getattr(target, "split", None) is BudgetAllocator.split:
-        return [f"`split_scope` is '{scope}' but `split` is not implemented"]
-    return []
+def _declared_problems(role: Role, target: type) -> list[str]:
+    """What a class says of its objects. What needs an object, such as a field or a property, is not asked here."""
+    declared = {name: inspect.getattr_static(target, name, None) for name in SAYS[role]}
+    plain = {name: value for name, value in declared.items() if value is not None and not hasattr(value, "__get__")}
+    return [wrong for name, value in plain.items() if (wrong := SAYS[role][name](name, value))]
 
 
 def _default_problems(role: Role, target: type) -> list[str]:
     try:
         instance = target()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return [f"{target.__name__}() with its defaults raises {describe(error)}"]
-    sinks = getattr(instance, "num_sink_tokens", None)
-    if role == "policy" and (not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0):
-        return [f"`num_sink_tokens` is {sinks!r}, expected an int >= 0, for example a field `num_sink_tokens: int = 4`"]
-    return []
+    return instance_problems(role, instance)
 
 
-def build(cls: type, params: Mapping[str, Any], owner: str) -> Any:
-    """An instance of a checked plugin class; `owner` says in messages who it is ("policy 'x' of dist 1.0").
+def instance_problems(role: Role, instance: Any) -> list[str]:
+    """What is wrong with what a plugin object says of itself. The object is asked: it may wrap another one."""
+    problems = [wrong for name, law in SAYS[role].items() if (wrong := law(name, getattr(instance, name, None)))]
+    splits = role == "allocator" and not problems and instance.split_scope != "none"
+    if splits and type(instance).split is BudgetAllocator.split:
+        problems.append(f"`split_scope` is '{instance.split_scope}' but `split` is not implemented")
+    return problems
+
+
+def build(role: Role, cls: type, params: Mapping[str, Any]) -> Any:
+    """An instance of a checked plugin class.
 
     A list becomes a tuple where the default is one, since JSON has no tuples.
     Raises `PluginError` for a parameter that is unknown, of the wrong type, or that the class refuses.
@@ -112,11 +159,15 @@ def build(cls: type, params: Mapping[str, Any], owner: str) -> Any:
             problems.append(f"'{name}' is {value!r}, expected {inspect.formatannotation(hints.get(name, 'JSON'))}")
     if not problems:
         try:
-            return cls(**values)
-        except Exception as error:
+            made = cls(**values)
+            if not (problems := instance_problems(role, made)):
+                return made
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             problems.append(f"{cls.__name__} refuses {dict(params)}: {describe(error)}")
     listed = ", ".join(f"{name} = {default!r}" for name, default in defaults.items())
-    raise PluginError(f"{owner}: {'; '.join(problems)}. Its parameters: {listed or 'none'}")
+    raise PluginError(f"{'; '.join(problems)}. Its parameters: {listed or 'none'}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
@@ -150,18 +201,6 @@ def is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def describe(error: BaseException) -> str:
-    """One line: the type of an exception and its message; of our own errors the message alone."""
-    message = " ".join(str(error).split())
-    if isinstance(error, KVPolicyError):
-        return message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

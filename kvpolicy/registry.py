@@ -14,11 +14,12 @@ from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
 from typing import Any, Literal, cast, overload
 
-from kvpolicy.discovery import FAILURES, Plugin, load_plugins, normalized
+from kvpolicy.discovery import Plugin, load_plugins, normalized
 from kvpolicy.errors import PluginConflictError, PluginError, PluginWarning
 from kvpolicy.hookspecs import PROJECT, Registration, Role
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
-from kvpolicy.plugin_check import BASES, build, class_problems, describe, did_you_mean, quoted
+from kvpolicy.plugin_check import BASES, build, class_problems, did_you_mean, quoted
+from kvpolicy.plugin_fault import contained
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Registry:
         self._lock = threading.RLock()
         self._is_discovering = False
         self._plugins: list[Plugin] | None = None
-        self._all: list[_Entry] = []
+        self._all: dict[Role, list[_Entry]] = {}
+        self._named: dict[tuple[Role, str], list[_Entry]] = {}
         self._classes: dict[_Entry, type] = {}
 
     @overload
@@ -104,7 +106,9 @@ class Registry:
         Raises as `get`, and `PluginError` for unknown parameters and wrong values, with all fields listed.
         """
         entry = self._find(role, name)
-        return build(self._class(entry), params or {}, entry.whose)
+        cls = self._class(entry)
+        with contained(entry.whose):
+            return build(role, cls, params or {})
 
     def names(self, role: Role) -> list[str]:
         """Every name that works in a role, sorted: short, or qualified where the short one means another's."""
@@ -146,7 +150,9 @@ class Registry:
                 self._plugins, messages = load_plugins(self._entry_points())
             finally:
                 self._is_discovering = False
-            self._all = [_Entry(offer, plugin) for plugin in self._plugins for offer in plugin.offers]
+            for entry in (_Entry(offer, plugin) for plugin in self._plugins for offer in plugin.offers):
+                self._all.setdefault(entry.offer.role, []).append(entry)
+                self._named.setdefault((entry.offer.role, entry.offer.name), []).append(entry)
         for message in messages:
             warnings.warn(message, PluginWarning, stacklevel=2)
         return self._plugins
@@ -155,12 +161,12 @@ class Registry:
         if role not in BASES:
             raise PluginError(f"there is no role {role!r}; the roles are {quoted(BASES)}")
         self._discovered()
-        return [entry for entry in self._all if entry.offer.role == role]
+        return self._all.get(role, [])
 
     def _find(self, role: Role, name: str) -> _Entry:
         entries = self._entries(role)
         distribution, _, short = name.rpartition(":")
-        named = [entry for entry in entries if entry.offer.name == short]
+        named = self._named.get((role, short), [])
         if distribution:
             named = [e for e in named if normalized(e.plugin.distribution) == normalized(distribution)]
         contenders = named if distribution else _contenders(named)
@@ -184,8 +190,7 @@ class Registry:
 
     def _standing(self, entry: _Entry) -> tuple[str, str | None]:
         """The status of an entry among the others of its name, and why."""
-        named = [other for other in self._entries(entry.offer.role) if other.offer.name == entry.offer.name]
-        contenders = _contenders(named)
+        contenders = _contenders(self._named[entry.offer.role, entry.offer.name])
         others = quoted(sorted(other.qualified for other in contenders if other is not entry))
         use = f"use '{entry.qualified}'"
         if entry in contenders:
@@ -214,11 +219,11 @@ def _contenders(named: list[_Entry]) -> list[_Entry]:
 def _import(entry: _Entry) -> type:
     target = entry.offer.target
     if isinstance(target, str):
-        try:
+        with contained(f"{entry.whose}: cannot import '{target}'"):
             target = pkgutil.resolve_name(target)
-        except FAILURES as error:
-            raise PluginError(f"{entry.whose}: cannot import '{target}': {describe(error)}") from error
-    if problems := class_problems(entry.offer.role, target):
+    with contained(entry.whose):
+        problems = class_problems(entry.offer.role, target)
+    if problems:
         raise PluginError(f"{entry.whose} cannot be used: {'; '.join(problems)}")
     return cast(type, target)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.hookspecs import Role
-from kvpolicy.plugin_check import build, class_problems, describe
+from kvpolicy.plugin_check import build, class_problems, instance_problems
+from kvpolicy.plugin_fault import describe
 
 _T = TypeVar("_T")
 
@@ -50,9 +51,11 @@ def instance_of(role: Role, plugin: Any) -> Any:
     if problems := class_problems(role, cls):
         raise LawError(f"{cls.__name__} cannot be registered as {role}:\n  - " + "\n  - ".join(problems))
     instance = cls() if isinstance(plugin, type) else plugin
+    if problems := instance_problems(role, instance):
+        raise LawError(f"{name_of(instance)} says of itself what cannot be:\n  - " + "\n  - ".join(problems))
     params = instance.params()
     try:
-        again = build(cls, json.loads(json.dumps(params, allow_nan=False)), cls.__name__).params()
+        again = build(role, cls, json.loads(json.dumps(params, allow_nan=False))).params()
     except Exception as error:
         again = describe(error)
     advice = "keep fields to numbers, strings, booleans, None, and lists or tuples of them; __post_init__ only checks"
