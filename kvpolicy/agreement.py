@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
 from kvpolicy.progress import Progress
@@ -128,7 +129,7 @@ def _rankings(
     found: list[Tensor | None] = []
     for where, probe in probes.items():
         try:
-            values = estimator.estimate(probe).per_head.flatten()
+            values = plugin_call.importance(estimator, probe).per_head.flatten()
             if bool((values == values[0]).all()):
                 raise PluginError("all KV heads are equally important, so nothing is ranked")
             found.append(values)

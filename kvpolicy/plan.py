@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.apportion import apportion
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning, PluginError
 from kvpolicy.files import write_bytes
@@ -59,6 +61,7 @@ __all__ = [
     "PlanModel",
     "kept_fractions",
     "load_plan",
+    "policy_of",
     "save_plan",
 ]
 
@@ -250,7 +253,8 @@ class BudgetPlan:
             return False
         with contextlib.suppress(PluginError):  # a policy that is not installed here is another one
             own = registry.create("policy", tuned.name, tuned.params)
-        if type(own) is type(policy) and own is not None and own.params() == policy.params():
+        params = plugin_call.params_of(policy)
+        if own is not None and type(own) is type(policy) and plugin_call.params_of(own) == params:
             return False
         warnings.warn(
             f"the plan was tuned for the policy '{tuned.name}' {tuned.params}, but {policy!r} evicts here: the budgets "
@@ -259,6 +263,11 @@ class BudgetPlan:
             stacklevel=3,
         )
         return True
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the plan: sha256 of the file that `save_plan` writes."""
+        return hashlib.sha256(render(self.to_json()).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, in the layout of the plan file."""
@@ -320,6 +329,18 @@ class BudgetPlan:
                 stacklevel=3,
             )
         return lowest.shares, kept
+
+
+def policy_of(plan: BudgetPlan | None, policy: str | EvictionPolicy | None = None) -> EvictionPolicy:
+    """Who evicts: the policy that was asked for, by name or as an object, else the plan's, else "streaming".
+
+    Raises `PluginError`.
+    """
+    if isinstance(policy, EvictionPolicy):
+        return plugin_call.admitted(policy)
+    if policy is None and plan is not None:
+        return registry.create("policy", plan.method.policy.name, plan.method.policy.params)
+    return registry.create("policy", "streaming" if policy is None else policy)
 
 
 def load_plan(path: str | os.PathLike[str]) -> BudgetPlan:

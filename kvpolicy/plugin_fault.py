@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvpolicy.errors import KVPolicyError, PluginError
+from kvpolicy.errors import BudgetError, KVPolicyError, PluginError
 
 
 class PluginFault(PluginError):
@@ -34,10 +34,10 @@ def contained(whose: str) -> Iterator[None]:
 def is_plugins(error: BaseException) -> bool:
     """Whether an error that came out of a plugin is the plugin's; else it was told already, or is nobody's fault.
 
-    A plugin raises `PluginError` to refuse. The other errors of ours come from what a plugin was given, such as a probe
-    whose model cannot be run, and say themselves whose they are.
+    A plugin raises `PluginError` to refuse, and meets `BudgetError` with values that cannot be. Our other errors
+    come from what it was given, such as a probe whose model cannot be run, and say themselves whose they are.
     """
-    if isinstance(error, PluginError):
+    if isinstance(error, PluginError | BudgetError):
         return not isinstance(error, PluginFault)
     return not isinstance(error, KVPolicyError | KeyboardInterrupt)
 

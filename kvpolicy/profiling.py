@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.delegate import DelegateProbe
 from kvpolicy.interfaces import ImportanceEstimator, LayerActivations, ModelProbe
 from kvpolicy.progress import Progress
@@ -30,7 +31,7 @@ def profile(
     """Runs an estimator as a stage of `forwards` steps, which is what `num_forwards` says."""
     progress.begin("profile", forwards)
     try:
-        return estimator.estimate(ProfilingProbe(probe, forwards, progress, known))
+        return plugin_call.importance(estimator, ProfilingProbe(probe, forwards, progress, known))
     finally:
         progress.end()
 

@@ -9,6 +9,7 @@ import pkgutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
@@ -116,6 +117,17 @@ class Registry:
             entry.offer.name if self._standing(entry)[0] == "ok" else entry.qualified for entry in self._entries(role)
         )
 
+    def whose(self, plugin: object) -> str:
+        """Whose an object or a class is, for messages: "policy 'x' of acme 1.2", or its address if nobody offers it."""
+        cls = plugin if isinstance(plugin, type) else type(plugin)
+        with suppress(PluginError, PluginWarning):
+            self._discovered()
+        for entry in (entry for entries in self._all.values() for entry in entries):
+            if cls in (entry.offer.target, self._classes.get(entry)) or _address(cls) == entry.offer.target:
+                return entry.whose
+        role = next((role for role, base in BASES.items() if issubclass(cls, base)), "plugin")
+        return f"{role} {_address(cls)}, which is not registered"
+
     def rows(self) -> list[PluginRow]:
         """All that is registered and all that is broken. Imports every target, so that "ok" means usable."""
         rows = [self._entry_row(entry) for role in BASES for entry in self._entries(role)]
@@ -165,6 +177,8 @@ class Registry:
 
     def _find(self, role: Role, name: str) -> _Entry:
         entries = self._entries(role)
+        if not isinstance(name, str):
+            raise PluginError(f"expected the name of a {role} or a kvpolicy.{BASES[role].__name__}, got {name!r}")
         distribution, _, short = name.rpartition(":")
         named = self._named.get((role, short), [])
         if distribution:
@@ -207,6 +221,10 @@ class Registry:
 
 def _installed() -> Iterable[EntryPoint]:
     return installed_entry_points(group=PROJECT)
+
+
+def _address(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _contenders(named: list[_Entry]) -> list[_Entry]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvpolicy import plugin_call
+
 if TYPE_CHECKING:
     from kvpolicy.cache.store import RaggedStore
 
@@ -77,7 +79,7 @@ def report_of(store: RaggedStore) -> CacheReport:
     budgets = [(store.schedule.total(count), int(table.sum())) for count, table in rows if table is not None]
     return CacheReport(
         policy=type(store.policy).__name__,
-        params=store.policy.params(),
+        params=plugin_call.params_of(store.policy),
         decode=store.decode_mode,
         seen=tuple(seen.tolist()),
         entries=tuple(lengths.tolist()),

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.apportion import apportion
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
@@ -196,7 +197,7 @@ def from_allocator(
     def shares(kept: float, context: int) -> Tensor:
         total = round(kept * context * shape[0] * shape[1])
         budget = Budget(total, shape, min(floor, context), context, groups=groups)
-        return allocator.shares(Importance(torch.ones(shape), torch.ones(shape[0])), budget)
+        return plugin_call.shares(allocator, Importance(torch.ones(shape), torch.ones(shape[0])), budget)
 
     growing = Growing(shape, shares, retention, floor, positive("min_tokens", min_tokens), groups)
     if context_length is None:

@@ -11,9 +11,10 @@ from kvpolicy_kernels.column_scores import Reduction, column_scores
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvpolicy import plugin_call
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
+from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations, Rotary
 
 STORE_SOURCES = frozenset(
     {
@@ -48,7 +49,7 @@ class Scoring:
 
 def check_sources(policy: EvictionPolicy, supplied: frozenset[str]) -> None:
     """Raises `PluginError` where a policy requires what it cannot be given. supplied: besides `STORE_SOURCES`."""
-    name, missing = type(policy).__name__, policy.requires - STORE_SOURCES - supplied
+    name, missing = type(policy).__name__, plugin_call.admitted(policy).requires - STORE_SOURCES - supplied
     if missing:
         raise PluginError(
             f"the policy {name} requires {', '.join(sorted(missing))}, which this cache cannot "
@@ -86,7 +87,7 @@ def score_chunk(
             f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
         )
     options = {**options, "power": policy.attention_power}
-    given: dict[str, Any] = {name: extra[name] for name in policy.requires & extra.keys()}
+    given = {name: _own(extra[name]) for name in policy.requires & extra.keys()}
     rows = arena.padded_rows()
     if "positions" in policy.requires:
         given["positions"] = _positions(arena, chunk)
@@ -97,7 +98,7 @@ def score_chunk(
     if "values" in policy.requires:
         given["values"] = _with_chunk(arena.values, rows, chunk.value)
     if "queries" in policy.requires:
-        given["queries"] = query
+        given["queries"] = _own(query)
     if "scale" in policy.requires:
         scale = options.get("scale")
         given["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
@@ -109,10 +110,9 @@ def score_chunk(
         given["window_attention"] = attention_mass(arena, last, chunk, options)
     if "full_attention" in policy.requires:
         given["full_attention"] = attention_mass(arena, query, chunk, options)
-    scores = policy.score_prompt(LayerActivations(layer=layer, **given))
-    batch, heads = chunk.key.shape[:2]
-    _check(policy, "score_prompt", scores, (batch, heads, rows.shape[1] + len(chunk)))
-    return scores.detach().flatten(0, 1).to(arena.device)
+    shape = (*chunk.key.shape[:2], rows.shape[1] + len(chunk))
+    scores = plugin_call.prompt_scores(policy, LayerActivations(layer=layer, **given), shape, arena.device)
+    return scores.flatten(0, 1)
 
 
 def score_step(
@@ -139,12 +139,11 @@ def score_step(
         keys=arena.keys[rows] if "keys" in policy.requires else None,
         attention=attention,
     )
-    scores = policy.score_step(step)
-    _check(policy, "score_step", scores, tuple(rows.shape))
+    scores = plugin_call.step_scores(policy, step)
     wrong = NotANumber()
     wrong.add(scores)
     wrong.check(policy, "score_step")
-    arena.scores[rows] = scores.detach().to(arena.device)
+    arena.scores[rows] = scores
 
 
 def attention_mass(
@@ -209,19 +208,24 @@ def _scores(arena: LayerArena, rows: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:
-    """[B, H, width + n, dim]; zeros where an entry is absent."""
+    """A copy, [B, H, width + n, dim]; zeros where an entry is absent."""
     if not rows.shape[1]:
-        return fresh
+        return fresh.detach().clone()
     held = entries[rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)
     return torch.cat([held.view(*fresh.shape[:2], *held.shape[1:]), fresh], 2)
 
 
-def _check(policy: EvictionPolicy, method: str, scores: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(scores.shape) != shape or scores.dtype != torch.float32:
-        raise PluginError(
-            f"{type(policy).__name__}.{method} returned {scores.dtype} of shape {tuple(scores.shape)}, "
-            f"expected float32 of shape {shape}"
-        )
+def _own(source: Any) -> Any:
+    """The same for a policy alone, which may write to it. What is the model's, its keys, its residual stream, its
+    weights, goes on as it is; only `module` is the model's own.
+    """
+    if isinstance(source, Tensor):
+        return source.detach().clone()
+    if isinstance(source, tuple):
+        return tuple(map(_own, source))
+    if isinstance(source, Rotary):
+        return Rotary(*map(_own, (source.first, source.second, source.frequencies)))
+    return source
 
 
 @dataclass(slots=True)
@@ -241,6 +245,4 @@ class NotANumber:
         """Raises `PluginError` where any of the scores since the last check was none."""
         found, self.found = self.found, None
         if found is not None and bool(found):
-            raise PluginError(
-                f"{type(policy).__name__}.{method} returned NaN: absent entries (position -1) must be masked out"
-            )
+            plugin_call.refuse_nan(policy, method)

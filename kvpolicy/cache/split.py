@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.apportion import apportion
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.spec import Budget
 
@@ -99,18 +100,8 @@ class RuntimeSplit:
 
     def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> list[Tensor]:
         """A table for each sequence, int64 like `floors`. scores: float32 [b, H, n] of each of its layers."""
-        name = type(self.allocator).__name__
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
-        shares = self.allocator.split(scores, budget)
-        expected = (len(scores[0]), *budget.shape)
-        if tuple(shares.shape) != expected:
-            raise PluginError(f"{name}.split returned shape {tuple(shares.shape)}, expected {expected}")
-        shares = shares.detach().cpu()
-        if not bool((torch.isfinite(shares) & (shares >= 0)).all()):
-            raise PluginError(
-                f"{name}.split returned shares that are negative, infinite or NaN; scores are inf for entries that "
-                "stay anyhow and -inf for absent ones, and sums must leave both out"
-            )
+        shares = plugin_call.split_shares(self.allocator, scores, budget)
         return [apportion(each, budget) for each in shares]
 
 

@@ -22,8 +22,7 @@ from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.plan import BudgetPlan
-from kvpolicy.registry import registry
+from kvpolicy.plan import BudgetPlan, policy_of
 from kvpolicy.spec import ModelSpec
 
 DecodeMode = Literal["evict", "append"]
@@ -120,8 +119,7 @@ class RaggedStore:
         schedule = schedules.from_plan(
             plan, retention=retention, tokens=tokens, context_length=context_length, min_tokens=min_tokens
         )
-        policy = registry.create("policy", plan.method.policy.name, plan.method.policy.params)
-        store = cls(spec, schedule, policy, batch_size=batch_size, protected=protected, decode=decode)
+        store = cls(spec, schedule, policy_of(plan), batch_size=batch_size, protected=protected, decode=decode)
         for layer in range(spec.num_budgeted_layers):
             store._make(layer, dtype, torch.empty(0, device=device).device)
         return store

@@ -14,9 +14,7 @@ from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.plan import BudgetPlan, load_plan
-from kvpolicy.registry import registry
+from kvpolicy.plan import BudgetPlan, load_plan, policy_of
 from kvpolicy.spec import Budget
 
 TASKS = ("perplexity",)
@@ -55,7 +53,7 @@ def evaluate(
     loaded = None if plan in ("uniform", "full") else load_plan(plan)
     if plan == "full" and retention:
         raise PlanError("eval full keeps everything; leave --retention out, or evaluate uniform")
-    evicts = _policy(loaded, policy)
+    evicts = policy_of(loaded, policy)
     other = loaded is not None and loaded.warn_if_other_policy(evicts)
     if prefill is None and loaded is not None and not other and context is None:
         prefill = loaded.provenance.get("prefill_length")
@@ -86,13 +84,6 @@ def evaluate(
         progress.advance(f"{kept:.0%} kept: perplexity {rows[-1]['perplexity']:.3f}")
     progress.end()
     _report(rows, probe.described, json)
-
-
-def _policy(plan: BudgetPlan | None, name: str | None) -> EvictionPolicy:
-    """The policy that was asked for, else the plan's."""
-    if name is None and plan is not None:
-        return registry.create("policy", plan.method.policy.name, plan.method.policy.params)
-    return registry.create("policy", name or "streaming")
 
 
 def _own_context(plan: BudgetPlan | None) -> int:

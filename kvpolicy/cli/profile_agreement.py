@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvpolicy import plugin_call
 from kvpolicy.agreement import agreement
 from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import TextError
@@ -31,7 +32,7 @@ def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstim
                 }
     probes: list[ModelProbe] = [*by_text.values(), *by_prompt.values()]
     forwards = sum(
-        estimator.num_forwards(probe.spec, prompts=len(probe.prompts), sequences=1)
+        plugin_call.num_forwards(estimator, probe.spec, prompts=len(probe.prompts), sequences=1)
         for estimator in estimators.values()
         for probe in probes
     )

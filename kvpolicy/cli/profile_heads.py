@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.ablation import ablate_layers, num_forwards
 from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import PluginError
@@ -42,12 +43,12 @@ def measure_heads(
     sequences, prompts = corpus.sequences("search", 1, subject.context), corpus.prompts(subject.context)
     probe = subject.probe(corpus, sequences, prompts)
     spec = probe.spec
-    forwards = estimator.num_forwards(spec, prompts=len(prompts), sequences=len(sequences))
+    forwards = plugin_call.num_forwards(estimator, spec, prompts=len(prompts), sequences=len(sequences))
     subject.progress.note(f"'{name}' runs at most {forwards} forwards of up to {subject.context} tokens")
     importance = profile(estimator, probe, forwards, subject.progress)
     document: dict[str, Any] = {
         "model": subject.name,
-        "estimator": {"name": name, "params": estimator.params()},
+        "estimator": {"name": name, "params": plugin_call.params_of(estimator)},
         "text_sha256": corpus.sha256,
         "budgeted_layers": list(spec.budgeted_layers),
         "per_head": importance.per_head.tolist(),
@@ -83,7 +84,7 @@ def _draw_maps(
 
     prompts = corpus.prompts(subject.context)
     probe = subject.probe(corpus, corpus.sequences("search", 1, subject.context), [prompts[0], prompts[-1]])
-    maps = estimator.token_maps(probe)
+    maps = plugin_call.token_maps(estimator, probe)
     title = subject.title(f"{estimator.token_measure}, by '{name}'", corpus.name)
     write_bytes(path, token_maps_png(maps, importance.per_head, probe.spec, estimator.token_measure, title))
 

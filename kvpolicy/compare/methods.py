@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.apportion import apportion
 from kvpolicy.cache.schedule import Fixed, from_allocator
 from kvpolicy.cache.size import entry_nbytes, holds_scores
 from kvpolicy.compare.calibration import calibration_of
 from kvpolicy.errors import BudgetError, PlanWarning, PluginError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
-from kvpolicy.plan import BudgetPlan, PlanChoice, load_plan
-from kvpolicy.plan_json import render
+from kvpolicy.plan import BudgetPlan, load_plan, policy_of
 from kvpolicy.registry import registry
 from kvpolicy.spec import Budget, ModelSpec
 
@@ -72,8 +71,9 @@ class Method:
         """The policy's name, with those of its parameters that are not the defaults."""
         if self.evicts_nothing:
             return FULL
-        own = registry.create("policy", self.policy_name).params()
-        others = [f"{name}={value}" for name, value in self.policy.params().items() if own.get(name) != value]
+        default = plugin_call.params_of(registry.create("policy", self.policy_name))
+        params = plugin_call.params_of(self.policy)
+        others = [f"{name}={value}" for name, value in params.items() if default.get(name) != value]
         return f"{self.policy_name}({', '.join(others)})" if others else self.policy_name
 
     @property
@@ -100,11 +100,11 @@ class Method:
         """What must agree for a row to be measured already, as JSON values."""
         allocator, plan = None, None
         if self.allocator is not None:
-            allocator = {"name": self.allocator_name, "params": self.allocator.params()}
+            allocator = {"name": self.allocator_name, "params": plugin_call.params_of(self.allocator)}
         if self.plan is not None:
-            plan = hashlib.sha256(render(self.plan.to_json()).encode()).hexdigest()
+            plan = self.plan.sha256
         identity = {
-            "policy": {"name": self.policy_name, "params": self.policy.params()},
+            "policy": {"name": self.policy_name, "params": plugin_call.params_of(self.policy)},
             "allocator": allocator,
             "plan_sha256": plan,
             "shuffled": self.shuffled,
@@ -186,8 +186,7 @@ def _is_plan(name: str) -> bool:
 def _of_plan(name: str, path: str, policy: str | None = None) -> Method:
     """A plan's budgets, under its own policy if no other is named."""
     plan = load_plan(path)
-    chosen = plan.method.policy if policy is None else PlanChoice(policy)
-    return Method(name, chosen.name, registry.create("policy", chosen.name, chosen.params), plan=plan)
+    return Method(name, policy or plan.method.policy.name, policy_of(plan, policy), plan=plan)
 
 
 def _quantized(name: str, kind: str) -> Method:

@@ -8,6 +8,7 @@ import optuna
 import torch
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.delegate import DelegateProbe
 from kvpolicy.interfaces import BudgetAllocator, ModelProbe
 from kvpolicy.progress import Progress
@@ -30,9 +31,9 @@ def fitted_shares(
     kept = study.user_attrs.get(_FITTED)
     if kept is not None:
         progress.note(f"{study.study_name}: learned before, in this study")
-        return torch.tensor(kept, dtype=torch.float64)
-    learned = allocator.fit(FittingProbe(probe, study, progress), importance, budget)
-    return None if learned is None else learned.detach().to("cpu", torch.float64)
+        return plugin_call.checked_shares(allocator, "fit", torch.tensor(kept, dtype=torch.float64), budget.shape)
+    learned = plugin_call.learned_shares(allocator, FittingProbe(probe, study, progress), importance, budget)
+    return None if learned is None else learned.double()
 
 
 def keep_fitted(study: optuna.Study, shares: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from optuna.storages import BaseStorage
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.errors import PluginError, TextError
 from kvpolicy.evaluate import perplexity
 from kvpolicy.integrations.transformers import Pace, cast_parameters, set_pace, weights_sha256
@@ -23,7 +24,7 @@ from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
 from kvpolicy.tuning.announce import Work, announce
 from kvpolicy.tuning.costs import known_cost, metered
-from kvpolicy.tuning.level import Job, blamed, fitting, learns
+from kvpolicy.tuning.level import Job, fitting, learns
 from kvpolicy.tuning.levels import check_passkeys, limit_figures, search_levels
 from kvpolicy.tuning.losses import LossJournal
 from kvpolicy.tuning.passkey import PasskeyCheck, passkey_questions
@@ -81,7 +82,7 @@ def tune(
     known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
     passkeys = _passkeys(model, corpus, settings, policy, first, asked)
     prompts, sequences = len(search.text.prompts), search.target.num_sequences
-    profiling = estimator.num_forwards(spec, prompts=prompts, sequences=sequences)
+    profiling = plugin_call.num_forwards(estimator, spec, prompts=prompts, sequences=sequences)
     with metered(model, first, "shared"):
         seconds = search.seconds(pace.seconds)
         trials = _trial_count(settings, allocator, seconds * sequences, storage)
@@ -91,15 +92,14 @@ def tune(
         announce(
             progress, settings, search, heldout, Work(trials, profiling, checked, pace, seconds, learns(allocator))
         )
-        with blamed("estimator", settings.estimator):
-            importance = profile(estimator, search.target, profiling, progress, known)
+        importance = profile(estimator, search.target, profiling, progress, known)
     full = _full_losses(heldout, progress)
     job = Job(settings, spec, allocator, importance, search, heldout, full, trials, progress)
     described = PlanModel.from_spec(spec, model_id, revision)
     method = PlanMethod(
-        estimator=PlanChoice(settings.estimator, estimator.params()),
+        estimator=PlanChoice(settings.estimator, plugin_call.params_of(estimator)),
         allocator=PlanChoice(settings.allocator),
-        policy=PlanChoice(settings.policy, policy.params()),
+        policy=PlanChoice(settings.policy, plugin_call.params_of(policy)),
     )
     levels, found = _searched(job, studies, passkeys)
     return BudgetPlan(described, method, importance, levels, _provenance(settings, corpus, job, pace) | found)
@@ -218,16 +218,16 @@ def _common_settings(
     pace: Pace,
 ) -> dict[str, Any]:
     """What must agree for a study to be resumed."""
-    given = {"allocator_params": fitting(settings).params()} if learns(allocator) else {}
+    given = {"allocator_params": plugin_call.params_of(fitting(settings))} if learns(allocator) else {}
     return given | {
         "model": spec.config_sha256,
         "text": corpus.sha256,
         "context_length": settings.context_length,
         "objective": settings.objective,
         "sequences": settings.sequences,
-        "estimator": {"name": settings.estimator, "params": estimator.params()},
+        "estimator": {"name": settings.estimator, "params": plugin_call.params_of(estimator)},
         "allocator": settings.allocator,
-        "policy": {"name": settings.policy, "params": policy.params()},
+        "policy": {"name": settings.policy, "params": plugin_call.params_of(policy)},
         "prefill_length": settings.prefill_length,
         "space": search_space(allocator),
         "seed": settings.seed,

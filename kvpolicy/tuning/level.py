@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import WilcoxonPruner
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.apportion import apportion
-from kvpolicy.errors import KVPolicyError, ModelError, PluginError
+from kvpolicy.errors import ModelError
 from kvpolicy.evaluate import perplexity
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.plan import PlanLevel, kept_fractions
@@ -75,8 +75,7 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     """The best of the trials, or uniform."""
     target, uniform = job.search.target, torch.ones(job.spec.table_shape)
     budget = job.budget(retention, target.context_length)
-    with blamed("allocator", job.settings.allocator):
-        learned = fitted_shares(fitting(job.settings), target, job.importance, budget, study, job.progress)
+    learned = fitted_shares(fitting(job.settings), target, job.importance, budget, study, job.progress)
     trials = job.trials if learned is None else 1
     job.progress.begin(f"search {retention:.0%}", trials)
     reference = list(chunk_parts(target.token_losses(_table(uniform, budget))))
@@ -88,8 +87,7 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     study.pruner = _pruner()
 
     def shares_of(candidate: BudgetAllocator) -> Tensor:
-        with blamed("allocator", job.settings.allocator):
-            return candidate.shares(job.importance, budget) if learned is None else learned
+        return plugin_call.shares(candidate, job.importance, budget) if learned is None else learned
 
     def evaluate(candidate: BudgetAllocator) -> Iterable[Tensor]:
         return target.token_losses(_table(shares_of(candidate), budget))
@@ -111,7 +109,7 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
         keep_fitted(study, learned)
     if found is None or found.excess >= 0:
         return _Chosen(uniform, None, loss)
-    params = found.params if learned is None else fitting(job.settings).params()
+    params = found.params if learned is None else plugin_call.params_of(fitting(job.settings))
     chosen = registry.create("allocator", job.settings.allocator, params)
     return _Chosen(shares_of(chosen), params, loss + found.excess)
 
@@ -225,14 +223,3 @@ def _pruner() -> WilcoxonPruner:
         warnings.simplefilter("ignore", ExperimentalWarning)
         # two sequences at least: on one alone, chunks that are worse together say little about the others
         return WilcoxonPruner(p_threshold=0.1, n_startup_steps=2 * CHUNKS)
-
-
-@contextmanager
-def blamed(role: str, name: str) -> Iterator[None]:
-    """Says whose fault an exception of a plugin is."""
-    try:
-        yield
-    except KVPolicyError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{role} '{name}' failed: {type(error).__name__}: {error}") from error

@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from kvpolicy import plugin_call
 from kvpolicy.errors import ModelError
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.progress import Progress
@@ -67,13 +68,13 @@ def run_trials(
     """
     close_zombies(study)
     if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(allocator().params())
+        study.enqueue_trial(plugin_call.params_of(plugin_call.with_defaults(allocator)))
     while (number := _finished(study)) < trials:
         study.sampler = make_sampler(sampler, seed, len(study.get_trials(deepcopy=False)), trials)
         trial = study.ask()
         try:
             claim(trial)
-            _run(study, trial, allocator.suggest(trial), evaluate, uniform)
+            _run(study, trial, plugin_call.suggested(allocator, trial), evaluate, uniform)
         except BaseException:
             abandon(study, trial.number)
             raise
@@ -126,7 +127,7 @@ def stopped_trials(study: optuna.Study) -> int:
 def search_space(allocator: type[BudgetAllocator]) -> dict[str, str]:
     """What `suggest` asks for: name -> distribution, as text."""
     trial = optuna.create_study().ask()
-    allocator.suggest(trial)
+    plugin_call.suggested(allocator, trial)
     return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from kvpolicy import plugin_call
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import MIN_TOKENS, Fixed, Schedule
 from kvpolicy.cache.split import RuntimeSplit
@@ -21,7 +22,7 @@ from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
-from kvpolicy.plan import BudgetPlan
+from kvpolicy.plan import BudgetPlan, policy_of
 from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 
@@ -63,7 +64,7 @@ def new_cache(
     """
     if plan is not None and allocator is not None:
         raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
-    evicting = _policy(plan, policy)
+    evicting = policy_of(plan, policy)
     if plan is not None:
         plan.warn_if_other_policy(evicting)
     recipe = Recipe(
@@ -162,15 +163,7 @@ def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:
     )
 
 
-def _policy(plan: BudgetPlan | None, policy: str | EvictionPolicy | None) -> EvictionPolicy:
-    if isinstance(policy, EvictionPolicy):
-        return policy
-    if policy is None and plan is not None:
-        return registry.create("policy", plan.method.policy.name, plan.method.policy.params)
-    return registry.create("policy", policy or "streaming")
-
-
 def _allocator(allocator: str | BudgetAllocator | None) -> BudgetAllocator:
     if isinstance(allocator, BudgetAllocator):
-        return allocator
-    return registry.create("allocator", allocator or "uniform")
+        return plugin_call.admitted(allocator)
+    return registry.create("allocator", "uniform" if allocator is None else allocator)

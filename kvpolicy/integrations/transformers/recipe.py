@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvpolicy import plugin_call
 from kvpolicy.cache.store import DecodeMode
 from kvpolicy.errors import PlanError, PluginError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan
-from kvpolicy.plan_json import Fields, number, render, sequence, text, whole
+from kvpolicy.plan_json import Fields, number, sequence, text, whole
 from kvpolicy.plugin_check import is_json
 from kvpolicy.registry import registry
 
@@ -45,7 +45,7 @@ class Recipe:
         return {
             "policy": _named("policy", self.policy),
             "allocator": None if self.allocator is None else _named("allocator", self.allocator),
-            "plan_sha256": self.plan_sha256 if self.plan is None else sha256_of(self.plan),
+            "plan_sha256": self.plan_sha256 if self.plan is None else self.plan.sha256,
             "retention": None if self.retention is None else float(self.retention),
             "tokens": None if self.tokens is None else int(self.tokens),
             "context_length": None if self.context_length is None else int(self.context_length),
@@ -67,8 +67,8 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
     expected = fields.read("plan_sha256", text) if fields.has("plan_sha256") else None
     if plan is not None and expected is None:
         raise PlanError("it was made without a plan; leave plan= out")
-    if plan is not None and sha256_of(plan) != expected:
-        raise PlanError(f"it was made under another plan (sha256 {expected}, the given one has {sha256_of(plan)})")
+    if plan is not None and plan.sha256 != expected:
+        raise PlanError(f"it was made under another plan (sha256 {expected}, the given one has {plan.sha256})")
     if plan is None and expected is not None and needs_plan:
         raise PlanError(f"its budget grows as a plan says: give that plan again with plan= (sha256 {expected})")
     allocator = _read_plugin("allocator", fields.fields("allocator")) if fields.has("allocator") else None
@@ -98,14 +98,9 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
     )
 
 
-def sha256_of(plan: BudgetPlan) -> str:
-    """Identity of a plan: sha256 of the file that `save_plan` writes."""
-    return hashlib.sha256(render(plan.to_json()).encode()).hexdigest()
-
-
 def _named(role: Literal["policy", "allocator"], plugin: EvictionPolicy | BudgetAllocator) -> dict[str, Any]:
     """The name, the class and the parameters of a plugin."""
-    found, params = type(plugin), plugin.params()
+    found, params = type(plugin), plugin_call.params_of(plugin)
     if not is_json(params):
         raise PluginError(f"the parameters of the {role} {found.__name__} are no JSON values: {params}")
     for name in registry.names(role):
