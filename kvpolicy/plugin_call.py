@@ -162,7 +162,7 @@ def step_scores(policy: EvictionPolicy, step: DecodeStep) -> Tensor:
 
 def refuse_nan(policy: EvictionPolicy, method: str) -> NoReturn:
     """For scores that were found to hold NaN."""
-    _refuse(policy, method, None, "numbers: absent entries (position -1) must be masked out", "NaN")
+    _refuse(policy, method, None, "numbers", "NaN: absent entries (position -1) must be masked out")
 
 
 def _scores(

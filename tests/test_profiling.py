@@ -7,7 +7,7 @@ import torch
 from kvpolicy_baklava.estimator import CosineEstimator
 from kvpolicy_baselines.sensitivity import SensitivityEstimator
 
-from kvpolicy import ModelProbe, StudyError
+from kvpolicy import ModelProbe, PluginError, StudyError
 from kvpolicy.delegate import DelegateProbe
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.profiling import ProfilingProbe, profile
@@ -71,7 +71,7 @@ def test_the_stage_ends_when_the_estimator_fails():
             raise ZeroDivisionError
 
     steps = Steps()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PluginError, match=r"^estimator 'sensitivity' of kvpolicy .* raised ZeroDivisionError"):
         profile(SensitivityEstimator(), Failing(), 1, steps)
     assert steps.ended == 1
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from kvpolicy.cli import document
+from kvpolicy.cli.document import print_json as print_json
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PluginError
 
 Model = Annotated[
@@ -24,7 +25,9 @@ Text = Annotated[
 ]
 Context = Annotated[int, typer.Option(help="Tokens of one sequence.")]
 Seed = Annotated[int, typer.Option(help="Of the search and of the bootstrap.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", callback=document.reserve, is_eager=True, help="Print JSON on standard output.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Params = Annotated[
     list[str] | None,
@@ -109,11 +112,6 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise KVPolicyError(f"cannot write {path}: {error.strerror}") from error
-
-
-def print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
 
 
 def parse_params(pairs: list[str] | None, option: str = "--param") -> dict[str, Any]:
