@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
+
+LAUNCH = {"enable_fp_fusion": True}
+"""Options of every launch: triton 3.9 warns where nobody says whether to fuse multiply-adds, and 3.10 will not fuse."""
 
 
 def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | None = None) -> bool:
@@ -25,10 +30,21 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     why = unsupported
-    if find_spec("triton") is None:
+    if not _has_triton():
         why = "triton is not installed"
     elif not tensor.is_cuda and not (interpreted and backend == "triton"):
         why = f"Triton runs on CUDA tensors, got {tensor.device}"
     if why is not None and backend == "triton":
         raise ValueError(f"{op}: backend='triton' cannot do this: {why}. Use backend='auto' or 'torch'")
     return why is None
+
+
+@functools.cache  # looking for a package that is not loaded takes longer than many an op
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@functools.cache
+def at_least_hopper(device: torch.device) -> bool:
+    """Whether a kernel on this device runs on compute capability 9.0 or later. The interpreter does not."""
+    return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -32,9 +32,19 @@ def test_what_a_kernel_cannot_do_is_refused(monkeypatch):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_has_triton", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed"):
         uses_triton("op", "triton", HERE)
+
+
+def test_triton_is_looked_for_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(module, "find_spec", looked.append)
+    module._has_triton.cache_clear()
+    for _ in range(3):
+        assert not uses_triton("op", "auto", HERE)
+    module._has_triton.cache_clear()  # it has heard that there is no triton
+    assert looked == ["triton"]
 
 
 @pytest.mark.gpu

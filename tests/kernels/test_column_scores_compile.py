@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency
 
 from kvpolicy_kernels.column_scores import kernel  # noqa: E402
 
-from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled, spilled_bytes  # noqa: E402
+from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
 
 KERNELS = (kernel._row_lse_kernel, kernel._column_mass_kernel)
 PROMPT = 2**20  # rows
@@ -58,12 +58,12 @@ def compile_column_scores(which, dtype, dim, group, num_rows, arch, softcap=Fals
     ],
     ids=str,
 )
-def test_column_scores_compiles(which, dtype, dim, group, num_rows, arch, options, tmp_path):
+def test_column_scores_compiles(which, dtype, dim, group, num_rows, arch, options):
     out = compile_column_scores(which, dtype, dim, group, num_rows, arch, **options)
-    ptx = out.asm["ptx"]
-    assert len(out.asm["cubin"]) > 0
+    ptx = out.ptx
+    assert len(out.cubin) > 0
     assert "mma" in ptx, "the products must run on tensor cores"
     assert "cp.async.cg" in ptx, "the walk must load ahead, sixteen bytes at a time"
-    assert out.metadata.shared <= SHARED_MEMORY[arch]
+    assert out.shared <= SHARED_MEMORY[arch]
     if dtype != torch.float32:  # three tf32 passes need more registers than there are; see launch_config
-        assert spilled_bytes(ptx, arch, tmp_path) == 0
+        assert out.spilled == 0

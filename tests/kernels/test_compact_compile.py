@@ -8,10 +8,8 @@ triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency
 
 from kvpolicy_kernels.compact import kernel  # noqa: E402
 from triton import language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
-from tests.kernels.compiling import SHARED_MEMORY, compiled, spilled_bytes  # noqa: E402
+from tests.kernels.compiling import SHARED_MEMORY, compiled, machine_code  # noqa: E402
 
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -45,11 +43,11 @@ def compile_compact(kind, dim, arch, is_chunk):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("dim", "is_chunk"), [(128, False), (128, True), (80, True)])
-def test_compact_compiles(dim, is_chunk, arch, tmp_path):
+def test_compact_compiles(dim, is_chunk, arch):
     binary = compile_compact("*bf16", dim, arch, is_chunk)
-    ptx = binary.asm["ptx"]
-    assert spilled_bytes(ptx, arch, tmp_path) == 0
-    assert binary.metadata.shared <= SHARED_MEMORY[arch]
+    ptx = binary.ptx
+    assert binary.spilled == 0
+    assert binary.shared <= SHARED_MEMORY[arch]
     assert set(widths(ptx, "st")) == {16}
     assert set(widths(ptx, "ld")) == {8, 16}, "rows and tiles"
     assert ("div" in ptx) == is_chunk
@@ -57,7 +55,7 @@ def test_compact_compiles(dim, is_chunk, arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compact_in_place_compiles(arch, tmp_path):
+def test_compact_in_place_compiles(arch):
     """Keys, values and positions; every store of the loop stands behind a barrier, and every load before it."""
     function, kinds, dims = kernel._compact_in_place_kernel, ("*bf16", "*bf16", "*i32"), (128, 80, 1)
     config = kernel.in_place_config(dims, (2, 2, 4))
@@ -70,20 +68,18 @@ def test_compact_in_place_compiles(arch, tmp_path):
         "arena_ptrs": kinds,
         "arena_strides": tuple((stride, "constexpr") for stride in row_strides),
     }
-    source = ASTSource(
-        fn=function,
-        signature={name: "constexpr" if name in constants else types.get(name, "*i64") for name in place},
-        constexprs=constants,
-        # pointers, and the strides of rows, as they are at a launch
-        attrs={(place[name],): ALIGNED for name in ("starts_ptr", "columns_ptr", "counts_ptr")}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in place}
+    # pointers, and the strides of rows, as they are at a launch
+    attributes = (
+        {(place[name],): ALIGNED for name in ("starts_ptr", "columns_ptr", "counts_ptr")}
         | {(place["arena_ptrs"], i): ALIGNED for i in range(3)}
-        | {(place["arena_strides"], i, 0): ALIGNED for i in range(2)},
+        | {(place["arena_strides"], i, 0): ALIGNED for i in range(2)}
     )
-    options = {name: config[name] for name in ("num_warps", "num_stages")}
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = binary.asm["ptx"]
-    assert spilled_bytes(ptx, arch, tmp_path) == 0
-    assert binary.metadata.shared <= SHARED_MEMORY[arch]
+    options = config["num_warps"], config["num_stages"]
+    binary = machine_code(function, arch, signature, constants, attributes, *options)
+    ptx = binary.ptx
+    assert binary.spilled == 0
+    assert binary.shared <= SHARED_MEMORY[arch]
     assert set(widths(ptx, "st")) == {16, 4}, "keys and values, positions"
     assert set(widths(ptx, "ld")) == {8, 16, 4}, "columns too"
     assert "cp.async" not in ptx, "a pipelined loop would load behind the stores"

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency
 from kvpolicy_kernels.decode_attention import kernel as kernels  # noqa: E402
 from kvpolicy_kernels.decode_attention.plan import unit_of  # noqa: E402
 
-from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled, spilled_bytes  # noqa: E402
+from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
 
 OPTIONAL = ("lse_ptr", "logits_ptr", "sink_ptr", "chunk_k_ptr", "chunk_v_ptr", "chunk_mask_ptr")
 
@@ -53,6 +53,7 @@ def compile_attend(dtype, dim, group, n, arch, *variants):
     [
         (torch.bfloat16, 64, 3, 1),
         (torch.bfloat16, 80, 1, 1),
+        (torch.bfloat16, 96, 4, 1),
         (torch.bfloat16, 128, 4, 1),
         (torch.float16, 256, 2, 1),
         (torch.bfloat16, 64, 8, 16),
@@ -62,30 +63,30 @@ def compile_attend(dtype, dim, group, n, arch, *variants):
     ],
     ids=str,
 )
-def test_attention_compiles(dtype, dim, group, n, arch, tmp_path):
+def test_attention_compiles(dtype, dim, group, n, arch):
     kernel = compile_attend(dtype, dim, group, n, arch)
-    ptx = kernel.asm["ptx"]
-    assert len(kernel.asm["cubin"]) > 0
+    ptx = kernel.ptx
+    assert len(kernel.cubin) > 0
     assert "mma" in ptx, "the products must run on tensor cores"
-    assert kernel.metadata.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
+    assert kernel.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
     assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10", ptx), "loads of 16 bytes"
     assert ("griddepcontrol.launch_dependents" in ptx) == (arch >= 90)
     if dtype != torch.float32 or dim <= 64:  # see launch_config
-        assert spilled_bytes(ptx, arch, tmp_path) == 0
+        assert kernel.spilled == 0
 
 
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize(
     "variants", [("SOFTCAP", "SINK"), ("CHUNK", "LSE"), ("CHUNK", "MASK"), ("LOGITS", "LSE")], ids=str
 )
-def test_variants_compile(variants, n, tmp_path):
+def test_variants_compile(variants, n):
     kernel = compile_attend(torch.bfloat16, 128, 4, n, 90, *variants)
-    assert kernel.metadata.shared <= SHARED_MEMORY[90] // 2
-    assert spilled_bytes(kernel.asm["ptx"], 90, tmp_path) == 0
+    assert kernel.shared <= SHARED_MEMORY[90] // 2
+    assert kernel.spilled == 0
 
 
 @pytest.mark.parametrize("sizes", [(8, 264, 4, 128), (512, 264, 4, 128)], ids=str)
-def test_merge_compiles(sizes, tmp_path):
+def test_merge_compiles(sizes):
     config = kernels.merge_config(*sizes)
     warps = config.pop("num_warps")
     constants = {"DV": 128, "HAS_LSE": True, "EARLY": True, **config}
@@ -93,5 +94,5 @@ def test_merge_compiles(sizes, tmp_path):
     types |= dict.fromkeys(("lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
     aligned = [name for name in types if name.endswith("_ptr")]
     kernel = compiled(kernels._merge_kernel, 90, constants, types, aligned, warps, 3)
-    assert "griddepcontrol.wait" in kernel.asm["ptx"]
-    assert spilled_bytes(kernel.asm["ptx"], 90, tmp_path) == 0
+    assert "griddepcontrol.wait" in kernel.ptx
+    assert kernel.spilled == 0

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.backend import LAUNCH
+
 
 @triton.jit
 def _load_entry(entry_ptrs, strides, i_s, DIMS: tl.constexpr):
@@ -85,6 +87,7 @@ def _arguments(arenas: Sequence[Tensor], entries: Sequence[Tensor], num_segments
         "entry_strides": tuple(entry.stride() for entry in entries),
         "DIMS": tuple(arena.shape[1] for arena in arenas),
         **launch_config(arenas),
+        **LAUNCH,
     }
 
 

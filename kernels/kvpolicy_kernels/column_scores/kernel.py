@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.backend import LAUNCH
+
 LOG2E = 1.4426950408889634
 PROGRAMS = 528  # that share the walks over the keys, where there are fewer blocks: two on each of 132 SMs, twice
 NO_BOUND = tl.constexpr(2**30)  # more than there are queries or tokens
@@ -305,15 +307,17 @@ def triton_column_scores(
         # plain tf32 would lose three digits of an fp32 model
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }
-    _row_lse_kernel[(row_blocks, num_segments, num_parts)](*inputs, parts, *numbers, **constants, **row_config)
+    _row_lse_kernel[(row_blocks, num_segments, num_parts)](
+        *inputs, parts, *numbers, **constants, **row_config, **LAUNCH
+    )
     block_p = triton.next_power_of_2(num_parts)
     block_m = min(64, 4096 // block_p)
     _merge_kernel[(triton.cdiv(num_rows, block_m), num_segments)](
         parts, sink_logits, query_mask, lse, *((0, 0) if query_mask is None else query_mask.stride()),
         num_rows, num_parts, **heads, BLOCK_P=block_p, BLOCK_M=block_m,
-        HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None,
+        HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None, **LAUNCH,
     )  # fmt: skip
     _column_mass_kernel[(column_tiles, num_segments)](
-        *inputs, lse, out, longest, *numbers, float(power), **constants, **column_config
+        *inputs, lse, out, longest, *numbers, float(power), **constants, **column_config, **LAUNCH
     )
     return out

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.backend import LAUNCH
+
 
 @triton.jit(do_not_specialize=["num_rows", "length"])
 def _compact_kernel(
@@ -123,7 +125,7 @@ def triton_compact(out: Tensor, out_rows: Tensor, source: Tensor, source_rows: T
         out, out_rows.contiguous(), source, source_rows.contiguous(), *out.stride(), *strides, len(out_rows), length,
         NUM_HEADS=num_heads, D=out.shape[1], IS_CHUNK=is_chunk,
         # a division of 64 bits takes several times as long
-        INDEX=tl.int32 if source.shape[:-1].numel() < 2**31 else tl.int64, **config,
+        INDEX=tl.int32 if source.shape[:-1].numel() < 2**31 else tl.int64, **config, **LAUNCH,
     )  # fmt: skip
 
 
@@ -134,5 +136,5 @@ def triton_compact_in_place(arenas: Sequence[Tensor], starts: Tensor, columns: T
     config = in_place_config(dims, [arena.itemsize for arena in arenas])
     _compact_in_place_kernel[(len(starts) * config["NUM_SLICES"],)](
         starts.contiguous(), columns, counts.contiguous(), *columns.stride(),
-        arenas, tuple(arena.stride() for arena in arenas), DIMS=dims, **config,
+        arenas, tuple(arena.stride() for arena in arenas), DIMS=dims, **config, **LAUNCH,
     )  # fmt: skip

@@ -5,13 +5,12 @@ The queries of a group are the rows of one tile, so that an entry is read once. 
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
 from kvpolicy_kernels.decode_attention.plan import WorkPlan, default_programs, unit_of
 from kvpolicy_kernels.ragged_attention.reference import segment_list
 
@@ -78,7 +77,7 @@ def triton_plan(lengths: Tensor, num_programs: int, unit: int) -> WorkPlan:
     grid = (triton.cdiv(max(num_programs, num_segments), block), shape.numel())
     _plan_kernel[grid](
         lengths, plan.units, plan.quantum, plan.programs, plan.pieces, num_segments, num_programs,
-        UNIT=unit, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block,
+        UNIT=unit, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block, **LAUNCH,
     )  # fmt: skip
     return plan
 
@@ -315,21 +314,24 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[
     dim: the larger of D and Dv;  rows: queries times query heads of a group
     plain: neither softcap, nor mask, nor mass, which take registers of their own
 
-    Measured on an H200, among the tiles that compile without a spill on sm_80 and sm_90. More rows than BLOCK_M go to
-    programs side by side, which find the entries in the L2 cache. fp32 products in three tf32 passes spill a little
-    from head dim 128 on, whatever the tile.
+    16-bit tiles of head dims 64, 128 and 256 were measured on an H200, among those that compile without a spill on
+    sm_80 and sm_90. Head dims between 64 and 128 are masked, which takes registers: those of eight warps. More rows
+    than BLOCK_M go to programs side by side, which find the entries in the L2 cache. fp32 products in three tf32 passes
+    spill a little from head dim 128 on, whatever the tile.
     """
     block_m = 16
     if dtype == torch.float32:
-        block_n, stages, warps = (64, 2, 4) if dim <= 64 else (32, 2, 8) if dim <= 128 else (16, 2, 8)
+        block_n, stages, warps = (64 if dim <= 64 else 32 if dim <= 128 else 16), 2, 8
     elif dim > 128:
         block_n, stages, warps = 32, 2, 4
     elif rows > 16:
         block_m, block_n, stages, warps = (32, 32, 3, 4) if plain else (32, 64, 2, 8)
     elif dim <= 64:
         block_n, stages, warps = 64, 4, 4
+    elif plain:
+        block_n, stages, warps = 128, 2, 4 if dim == 128 else 8
     else:
-        block_n, stages, warps = (128, 2, 4) if plain else (64, 2, 4)
+        block_n, stages, warps = 64, 2, 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
@@ -386,7 +388,7 @@ def triton_decode_attention(
     plain = softcap is None and mask is None and not with_mass
     config = launch_config(query.dtype, max(dim, value_dim), rows, plain)
     # programmatic dependent launch: the merge is set up while the pieces are still being computed
-    early = _can_launch_early(query)
+    early = at_least_hopper(query.device)
     _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
         query, keys, values, out, lse, parts, part_lse, logits, sink_logits, chunk_key, chunk_value, mask,
         starts, lengths, plan.units, plan.quantum, plan.programs,
@@ -399,27 +401,22 @@ def triton_decode_attention(
         HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk_key is not None, HAS_MASK=mask is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip
     merge = merge_config(num_segments, num_programs, rows, value_dim)
     _merge_kernel[(num_segments, rows, triton.cdiv(value_dim, merge["BLOCK_DV"]))](
         out, lse, parts, part_lse, plan.pieces, rows,
-        DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **merge, **({"launch_pdl": True} if early else {}),
+        DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **merge, **LAUNCH,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if logits is None:
         return out, lse, None
     mass = query.new_zeros(keys.shape[0], dtype=single)
     _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
-        mass, logits, lse, starts, lengths, rows, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64
+        mass, logits, lse, starts, lengths, rows, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH
     )
     return out, lse if with_lse else None, mass
 
 
 def _strides(chunk: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if chunk is None else chunk.stride()[:3]
-
-
-def _can_launch_early(query: Tensor) -> bool:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (9, 0)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
+
 LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
 
 
@@ -110,15 +112,18 @@ def _window_attention_kernel(
     )
 
 
-def launch_config(dtype: torch.dtype, dim: int) -> dict[str, int]:
+def launch_config(dtype: torch.dtype, dim: int, hopper: bool) -> dict[str, int]:
     """Tile sizes and launch options.
+
+    hopper: compute capability 9.0 or later, whose tensor cores take their operands from shared memory
 
     16-bit tiles are the largest that compile without a spill on sm_80 and sm_90. fp32 products in three tf32 passes
     need registers for the split operands: from head dim 128 on, every tile of 16 rows or more spills a little.
     """
     if dtype != torch.float32:
         rows, stages = (128, 3) if dim <= 128 else (64, 2)
-        return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8, "num_stages": stages}
+        columns = 64 if hopper or not 64 < dim <= 128 else 32
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": stages}
     tile = (64, 32) if dim <= 64 else (32, 32) if dim <= 128 else (16, 16)
     return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": 4, "num_stages": 2}
 
@@ -138,7 +143,7 @@ def triton_window_attention(
     batch, num_q_heads, length, dim = query.shape
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(batch, num_q_heads, length, value.shape[-1])
-    config = launch_config(query.dtype, max(dim, value.shape[-1]))
+    config = launch_config(query.dtype, max(dim, value.shape[-1]), at_least_hopper(query.device))
     grid = (triton.cdiv(length, config["BLOCK_M"]), batch * num_q_heads)
     _window_attention_kernel[grid](
         query, key, value, out, window, sink_logits,
@@ -148,6 +153,6 @@ def triton_window_attention(
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
         HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None,
         # plain tf32 would lose three digits of an fp32 model
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip
     return out
