@@ -62,6 +62,8 @@ class StaticStore:
     keys [R, D];  values [R, Dv];  positions int32 [R]
     starts, lengths, capacities, cursors: int64 [L, S]; starts in rows of the arena
     position: int32 [S], of the token decoded last
+    due:      layer whose token comes next, counted on the host; None before a prompt, and where an `append` broke off
+    decoded:  tokens since the prompt, counted on the host
     """
 
     def __init__(
@@ -129,6 +131,11 @@ class StaticStore:
         self.position.fill_(-1)
         self.used = 0  # rows that were given to segments
         self.growth = 0  # tokens until no segment grows any more
+        self.due: int | None = None
+        self.decoded = 0
+        self._taken = 0  # layers whose prompt has come
+        self._room: int | None = None  # tokens that can be decoded, where everything is kept
+        self._most = 0  # entries that a segment is allowed then
 
     def rehearse(self) -> None:
         """Makes room for one token a segment, so that a step can be run, and captured, before any prompt has come."""
@@ -136,6 +143,7 @@ class StaticStore:
         self.capacities.fill_(1)
         self.starts.copy_(torch.arange(self.starts.shape[1], device=self.starts.device).clamp(max=len(self.keys) - 1))
         self.replan()
+        self.due = 0
 
     def take(self, layer: int, held: StoreLayer, most: int) -> None:
         """Moves a layer's entries here after its prompt, each segment in the order in which they will be evicted.
@@ -177,16 +185,22 @@ class StaticStore:
         self.used += int(capacity.sum())
         self.growth = max(self.growth, int((capacity - arena.length).max()))
         self.position.copy_(seen[:, 0] - 1)
+        if bool((held.capacity >= UNLIMITED).any()):
+            self._room, self._most = most - int(held.seen.max()), most
+        self._taken += 1
+        if self._taken == len(self.starts):
+            self.due = 0
 
     def fill(self, store: RaggedStore, context_length: int) -> None:
         """Forgets what is here and takes over the prompts of `store`, which is of no use afterwards.
 
         Raises `BudgetError` as `take` does, and for a layer whose prompt has not come.
         """
+        layers = [held for held in store.layers if held is not None]
+        if len(layers) < len(store.layers):
+            raise BudgetError(f"layer {store.layers.index(None)} is empty: its prompt comes first")
         self.clear()
-        for layer, held in enumerate(store.layers):
-            if held is None:
-                raise BudgetError(f"layer {layer} is empty: its prompt comes first")
+        for layer, held in enumerate(layers):
             self.take(layer, held, context_length)
             held.arena.release()
         self.replan()
@@ -214,13 +228,30 @@ class StaticStore:
         for name in ("units", "quantum", "programs", "pieces"):
             getattr(self.plan, name).copy_(getattr(fresh, name))
 
+    def count(self) -> None:
+        """Counts a token on the host. `append` does it, and whoever replays a graph, which runs no `append`.
+
+        Raises `BudgetError` where everything is kept and no room is left.
+        """
+        if self._room is not None and self.decoded >= self._room:
+            raise BudgetError(
+                f"everything is kept (retention 1), and there is room for {self._most} tokens: make the cache with a "
+                "larger context_length"
+            )
+        self.decoded += 1
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment; over the entry that leaves next where it is full.
 
         key, value: [B, H, 1, dim]
 
-        The first layer counts the token; all layers of one step have to come, in order.
+        The first layer counts the token. Raises `BudgetError`, before anything is changed, for a layer out of turn (a
+        step that broke off leaves a token in some layers only), for other shapes, and as `count` does.
         """
+        self._check(layer, key, value)
+        if layer == 0:
+            self.count()
+        self.due = None  # until the token has been written
         if layer == 0:
             self.position.add_(1)
         append_next(
@@ -232,6 +263,21 @@ class StaticStore:
             self.cursors[layer],
             self.num_pinned,
         )
+        self.due = (layer + 1) % len(self.starts)
+
+    def _check(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer != self.due:
+            due = "no layer's" if self.due is None else f"layer {self.due}'s"
+            raise BudgetError(
+                f"a token of layer {layer} came where {due} was due: a prompt comes first, then the layers of each "
+                "step in order, and behind a step that broke off a prompt again"
+            )
+        rows = (self.batch_size, self.num_heads, 1)
+        if (key.shape[:3], value.shape[:3]) != (rows, rows):
+            raise BudgetError(
+                f"this static store holds {self.batch_size} sequences of {self.num_heads} KV heads and takes one token "
+                f"of each, got keys and values of shape {tuple(key.shape)} and {tuple(value.shape)}"
+            )
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""

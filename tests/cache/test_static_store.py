@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError
+from kvpolicy.cache import static
 from kvpolicy.cache.static import StaticStore, check_static
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import store_of, tensors
@@ -107,8 +108,8 @@ def test_any_scores_under_any_window(seed):
 def test_a_rehearsal_leaves_nothing():
     twins = Twins(LastQueries(), [[6, 11], [8, 8]])
     twins.static.rehearse()
-    for layer in range(2):
-        for _ in range(3):
+    for _ in range(3):
+        for layer in range(2):
             query, key, value = (x[:, :, :1] for x in twins.data[layer])
             twins.static.append(layer, key, value)
             assert twins.static.attend(layer, query, Scoring()).isfinite().all()
@@ -144,3 +145,38 @@ def test_what_does_not_fit_is_refused():
         Twins(Recent(), [[6, 11]], rows=16).prompt(20)
     with pytest.raises(BudgetError, match="protected spans end at token 30, the shortest prompt has 20"):
         Twins(Recent(), [[6, 11]], spans=[(28, 30)]).prompt(20)
+
+
+def test_layers_out_of_turn_are_refused():
+    twins = Twins(Recent(), [[6, 11], [8, 8]])
+    (_, key, value), (_, *other) = ([x[:, :, :1] for x in data] for data in twins.data)
+    with pytest.raises(BudgetError, match="layer 0 came where no layer's was due: a prompt comes first"):
+        twins.static.append(0, key, value)
+    twins.prompt(20)
+    with pytest.raises(BudgetError, match="layer 1 came where layer 0's was due"):
+        twins.static.append(1, *other)
+    twins.static.append(0, key, value)
+    with pytest.raises(BudgetError, match="layer 0 came where layer 1's was due"):
+        twins.static.append(0, key, value)
+    twins.prompt(20).decode(3)
+
+
+def test_an_append_that_broke_off_is_not_the_last_word(monkeypatch):
+    twins = Twins(Recent(), [[6, 11]]).prompt(20)
+    _, key, value = (x[:, :, :1] for x in twins.data[0])
+    with monkeypatch.context() as broken:
+        broken.setattr(static, "append_next", None)
+        with pytest.raises(TypeError):
+            twins.static.append(0, key, value)
+    with pytest.raises(BudgetError, match="layer 0 came where no layer's was due"):
+        twins.static.append(0, key, value)
+
+
+def test_a_store_that_lacks_a_layer_is_not_emptied():
+    twins = Twins(Recent(), [[6, 11], [8, 8]]).prompt(20)
+    ragged = twins.empty()
+    ragged.prefill(0, *(x[:, :, :20] for x in twins.data[0]))
+    with pytest.raises(BudgetError, match="layer 1 is empty: its prompt comes first"):
+        twins.static.fill(ragged, MOST)
+    assert ragged.lengths[0].tolist() == [[6, 11]]
+    twins.check()

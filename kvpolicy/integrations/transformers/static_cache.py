@@ -69,18 +69,21 @@ class StaticLayer(BudgetedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """As in `BudgetedLayer`, for the prompt; after it, one token at a time.
 
-        Raises `ModelError` for more than one.
+        Raises `ModelError` for more than one, for a model that is not attached, and where a forward broke off before.
         """
         if not self.cache.decoding:
+            if self.columns:
+                raise ModelError("a prompt broke off before this one, or did not fit: reset() the cache, then feed it")
             return super().update(key_states, value_states)
+        if self is self.cache.budgeted[0]:
+            self.cache.check_attached()
+            self.cache.check_whole()
         if key_states.shape[2] != 1:
             raise ModelError(
                 f"a static cache takes its prompt in one forward and then one token at a time, got "
                 f"{key_states.shape[2]} tokens behind its prompt: feed them singly, reset() the cache for a new "
                 "prompt, or leave static out"
             )
-        if self is self.cache.budgeted[-1]:  # earlier layers still ask how many came before
-            self.cache.columns.add_(1)
         self.arrived = 1
         return mark(key_states, self), value_states
 
@@ -93,7 +96,10 @@ class StaticLayer(BudgetedLayer):
         if not append:
             self.check_follower(module)
         arguments = (query, key, value, options.get("s_aux"), options.get("scaling"), options.get("softcap"))
-        return static_attention(*arguments, self.cache.handle, self.row, append), None
+        out = static_attention(*arguments, self.cache.handle, self.row, append)
+        if append and self is self.cache.budgeted[-1]:  # earlier layers still ask how many came before
+            self.cache.columns.add_(1)
+        return out, None
 
     def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
         """From the dense mask: the last token sees all that is no padding."""
@@ -181,6 +187,23 @@ class StaticRaggedCache(RaggedCache):
             self.columns.fill_(self.budgeted[0].columns)
             self.decoding = True
 
+    def check_attached(self) -> None:
+        """Raises `ModelError` for a model whose own attention would see the new token alone."""
+        if not self.attached():
+            raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
+
+    def check_whole(self) -> StaticStore:
+        """The static store. Raises `ModelError` where a prompt, or a step behind it, has not reached every layer."""
+        self.opened()
+        static = self.opened_static()
+        if not self.decoding:
+            raise ModelError("the prompt of this cache broke off, or did not fit: reset() it, then feed a prompt")
+        if static.due != 0:
+            raise ModelError(
+                "a step broke off, and its token is in some layers only: reset() the cache, then feed the prompt again"
+            )
+        return static
+
     def opened_static(self) -> StaticStore:
         if self.static is None:
             raise ModelError("this cache is empty: a prompt comes first")
@@ -190,6 +213,7 @@ class StaticRaggedCache(RaggedCache):
         """Forgets everything but its addresses, so that a captured graph serves the next prompt."""
         super().reset()
         self.decoding, self._left = False, len(self.budgeted)
+        self.columns.zero_()
         if self.static is not None:
             self.static.clear()
 
@@ -198,12 +222,12 @@ class StaticRaggedCache(RaggedCache):
     @property
     def lengths(self) -> Tensor:
         """int64 [L, B, H], entries each KV head holds now."""
-        return self._tabulated(self.opened_static().lengths)
+        return self._tabulated(self.check_whole().lengths)
 
     @property
     def capacities(self) -> Tensor:
         """int64 [L, B, H], entries each KV head may hold."""
-        return self._tabulated(self.opened_static().capacities)
+        return self._tabulated(self.check_whole().capacities)
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +238,7 @@ class StaticRaggedCache(RaggedCache):
 
     def report(self) -> CacheReport:
         """Who was kept, what it weighs, and whether anything was evicted at all."""
-        static, prompt = self.opened_static(), super().report()
+        static, prompt = self.check_whole(), super().report()
         seen = static.seen.cpu()
         entries = self.lengths.sum((0, 2))
         full = seen * len(self.budgeted) * static.num_heads
@@ -230,8 +254,12 @@ class StaticRaggedCache(RaggedCache):
         )
 
     def seen_mask(self) -> Tensor:
-        padding = int(self.columns) - self.opened_static().seen.cpu() if self.decoding else torch.zeros(1).long()
-        return (torch.arange(int(self.columns))[None] >= padding[:, None]).long()
+        """As in `RaggedCache`."""
+        if not self.decoding or self.budgeted[0].has_holes:
+            return super().seen_mask()
+        columns = int(self.columns)
+        padding = columns - self.check_whole().seen.cpu()
+        return (torch.arange(columns)[None] >= padding[:, None]).long()
 
     # --- what fixed addresses rule out
 
