@@ -21,6 +21,7 @@ MAX_BYTES = 64 * 2**20
 _MAX_DEPTH = 64
 _MAX_WHOLE = 2**31 - 1
 _NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")  # a raw line end stands in no JSON text
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -85,10 +86,13 @@ def check_json(value: object, path: str, depth: int = 0) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise PlanError(f"{path or 'the plan'} has the key {key!r}, expected texts as keys")
+            check_json(key, path or "the plan", depth)
             check_json(item, f"{path}.{key}" if path else key, depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             check_json(item, f"{path}[{index}]", depth + 1)
+    elif isinstance(value, str) and _HALF.search(value):
+        raise PlanError(f"{path} is {describe(value)}, which holds half a character (a lone surrogate)")
     elif isinstance(value, float) and not math.isfinite(value):
         raise PlanError(f"{path} is {value}, expected a finite number")
     elif value is not None and not isinstance(value, str | bool | int | float):

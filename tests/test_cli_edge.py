@@ -1,12 +1,16 @@
 """The edge of the command line: whose fault is one line and exit code 2, and whose is a traceback."""
 
+import json
 import os
 import subprocess
 import warnings
 
 import pytest
 import torch
+import typer
 
+from kvpolicy.cli import app
+from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import ModelError, PlanError, foreign
 from tests.command_line import KVPOLICY
 
@@ -105,3 +109,43 @@ def test_nor_does_python_say_anything_at_its_exit(tuned):
 def test_a_name_that_is_no_text_is_still_shown(refused):
     said = refused("show", b"\xff.json".decode(errors="surrogateescape"))
     assert "plan file '\\udcff.json': cannot be read: No such file or directory" in said
+
+
+# --- what holds for every option
+
+
+HUGE = "9" * 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tune", "--seed", HUGE], f"Invalid value for '--seed': {HUGE} is out of range: at most 2147483647"),
+        (["generate", "--seed", f"-{HUGE}"], f"Invalid value for '--seed': -{HUGE} is out of range"),
+        (["tune", "--batch-size", HUGE], "Invalid value for '--batch-size': 9999"),
+        (["bench", "--context", HUGE], "Invalid value for '--context': 9999"),
+        (["estimate", "--context", HUGE], "Invalid value for '--context': 9999"),
+        (["generate", "--prompt", "a\udcff"], "Invalid value for '--prompt': 'a\\udcff' is not UTF-8 text"),
+        (["compare", "snap\udcffkv"], "'snap\\udcffkv' is not UTF-8 text"),
+        (["estimate", "--model", "x" * 300], "no model named 'xxx"),
+        (["estimate", "--model", "x/" + "x" * 300], "no model directory at"),
+        (["profile", "--device", "meta"], "the device 'meta' cannot be used: Tensor.item() cannot be called on meta"),
+        (["profile", "--device", "nothing"], "no device is called 'nothing'"),
+        (["profile", "--param", "group=" + "[" * 100000], "--param group: nested too deeply"),
+        (["profile", "--param", "group=" + "9" * 5000], "group"),
+    ],
+)
+def test_an_option_out_of_every_range(refused, arguments, said):
+    assert said in refused(*arguments)
+
+
+def test_every_verb_checks_its_options():
+    assert all(isinstance(verb, Verb) for verb in typer.main.get_command(app).commands.values())
+
+
+@pytest.mark.parametrize("edit", [lambda p: p["model"].update(id="\ud800"), lambda p: p.update(more={"\udc00": 1})])
+def test_a_plan_with_half_a_character_is_refused(refused, tuned, tmp_path, edit):
+    document = json.loads(tuned[0].read_text())
+    edit(document)
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    assert "half a character (a lone surrogate)" in refused("show", tmp_path / "plan.json")

@@ -22,6 +22,7 @@ from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
 from kvpolicy.cli.show import show
 from kvpolicy.cli.tune import tune_command
+from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import KVPolicyError, first_line
 
 app = typer.Typer(
@@ -31,15 +32,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("tune")(tune_command)
-app.command()(profile)
-app.command()(show)
-app.command("eval")(evaluate)
-app.command("compare")(compare_command)
-app.command()(generate)
-app.command()(bench)
-app.command()(estimate)
-app.command()(plugins)
+app.command("tune", cls=Verb)(tune_command)
+app.command(cls=Verb)(profile)
+app.command(cls=Verb)(show)
+app.command("eval", cls=Verb)(evaluate)
+app.command("compare", cls=Verb)(compare_command)
+app.command(cls=Verb)(generate)
+app.command(cls=Verb)(bench)
+app.command(cls=Verb)(estimate)
+app.command(cls=Verb)(plugins)
 
 
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's, wherever this typer keeps its click

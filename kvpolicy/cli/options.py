@@ -11,7 +11,7 @@ import typer
 
 from kvpolicy.cli import document
 from kvpolicy.cli.document import print_json as print_json
-from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PluginError
+from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PluginError, foreign
 
 Model = Annotated[
     str, typer.Option(help="Hub id, directory, .gguf file, or the built-in smollm2-135m.", rich_help_panel="Model")
@@ -75,6 +75,8 @@ def pick_device(name: str) -> str:
         raise ModelError(f"no device is called '{name}'; try cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"the device '{name}' was asked for, but PyTorch finds no CUDA device here; use --device cpu")
+    with foreign(f"the device '{name}' cannot be used", ModelError):
+        torch.zeros(1, device=device).item()  # meta holds no numbers, and not every GPU that is named is there
     return name
 
 
@@ -123,6 +125,8 @@ def parse_params(pairs: list[str] | None, option: str = "--param") -> dict[str, 
             raise PluginError(f"{option} expects NAME=VALUE, got '{pair}'")
         try:
             params[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except RecursionError:
+            raise PluginError(f"{option} {name}: nested too deeply for a parameter") from None
+        except ValueError:
             params[name] = value
     return params

@@ -1,0 +1,36 @@
+"""What holds for every option of every verb, whoever adds one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import typer
+from typer.core import TyperCommand
+
+LARGEST = 2**31 - 1
+"""Positions are 32 bits wide, and seeds are multiplied."""
+
+
+class Verb(TyperCommand):
+    """A verb whose numbers are of a size to compute with and whose texts are text. Else it is a usage error."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest: list[str] = super().parse_args(ctx, args)
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            for each in value if isinstance(value, list | tuple) else [value]:
+                if (wrong := _wrong(each)) is not None:
+                    raise typer.BadParameter(wrong, ctx=ctx, param=cast(Any, param))
+        return rest
+
+
+def _wrong(value: Any) -> str | None:
+    """What is wrong with one value, None if nothing is."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"{value} is out of range: at most {LARGEST}."
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"{value!r} is not UTF-8 text, from character {error.start} on."
+    return None
