@@ -21,8 +21,9 @@ from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
+from kvpolicy.integrations.transformers.columns import Reading, entry_masks, filled_columns, read_mask, seen_by
 from kvpolicy.integrations.transformers.exchange import Attention
-from kvpolicy.integrations.transformers.masks import LazyMask, dense_mask, user_mask
+from kvpolicy.integrations.transformers.masks import LazyMask, Seen, dense_mask, user_mask
 from kvpolicy.integrations.transformers.sources import layer_sources
 from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.spec import ModelSpec
@@ -45,6 +46,7 @@ class Waiting:
     extra: Mapping[str, Any]
     prompt: bool
     left: int
+    visible: Tensor | None
 
 
 class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -65,7 +67,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.columns = 0  # tokens seen, padding included
         self.arrived = 0  # tokens whose attention has not come yet
         self.waiting: Waiting | None = None
-        self.has_holes = False  # padding elsewhere than before a row's first token
+        self.filled: Tensor | None = None  # bool [B, columns], those that hold a token; as in `Reading`
 
     @property
     def cache(self) -> RaggedCache:
@@ -110,23 +112,22 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.check_follower(module)
             return self._follow(stock, module, query, key, value, mask, options, scoring)
         self.arrived = 0
-        valid = self.valid_tokens(mask, key.shape[2])
-        single = key.shape[2] == 1 and valid is None and not isinstance(mask, Tensor)
-        if single and not self.cache.recording and store.can_append(self.row):
+        reading = self.read(mask, key.shape[2])
+        valid, self.filled = reading.valid, reading.filled
+        plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
+        if key.shape[2] == 1 and plain and not self.cache.recording and store.can_append(self.row):
             store.append(self.row, key, value)
             out = store.attend(self.row, query, scoring)
             store.rescore(self.row, query, scoring)
             return _as_stock(out), None
         empty = store.is_empty(self.row)
-        if valid is not None:
-            self.has_holes |= not empty or bool((valid[:, 1:] < valid[:, :-1]).any())
         chunk = store.arrive(self.row, key, value, valid)
         if empty:
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
-            result = _as_stock(self._over_entries(store, query, chunk, mask, scoring)), None
+            result = _as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
         extra = layer_sources(module, store.spec, store.policy.requires)
-        self.waiting = Waiting(query, chunk, scoring, extra, empty, self.followers)
+        self.waiting = Waiting(query, chunk, scoring, extra, empty, self.followers, reading.visible)
         if not self.followers:
             self._finish()
         return result
@@ -139,9 +140,12 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
                 "with other values each time; a budget keeps one value a key, so this model cannot run over it"
             )
 
-    def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
-        """Which of the newest tokens are no padding: bool [B, count], None if all of them."""
-        return mask.valid(count) if isinstance(mask, LazyMask) else None
+    def read(self, mask: Any, count: int) -> Reading:
+        """What the model's mask says of `count` new tokens and of those before."""
+        before, seen = self.columns - count, seen_by(self.cache.opened(), self.row)
+        if isinstance(mask, LazyMask):
+            return mask.read(before, seen, self.filled)
+        return read_mask(None, count, before, seen, self.filled)
 
     def _follow(
         self,
@@ -161,31 +165,34 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if waiting.prompt:
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
-            result = _as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring)), None
+            result = _as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
         waiting.left -= 1
         if not waiting.left:
             self._finish()
         return result
 
-    def _over_entries(self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring) -> Tensor:
-        """Attention over what is held and a chunk, under the model's mask."""
+    def _over_entries(
+        self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring, visible: Tensor | None
+    ) -> Tensor:
+        """Attention over what is held and a chunk, under the model's mask. visible: of a 2-D one, as in `Reading`."""
+        within = None
         if isinstance(mask, LazyMask):
-            return store.attend_chunk(self.row, query, chunk, scoring, mask.newest(len(chunk)))
-        if mask is None:
-            return store.attend_chunk(self.row, query, chunk, scoring)
-        try:
-            visible = user_mask(mask)
-        except ValueError as error:
-            raise ModelError(f"this attention mask cannot be used on a compressed cache: {error}") from None
-        if self.has_holes:
-            raise ModelError("a 4-D attention mask cannot be used after padding between tokens: columns are not known")
-        visible = visible.expand(query.shape[0], -1, -1, -1)
-        first = self.columns - len(chunk) - (chunk.positions.amax(1) + 1 - (chunk.positions >= 0).sum(1))
-        entries = [
-            visible[segment // store.num_heads, 0][:, positions + first[segment // store.num_heads]]
-            for segment, positions in enumerate(store.positions(self.row))
-        ]
-        return store.attend_chunk(self.row, query, chunk, scoring, visible[..., -len(chunk) :], entries)
+            within, shown = mask.newest(len(chunk)), None if visible is None else visible[:, None, None]
+        elif mask is None:
+            shown = None
+        else:
+            shown = user_mask(mask, self.columns).expand(query.shape[0], -1, -1, -1)
+            within = shown[..., -len(chunk) :]
+        if shown is None:
+            return store.attend_chunk(self.row, query, chunk, scoring, within)
+        entries = entry_masks(shown, self.filled_columns(), store.positions(self.row), query.shape[2])
+        return store.attend_chunk(self.row, query, chunk, scoring, within, entries)
+
+    def filled_columns(self) -> Tensor:
+        """Those that hold a token, bool [B, columns]."""
+        if self.filled is not None:
+            return self.filled
+        return filled_columns(self.columns, self.columns - seen_by(self.cache.opened(), self.row))
 
     def _finish(self) -> None:
         """Lets the store keep its part of a prompt that nobody reads any more."""
@@ -201,7 +208,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return Seen(self.columns + query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included; not the entries kept."""
@@ -344,6 +351,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self._crop_store(-count)
         for layer in self.budgeted:
             layer.columns += count
+            layer.filled = None if layer.filled is None else layer.filled[:, : layer.columns]
         for layer in self._stock():
             layer.crop(tokens_to_remove)
 
@@ -367,7 +375,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
         for layer in self.budgeted:
             layer.columns, layer.arrived, layer.waiting = 0, 0, None
-            layer.has_holes = layer.is_initialized = False
+            layer.filled, layer.is_initialized = None, False
         for layer in self._stock():
             layer.reset()
 
@@ -380,17 +388,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     # --- accounting
 
     def seen_mask(self) -> Tensor:
-        """int64 [B, columns], 0 for the padding before each row's first token.
-
-        Raises `ModelError` where padding stands elsewhere.
-        """
-        if self.store is None:
-            return torch.ones(1, 0, dtype=torch.int64)
-        layer = self.budgeted[0]
-        if layer.has_holes:
-            raise ModelError("padding stands between the tokens of this cache, so its columns are not known")
-        padding = layer.columns - self.store.seen
-        return (torch.arange(layer.columns)[None] >= padding[:, None]).long()
+        """int64 [B, columns], 0 where padding came."""
+        return torch.ones(1, 0, dtype=torch.int64) if self.store is None else self.budgeted[0].filled_columns().long()
 
     @property
     def lengths(self) -> Tensor:
@@ -436,6 +435,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
         for layer in self.budgeted:
             layer._finish()
+            layer.filled = None if layer.filled is None else layer.filled[rows.cpu()]
         if self.store is not None:
             self.store.take(rows.long())
         for layer in self._stock():

@@ -99,7 +99,7 @@ class Repetition:
     def watching(self) -> Iterator[None]:
         """Within the context a forward is looked at, and afterwards the cache is as it was before, also on an error."""
         cache, held = self.cache, self.cache.opened().layers
-        counts = [(layer.columns, layer.has_holes) for layer in cache.budgeted]
+        counts = [(layer.columns, layer.filled) for layer in cache.budgeted]
         tokens = [None if each is None else each.seen for each in held]
         others = cache._stock()
         states = [_copied(vars(layer)) for layer in others]
@@ -111,8 +111,8 @@ class Repetition:
             cache.check_enforced()
         finally:
             cache.watch = None
-            for layer, (columns, has_holes) in zip(cache.budgeted, counts, strict=True):
-                layer.columns, layer.has_holes, layer.arrived, layer.waiting = columns, has_holes, 0, None
+            for layer, (columns, filled) in zip(cache.budgeted, counts, strict=True):
+                layer.columns, layer.filled, layer.arrived, layer.waiting = columns, filled, 0, None
             for each, seen in zip(held, tokens, strict=True):
                 if each is not None and seen is not None:
                     each.seen = seen

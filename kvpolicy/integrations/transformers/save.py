@@ -95,6 +95,8 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         tensors["fixed"], table = store.schedule.table, {"asked": store.schedule.asked}
     if cache.unfed is not None:
         tensors["unfed"] = cache.unfed
+    if budgeted[0].filled is not None:
+        tensors["filled"] = budgeted[0].filled
     stock: list[Any] = []
     for index, layer in enumerate(cache.layers):
         found, values = ({}, None) if isinstance(layer, BudgetedLayer) else pack_stock(layer, f"stock.{index}")
@@ -110,7 +112,7 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         "fixed": table,
         "store": held,
         "columns": [layer.columns for layer in budgeted],
-        "has_holes": [layer.has_holes for layer in budgeted],
+        "has_holes": [layer.filled is not None for layer in budgeted],
         "recording": cache.recording,
         "ended": cache.ended,
         "stock": stock,
@@ -163,7 +165,7 @@ def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> Ragge
     cache = cache_of(model, recipe, fixed)
     try:
         cache.store = _read_store(model, cache, given, fields.fields("store"))
-        _read_columns(cache, cache.store, fields)
+        _read_columns(cache, cache.store, given, fields)
         _read_stock(model, cache, cache.store, given, fields)
         if "unfed" in given:
             cache.unfed = given.take("unfed", torch.int64, (cache.store.batch_size, None)).clone()
@@ -228,16 +230,22 @@ def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields
     return store
 
 
-def _read_columns(cache: RaggedCache, store: RaggedStore, fields: Fields) -> None:
+def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> None:
     budgeted = [layer for layer in cache.layers if isinstance(layer, BudgetedLayer)]
     columns, holes = (fields.read(name, sequence, len(budgeted)) for name in ("columns", "has_holes"))
     least = int(store.seen.max())
-    for row, layer in enumerate(budgeted):
-        layer.columns = whole(columns[row], f"columns[{row}]", least)
-        layer.has_holes = state.flag(holes[row], f"has_holes[{row}]")
+    columns = [whole(value, f"columns[{row}]", least) for row, value in enumerate(columns)]
+    flags = [state.flag(value, f"has_holes[{row}]") for row, value in enumerate(holes)]
+    if len(set(columns)) > 1 or len(set(flags)) > 1:
+        raise KVPolicyError(f"its layers have seen different numbers of columns: {columns}, or padding: {flags}")
+    filled = None
+    if flags[0]:
+        filled = given.take("filled", torch.bool, (store.batch_size, columns[0])).clone()
+        if not torch.equal(filled.sum(1), store.seen):
+            raise KVPolicyError(f"'filled' tells of {filled.sum(1).tolist()} tokens, seen are {store.seen.tolist()}")
+    for layer in budgeted:
+        layer.columns, layer.filled = columns[0], filled
         layer.lazy_initialization(torch.empty(0), torch.empty(0))
-    if len(set(columns)) > 1:
-        raise KVPolicyError(f"its layers have seen different numbers of columns: {columns}")
     cache.recording = fields.read("recording", state.flag)
     cache.ended = fields.read("ended", text) if fields.has("ended") else None
 

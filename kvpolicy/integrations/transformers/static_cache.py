@@ -22,8 +22,9 @@ from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache
+from kvpolicy.integrations.transformers.columns import Reading, seen_by
 from kvpolicy.integrations.transformers.exchange import Attention
-from kvpolicy.integrations.transformers.masks import user_mask
+from kvpolicy.integrations.transformers.masks import Seen, user_mask
 from kvpolicy.integrations.transformers.stock_state import tensors_of
 
 _STORES: WeakValueDictionary[int, StaticStore] = WeakValueDictionary()
@@ -92,6 +93,8 @@ class StaticLayer(BudgetedLayer):
     ) -> tuple[Tensor, Any]:
         if not self.cache.decoding:
             return super().attention(stock, module, query, key, value, mask, options)
+        if mask is not None:
+            raise ModelError("a step of a static cache takes no 4-D attention mask: make the cache without static=True")
         append, self.arrived = bool(self.arrived), 0
         if not append:
             self.check_follower(module)
@@ -101,12 +104,12 @@ class StaticLayer(BudgetedLayer):
             self.cache.columns.add_(1)
         return out, None
 
-    def valid_tokens(self, mask: Any, count: int) -> Tensor | None:
+    def read(self, mask: Any, count: int) -> Reading:
         """From the dense mask: the last token sees all that is no padding."""
         if not isinstance(mask, Tensor):
-            return super().valid_tokens(mask, count)
+            return super().read(mask, count)
         valid = user_mask(mask)[:, 0, -1, -count:].cpu()
-        return None if bool(valid.all()) else valid
+        return Reading(valid=None if bool(valid.all()) else valid)
 
     def _finish(self) -> None:
         waiting = self.waiting is not None
@@ -115,7 +118,12 @@ class StaticLayer(BudgetedLayer):
             self.cache.settle(self.row)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (0, 0) if self.cache.decoding else super().get_mask_sizes(query_length)
+        if not self.cache.decoding:
+            return super().get_mask_sizes(query_length)
+        length = Seen(0)
+        if not torch.compiler.is_compiling():  # compiled code can look at nothing; generate makes its mask before it
+            length.padding = self.columns - seen_by(self.cache.opened(), self.row)
+        return length, 0
 
     def get_seq_length(self) -> Any:
         """A tensor, as of every cache that can be compiled; on the device once decoding has begun."""
