@@ -112,6 +112,8 @@ REFUSED = {
         r"columns\[0\] is 40, expected a whole number from",
     ),
     "holes": (set_in("has_holes", 0), KVPolicyError, "has_holes is 0, expected a list"),
+    "some holes": (set_in("has_holes", [True, False, False]), KVPolicyError, "or padding"),
+    "which holes": (set_in("has_holes", [True] * 3), KVPolicyError, "tensor 'filled' is missing"),
     "recording": (set_in("recording", None), KVPolicyError, "recording is null"),
     "ended": (set_in("ended", 3), KVPolicyError, "ended is 3, expected a text"),
     "stock": (set_in("stock", []), ModelError, "saved under transformers .* with 0 layers"),

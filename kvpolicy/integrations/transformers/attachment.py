@@ -1,14 +1,16 @@
 """Attaching a model, so that its attention can run over a ragged cache. Stock caches work as before.
 
-Attaching is a name in the configuration, nothing else: no module is patched and no state is kept. The cache puts a
-handle on the key tensor that it returns to the model, and the attention function looks for it. So two caches on one
-model, stepped alternately or in two threads, cannot meet.
+Attaching is a name in the configuration, nothing else: no module is patched; all that is kept is how many contexts want
+a model attached. The cache puts a handle on the key tensor that it returns to the model, and the attention function
+looks for it. So two caches on one model, stepped alternately or in two threads, cannot meet.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from kvpolicy.integrations.transformers.exchange import (
     text_config,
 )
 from kvpolicy.integrations.transformers.masks import dense_mask, make_mask
+from kvpolicy.integrations.transformers.sources import install_hooks, remove_hooks
 from kvpolicy.integrations.transformers.versions import warn_if_untested
 
 _PREFIX = "kvpolicy_cache_"
@@ -67,12 +70,37 @@ def attach(model: PreTrainedModel) -> None:
 
     register(name, base, attention, mask)
     set_attention(model, name)
+    install_hooks(model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Gives the model its own attention back. A ragged cache raises when it is used on it afterwards."""
     if is_attached(model):
         set_attention(model, attention_name(model).removeprefix(_PREFIX))
+        remove_hooks(model)
+
+
+def hold(model: PreTrainedModel) -> None:
+    """Attaches the model until `release` was called as often, in whatever thread. Raises what `attach` raises."""
+    with _LOCK:
+        count, before = _HELD.get(model, (0, is_attached(model)))
+        attach(model)
+        _HELD[model] = count + 1, before
+
+
+def release(model: PreTrainedModel) -> None:
+    """Ends a `hold`. The last one leaves the model as the first one found it."""
+    with _LOCK:
+        count, before = _HELD.pop(model)
+        if count > 1:
+            _HELD[model] = count - 1, before
+        elif not before:
+            detach(model)
+
+
+# how often a model is held, and whether it was attached before
+_HELD: WeakKeyDictionary[PreTrainedModel, tuple[int, bool]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def is_attached(model: PreTrainedModel) -> bool:

@@ -19,7 +19,7 @@ from kvpolicy.integrations.transformers.devices import check_devices
 from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import Recipe
-from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare
+from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare, watch_inputs
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan, policy_of
@@ -116,7 +116,8 @@ def cache_of(
     length = _static_length(recipe) if static else None
     prepare(model, spec, policy.requires)
     attach(model)
-    attached = attachment_of(model)
+    attached = attachment_of(model)  # lives as long as the cache and its copies
+    watch_inputs(model, spec, policy.requires, attached)
     if length is not None:
         layers = StaticCache(config=text_config(model), max_cache_len=length).layers
         return StaticRaggedCache(spec, make_store, layers, attached, rank=rank, recipe=recipe, context_length=length)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
+from kvpolicy.integrations.transformers.attachment import attach, detach, hold, is_attached, release
 from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.versions import with_cache
@@ -28,8 +28,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
 
     Raises what `new_cache` raises, before the context begins.
     """
-    before = is_attached(model)
-    attach(model)
+    hold(model)
     handle = None
     try:
         if plan is not None or options:
@@ -47,8 +46,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
     finally:
         if handle is not None:
             handle.remove()
-        if not before:
-            detach(model)
+        release(model)
 
 
 @contextmanager
