@@ -67,7 +67,7 @@ def facts(cache):
         add(layer, f"store.{index}", ("arena",))
         add(layer.arena, f"arena.{index}")
     for index, layer in enumerate(cache.layers):
-        add(layer, f"layer.{index}", ("cache",) if isinstance(layer, BudgetedLayer) else ())
+        add(layer, f"layer.{index}", ("_cache",) if isinstance(layer, BudgetedLayer) else ())
     return found
 
 

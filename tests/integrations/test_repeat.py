@@ -145,7 +145,7 @@ def test_a_padded_row_is_given_what_it_is_given_alone(llama, counted):
     after = None if counted == "columns" else mask.sum(1)
     kvpolicy.repeat_context(llama, cache, ids, INSTRUCTION, attention_mask=mask, next_position=after)
     together = GIVEN[:]
-    assert not cache.budgeted[0].has_holes
+    assert cache.budgeted[0].filled is None
     for row, alone in enumerate((short, long)):
         GIVEN.clear()
         own = prompted(llama, alone)

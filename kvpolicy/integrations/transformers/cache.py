@@ -82,7 +82,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.__dict__ |= state | {"_cache": weakref.ref(state["_cache"])}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)  # Mllama asks every layer's
+        self.keys = self.values = torch.empty(0)  # Mllama asks every layer's
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
