@@ -24,6 +24,7 @@ from kvpolicy.integrations.transformers import (
     with_cache,
 )
 from kvpolicy.integrations.transformers.bench import seconds_now
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.spec import ModelSpec
 
 WARM_TOKENS, TIMED_TOKENS = 3, 16
@@ -47,7 +48,7 @@ def filled_cache(model: Any, method: Method, table: Tensor, ids: Tensor, tokeniz
     else:
         cache = prompt_cache(model, method.policy, table, method.runtime_allocator)
     ids = ids.to(model.device)
-    logits = model(ids, **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits[:, -1:]
+    logits = model(ids, **with_cache(model, cache), use_cache=True, **keep_logits(model)).logits[:, -1:]
     if isinstance(cache, RaggedCache):
         if cache.awaits_repeat:
             repeat_context(model, cache, ids, tokenizer)

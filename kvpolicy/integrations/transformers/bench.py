@@ -16,6 +16,7 @@ from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attachment import attach, detach, is_attached
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.exchange import text_config
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.integrations.transformers.versions import with_cache
@@ -116,10 +117,9 @@ def _run(
     """One prompt and its tokens; adds to `cost`."""
     cache = make()
     (attach if isinstance(cache, RaggedCache) else detach)(model)
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     gc.collect()
     begun = seconds_now(ids)
-    model(ids[:, :prompt], **with_cache(model, cache), use_cache=True, **last)
+    model(ids[:, :prompt], **with_cache(model, cache), use_cache=True, **keep_logits(model))
     if isinstance(cache, RaggedCache) and cache.awaits_repeat and tokenizer is not None:  # without, decoding refuses
         repeat_context(model, cache, ids[:, :prompt], tokenizer)
     filled = seconds_now(ids)

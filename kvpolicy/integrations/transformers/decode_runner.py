@@ -14,6 +14,7 @@ from kvpolicy.cache.static import PLAN_INTERVAL
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import GraphWarning, ModelError
 from kvpolicy.integrations.transformers.attachment import attach
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
 from kvpolicy.integrations.transformers.versions import with_cache
@@ -77,14 +78,13 @@ class DecodeRunner:
         attach(self.model)
         self.cache.reset()
         position_ids = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0).to(self.model.device)
-        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         out = self.model(
             input_ids.to(self.model.device),
             attention_mask=None if mask is None else mask.to(self.model.device),
             position_ids=position_ids,
             **with_cache(self.model, self.cache),
             use_cache=True,
-            **last,
+            **keep_logits(self.model),
         )
         self._prompt = self.cache.store
         logits: Tensor = out.logits[:, -1]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.integrations.transformers.logits import keep_logits
+
 SPEEDUP = 1.25
 """bf16 must be this much faster on the CPU to be worth it."""
 AGREEMENT = 2e-3
@@ -73,7 +75,7 @@ def _timed(model: PreTrainedModel, sequence: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         for _ in range(2):
             begin = time.perf_counter()
-            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits[
+            logits = model(ids, use_cache=False, **keep_logits(model, ids.shape[1] - first)).logits[
                 0, -(ids.shape[1] - first) :
             ]
             loss = float(F.cross_entropy(logits[:-1].float(), ids[0, first + 1 :]))  # float() waits for the device

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.biased import BiasedAttention, PositionBias, biased, decoder_layers
 from kvpolicy.integrations.transformers.intercept import Stock, attention_modules, intercepted
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.integrations.transformers.rotary import find_rotary
 from kvpolicy.integrations.transformers.soft_loss import Teacher, divergence
@@ -154,7 +155,7 @@ class TransformersProbe(ModelProbe):
                 stack.enter_context(observer.hooked())
             for prompt in run:
                 # one row of logits is enough; the hidden states have been seen by then
-                self.model(prompt[None].to(self.model.device), use_cache=False, logits_to_keep=1)
+                self.model(prompt[None].to(self.model.device), use_cache=False, **keep_logits(self.model))
         self._check_reached([observer.calls for observer in observers], len(run))
 
     def loss(self, capacities: Tensor) -> Tensor:
@@ -188,7 +189,8 @@ class TransformersProbe(ModelProbe):
         first, length = self.first_scored - 1, ids.shape[1]
         # by index: given a number, Gemma 4 shortens the queries of its last layers too, to what no mask was made for
         rows = torch.arange(first, length, device=ids.device)
-        logits: Tensor = self.model(ids, use_cache=False, logits_to_keep=rows).logits[:, first - length : -1]
+        out = self.model(ids, use_cache=False, **keep_logits(self.model, rows))
+        logits: Tensor = out.logits[:, first - length : -1]
         return logits
 
     def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from kvpolicy.cache.schedule import MIN_TOKENS, Fixed
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.build import cache_of
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.versions import with_cache
@@ -89,7 +90,8 @@ class Prompts:
 
     def _run(self, index: int, table: Tensor, allocator: BudgetAllocator | None) -> tuple[RaggedCache, Tensor]:
         cache, ids = prompt_cache(self.model, self.policy, table, allocator), self.batches[index].to(self.model.device)
-        logits = self.model(ids, **with_cache(self.model, cache), use_cache=True, logits_to_keep=1).logits[:, -1:]
+        given = with_cache(self.model, cache) | keep_logits(self.model)
+        logits = self.model(ids, use_cache=True, **given).logits[:, -1:]
         if cache.awaits_repeat:
             assert self.tokenizer is not None  # asked for at the beginning
             repeat_context(self.model, cache, ids, self.tokenizer)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpolicy.cache.scoring import Scoring, attention_mass
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.cache import RaggedCache, Waiting
+from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.versions import with_cache
 
 _FIRST = "\n\nRepeat the previous context exactly."
@@ -147,9 +148,10 @@ def _feed(model: PreTrainedModel, cache: RaggedCache, pieces: Sequence[Tensor], 
     assert first is not None and first.pending is not None
     mask = torch.cat([first.pending.positions >= 0, valid], 1)
     places = (positions[:, None] + valid.cumsum(1) - 1).clamp(min=0)
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     ids, mask, places = (x.to(model.device) for x in (ids, mask.long(), places))
-    model(ids, attention_mask=mask, position_ids=places, **with_cache(model, cache), use_cache=True, **last)
+    model(
+        ids, attention_mask=mask, position_ids=places, **with_cache(model, cache), use_cache=True, **keep_logits(model)
+    )
 
 
 def _chunks(rows: Sequence[Tensor], size: int, instruction: _Instruction) -> Iterator[list[Tensor]]:
