@@ -22,6 +22,7 @@ from kvpolicy.interfaces import (
     ImportanceEstimator,
     LayerActivations,
     ModelProbe,
+    Rotary,
     Trial,
 )
 from kvpolicy.plugin_check import BASES, instance_problems, is_json
@@ -54,6 +55,19 @@ def params_of(plugin: ImportanceEstimator | BudgetAllocator | EvictionPolicy) ->
     if not isinstance(params, dict) or not is_json(params):
         _refuse(plugin, "params", params, "a dict of JSON values")
     return params
+
+
+def lent(source: Any) -> Any:
+    """A copy of a source, for a plugin alone: what it writes there changes nothing of the model's, be it the keys of a
+    prompt, the residual stream or a weight. `module` alone is the model's own.
+    """
+    if isinstance(source, Tensor):
+        return source.detach().clone()
+    if isinstance(source, tuple):
+        return tuple(map(lent, source))
+    if isinstance(source, Rotary):
+        return Rotary(lent(source.first), lent(source.second), lent(source.frequencies))
+    return source
 
 
 # --- estimators

@@ -65,6 +65,25 @@ def _problem(package: str, path: str, module: str) -> str | None:
     return None
 
 
+# What the core asks plugins, it asks in kvpolicy/plugin_call.py, which names whose a fault is.
+QUESTIONS = {"score_prompt", "score_step", "estimate", "token_maps", "num_forwards", "suggest", "params", "fit"}
+OF_ALLOCATORS = {"shares", "split"}  # others have methods of these names too
+
+
+def calls_of_plugins(path: str, source: str) -> list[str]:
+    """Calls of a plugin's methods by a file of the core that is not the one door to them."""
+    if path == "kvpolicy/plugin_call.py" or not path.startswith("kvpolicy/") or path.startswith("kvpolicy/testing/"):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, whose = node.func.attr, ast.unparse(node.func.value)
+            is_question = name in QUESTIONS or (name in OF_ALLOCATORS and whose.endswith(("allocator", "candidate")))
+            if is_question and whose != "plugin_call":
+                found.append(f"{path}:{node.lineno}: {whose}.{name}() is a plugin's: ask through kvpolicy.plugin_call")
+    return found
+
+
 def relative(package: str, path: Path) -> str:
     return path.relative_to(PACKAGES[package].parent).as_posix()
 
@@ -119,6 +138,20 @@ def test_each_rule_catches_its_violation(package: str, path: str, source: str) -
 )
 def test_rules_allow_what_is_right(package: str, path: str, source: str) -> None:
     assert problems(package, path, source) == []
+
+
+def test_plugins_are_called_through_one_door() -> None:
+    sources = {relative(owner, path): path.read_text(encoding="utf-8") for owner, path in FILES}
+    assert [call for path, source in sources.items() for call in calls_of_plugins(path, source)] == []
+
+
+@pytest.mark.parametrize(
+    "call", ["policy.score_prompt(x)", "self.allocator.split(x, y)", "registry.create(n).params()"]
+)
+def test_a_call_past_the_door_is_caught(call: str) -> None:
+    assert len(calls_of_plugins("kvpolicy/cache/x.py", call)) == 1
+    assert calls_of_plugins("kvpolicy/plugin_call.py", call) == []
+    assert calls_of_plugins("kvpolicy/cache/x.py", "plugin_call.split(x); text.split(); schedule.shares(1)") == []
 
 
 def test_no_file_is_too_long() -> None:

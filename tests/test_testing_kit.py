@@ -32,6 +32,7 @@ from kvpolicy.testing import (
     check_estimator,
     check_eviction_policy,
 )
+from kvpolicy.testing.laws import tensors_of
 
 
 def message(check: Callable[[], None]) -> str:
@@ -535,3 +536,27 @@ def test_kit_needs_neither_pytest_nor_transformers() -> None:
     code = "import sys, kvpolicy.testing; print([n for n in ('pytest', 'transformers', 'optuna') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES - {"decode_attention", "scale"}))
+def test_a_policy_that_writes_into_any_source_is_caught(source: str) -> None:
+    def written(activations: LayerActivations) -> Tensor:
+        assert activations.positions is not None
+        scores = torch.zeros(activations.positions.shape)
+        for name, tensor in tensors_of(activations):
+            if name.partition(".")[0] == source:
+                tensor.add_(1)
+        return scores
+
+    wrong = prompt(written, requires=frozenset({source, "positions"}))
+    assert f"changed `LayerActivations.{source}" in message(lambda: check_eviction_policy(wrong))
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES - {"decode_attention", "repeat_attention", "scores", "scale"}))
+def test_an_estimator_that_writes_into_any_source_is_caught(source: str) -> None:
+    def write(activations: LayerActivations) -> None:
+        for _, tensor in tensors_of(activations):
+            tensor.add_(1)
+
+    with pytest.raises(LawError, match=rf"`{source}.*` of layer 0 was changed in place"):
+        SyntheticProbe().observe(write, frozenset({source}))

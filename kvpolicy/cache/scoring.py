@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from kvpolicy import plugin_call
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations, Rotary
+from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
 
 STORE_SOURCES = frozenset(
     {
@@ -87,7 +87,7 @@ def score_chunk(
             f"{type(policy).__name__} requires {', '.join(sorted(missing))}: give it as extra= with the prompt"
         )
     options = {**options, "power": policy.attention_power}
-    given = {name: _own(extra[name]) for name in policy.requires & extra.keys()}
+    given = {name: plugin_call.lent(extra[name]) for name in policy.requires & extra.keys()}
     rows = arena.padded_rows()
     if "positions" in policy.requires:
         given["positions"] = _positions(arena, chunk)
@@ -98,7 +98,7 @@ def score_chunk(
     if "values" in policy.requires:
         given["values"] = _with_chunk(arena.values, rows, chunk.value)
     if "queries" in policy.requires:
-        given["queries"] = _own(query)
+        given["queries"] = plugin_call.lent(query)
     if "scale" in policy.requires:
         scale = options.get("scale")
         given["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
@@ -213,19 +213,6 @@ def _with_chunk(entries: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:
         return fresh.detach().clone()
     held = entries[rows.clamp(min=0)].masked_fill((rows < 0)[..., None], 0)
     return torch.cat([held.view(*fresh.shape[:2], *held.shape[1:]), fresh], 2)
-
-
-def _own(source: Any) -> Any:
-    """The same for a policy alone, which may write to it. What is the model's, its keys, its residual stream, its
-    weights, goes on as it is; only `module` is the model's own.
-    """
-    if isinstance(source, Tensor):
-        return source.detach().clone()
-    if isinstance(source, tuple):
-        return tuple(map(_own, source))
-    if isinstance(source, Rotary):
-        return Rotary(*map(_own, (source.first, source.second, source.frequencies)))
-    return source
 
 
 @dataclass(slots=True)

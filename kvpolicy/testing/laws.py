@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpolicy.hookspecs import Role
 from kvpolicy.plugin_check import build, class_problems, instance_problems
@@ -78,11 +78,21 @@ def call(plugin: object, what: str, given: str, function: Callable[..., _T], *ar
 
 
 def tensors_of(record: object) -> Iterator[tuple[str, Tensor]]:
-    """The tensor fields of a dataclass such as `LayerActivations` or `Importance`, by name."""
+    """The tensors of a dataclass such as `LayerActivations` or `Importance`, by name: "keys", "rope.0", "module.w"."""
     for field in fields(record):  # type: ignore[arg-type]  # callers give dataclasses
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            yield field.name, value
+        yield from _named_tensors(field.name, getattr(record, field.name))
+
+
+def _named_tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        for index, part in enumerate(value):
+            yield from _named_tensors(f"{name}.{index}", part)
+    elif isinstance(value, nn.Module):
+        yield from ((f"{name}.{own}", weight) for own, weight in value.state_dict(keep_vars=True).items())
+    elif is_dataclass(value):
+        yield from ((f"{name}.{own}", part) for own, part in tensors_of(value))
 
 
 def snapshot(record: object) -> dict[str, Tensor]:

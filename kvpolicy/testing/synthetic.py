@@ -236,5 +236,5 @@ def _retire(activations: LayerActivations, before: dict[str, Tensor]) -> None:
                 f"the probe's `{name}` of layer {activations.layer} was changed in place; the model goes on computing "
                 "with that tensor. Work on a copy, and avoid methods that end in '_'"
             )
-        if name not in _LENT:
+        if name.partition(".")[0] not in _LENT:
             value.fill_(math.nan if value.is_floating_point() else -1)

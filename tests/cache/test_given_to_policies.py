@@ -1,13 +1,16 @@
 """What a policy is handed, field by field."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 
-from kvpolicy import EvictionPolicy, PluginError
+from kvpolicy import EvictionPolicy, PluginError, Rotary, registry
 from kvpolicy.cache.store import Scoring
+from kvpolicy.plugin_check import class_problems
+from kvpolicy.testing.laws import tensors_of
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
 ATTENTION = {"query_attention", "window_attention", "full_attention", "decode_attention"}
@@ -262,3 +265,90 @@ def test_sources_that_the_caller_supplies():
     assert [sorted(p.tolist()) for p in store.positions(0)] == [[0, 1, 3]] * 2
     with pytest.raises(PluginError, match=r"Needy requires hidden_before: give it as extra="):
         store.keep(0, query, store.arrive(0, key, value), Scoring())
+
+
+@dataclass(frozen=True, slots=True)
+class Destroying(EvictionPolicy):
+    """Keeps the most recent, and zeroes whatever it was given."""
+
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {"positions", "keys", "values", "queries", "hidden_before", "rope", "rotary", "output_weight"}
+    )
+    num_sink_tokens: int = 1
+
+    def score_prompt(self, activations):
+        scores = activations.positions.float()
+        for _, tensor in tensors_of(activations):
+            tensor.zero_()
+        return scores
+
+
+@pytest.mark.parametrize("chunks", [[9], [5, 4]])
+def test_a_policy_that_writes_into_a_prompt_changes_nothing(chunks):
+    extra = {
+        "hidden_before": torch.ones(1, 9, 4),
+        "rope": (torch.ones(1, 9, 8), torch.ones(1, 9, 8)),
+        "rotary": Rotary(torch.arange(4), torch.arange(4) + 4, torch.ones(4)),
+        "output_weight": torch.ones(4, 36),
+    }
+    given = tensors(9)
+    before = copy.deepcopy((given, extra))
+    store = store_of(Destroying(), [5, 5], supplied=frozenset(extra))
+    begin = 0
+    for length in chunks:
+        query, key, value = (tensor[:, :, begin : begin + length] for tensor in given)
+        store.keep(0, query, store.arrive(0, key, value), Scoring(), extra=extra)
+        begin += length
+    assert all(map(torch.equal, given, before[0]))
+    for (_, now), (_, then) in zip(tensors_of(_Extra(**extra)), tensors_of(_Extra(**before[1])), strict=True):
+        assert torch.equal(now, then)
+    arena = store.layers[0].arena
+    for head, (start, positions) in enumerate(zip(arena.start.tolist(), store.positions(0), strict=True)):
+        assert sorted(positions.tolist()) == [0, 5, 6, 7, 8]
+        held = slice(start, start + 5)
+        assert torch.equal(arena.keys[held], given[1][0, head][positions])
+        assert torch.equal(arena.values[held], given[2][0, head][positions])
+
+
+@dataclass
+class _Extra:
+    hidden_before: object
+    rope: object
+    rotary: object
+    output_weight: object
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping(EvictionPolicy):
+    """What it says of itself depends on what it wraps."""
+
+    inner: str = "snapkv"
+    num_sink_tokens: int = 1
+
+    @property
+    def wrapped(self):
+        return registry.create("policy", self.inner, {"num_sink_tokens": self.num_sink_tokens})
+
+    @property
+    def requires(self):
+        return self.wrapped.requires
+
+    @property
+    def recent_window(self):
+        return self.wrapped.recent_window
+
+    def score_prompt(self, activations):
+        return self.wrapped.score_prompt(activations)
+
+
+@pytest.mark.parametrize("inner", ["keydiff", "expected_attention"])
+def test_a_policy_may_wrap_another(inner):
+    assert class_problems("policy", Wrapping) == []
+    policies = Wrapping(inner), Wrapping(inner).wrapped
+    stores = [store_of(policy, [5, 6], supplied=frozenset({"rotary"})) for policy in policies]
+    for store in stores:
+        query, key, value = tensors(20)
+        extra = {"rotary": Rotary(torch.arange(4), torch.arange(4) + 4, torch.ones(4))}
+        store.keep(0, query, store.arrive(0, key, value), Scoring(), extra=extra)
+    ours, theirs = ([sorted(p.tolist()) for p in store.positions(0)] for store in stores)
+    assert ours == theirs and len(ours[0]) == 5

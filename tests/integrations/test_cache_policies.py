@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import kvpolicy
 from kvpolicy import BudgetAllocator, EvictionPolicy, ModelSpec, PluginError
 from kvpolicy.integrations.transformers import sources
+from kvpolicy.testing.laws import tensors_of
 from tests.integrations.ragged_oracle import stepped_logits
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
@@ -172,3 +173,60 @@ def test_protected_spans_outlast_everything():
             assert span | {0, 1, 2, 3} <= set(kept.tolist())
             assert len(kept) == len(span) + 9 or len(kept) == len(span) + 8
     assert bool((cache.lengths <= cache.capacities).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Destroying(EvictionPolicy):
+    """Keeps the most recent; zeroes whatever it was given, if it is told to."""
+
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {
+            "positions",
+            "keys",
+            "values",
+            "queries",
+            "hidden_before",
+            "attention_input",
+            "rope",
+            "rotary",
+            "output_weight",
+        }
+    )
+    num_sink_tokens: int = 1
+    destroys: bool = True
+
+    def score_prompt(self, activations):
+        scores = activations.positions.float()
+        for _, tensor in tensors_of(activations):
+            if self.destroys:
+                tensor.zero_()
+        return scores
+
+
+def test_a_policy_that_writes_into_what_it_was_given_changes_neither_text_nor_model():
+    model, ids = tiny_model("Llama", layers=2), tiny_ids(40)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for destroys in (False, True):
+        cache = kvpolicy.new_cache(model, policy=Destroying(destroys=destroys), retention=0.5, min_tokens=8)
+        with torch.no_grad():
+            found.append(torch.cat([model(each, **over(cache)).logits for each in (ids, ids[:, :1])], 1))
+        assert int(cache.store.lengths.max()) < 40
+    assert torch.equal(*found)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_estimator_that_writes_into_weights_and_rotation_changes_no_model():
+    model, ids = tiny_model("Llama", layers=2), tiny_ids(24)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe, seen = kvpolicy.TransformersProbe(model, ids, [ids[0]]), []
+
+    def write(activations):
+        seen.append(activations.rope[0].clone())
+        for _, tensor in tensors_of(activations):
+            tensor.zero_()
+
+    for _ in range(2):
+        probe.observe(write, frozenset({"rope", "rotary", "output_weight", "keys"}))
+    assert all(torch.equal(seen[0], rope) for rope in seen[1:])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

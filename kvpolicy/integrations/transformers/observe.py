@@ -18,6 +18,7 @@ import torch
 from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor, nn
 
+from kvpolicy import plugin_call
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.intercept import Stock
 from kvpolicy.integrations.transformers.rotary import rotary_of
@@ -43,6 +44,7 @@ SUPPLIED = frozenset(
     }
 )
 _HIDDEN = {"hidden_before", "attention_input", "hidden_after", "rope"}
+_OUTLIVE_THE_LAYER = {"rope", "rotary", "output_weight"}  # later layers, or later forwards, use them
 
 
 class LayerObserver:
@@ -137,6 +139,7 @@ class LayerObserver:
             self.seen["rotary"] = rotary_of(self.attention)
         self.seen["module"] = self.attention
         given = {name: self.seen[name] for name in self.requires}
+        given |= {name: plugin_call.lent(given[name]) for name in _OUTLIVE_THE_LAYER & given.keys()}
         self.seen, self.chain = {}, []
         self.visit(LayerActivations(layer=self.layer, **given))
 
