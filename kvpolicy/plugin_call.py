@@ -182,14 +182,20 @@ def refuse_nan(policy: EvictionPolicy, method: str) -> NoReturn:
 def _scores(
     policy: EvictionPolicy, method: str, scores: object, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.dtype is not torch.float32 or not _is_plain(scores):
-        _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}")
-    if scores.shape != shape:
-        _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}")
-    if scores.device != device:
-        expected = f"them on {device}, where what it was given lies"
-        _refuse(policy, method, scores, expected, f"scores on {scores.device}")
-    return scores.detach()
+    if (
+        isinstance(scores, Tensor)
+        and scores.dtype is torch.float32
+        and scores.layout is torch.strided
+        and not scores.is_nested
+        and scores.shape == shape
+        and scores.device == device
+    ):
+        return scores.detach() if scores.requires_grad else scores
+    said = None
+    if isinstance(scores, Tensor) and _is_plain(scores) and scores.device != device:
+        said = f"scores on {scores.device}"
+    where = "" if said is None else f" on {device}, where what it was given lies"
+    _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}{where}", said)
 
 
 # --- the door

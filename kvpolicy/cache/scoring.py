@@ -116,11 +116,18 @@ def score_chunk(
 
 
 def score_step(
-    policy: EvictionPolicy, layer: int, arena: LayerArena, query: Tensor, options: Mapping[str, Any]
+    policy: EvictionPolicy,
+    layer: int,
+    arena: LayerArena,
+    query: Tensor,
+    options: Mapping[str, Any],
+    wrong: NotANumber,
 ) -> None:
     """Lets the policy rescore the entries after a decoding step, if it does that at all. query: [B, num_q_heads, 1, D].
 
-    Raises `PluginError` for scores of another shape, and for NaN.
+    wrong: is given the scores, to be checked once for all layers
+
+    Raises `PluginError` for scores of another type, shape or device.
     """
     if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
         return
@@ -140,9 +147,7 @@ def score_step(
         attention=attention,
     )
     scores = plugin_call.step_scores(policy, step)
-    wrong = NotANumber()
     wrong.add(scores)
-    wrong.check(policy, "score_step")
     arena.scores[rows] = scores
 
 

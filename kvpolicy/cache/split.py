@@ -32,7 +32,7 @@ class RuntimeSplit:
     floor: int
 
     def __post_init__(self) -> None:
-        if self.allocator.split_scope == "none":
+        if plugin_call.admitted(self.allocator).split_scope == "none":
             raise BudgetError(
                 f"{type(self.allocator).__name__} does not split at run time (its split_scope is 'none'): "
                 "use its shares in a schedule"

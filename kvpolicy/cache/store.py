@@ -219,7 +219,9 @@ class RaggedStore:
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
-        score_step(self.policy, layer, self._layer(layer).arena, query, scoring.options())
+        score_step(self.policy, layer, self._layer(layer).arena, query, scoring.options(), self._wrong)
+        if layer == len(self.layers) - 1:  # once a token, since that waits for the device
+            self._wrong.check(self.policy, "score_step")
 
     def arrive(self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Chunk:
         """Counts new tokens and returns them behind those still pending.

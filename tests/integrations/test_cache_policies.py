@@ -91,7 +91,7 @@ def test_a_policy_is_given_what_it_requires(name):
     for row, index in enumerate(spec.budgeted_layers):
         got = GIVEN[spec.num_budgeted_layers + row]
         attention = layers[index].self_attn
-        assert got.module is attention and got.output_weight is attention.o_proj.weight
+        assert got.module is attention and torch.equal(got.output_weight, attention.o_proj.weight)
         assert got.hidden_before is residuals[index] and got.hidden_before.shape[1] == 8
         assert got.attention_input.shape == got.hidden_before.shape
         assert got.rope[0].shape[-2] == 8 and got.queries.shape[2] == 8

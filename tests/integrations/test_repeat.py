@@ -85,7 +85,7 @@ def test_entries_are_given_the_largest_attention_of_the_repetition(name, size):
         torch.testing.assert_close(given.repeat_attention[0], wanted, rtol=1e-4, atol=1e-5)
         assert given.positions.tolist() == [[list(range(40))] * cache.spec.num_kv_heads]
         assert given.module is model.model.layers[layer].self_attn
-        assert given.output_weight is given.module.o_proj.weight
+        assert torch.equal(given.output_weight, given.module.o_proj.weight)
         assert given.queries is given.full_attention is None
 
 

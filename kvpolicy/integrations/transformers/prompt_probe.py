@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy import plugin_call
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.biased import PositionBias
@@ -68,7 +69,7 @@ class PromptProbe(TransformersProbe):
             sequences,
             prompts,
             tokenize=tokenize,
-            num_sink_tokens=policy.num_sink_tokens,
+            num_sink_tokens=plugin_call.admitted(policy).num_sink_tokens,
             prefill_length=prefill_length,
             batch_size=batch_size,
         )
