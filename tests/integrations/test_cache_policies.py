@@ -92,7 +92,7 @@ def test_a_policy_is_given_what_it_requires(name):
         got = GIVEN[spec.num_budgeted_layers + row]
         attention = layers[index].self_attn
         assert got.module is attention and torch.equal(got.output_weight, attention.o_proj.weight)
-        assert got.hidden_before is residuals[index] and got.hidden_before.shape[1] == 8
+        assert torch.equal(got.hidden_before, residuals[index]) and got.hidden_before.shape[1] == 8
         assert got.attention_input.shape == got.hidden_before.shape
         assert got.rope[0].shape[-2] == 8 and got.queries.shape[2] == 8
         assert got.positions.shape == (2, spec.num_kv_heads, 20)

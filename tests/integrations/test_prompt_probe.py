@@ -227,8 +227,8 @@ def test_a_policy_that_has_the_context_repeated():
 
 def tuned_plan(model, name="streaming", params=None):
     spec = ModelSpec.from_config(model.config)
-    own = BudgetPlan.from_capacities(spec, uneven(spec, 20), PROMPT, PlanChoice(name, params or {}))
-    method = kvpolicy.plan.PlanMethod(None, PlanChoice("uniform"), own.method.policy)
+    own = BudgetPlan.from_capacities(spec, uneven(spec, 20), PROMPT)
+    method = kvpolicy.plan.PlanMethod(None, PlanChoice("uniform"), PlanChoice(name, params or {}))
     return BudgetPlan(own.model, method, None, own.levels, own.provenance)
 
 
