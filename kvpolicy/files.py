@@ -1,13 +1,47 @@
-"""Writing files so that nothing is ever half written."""
+"""Reading files that may be anything, and writing them so that nothing is ever half written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from kvpolicy.errors import KVPolicyError
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises `KVPolicyError` with the reason, not the path.
+
+    Pipes, devices and folders are refused before anything waits for them.
+    """
+    data = read_start(path, most + 1)
+    if len(data) > most:
+        raise KVPolicyError(f"larger than {most // 2**20} MiB, was another file given?")
+    return data
+
+
+def read_start(path: str | os.PathLike[str], most: int) -> bytes:
+    """The first `most` bytes, or all there are. Raises as `read_bytes` does."""
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise KVPolicyError(f"cannot be read: {error.strerror or error}") from None
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raises `KVPolicyError` with the reason unless `path` leads to a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+        raise KVPolicyError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        raise KVPolicyError("cannot be read: Is a directory")
+    if not stat.S_ISREG(mode):
+        raise KVPolicyError("cannot be read: a pipe or a device is there, not a file")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -470,13 +470,14 @@ def stopped_in_the_search(arguments, number):
 
 
 def finished_trials(plan):
-    (study,) = open_storage(None, plan.with_name("plan.json.study")).get_all_studies()
-    trials = open_storage(None, plan.with_name("plan.json.study")).get_all_trials(study._study_id)
+    """Of the search that was begun first."""
+    storage = open_storage(plan.with_name("plan.json.study"))
+    trials = storage.get_all_trials(storage.get_all_studies()[0]._study_id)
     return sum(trial.state.name == "COMPLETE" for trial in trials)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_a_search_goes_on_after(kvpolicy, refused, tune, tmp_path, number):
+def test_a_search_goes_on_after(kvpolicy, tune, tmp_path, number):
     plan = tmp_path / "plan.json"
     stopped = stopped_in_the_search(tune, number)
     assert "Traceback" not in stopped.err
@@ -486,13 +487,23 @@ def test_a_search_goes_on_after(kvpolicy, refused, tune, tmp_path, number):
         assert stopped.code == 130
         assert f"the study is kept in {plan}.study: run the same command with --resume to go on" in stopped.err
         assert stopped.err.splitlines()[-1] == "kvpolicy: interrupted"
-    assert "pass --resume" in refused(*tune)
     done = finished_trials(plan)
     assert done >= 2
     again = kvpolicy(*tune, "--resume", "--trials", done + 2, "--json")
     assert again.code == 0, again.err
     assert finished_trials(plan) == done + 2
     assert load_plan(plan).provenance["trials"] == done + 2
+
+
+def test_a_finished_search_blocks_no_other_and_is_gone_on_with_by_its_settings(kvpolicy, tune, tmp_path):
+    for options in ([], [], ["--seed", "1"]):
+        again = kvpolicy(*tune, *options)
+        assert again.code == 0, again.err
+    assert "a new search is begun; an earlier one is kept" in again.err and "--resume goes on with it" in again.err
+    storage = open_storage(tmp_path / "plan.json.study")
+    assert len(storage.get_all_studies()) == 3
+    assert kvpolicy(*tune, "--resume").code == 0
+    assert len(open_storage(tmp_path / "plan.json.study").get_all_studies()) == 3
 
 
 def test_resume_with_another_seed_says_what_differs(kvpolicy, refused, tune):

@@ -51,7 +51,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def settings(tmp_path):
     given = {"retentions": (0.4,), "context_length": LENGTH, "trials": 2, "choose_dtype": False, "sequences": 2}
-    return TuneSettings(**given, objective="retrieval", out=tmp_path / "plan.json")
+    return TuneSettings(**given, objective="retrieval", storage=tmp_path / "plan.json.study")
 
 
 def a_model():
@@ -356,7 +356,7 @@ def test_the_search_stops_at_the_first_retention_over_the_limit(tmp_path, monkey
 def test_where_nothing_keeps_within_the_limit_there_is_no_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(TransformersProbe, "token_losses", losses_by_kept)
     settings = make_settings(tmp_path, retentions=(0.5, 0.9), max_loss=0.005, trials=1)
-    with pytest.raises(BudgetError, match=r"within --max-loss 0\.005: with 0\.9 kept the .* is \+1\.0\d% .* --resume"):
+    with pytest.raises(BudgetError, match=r"within max_loss=0\.005: with 0\.9 kept the .* is \+1\.0\d% .* resume=True"):
         run(settings)
     assert len(the_study(settings, 0.9).trials) == 1
     assert run(replace(settings, resume=True, max_loss=0.02)).retentions == (0.9,)
@@ -468,4 +468,4 @@ def test_the_passkey_check_is_left_out_with_a_reason(tmp_path, corpus):
     plan = tune(a_model(), corpus, settings, progress=notes)
     assert "a prompt of 64 tokens is too short" in plan.provenance["passkey"]["skipped"]
     assert "no passkey check: a prompt of 64 tokens is too short" in notes.said
-    assert "kvpolicy_passkey" not in str(open_storage(None, settings.journal).get_all_studies())
+    assert "kvpolicy_passkey" not in str(open_storage(settings.storage).get_all_studies())

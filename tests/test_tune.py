@@ -30,8 +30,8 @@ from kvpolicy import (
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
 from kvpolicy.text import Corpus
-from kvpolicy.tuning import TuneSettings, job, level, search, storage, tune
-from kvpolicy.tuning.storage import claim, open_storage, open_study, repair_journal
+from kvpolicy.tuning import TuneSettings, job, level, search, storage, trials, tune
+from kvpolicy.tuning.storage import open_storage, open_study, repair_journal
 from tests.tiny import tiny_model
 
 CONTEXT = 64
@@ -50,7 +50,8 @@ def make_corpus(seed=0, name="drawn"):
 
 def make_settings(tmp_path, **changes):
     given = {"retentions": (0.4,), "context_length": CONTEXT, "trials": 3, "choose_dtype": False}
-    return TuneSettings(**{**given, "out": tmp_path / "plan.json", **changes})
+    places = {"out": tmp_path / "plan.json", "storage": tmp_path / "plan.json.study"}
+    return TuneSettings(**{**given, **places, **changes})
 
 
 def run(settings, model=None, corpus=None):
@@ -58,9 +59,11 @@ def run(settings, model=None, corpus=None):
 
 
 def the_study(settings, retention=0.4):
-    return optuna.load_study(
-        study_name=settings.study_name(retention), storage=open_storage(settings.storage, settings.journal)
-    )
+    """The newest one of a level, also without trials."""
+    kept = open_storage(settings.storage)
+    begins = settings.study_name(retention) + "-"
+    names = [study.study_name for study in kept.get_all_studies() if study.study_name.startswith(begins)]
+    return optuna.load_study(study_name=names[-1], storage=kept)
 
 
 def states(study):
@@ -494,7 +497,7 @@ def test_resume_after_an_interruption_loses_at_most_the_running_trial(tmp_path, 
 def test_an_interruption_before_the_point_is_drawn_keeps_the_queued_point(tmp_path, monkeypatch):
     settings = make_settings(tmp_path, allocator="baklava")
     with monkeypatch.context() as patch:
-        patch.setattr(search, "claim", raise_interrupt)
+        patch.setattr(registry.get("allocator", "baklava"), "suggest", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     run(replace(settings, resume=True))
@@ -522,29 +525,48 @@ def test_an_interruption_after_a_trial_was_told_leaves_it_finished(tmp_path, mon
     assert states(the_study(settings)) == ["COMPLETE"]
 
 
-def test_an_existing_study_is_refused_without_resume(tmp_path):
-    settings = make_settings(tmp_path)
+class Notes(Progress):
+    def __init__(self):
+        self.said = []
+
+    def note(self, message):
+        self.said.append(message)
+
+
+def test_an_existing_study_blocks_no_new_search_and_stays_as_it_is(tmp_path, offered):
+    settings = make_settings(tmp_path, allocator=offered(OneHead))
     run(settings)
-    before = settings.journal.read_bytes()
-    with pytest.raises(StudyError, match=r"a study named 'plan-0\.4' is there already, with 3 trials: pass --resume"):
-        run(settings)
-    assert len(the_study(settings).trials) == 3
+    first, before = the_study(settings), settings.journal.read_bytes()
+    for changes, count in (({}, 2), ({"seed": 1}, 3)):
+        notes = Notes()
+        tune(tiny_model("Llama", layers=2), make_corpus(), replace(settings, trials=count, **changes), progress=notes)
+        again = the_study(settings)
+        assert again.study_name != first.study_name and states(again) == ["COMPLETE"] * count
+        assert [x for x in notes.said if "a new search is begun; an earlier one is kept in" in x]
     assert settings.journal.read_bytes()[: len(before)] == before
+    run(replace(settings, resume=True, trials=4))  # that of seed 0, and of its two the newer
+    kept = {x.study_name: x.n_trials for x in optuna.get_all_study_summaries(open_storage(settings.storage))}
+    assert kept == {first.study_name: 3, f"{first.study_name}-2": 4, again.study_name: 3}
 
 
-def test_a_study_without_trials_is_taken_over(tmp_path):
-    settings = make_settings(tmp_path, seed=3)
-    open_study(open_storage(None, settings.journal), settings.study_name(0.4), {"seed": 0}, resume=False)
-    run(settings)
-    assert the_study(settings).user_attrs["kvpolicy_settings"]["seed"] == 3
+def test_nothing_is_written_and_nothing_of_optuna_is_changed_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    level = optuna.logging.get_verbosity()
+    plan = run(TuneSettings(retentions=(0.4,), context_length=CONTEXT, trials=2, estimator="sensitivity"))
+    assert plan.provenance["trials"] == 2 and not list(tmp_path.iterdir())
+    assert optuna.logging.get_verbosity() == level
+    with pytest.raises(StudyError, match=r"resume=True goes on with a search that was kept: give storage="):
+        TuneSettings(resume=True)
 
 
-def test_an_existing_study_is_refused_before_any_work(tmp_path, monkeypatch):
-    settings = make_settings(tmp_path)
-    run(settings)
-    monkeypatch.setattr(TransformersProbe, "observe", lambda *_: pytest.fail("profiled"))
-    with pytest.raises(StudyError, match="is there already"):
-        run(settings)
+def test_a_finished_search_that_is_resumed_measures_nothing_again(tmp_path, monkeypatch, offered):
+    settings = make_settings(tmp_path, allocator=offered(OneHead), retentions=(0.4, 0.2))
+    plan = run(settings)
+    for name in ("loss", "token_losses"):
+        monkeypatch.setattr(TransformersProbe, name, lambda *_: pytest.fail("measured"))
+    again = run(replace(settings, resume=True))
+    assert [x.perplexity for x in again.levels] == [x.perplexity for x in plan.levels]
+    assert [x.comparison for x in again.levels] == [x.comparison for x in plan.levels]
 
 
 def test_resume_without_a_study_starts_one(tmp_path):
@@ -603,8 +625,7 @@ def test_resume_goes_on_in_the_dtype_of_the_study(tmp_path, monkeypatch):
 
 def running_trial(settings, owner):
     """A study with one trial left running by `owner`."""
-    with_study = open_study(open_storage(None, settings.journal), settings.study_name(0.4), {}, resume=True)
-    with_study.set_user_attr("kvpolicy_settings", {})
+    with_study = open_study(open_storage(settings.storage), settings.study_name(0.4), {}, resume=True)
     trial = with_study.ask()
     trial.suggest_float("x", 0, 1)
     if owner is not None:
@@ -614,8 +635,7 @@ def running_trial(settings, owner):
 
 @pytest.fixture
 def here():
-    process = psutil.Process()
-    return {"host": storage.socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    return trials.here()
 
 
 @pytest.mark.parametrize(
@@ -630,25 +650,60 @@ def here():
 )
 def test_only_trials_whose_owner_is_gone_are_closed(tmp_path, here, change, is_zombie):
     study, trial = running_trial(make_settings(tmp_path), {**here, **change})
-    assert storage.close_zombies(study) == int(is_zombie)
-    assert states(study) == (["FAIL", "WAITING"] if is_zombie else ["RUNNING"])
-    if is_zombie:
-        again = study.ask()
-        assert again.suggest_float("x", 0, 1) == trial.params["x"]
+    assert trials.close_zombies(study) == int(is_zombie)
+    assert states(study) == ["FAIL" if is_zombie else "RUNNING"]
+    points = [trials.begin(study, {"x": 0.5}, 9).suggest_float("x", 0, 1) for _ in range(2)]
+    assert points[0] == 0.5 and (points[1] == trial.params["x"]) == is_zombie
 
 
 @pytest.mark.parametrize(("seconds", "is_zombie"), [(0, False), (120, True)])
 def test_a_trial_without_an_owner_is_closed_after_a_minute(tmp_path, monkeypatch, seconds, is_zombie):
     study, _ = running_trial(make_settings(tmp_path), None)
-    now = storage.time.time()
-    monkeypatch.setattr(storage.time, "time", lambda: now + seconds)
-    assert storage.close_zombies(study) == int(is_zombie)
+    now = trials.time.time()
+    monkeypatch.setattr(trials.time, "time", lambda: now + seconds)
+    assert trials.close_zombies(study) == int(is_zombie)
 
 
-def test_a_claimed_trial_belongs_to_this_process(tmp_path, here):
-    study, trial = running_trial(make_settings(tmp_path), None)
-    claim(trial)
-    assert study.trials[0].user_attrs["kvpolicy_owner"] == here
+def test_a_trial_belongs_to_its_process_from_the_moment_it_is_written_down(tmp_path, here, monkeypatch):
+    settings = make_settings(tmp_path)
+    study = open_study(open_storage(settings.storage), settings.study_name(0.4), {}, resume=True)
+    seen, plain = [], study.get_trials
+
+    def looking(*args, **more):
+        seen.extend(trial.user_attrs["kvpolicy_owner"] for trial in plain(deepcopy=False))
+        return plain(*args, **more)
+
+    monkeypatch.setattr(study, "get_trials", looking)
+    trials.begin(study, {}, 1)
+    assert seen and all(here.items() <= owner.items() for owner in seen)
+
+
+def test_the_first_point_is_measured_though_its_trial_was_cut_off_twice(tmp_path, here):
+    settings = make_settings(tmp_path)
+    study = open_study(open_storage(settings.storage), settings.study_name(0.4), {}, resume=True)
+    for _ in range(2):
+        assert trials.begin(study, {"x": 0.25}, 3).number == len(study.trials) - 1
+        trials.abandon(study, len(study.trials) - 1)
+    assert trials.begin(study, {"x": 0.25}, 3).suggest_float("x", 0, 1) == 0.25
+    assert trials.begin(study, {"x": 0.25}, 3).suggest_float("x", 0, 1) != 0.25
+
+
+def test_of_two_workers_that_begin_the_last_trial_at_once_one_gives_way(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path)
+    mine = open_study(open_storage(settings.storage), settings.study_name(0.4), {}, resume=True)
+    theirs = open_study(open_storage(settings.storage), settings.study_name(0.4), {}, resume=True)
+    plain = mine.add_trial
+
+    def both(trial):
+        trials.begin(theirs, {}, 1)  # between the look at how many there are and our own
+        plain(trial)
+
+    monkeypatch.setattr(mine, "add_trial", both)
+    assert trials.begin(mine, {}, 1) is None
+    assert trials.taken(mine) == 1 and states(mine) == ["RUNNING", "FAIL"]
+    trials.abandon(theirs, 0)
+    monkeypatch.undo()
+    assert trials.begin(mine, {}, 1) is not None, "its place is free again"
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
@@ -681,7 +736,7 @@ def test_a_database_works_and_needs_no_journal(tmp_path):
     plan = run(settings)
     assert plan.provenance["trials"] == 3
     assert (tmp_path / "study.db").stat().st_size > 0
-    assert not settings.journal.exists()
+    assert settings.journal is None and not (tmp_path / "plan.json.study").exists()
     run(replace(settings, resume=True, trials=4))
     assert states(the_study(settings)) == ["COMPLETE"] * 4
 
@@ -705,8 +760,8 @@ def test_two_processes_share_a_database(tmp_path):
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors
     found = the_study(settings).trials
-    assert 8 <= len(found) <= 9, "at most one more than asked, when both start the last one at once"
-    assert all(trial.state == TrialState.COMPLETE for trial in found)
+    found = [trial for trial in found if trial.state == TrialState.COMPLETE]
+    assert len(found) == 8, "as asked, also when both start the last one at once"
     owners = {trial.user_attrs["kvpolicy_owner"]["pid"] for trial in found}
     assert psutil.Process().pid in owners and len(owners) >= 2
 
@@ -789,7 +844,7 @@ def test_a_database_that_another_process_is_just_creating_is_tried_again(monkeyp
 
     monkeypatch.setattr(storage, "get_storage", creating)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    assert isinstance(open_storage("postgresql://host/kv", Path("unused")), optuna.storages.InMemoryStorage)
+    assert isinstance(open_storage("postgresql://host/kv"), optuna.storages.InMemoryStorage)
 
 
 def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
@@ -798,7 +853,7 @@ def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
 
     monkeypatch.setattr(storage, "get_storage", missing)
     with pytest.raises(StudyError, match=r"needs a package that is not installed .*psycopg\[binary\]"):
-        open_storage("postgresql://host/kv", Path("unused"))
+        open_storage("postgresql://host/kv")
 
 
 def test_a_trial_killed_before_its_claim_is_not_counted(tmp_path):

@@ -21,6 +21,7 @@ from kvpolicy.cli.generate import generate
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
 from kvpolicy.cli.show import show
+from kvpolicy.cli.terminal import say
 from kvpolicy.cli.tune import tune_command
 from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import KVPolicyError, first_line
@@ -116,7 +117,7 @@ def _fail(message: str) -> NoReturn:
 def _say(message: str) -> None:
     """One line, whatever a library put into the message."""
     with contextlib.suppress(OSError):  # where standard error cannot be written either
-        print(f"kvpolicy: {' '.join(message.split())}", file=sys.stderr)
+        say(message)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

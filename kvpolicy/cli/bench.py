@@ -111,15 +111,15 @@ def _row(cost: Any, dense: Any, retention: float | None) -> dict[str, Any]:
 
 
 def _report(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
+    from kvpolicy.cli.terminal import Console
+
     title = "{model} on {device} in {dtype}: {batch_size} x {context_length} tokens, then {new_tokens}".format(**run)
-    table = Table("cache", "kept", "ms a token", "x", "prompt, s", "x", "MB", "x", title=escape(title))
+    table = Table("cache", "kept", "ms a token", "x", "prompt, s", "x", "MB", "x", title=title)
     for row in rows:
         table.add_row(
-            escape(row["cache"]),
+            row["cache"],
             f"{row['kept']:.1%}" if "kept" in row else "100.0%",
             f"{row['ms_per_token']:.2f}",
             f"{row['token_ratio']:.2f}",
@@ -128,11 +128,11 @@ def _report(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bytes_ratio']:.2f}",
         )
-    console = Console(highlight=False)
+    console = Console()
     console.print(table)
     said = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's, repeat by repeat"
     console.print(said, soft_wrap=True)
     for row in rows[1:]:
         if not row["evicted"] and row["retention"] is not None:
             said = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
-            console.print(said, markup=False, soft_wrap=True)
+            console.print(said, soft_wrap=True)

@@ -199,13 +199,12 @@ def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:
 
         opt.print_json({"settings": found.settings, "about": found.about, "rows": summary(found)})
         return
-    from rich.console import Console
-
+    from kvpolicy.cli.terminal import Console
     from kvpolicy.report.comparison import tables
 
     console = Console()
     for table, notes in tables(found):
         console.print(table)
         for note in notes:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written to {out} and {page}", highlight=False, markup=False, soft_wrap=True)
+            console.print(note, soft_wrap=True)
+    console.print(f"written to {out} and {page}", soft_wrap=True)

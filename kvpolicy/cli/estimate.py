@@ -38,8 +38,9 @@ def estimate(
         documents = [row.to_json() for row in rows]
         opt.print_json(documents[0] if len(documents) == 1 else documents)
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
 
     title = f"{model}: {batch} x {context} tokens, all in {dtype}, MB (weights {weights / 1e6:.0f})"
     table = Table("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache", title=title)

@@ -137,8 +137,9 @@ def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
     if as_json:
         opt.print_json(rows[0] if len(rows) == 1 else rows)
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
 
     table = Table("plan", "kept", "perplexity", "95 %", "MB", "MB of a full cache", "n")
     for row in rows:
@@ -153,4 +154,4 @@ def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"measured under {rows[0]['policy']}: {described}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"measured under {rows[0]['policy']}: {described}", soft_wrap=True)

@@ -14,6 +14,7 @@ import typer
 
 from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
+from kvpolicy.cli.terminal import write
 from kvpolicy.cli.watch import watcher
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanWarning, TextError
 
@@ -175,7 +176,7 @@ class _Stream:
     def end(self) -> None:
         self._print(whole=False)
         if not self._silent:
-            print(flush=True)
+            write("\n")
 
     def _print(self, *, whole: bool) -> None:
         """Prints what is new. whole: not while a character lacks some of its bytes."""
@@ -184,7 +185,7 @@ class _Stream:
         before, now = self._decode(self._first, self._shown), self._decode(self._first, len(self.ids))
         if whole and now.endswith("\ufffd"):
             return
-        print(now[len(before) :], end="", flush=True)
+        write(now[len(before) :])
         self._first, self._shown = self._shown, len(self.ids)
 
     def _decode(self, begin: int, end: int) -> str:
@@ -271,8 +272,9 @@ def _figures(cache: Any, stream: _Stream, prompt_tokens: int) -> _Figures:
 
 
 def _report(plan: str, figures: _Figures, min_tokens: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
 
     table = Table.grid(padding=(0, 2))
     decode, steps = figures.decode_tokens_per_second, figures.new_tokens - 1
@@ -283,7 +285,7 @@ def _report(plan: str, figures: _Figures, min_tokens: int) -> None:
     if decode is not None:
         speed = f"{steps} more tokens in {figures.decode_seconds:.2f} s"
         table.add_row("answer", f"{speed}, {decode:.1f} a second")
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     console.print(table)
     if not figures.evicted:
         reason = f": {min_tokens} entries of each KV head are kept in any case (--min-tokens)"

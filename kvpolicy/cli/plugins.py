@@ -18,13 +18,13 @@ def plugins(json: opt.Json = False) -> None:
     if json:
         opt.print_json([asdict(row) for row in rows])
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    from kvpolicy.cli.terminal import Console
 
     table = Table("role", "name", "from", "status", "what it does")
     for row in rows:
-        status = row.status if row.status == "ok" else f"[red]{row.status}[/red]"
-        said = [escape(x) for x in (row.role, row.name, f"{row.distribution} {row.version}")]
-        table.add_row(*said, status, escape(row.error or row.summary))
+        status = Text(row.status, style="" if row.status == "ok" else "red")
+        table.add_row(row.role, row.name, f"{row.distribution} {row.version}", status, row.error or row.summary)
     Console().print(table)

@@ -98,10 +98,10 @@ def profile(
     if json:
         opt.print_json(answer.document)
         return
-    from rich.console import Console
+    from kvpolicy.cli.terminal import Console
 
     for said in answer.shown():
-        Console().print(said, highlight=False, markup=False)
+        Console().print(said)
 
 
 def _check(

@@ -45,7 +45,12 @@ def tune_command(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL or grpc://host:port, shared by several processes.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study beside --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the search beside --out that has these settings. Without: begin a new one."
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="The plan; the study's journal lies beside it.")] = Path("plan.json"),
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -68,6 +73,7 @@ def tune_command(
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
     from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
+    from kvpolicy.tuning.storage_url import shown
 
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
@@ -93,7 +99,7 @@ def tune_command(
         sampler=sampler,  # type: ignore[arg-type]  # checked above
         batch_size=batch_size,
         out=out,
-        storage=storage,
+        storage=storage or out.with_name(out.name + ".study"),
         resume=resume,
         choose_dtype=dtype == "auto",
     )
@@ -105,8 +111,9 @@ def tune_command(
     try:
         plan = tune(loaded, corpus, settings, model_id=model, revision=revision, progress=progress)
     except KeyboardInterrupt:
-        study = storage or settings.journal
-        progress.note(f"interrupted; the study is kept in {study}: run the same command with --resume to go on")
+        progress.note(
+            f"interrupted; the study is kept in {shown(settings.storage)}: run the same command with --resume to go on"
+        )
         raise
     save_plan(plan, out)
     _report(plan, out, json)
@@ -120,8 +127,7 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in told if x in plan.provenance}
         opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return
-    from rich.console import Console
-
+    from kvpolicy.cli.terminal import Console
     from kvpolicy.report.tables import facts_table, levels_table, warnings_of
     from kvpolicy.tuning.levels import limit_said
 
@@ -133,7 +139,5 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
     if "max_loss" in plan.provenance:
         said.insert(0, limit_said(plan.provenance["max_loss"]))
     for line in said:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"plan written to {out}; look at it with: kvpolicy show {out}", highlight=False, markup=False, soft_wrap=True
-    )
+        console.print(line, soft_wrap=True)
+    console.print(f"plan written to {out}; look at it with: kvpolicy show {out}", soft_wrap=True)

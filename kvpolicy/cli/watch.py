@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from kvpolicy.cli.terminal import Console, told
 from kvpolicy.progress import Progress
 
 
@@ -22,17 +22,17 @@ def watcher(quiet: bool) -> Progress:
 class _BarProgress(Progress):
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
         )
         self._console, self._columns = console, columns
         self._bars: Bars | None = None
 
     def note(self, message: str) -> None:
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(told(message))
 
     def begin(self, stage: str, total: int) -> None:
         self._bars = Bars(*self._columns, console=self._console)
@@ -57,7 +57,7 @@ class _LineProgress(Progress):
         self._stage, self._begun = "", 0.0
 
     def note(self, message: str) -> None:
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(told(message), soft_wrap=True)
 
     def begin(self, stage: str, total: int) -> None:
         self._stage, self._begun = stage, time.monotonic()

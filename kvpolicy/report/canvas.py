@@ -8,12 +8,14 @@ import textwrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvpolicy.report.plain import plain
+
 _DPI = 130
 
 
 def canvas(width: float, height: float, title: str) -> Figure:
     """An empty picture of so many inches below its title, which is broken into lines that fit."""
-    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, max(24, int(11 * width)))]
+    lines = [line for part in plain(title).split("\n") for line in textwrap.wrap(part, max(24, int(11 * width)))]
     figure = Figure(figsize=(width, height + 0.22 * len(lines)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from kvpolicy.compare.document import Comparison
 from kvpolicy.compare.figures import Figures, figures
 from kvpolicy.report.figures import percent
+from kvpolicy.report.plain import plain
 
 _DPI = 130
 _MARKERS = "osD^vP*X<>"
@@ -29,7 +30,7 @@ def comparison_png(comparison: Comparison) -> bytes:
     unit = "answers lost, % of all" if comparison.is_retrieval else "perplexity above the full cache, %"
     _pareto(above, rows, unit)
     _bars(below, levels, unit)
-    figure.suptitle(_title(comparison), fontsize=10, parse_math=False)
+    figure.suptitle(plain(_title(comparison)), fontsize=10, parse_math=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -57,7 +58,7 @@ def _bars(axes: Any, levels: list[tuple[float, list[Figures]]], unit: str) -> No
         ticks.append((place, f"{percent(kept)} kept"))
         for row in sorted(rows, key=_cost):
             place += 1
-            ticks.append((place, row.method))
+            ticks.append((place, plain(row.method)))
             error = [[x] for x in _whiskers(row)]
             color = f"C{methods.index(row.method) % 10}"
             axes.barh(place, _cost(row), xerr=error, color=color, height=0.8, error_kw={"linewidth": 1, "capsize": 2})
@@ -90,7 +91,7 @@ def _line(axes: Any, index: int, rows: list[Figures]) -> None:
         markersize=5,
         linewidth=1.2,
         capsize=2,
-        label=rows[0].method,
+        label=plain(rows[0].method),
     )
 
 

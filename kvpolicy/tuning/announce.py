@@ -51,7 +51,7 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     if work.learning:
         progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
     elif settings.trials is None:
-        progress.note("the number of trials fits this machine; give --trials for the same search elsewhere")
+        progress.note("the number of trials fits this machine; give trials= for the same search elsewhere")
 
 
 def _named(settings: TuneSettings, search: Probes) -> str:

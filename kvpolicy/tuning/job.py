@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +26,7 @@ from kvpolicy.spec import ModelSpec
 from kvpolicy.text import Corpus
 from kvpolicy.tuning.announce import Work, announce
 from kvpolicy.tuning.costs import known_cost, metered
+from kvpolicy.tuning.known import known_losses
 from kvpolicy.tuning.level import Job, fitting, learns
 from kvpolicy.tuning.levels import check_passkeys, limit_figures, search_levels
 from kvpolicy.tuning.losses import LossJournal
@@ -31,7 +34,8 @@ from kvpolicy.tuning.passkey import PasskeyCheck, passkey_questions
 from kvpolicy.tuning.probes import Losses, Probes, make_probes
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import LEAST_TRIALS, MOST_TRIALS, SEARCH_SECONDS, TuneSettings
-from kvpolicy.tuning.storage import open_storage, open_study, study_settings
+from kvpolicy.tuning.storage import find_studies, open_storage, open_study, storage_errors, study_settings
+from kvpolicy.tuning.storage_url import shown
 
 _TRIALS = "kvpolicy_trials"
 _OF_LOSSES = (
@@ -63,21 +67,38 @@ def tune(
     model: a transformers causal language model; it may be moved to bf16 (`choose_dtype`)
 
     Raises `PluginError`, `ModelError`, `TextError`, `BudgetError` (also where no retention keeps within `max_loss`),
-    `StudyError`; `KeyboardInterrupt` leaves a study that `resume=True` goes on with.
+    `StudyError`; after a `KeyboardInterrupt` `resume=True` goes on with what is in `settings.storage`.
     """
-    progress = progress or Progress()
+    with storage_errors(settings.storage), _quiet_optuna():
+        return _tune(model, corpus, settings, model_id, revision, progress or Progress())
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """What optuna says of each trial is said by `progress`; its level is the caller's again afterwards."""
+    level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def _tune(
+    model: Any, corpus: Corpus, settings: TuneSettings, model_id: str, revision: str | None, progress: Progress
+) -> BudgetPlan:
     estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
     allocator = registry.get("allocator", settings.allocator)
     policy = registry.create("policy", settings.policy, settings.policy_params)
     _check_roles(settings, allocator)
     search, heldout, asked = make_probes(model, corpus, settings, policy)
-    storage = open_storage(settings.storage, settings.journal)  # before any work: an unwritable path fails here
-    weights = weights_sha256(model)  # before the dtype may change
-    pace = _pace(model, search.text.sequences[0], settings, storage)
+    storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
     spec = search.text.spec
-    common = _common_settings(settings, corpus, spec, estimator, allocator, policy, pace) | {"weights": weights}
-    studies = _open_studies(settings, storage, common)
+    common = _common_settings(settings, corpus, spec, estimator, allocator, policy)
+    common["weights"] = weights_sha256(model)  # before the dtype may change
+    pace = _pace(model, search.text.sequences[0], settings, _earlier(settings, storage, common))
+    common["dtype"] = str(pace.dtype)
+    studies = _open_studies(settings, storage, common, progress)
     first = next(iter(studies.values()))  # keeps what all levels share
     known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
     passkeys = _passkeys(model, corpus, settings, policy, first, asked)
@@ -85,7 +106,7 @@ def tune(
     profiling = plugin_call.num_forwards(estimator, spec, prompts=prompts, sequences=sequences)
     with metered(model, first, "shared"):
         seconds = search.seconds(pace.seconds)
-        trials = _trial_count(settings, allocator, seconds * sequences, storage)
+        trials = _trial_count(settings, allocator, seconds * sequences, studies)
         for study in studies.values():
             study.set_user_attr(_TRIALS, trials)
         checked = 0 if isinstance(passkeys, str) else passkeys.count
@@ -93,7 +114,7 @@ def tune(
             progress, settings, search, heldout, Work(trials, profiling, checked, pace, seconds, learns(allocator))
         )
         importance = profile(estimator, search.target, profiling, progress, known)
-    full = _full_losses(heldout, progress)
+    full = _full_losses(heldout, first, progress)
     job = Job(settings, spec, allocator, importance, search, heldout, full, trials, progress)
     described = PlanModel.from_spec(spec, model_id, revision)
     method = PlanMethod(
@@ -131,9 +152,9 @@ def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> No
         )
 
 
-def _full_losses(heldout: Probes, progress: Progress) -> Losses:
+def _full_losses(heldout: Probes, study: optuna.Study, progress: Progress) -> Losses:
     progress.begin("held-out text, full cache", 1)
-    full = heldout.full_losses()
+    full = known_losses(study, "heldout", heldout, heldout.full_table)
     answers = "" if full.answers is None else f", answer loss {float(full.answers.mean()):.4f}"
     progress.advance(f"perplexity {perplexity(full.text):.3f}{answers}")
     progress.end()
@@ -163,7 +184,9 @@ def _calibration(studies: dict[float, optuna.Study], searched: int) -> list[dict
     return [shared, *({"retention": retention} | known_cost(study, "search") for retention, study in begun)]
 
 
-def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], seconds: float, storage: BaseStorage) -> int:
+def _trial_count(
+    settings: TuneSettings, allocator: type[BudgetAllocator], seconds: float, studies: dict[float, optuna.Study]
+) -> int:
     """Trials of each level: as asked, as a study that is resumed was given, or what fits the time.
 
     seconds: of one trial
@@ -176,35 +199,45 @@ def _trial_count(settings: TuneSettings, allocator: type[BudgetAllocator], secon
         return settings.trials
     if not search_space(allocator):
         return 1
-    for attributes in _stored(settings, storage):
-        if _TRIALS in attributes:
-            return int(attributes[_TRIALS])
+    for study in studies.values():
+        if _TRIALS in study.user_attrs:
+            return int(study.user_attrs[_TRIALS])
     fitting = SEARCH_SECONDS / (len(settings.retentions) * seconds)
     return int(min(max(fitting, LEAST_TRIALS), MOST_TRIALS))
 
 
-def _pace(model: Any, sequence: Tensor, settings: TuneSettings, storage: BaseStorage) -> Pace:
+def _pace(model: Any, sequence: Tensor, settings: TuneSettings, earlier: list[optuna.Study]) -> Pace:
     """A study that is resumed goes on in its dtype: which one is faster may come out otherwise today."""
-    dtypes = {str(study_settings(attributes).get("dtype")) for attributes in _stored(settings, storage)}
-    if not (settings.choose_dtype and settings.resume and dtypes & {"torch.float32", "torch.bfloat16"}):
+    dtypes = {str(study_settings(study).get("dtype")) for study in earlier}
+    if not (settings.choose_dtype and dtypes & {"torch.float32", "torch.bfloat16"}):
         return set_pace(model, sequence, choose_dtype=settings.choose_dtype)
     if model.device.type == "cpu" and "torch.bfloat16" in dtypes:
         cast_parameters(model, torch.bfloat16)
     return set_pace(model, sequence, choose_dtype=False)
 
 
-def _stored(settings: TuneSettings, storage: BaseStorage) -> list[dict[str, Any]]:
-    """Attributes of the studies of this search that are there already."""
-    names = {settings.study_name(retention) for retention in settings.retentions}
-    return [x.user_attrs for x in optuna.get_all_study_summaries(storage) if x.study_name in names]
+def _earlier(settings: TuneSettings, storage: BaseStorage, common: dict[str, Any]) -> list[optuna.Study]:
+    """The studies that are gone on with, those that there are."""
+    if not settings.resume:
+        return []
+    named = ((settings.study_name(x), common | {"retention": x}) for x in settings.retentions)
+    return [study for name, asked in named for study in find_studies(storage, name, asked)[-1:]]
 
 
-def _open_studies(settings: TuneSettings, storage: BaseStorage, common: dict[str, Any]) -> dict[float, optuna.Study]:
+def _open_studies(
+    settings: TuneSettings, storage: BaseStorage, common: dict[str, Any], progress: Progress
+) -> dict[float, optuna.Study]:
     """One study per retention, largest first. All are opened before any work, so that a refusal costs nothing."""
-    studies = {}
+    studies, aside = {}, 0
     for retention in sorted(settings.retentions, reverse=True):
-        asked = {**common, "retention": retention}
-        studies[retention] = open_study(storage, settings.study_name(retention), asked, resume=settings.resume)
+        name, asked = settings.study_name(retention), common | {"retention": retention}
+        studies[retention] = open_study(storage, name, asked, resume=settings.resume)
+        aside += not settings.resume and bool(find_studies(storage, name))
+    if aside:
+        progress.note(
+            f"a new search is begun; an earlier one is kept in {shown(settings.storage)}, and with its settings "
+            "resume=True goes on with it"
+        )
     return studies
 
 
@@ -215,9 +248,8 @@ def _common_settings(
     estimator: ImportanceEstimator,
     allocator: type[BudgetAllocator],
     policy: EvictionPolicy,
-    pace: Pace,
 ) -> dict[str, Any]:
-    """What must agree for a study to be resumed."""
+    """What must agree for a study to be resumed, beside the weights and the dtype."""
     given = {"allocator_params": plugin_call.params_of(fitting(settings))} if learns(allocator) else {}
     return given | {
         "model": spec.config_sha256,
@@ -232,7 +264,6 @@ def _common_settings(
         "space": search_space(allocator),
         "seed": settings.seed,
         "sampler": settings.sampler,
-        "dtype": str(pace.dtype),
     }
 
 

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -26,9 +27,11 @@ from kvpolicy.spec import Budget, Importance, ModelSpec
 from kvpolicy.stats import PairedDifference, paired_difference, relative_increase
 from kvpolicy.tuning.costs import metered
 from kvpolicy.tuning.fit import fitted_shares, keep_fitted
+from kvpolicy.tuning.known import known_losses
 from kvpolicy.tuning.probes import Losses, Probes
 from kvpolicy.tuning.search import CHUNKS, chunk_parts, run_trials, stopped_trials
 from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.storage import settings_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
     """Searches one level and checks what was found on the held-out text."""
     with metered(job.search.text.model, study, "search"):
         found = _found(job, study, retention)
-    return _checked(job, retention, found, stopped_trials(study))
+    return _checked(job, study, retention, found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,13 +81,11 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     learned = fitted_shares(fitting(job.settings), target, job.importance, budget, study, job.progress)
     trials = job.trials if learned is None else 1
     job.progress.begin(f"search {retention:.0%}", trials)
-    reference = list(chunk_parts(target.token_losses(_table(uniform, budget))))
-    loss = float(torch.cat([parts.sum(1) for parts in reference]).mean())
-    if not math.isfinite(loss):
-        raise ModelError(
-            f"the model's loss on the search text is not finite in {job.search.text.model.dtype}: try another --dtype"
-        )
     study.pruner = _pruner()
+
+    @cache  # not needed where all trials are done
+    def reference() -> list[Tensor]:
+        return _uniform_parts(job, study, _table(uniform, budget))
 
     def shares_of(candidate: BudgetAllocator) -> Tensor:
         return plugin_call.shares(candidate, job.importance, budget) if learned is None else learned
@@ -107,11 +108,30 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
         job.progress.end()
     if learned is not None:
         keep_fitted(study, learned)
+    if (name := _uniform_name(study)) not in study.user_attrs:
+        reference()
+    loss = float(study.user_attrs[name])
     if found is None or found.excess >= 0:
         return _Chosen(uniform, None, loss)
     params = found.params if learned is None else plugin_call.params_of(fitting(job.settings))
     chosen = registry.create("allocator", job.settings.allocator, params)
     return _Chosen(shares_of(chosen), params, loss + found.excess)
+
+
+def _uniform_parts(job: Job, study: optuna.Study, table: Tensor) -> list[Tensor]:
+    """`chunk_parts` of the uniform table on the search's sequences. The study keeps their mean loss."""
+    parts = list(chunk_parts(job.search.target.token_losses(table)))
+    loss = float(torch.cat([each.sum(1) for each in parts]).mean())
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"the model's loss on the search text is not finite in {job.search.text.model.dtype}: try another dtype="
+        )
+    study.set_user_attr(_uniform_name(study), loss)
+    return parts
+
+
+def _uniform_name(study: optuna.Study) -> str:
+    return f"kvpolicy_uniform:{settings_digest(study)}"
 
 
 def learns(allocator: type[BudgetAllocator]) -> bool:
@@ -125,19 +145,19 @@ def fitting(settings: TuneSettings) -> BudgetAllocator:
     return made
 
 
-def _checked(job: Job, retention: float, found: _Chosen, stopped: int) -> PlanLevel:
+def _checked(job: Job, study: optuna.Study, retention: float, found: _Chosen) -> PlanLevel:
     """The level with its held-out figures."""
     progress, full = job.progress, job.heldout_full
     beats = found.params is not None
     progress.begin(f"held-out text {retention:.0%}", 2)
-    uniform = job.heldout.losses(lambda context: job.table(torch.ones(job.spec.table_shape), retention, context))
+    uniform = _losses(job, study, "heldout", torch.ones(job.spec.table_shape), retention)
     progress.advance()
-    losses = job.heldout.losses(lambda context: job.table(found.shares, retention, context)) if beats else uniform
+    losses = _losses(job, study, "heldout", found.shares, retention) if beats else uniform
     progress.advance()
     progress.end()
     difference = paired_difference(losses.target, uniform.target, job.settings.seed)
     progress.note(_summary(job.settings.objective, retention, beats, losses, uniform, full, difference))
-    search = _search_losses(job, retention, found)
+    search = _search_losses(job, study, retention, found)
     return PlanLevel(
         retention=retention,
         shares=kept_fractions(found.shares, retention),
@@ -153,19 +173,26 @@ def _checked(job: Job, retention: float, found: _Chosen, stopped: int) -> PlanLe
             "interval": [difference.low, difference.high],
             "n": difference.n,
             "verdict": f"{difference.verdict} uniform" if beats else "uniform kept: no trial beat it",
-            "trials_stopped_early": stopped,
+            "trials_stopped_early": stopped_trials(study),
             "loss_over_full": _over_full(job.settings, losses, full),
         },
         retrieval=_answers(search, losses, full, uniform),
     )
 
 
-def _search_losses(job: Job, retention: float, found: _Chosen) -> Losses:
+def _search_losses(job: Job, study: optuna.Study, retention: float, found: _Chosen) -> Losses:
     """Text and answers apart; the objective "perplexity" has measured the one that there is."""
     if job.settings.objective == "perplexity":
         loss = torch.tensor([found.loss], dtype=torch.float64)
         return Losses(loss, None, loss)
-    return job.search.losses(lambda context: job.table(found.shares, retention, context))
+    return _losses(job, study, "search", found.shares, retention)
+
+
+def _losses(
+    job: Job, study: optuna.Study, part: Literal["search", "heldout"], shares: Tensor, retention: float
+) -> Losses:
+    probes = job.search if part == "search" else job.heldout
+    return known_losses(study, part, probes, lambda context: job.table(shares, retention, context))
 
 
 def _answers(search: Losses, losses: Losses, full: Losses, uniform: Losses) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def search_levels(job: Job, studies: dict[float, optuna.Study]) -> tuple[Levels,
         levels.append(level)
     if missed is not None and not levels:
         raise BudgetError(
-            f"no retention keeps within --max-loss {limit:g}: with {_kept(missed)}. Give a larger --retention or "
-            "--max-loss; the study is kept, and --resume goes on with it"
+            f"no retention keeps within max_loss={limit:g}: with {_kept(missed)}. Give a larger retention or max_loss="
+            + ("" if job.settings.storage is None else "; the study is kept, and resume=True goes on with it")
         )
     if limit is not None:
         job.progress.note(limit_said(limit_figures(limit, tuple(levels), missed)))

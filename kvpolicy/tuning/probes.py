@@ -55,16 +55,20 @@ class Probes:
     def losses(self, table: Callable[[int], Tensor]) -> Losses:
         """table: capacities int `[L, H]` for a context length; text and needles may differ in theirs"""
         text = self.text.loss(table(self.text.context_length))
-        if self.needles is None:
+        answers = None if self.needles is None else self.needles.loss(table(self.needles.context_length))
+        return self.scored(text, answers)
+
+    def scored(self, text: Tensor, answers: Tensor | None) -> Losses:
+        """Losses of the text's sequences and of the needles', with what the objective makes of them."""
+        if answers is None:
             return Losses(text, None, text)
-        answers = self.needles.loss(table(self.needles.context_length))
         return Losses(
             text, answers, self.target.joined(text, answers) if isinstance(self.target, JoinedProbe) else answers
         )
 
-    def full_losses(self) -> Losses:
-        """With nothing evicted."""
-        return self.losses(lambda context: torch.full(self.text.spec.table_shape, context))
+    def full_table(self, context: int) -> Tensor:
+        """Capacities `[L, H]` under which nothing is evicted."""
+        return torch.full(self.text.spec.table_shape, context)
 
     @property
     def all(self) -> tuple[TransformersProbe, ...]:
@@ -98,8 +102,8 @@ def make_probes(
         raise TextError(
             f"{corpus.name} is too short: after repetitions are dropped it has {len(corpus.search)} tokens to search "
             f"on and {len(corpus.heldout)} to report on, a context of {length} with {settings.sequences} search "
-            f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer --text or a smaller "
-            "--context, or fewer --sequences"
+            f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer text or a smaller "
+            "context_length=, or fewer sequences="
         )
     options: dict[str, Any] = {"batch_size": settings.batch_size, "tokenizer": corpus.tokenizer}
     profiling: dict[str, Any] = {"prompts": corpus.prompts(length), "tokenize": corpus.tokenize}

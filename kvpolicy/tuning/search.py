@@ -17,7 +17,7 @@ from kvpolicy import plugin_call
 from kvpolicy.errors import ModelError
 from kvpolicy.interfaces import BudgetAllocator
 from kvpolicy.progress import Progress
-from kvpolicy.tuning.storage import abandon, claim, close_zombies, is_claimed
+from kvpolicy.tuning.trials import abandon, begin, close_zombies, taken
 
 Sampler = Literal["tpe", "gp"]
 CHUNKS = 4
@@ -51,7 +51,7 @@ def run_trials(
     study: optuna.Study,
     allocator: type[BudgetAllocator],
     evaluate: Evaluate,
-    uniform: list[Tensor],
+    uniform: Callable[[], list[Tensor]],
     *,
     trials: int,
     seed: int,
@@ -61,20 +61,20 @@ def run_trials(
     """Runs trials until the study has `trials` finished ones, and returns the best that ran to its end, if any did.
 
     evaluate: allocator -> token losses `[batch, n]` of the search sequences, batch by batch
-    uniform:  `chunk_parts` of the uniform table on the same sequences
+    uniform:  gives `chunk_parts` of the uniform table on the same sequences; asked for before each trial
 
     The objective is the mean loss above uniform's. A trial that Wilcoxon's test finds worse than the best stops early;
-    it counts as finished with the mean so far and is never the result. Interrupted trials are failed and queued again.
+    it counts as finished with the mean so far and is never the result. Interrupted trials are failed and run again.
     """
-    close_zombies(study)
-    if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(plugin_call.params_of(plugin_call.with_defaults(allocator)))
-    while (number := _finished(study)) < trials:
+    first = plugin_call.params_of(plugin_call.with_defaults(allocator))
+    while (number := _begun(study)) < trials:
         study.sampler = make_sampler(sampler, seed, len(study.get_trials(deepcopy=False)), trials)
-        trial = study.ask()
+        reference = uniform()
+        trial = begin(study, first, trials)
+        if trial is None:
+            continue
         try:
-            claim(trial)
-            _run(study, trial, plugin_call.suggested(allocator, trial), evaluate, uniform)
+            _run(study, trial, plugin_call.suggested(allocator, trial), evaluate, reference)
         except BaseException:
             abandon(study, trial.number)
             raise
@@ -93,7 +93,7 @@ def _run(
         done += len(parts)
         for value in (parts - reference).flatten().tolist():
             if not math.isfinite(value):
-                raise ModelError(f"trial {trial.number}: the model's loss is {value}; another --dtype may help")
+                raise ModelError(f"trial {trial.number}: the model's loss is {value}; another dtype= may help")
             trial.report(value, step=len(excess))
             excess.append(value)
         if done < sequences and trial.should_prune():
@@ -124,14 +124,14 @@ def stopped_trials(study: optuna.Study) -> int:
     return sum(bool(trial.user_attrs.get(_STOPPED)) for trial in study.get_trials(deepcopy=False))
 
 
+def _begun(study: optuna.Study) -> int:
+    """Trials that are done or that somebody runs."""
+    close_zombies(study)
+    return taken(study)
+
+
 def search_space(allocator: type[BudgetAllocator]) -> dict[str, str]:
     """What `suggest` asks for: name -> distribution, as text."""
     trial = optuna.create_study().ask()
     plugin_call.suggested(allocator, trial)
     return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
-
-
-def _finished(study: optuna.Study) -> int:
-    """Trials that are done or that a process has claimed; one killed before its claim is nobody's."""
-    begun = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-    return sum(trial.state == TrialState.COMPLETE or is_claimed(trial) for trial in begun)

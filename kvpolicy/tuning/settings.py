@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kvpolicy.errors import BudgetError
+from kvpolicy.errors import BudgetError, StudyError
 from kvpolicy.tuning.search import Sampler
+from kvpolicy.tuning.storage import journal_of
 
 Objective = Literal["perplexity", "retrieval", "mixed"]
 HELDOUT_SEQUENCES, LEAST_HELDOUT = 8, 4
@@ -38,8 +39,11 @@ class TuneSettings:
                 attend densely, None for none
     trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
     allocator_params: of an allocator that learns; those of any other are searched
-    out:        the plan's path; the study's journal and the losses of profiling lie beside it
-    storage:    an Optuna storage URL instead of the journal, shared by several processes
+    out:        the plan's path, after which studies are named; saving the plan is the caller's
+    storage:    where trials are kept, for `resume` and for other processes: a file, or an Optuna storage URL; None is
+                memory, and no file is written. Losses of profiling lie beside the file, or beside `out`
+    resume:     go on with the search in `storage` that has these settings, where there is one; otherwise a new one is
+                begun, and what is there stays
     choose_dtype: let an fp32 model on a CPU run in bf16 where that is faster and agrees
     """
 
@@ -60,7 +64,7 @@ class TuneSettings:
     sampler: Sampler = "tpe"
     batch_size: int = 1
     out: Path = Path("plan.json")
-    storage: str | None = None
+    storage: str | Path | None = field(default=None, repr=False)  # a URL may hold a password
     resume: bool = False
     choose_dtype: bool = True
 
@@ -86,14 +90,21 @@ class TuneSettings:
                 f"prefill_length must be below the context of {self.context_length}, got {self.prefill_length}"
             )
 
-    @property
-    def journal(self) -> Path:
-        return self.out.with_name(self.out.name + ".study")
+        if self.resume and self.storage is None:
+            raise StudyError("resume=True goes on with a search that was kept: give storage=, the file or URL it is in")
 
     @property
-    def losses(self) -> Path:
-        """Where losses that profiling asks for are kept, for an estimator that asks for some."""
-        return self.out.with_name(self.out.name + ".losses")
+    def journal(self) -> Path | None:
+        """The file that trials are written to; None where they are in memory or in a database."""
+        return journal_of(self.storage)
+
+    @property
+    def losses(self) -> Path | None:
+        """Where losses that profiling asks for are kept, for an estimator that asks for some; None for memory."""
+        if self.journal is not None:
+            return self.journal.with_suffix(".losses")
+        return None if self.storage is None else self.out.with_name(self.out.name + ".losses")
 
     def study_name(self, retention: float) -> str:
+        """What the names of a level's studies begin with; a hash of the settings follows."""
         return f"{self.out.stem}-{retention:g}"

@@ -1,59 +1,76 @@
-"""Studies on disk or in a database: opening, repairing after a crash, refusing what does not belong."""
+"""Where studies are kept, and finding one there: memory, a journal file, a database."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
-import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
-import psutil
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
 
-from kvpolicy.errors import StudyError
+from kvpolicy.errors import StudyError, first_line
+from kvpolicy.tuning.storage_url import hidden, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 _SETTINGS = "kvpolicy_settings"
-_OWNER = "kvpolicy_owner"
-_OWNERLESS_SECONDS = 60.0  # a trial without an owner for longer was killed before it could say whose it is
+_CHOSEN = "dtype"
+"""The setting that a resumed study has for itself, where nobody says otherwise."""
 
 
-def open_storage(url: str | None, journal: Path) -> BaseStorage:
-    """A journal file by default; else any Optuna storage URL, or `grpc://host:port` for Optuna's proxy.
+def open_storage(storage: str | Path | None) -> BaseStorage:
+    """None is memory, a path is a journal file; else any Optuna storage URL, or `grpc://host:port` for Optuna's proxy.
 
     Raises `StudyError` when the storage cannot be reached or written.
     """
+    if storage is None:
+        return InMemoryStorage()
     try:
-        if url is None:
-            repair_journal(journal)
-            return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
-        if url.startswith("grpc://"):
-            host, _, port = url.removeprefix("grpc://").partition(":")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                return GrpcStorageProxy(host=host, port=int(port or 13000))
-        return _open_database(url)
+        if not _is_url(storage):
+            repair_journal(Path(storage))
+            return JournalStorage(_Journal(str(storage)))
+        return _open_url(str(storage))
     except ImportError as error:
         raise StudyError(
-            f"the study storage {url} needs a package that is not installed ({_first_line(error)}): for PostgreSQL "
-            "pip install 'psycopg[binary]', for grpc:// pip install grpcio protobuf"
-        ) from error
+            f"the study storage {shown(storage)} needs a package that is not installed "
+            f"({hidden(first_line(error), storage)}): for PostgreSQL pip install 'psycopg[binary]', for grpc:// pip "
+            "install grpcio protobuf"
+        ) from None
     except Exception as error:  # each backend raises its own family
-        where = str(journal) if url is None else url
-        raise StudyError(f"cannot open the study storage {where}: {_first_line(error)}") from error
+        said = f"cannot open the study storage {shown(storage)}: {hidden(first_line(error), storage)}"
+        raise StudyError(said) from None  # what a driver raises may hold the password
 
 
-def _open_database(url: str) -> BaseStorage:
+def _is_url(storage: str | Path) -> bool:
+    return isinstance(storage, str) and "://" in storage
+
+
+def journal_of(storage: str | Path | None) -> Path | None:
+    """The file that the trials are written to; None for memory and databases."""
+    return None if storage is None or _is_url(storage) else Path(storage)
+
+
+def _open_url(url: str) -> BaseStorage:
     """A second try after a second: of two processes that meet a new database, only one can create its tables."""
+    if url.startswith("grpc://"):
+        host, _, port = url.removeprefix("grpc://").partition(":")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return GrpcStorageProxy(host=host, port=int(port or 13000))
     try:
         return get_storage(url)
     except ImportError:
@@ -63,58 +80,123 @@ def _open_database(url: str) -> BaseStorage:
         return get_storage(url)
 
 
+class _Journal(JournalFileBackend):
+    """Optuna's journal file under the kernel's lock, which ends with its process, however that ends."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Whole lines or none. Raises `StudyError` where they cannot be written."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        try:
+            with _locked(Path(self._file_path)) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    file.write(lines)
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise StudyError(
+                f"cannot write the study {self._file_path}: {error.strerror}; the trials before are kept, and "
+                "resume=True goes on with them"
+            ) from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file, unbuffered, for this process alone."""
+    with path.open("r+b", buffering=0) as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+@contextmanager
+def storage_errors(storage: str | Path | None) -> Iterator[None]:
+    """Around a search: a database that is lost on the way is a `StudyError`, without its password."""
+    try:
+        yield
+    except StorageInternalError as error:
+        raise StudyError(f"the study storage {shown(storage)} failed: {hidden(first_line(error), storage)}") from None
+
+
 def repair_journal(path: Path) -> bool:
     """Cuts a torn last line, which a killed writer leaves and which would make the whole journal unreadable.
 
-    The damaged file is kept as `*.bak`. Returns whether something was cut.
+    The damaged file is kept as `*.bak`. Returns whether something was cut. Raises `StudyError` for no regular file.
     """
     if not path.exists():
         return False
-    lock = JournalFileOpenLock(str(path))
-    lock.acquire()
-    try:
-        content = path.read_bytes()
+    if not path.is_file():
+        raise StudyError(f"{path} is no regular file")
+    with _locked(path) as file:
+        content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         if whole == content:
             return False
         shutil.copy2(path, path.with_name(path.name + ".bak"))
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-            os.fsync(file.fileno())
+        file.truncate(len(whole))
+        os.fsync(file.fileno())
         return True
-    finally:
-        lock.release()
+
+
+def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | None = None) -> list[optuna.Study]:
+    """The studies with trials that were begun under `name`, oldest first; with `settings`, those made for them.
+
+    name: without what `open_study` adds to it
+    """
+    digest = "[0-9a-f]{8}" if settings is None else _digest(settings)
+    pattern = re.compile(rf"{re.escape(name)}-{digest}(-(\d+))?")
+    found = []
+    for known in storage.get_all_studies():
+        if (match := pattern.fullmatch(known.study_name)) and _SETTINGS in known.user_attrs:
+            study = optuna.load_study(study_name=known.study_name, storage=storage)
+            if study.get_trials(deepcopy=False):
+                found.append((int(match[2] or 1), known._study_id, study))
+    return [study for *_, study in sorted(found, key=lambda each: each[:2])]
 
 
 def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, resume: bool) -> optuna.Study:
-    """Creates the study, or goes on with it if `resume` and every setting agrees.
+    """With `resume` the newest study with these settings, where there is one; otherwise a new one.
 
-    Raises `StudyError` for a study that is there without `resume`, and for one made with other settings.
+    Its name carries a hash of the settings and, behind the first one, a number, so that what is there stays as it is.
+
+    Raises `StudyError` with `resume` where all that is there was made with other settings.
     """
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
-    except Exception as error:  # each backend raises its own family
-        raise StudyError(f"cannot open the study '{name}': {_first_line(error)}") from error
-    stored = study.user_attrs.get(_SETTINGS)
-    if stored is None or not study.get_trials(deepcopy=False):  # nothing would be lost
-        study.set_user_attr(_SETTINGS, json.loads(json.dumps(settings)))
-        return study
-    if not resume:
-        raise StudyError(
-            f"a study named '{name}' is there already, with {len(study.trials)} trials: pass --resume to go on with "
-            "it, or choose another --out"
-        )
     asked = json.loads(json.dumps(settings))
+    earlier = find_studies(storage, name, settings)
+    if resume and earlier:
+        _check_same(earlier[-1], asked)
+        return earlier[-1]
+    if resume and (others := find_studies(storage, name)):
+        _check_same(others[-1], asked)
+    base, number = f"{name}-{_digest(settings)}", len(earlier) + 1
+    while True:
+        full = base if number == 1 else f"{base}-{number}"
+        try:
+            study = optuna.create_study(storage=storage, study_name=full, direction="minimize", load_if_exists=True)
+        except Exception as error:  # each backend raises its own family
+            raise StudyError(f"cannot open the study '{full}': {first_line(error)}") from None
+        if resume or not study.get_trials(deepcopy=False):  # nothing would be lost
+            study.set_user_attr(_SETTINGS, asked)
+            return study
+        number += 1
+
+
+def _check_same(study: optuna.Study, asked: Mapping[str, Any]) -> None:
+    stored = study_settings(study)
     different = [key for key in sorted(stored.keys() | asked.keys()) if stored.get(key) != asked.get(key)]
     if different:
         lines = ", ".join(f"{key} was {_brief(stored.get(key))}, now {_brief(asked.get(key))}" for key in different)
-        raise StudyError(f"the study '{name}' was made with other settings ({lines}): choose another --out")
-    return study
+        raise StudyError(
+            f"the study '{study.study_name}' was made with other settings ({lines}): give those again, or leave "
+            "out resume=True to begin a new search beside it"
+        )
 
 
-def study_settings(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings a study was made with, of its user attributes; empty for a study that is not ours."""
-    stored: Mapping[str, Any] = attributes.get(_SETTINGS, {})
+def study_settings(study: optuna.Study) -> Mapping[str, Any]:
+    """The settings a study was made with; empty for a study that is not ours."""
+    stored: Mapping[str, Any] = study.user_attrs.get(_SETTINGS, {})
     return stored
 
 
@@ -124,59 +206,12 @@ def settings_digest(study: optuna.Study) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def claim(trial: optuna.Trial) -> None:
-    """Writes down who runs the trial, so that others can tell when it was killed."""
-    process = psutil.Process()
-    trial.set_user_attr(_OWNER, {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()})
-
-
-def is_claimed(trial: FrozenTrial) -> bool:
-    """Whether a process has said that it runs the trial."""
-    return _OWNER in trial.user_attrs
-
-
-def close_zombies(study: optuna.Study) -> int:
-    """Fails every running trial whose process is gone, and queues its parameters again. Returns how many.
-
-    A trial of another host is left alone: whether its process lives cannot be known here.
-    """
-    zombies = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _is_zombie(trial)]
-    for trial in zombies:
-        abandon(study, trial.number)
-    return len(zombies)
-
-
-def abandon(study: optuna.Study, number: int) -> None:
-    """Ends an unfinished trial and queues its point, so that nothing of the search is lost.
-
-    A trial that was finished just before is left alone.
-    """
-    trial = study.get_trials(deepcopy=False)[number]
-    if trial.state.is_finished():
-        return
-    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-    point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}  # the former: queued, not yet drawn
-    if point:
-        study.enqueue_trial(point)
-
-
-def _is_zombie(trial: FrozenTrial) -> bool:
-    owner = trial.user_attrs.get(_OWNER)
-    if owner is None:
-        begun = trial.datetime_start
-        return begun is None or time.time() - begun.timestamp() > _OWNERLESS_SECONDS
-    if owner["host"] != socket.gethostname():
-        return False
-    try:
-        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1.0)
-    except psutil.NoSuchProcess:
-        return True
+def _digest(settings: Mapping[str, Any]) -> str:
+    """Of what was asked for; a dtype that was chosen is none of it."""
+    asked = {name: value for name, value in settings.items() if name != _CHOSEN}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _brief(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

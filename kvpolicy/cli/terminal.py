@@ -1,0 +1,60 @@
+"""The one way to a terminal: everything that the command line shows goes through here and is cleaned."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from kvpolicy.report.plain import plain
+
+_OPTIONS = {
+    "batch_size": "--batch-size",
+    "context_length": "--context",
+    "dtype": "--dtype",
+    "max_loss": "--max-loss",
+    "min_tokens": "--min-tokens",
+    "resume": "--resume",
+    "retention": "--retention",
+    "sequences": "--sequences",
+    "storage": "--storage",
+    "text": "--text",
+    "tokens": "--tokens",
+    "trials": "--trials",
+}
+"""Arguments of the library that messages speak of, and what they are called in a shell."""
+_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_OPTIONS)})=(True\b)?(?=(\w?))")
+
+
+class Console(rich.console.Console):
+    """rich's, without its markup, and with the text of all that it renders cleaned."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
+
+
+def told(message: str) -> str:
+    """A message of the library as one line of a shell: `resume=True` is `--resume` there."""
+    return plain(" ".join(_ARGUMENT.sub(_option, message).split()))
+
+
+def _option(match: re.Match[str]) -> str:
+    return _OPTIONS[match[1]] + (" " if match[3] and not match[2] else "")
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    print(f"kvpolicy: {told(message)}", file=sys.stderr)
+
+
+def write(text: str) -> None:
+    """Text of a model on standard output, as it is where that is no terminal."""
+    print(plain(text) if sys.stdout.isatty() else text, end="", flush=True)
