@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -12,7 +13,7 @@ from kvpolicy.errors import KVPolicyError
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises `KVPolicyError` with the reason, not the path.
+    """The content of a regular file of at most `most` bytes. Raises `KVPolicyError` with nothing but the reason.
 
     Pipes, devices and folders are refused before anything waits for them.
     """
@@ -29,19 +30,21 @@ def read_start(path: str | os.PathLike[str], most: int) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except OSError as error:
-        raise KVPolicyError(f"cannot be read: {error.strerror or error}") from None
+        raise KVPolicyError(error.strerror or str(error)) from None
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raises `KVPolicyError` with the reason unless `path` leads to a regular file."""
+    """Raises `KVPolicyError` with nothing but the reason unless `path` leads to a regular file."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
-        raise KVPolicyError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise KVPolicyError(error.strerror or str(error)) from None
+    except ValueError as error:  # a zero byte
+        raise KVPolicyError(str(error)) from None
     if stat.S_ISDIR(mode):
-        raise KVPolicyError("cannot be read: Is a directory")
+        raise KVPolicyError(os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        raise KVPolicyError("cannot be read: a pipe or a device is there, not a file")
+        raise KVPolicyError("a pipe or a device is there, expected a file")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

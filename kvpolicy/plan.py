@@ -68,6 +68,7 @@ __all__ = [
 FORMAT = "kvpolicy-plan"
 VERSION = 1
 _SAME_RETENTION = 1e-9
+_MAX_LEVELS = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +90,8 @@ class BudgetPlan:
             )
         if not self.levels:
             raise PlanError("levels is empty, expected at least one level")
+        if len(self.levels) > _MAX_LEVELS:
+            raise PlanError(f"levels has {len(self.levels)} items, expected at most {_MAX_LEVELS}")
         for index, level in enumerate(self.levels):
             check_level(level, f"levels[{index}]", self.model.table_shape)
             for earlier in range(index):

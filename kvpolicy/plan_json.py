@@ -7,21 +7,28 @@ import math
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import PlanError
+from kvpolicy import files
+from kvpolicy.errors import KVPolicyError, PlanError
 
 T = TypeVar("T")
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 8 * 2**20
+"""Of a document: parsed, a byte can take thirty. Eight levels of 200 layers of 64 KV heads are under 5 MB."""
 _MAX_DEPTH = 64
 _MAX_WHOLE = 2**31 - 1
 _NUMBERS = re.compile(r"\[\n([-+.,eE\d\s]*)\]")  # a raw line end stands in no JSON text
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKET = bytes(set(range(256)) - set(_STEPS))
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -37,13 +44,9 @@ def describe(value: object) -> str:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's content. Raises `PlanError` with the reason where it cannot be read or is no plan by its size."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise PlanError(f"cannot be read: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise PlanError(f"larger than {MAX_BYTES // 2**20} MiB; a plan is far smaller, was another file given?")
-    return data
+        return files.read_bytes(path, MAX_BYTES)
+    except KVPolicyError as error:
+        raise PlanError(f"cannot be read: {error}") from None
 
 
 def render(document: dict[str, Any]) -> str:
@@ -53,13 +56,18 @@ def render(document: dict[str, Any]) -> str:
 
 
 def parse(data: bytes) -> Any:
-    """The document in `data` (UTF-8). Raises `PlanError` with the place where it stops being JSON."""
+    """The document in `data` (UTF-8). Raises `PlanError` with the place where it stops being JSON.
+
+    Size and depth are looked at first: a parser pays for both.
+    """
+    if len(data) > MAX_BYTES:
+        raise PlanError(f"larger than {MAX_BYTES // 2**20} MiB, was another file given?")
+    if _depth(data) > _MAX_DEPTH:
+        raise PlanError(f"nested deeper than the {_MAX_DEPTH} levels allowed; a plan needs fewer than ten")
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise PlanError(f"byte {error.start} is not UTF-8 text; a plan is JSON, was another file given?") from None
-    except RecursionError:
-        raise PlanError(f"nested deeper than the {_MAX_DEPTH} levels allowed; a plan needs fewer than ten") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         if not data.strip():
@@ -69,11 +77,16 @@ def parse(data: bytes) -> Any:
         raise PlanError(f"holds a number that cannot be read ({error})") from None
 
 
+def _depth(data: bytes) -> int:
+    """Brackets that are open at once, at most; those in texts are none."""
+    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKET)
+    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise PlanError(f"field {twice!r} stands twice in one object; keep one")
     return result
 
@@ -99,10 +112,10 @@ def check_json(value: object, path: str, depth: int = 0) -> None:
         raise PlanError(f"{path} is of type {type(value).__name__}, expected what JSON can hold")
 
 
-def whole(value: object, path: str, low: int) -> int:
-    """An integer from `low` to 2**31 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_WHOLE:
-        raise PlanError(f"{path} is {describe(value)}, expected a whole number from {low} to {_MAX_WHOLE}")
+def whole(value: object, path: str, low: int, high: int = _MAX_WHOLE) -> int:
+    """An integer from `low` to `high`, by default 2**31 - 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise PlanError(f"{path} is {describe(value)}, expected a whole number from {low} to {high}")
     return value
 
 
@@ -133,8 +146,11 @@ def sequence(value: object, path: str, length: int | None = None) -> list[Any]:
 
 def vector(value: object, path: str, length: int) -> Tensor:
     """float64 `[length]`."""
-    items = sequence(value, path, length)
-    return torch.tensor([number(item, f"{path}[{i}]") for i, item in enumerate(items)], dtype=torch.float64)
+    return torch.tensor(_numbers(value, path, length), dtype=torch.float64)
+
+
+def _numbers(value: object, path: str, length: int) -> list[float]:
+    return [number(item, f"{path}[{i}]") for i, item in enumerate(sequence(value, path, length))]
 
 
 def table(value: object, path: str, shape: tuple[int, int]) -> Tensor:
@@ -145,7 +161,7 @@ def table(value: object, path: str, shape: tuple[int, int]) -> Tensor:
     for index, row in enumerate(rows):
         if len(sequence(row, f"{path}[{index}]")) != shape[1]:
             raise PlanError(f"{path}[{index}] has {len(row)} items, expected {shape[1]} (model.num_kv_heads)")
-    return torch.stack([vector(row, f"{path}[{i}]", shape[1]) for i, row in enumerate(rows)])
+    return torch.tensor([_numbers(row, f"{path}[{i}]", shape[1]) for i, row in enumerate(rows)], dtype=torch.float64)
 
 
 class Fields:

@@ -15,6 +15,7 @@ from kvpolicy.plan_json import Fields, check_json, describe, number, sequence, t
 from kvpolicy.registry import registry
 from kvpolicy.spec import Importance, LayerSpec, ModelSpec
 
+_MAX_LAYERS = 10_000  # a file may say any number, and a specification has an object for each
 _MEAN_TOLERANCE = 1e-6  # shares written with six decimals still pass
 
 
@@ -45,10 +46,9 @@ class PlanModel:
 
     def to_spec(self) -> ModelSpec:
         """A model of this shape with plain attention; layers without a budget stand as linear ones."""
+        budgeted = set(self.budgeted_layers)
         full = LayerSpec("full", self.num_q_heads, self.num_kv_heads, self.head_dim, self.head_dim)
-        layers = tuple(
-            full if index in self.budgeted_layers else replace(full, kind="linear") for index in range(self.num_layers)
-        )
+        layers = tuple(full if index in budgeted else replace(full, kind="linear") for index in range(self.num_layers))
         return ModelSpec(self.id or "unknown", self.num_q_heads * self.head_dim, 0, 0, "", layers)
 
     @classmethod
@@ -161,7 +161,7 @@ def read_model(fields: Fields) -> PlanModel:
         id=fields.read("id", text),
         revision=fields.read("revision", text) if fields.has("revision") else None,
         config_sha256=fields.read("config_sha256", text),
-        num_layers=fields.read("num_layers", whole, 1),
+        num_layers=fields.read("num_layers", whole, 1, _MAX_LAYERS),
         budgeted_layers=tuple(whole(x, f"model.budgeted_layers[{i}]", 0) for i, x in enumerate(layers)),
         num_q_heads=fields.read("num_q_heads", whole, 1),
         num_kv_heads=fields.read("num_kv_heads", whole, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import TextError
+from kvpolicy.errors import KVPolicyError, TextError
+from kvpolicy.files import read_start
 
 RUN = 192
 """A run of this many bytes of UTF-8 that was seen before marks its paragraph as a repetition. White space does not
@@ -20,6 +22,7 @@ count: about 30 English words, or 64 Chinese characters."""
 SEARCH_PART = 0.6
 """Share of the text that the search may see; the rest is held out."""
 _MAX_CHARACTERS = 20_000_000
+_MAX_BYTES = 4 * _MAX_CHARACTERS  # that they can take
 _WHOLE = 40  # bytes from which a whole paragraph is a repetition; shorter ones ("Examples:") say little
 _LONGEST = 2000  # characters of a paragraph; a longer one is cut, so that a text of one line can be split too
 _LONG_WORD = 30  # bytes: what is longer between two spaces is no word, but a script without spaces, or a table of data
@@ -85,18 +88,20 @@ class Corpus:
 
 
 def read_text(path: str | Path | None) -> tuple[str, str]:
-    """(name, text) of a UTF-8 file, or of CPython's own language reference. Raises `TextError`."""
+    """(name, text) of a UTF-8 file, its first 80 MB, or of CPython's own language reference. Raises `TextError`."""
     if path is None:
         from pydoc_data.topics import topics
 
         return "Python's language reference (pydoc_data.topics)", "\n\n".join(topics[key] for key in sorted(topics))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        data = read_start(path, _MAX_BYTES)
+        whole = len(data) < _MAX_BYTES  # otherwise the last character may be cut
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)
     except UnicodeDecodeError as error:
         raise TextError(f"the text {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise TextError(f"cannot read the text {path}: {error.strerror}") from error
-    return Path(path).name, text
+    except KVPolicyError as error:
+        raise TextError(f"cannot read the text {path}: {error}") from None
+    return Path(path).name, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def make_corpus(path: str | Path | None, tokenize: Tokenize, prefix: tuple[int, ...] = ()) -> Corpus:

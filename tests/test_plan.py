@@ -246,7 +246,7 @@ def test_a_file_too_large_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "large.json"
     with open(file, "wb") as stream:
         stream.truncate(MAX_BYTES + 1)
-    with pytest.raises(PlanError, match="larger than 64 MiB"):
+    with pytest.raises(PlanError, match="larger than 8 MiB"):
         load_plan(file)
 
 

@@ -17,6 +17,9 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import write
 from kvpolicy.cli.watch import watcher
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanWarning, TextError
+from kvpolicy.files import read_bytes
+
+_MOST_BYTES = 64 * 2**20  # of a prompt
 
 
 def generate(
@@ -128,12 +131,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         text = prompt or ""
     else:
         try:
-            content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            content = sys.stdin.buffer.read(_MOST_BYTES + 1) if str(file) == "-" else read_bytes(file, _MOST_BYTES)
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise TextError(f"the prompt in {file} is not UTF-8: {error.reason} at byte {error.start}") from error
-        except OSError as error:
-            raise TextError(f"cannot read the prompt {file}: {error.strerror}") from error
+        except KVPolicyError as error:
+            raise TextError(f"cannot read the prompt {file}: {error}") from None
+    if len(text) > _MOST_BYTES:
+        raise TextError(f"the prompt is larger than {_MOST_BYTES // 2**20} MiB")
     if not text.strip():
         raise TextError("the prompt is empty")
     return text

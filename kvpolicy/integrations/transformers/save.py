@@ -23,7 +23,7 @@ from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.state import Given
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import KVPolicyError, ModelError, PlanError
-from kvpolicy.files import write_bytes
+from kvpolicy.files import check_regular, write_bytes
 from kvpolicy.integrations.transformers.build import cache_of
 from kvpolicy.integrations.transformers.cache import BudgetedLayer, RaggedCache
 from kvpolicy.integrations.transformers.devices import layer_devices
@@ -127,6 +127,10 @@ def file_bytes(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes
 
 def _read(path: str | os.PathLike[str]) -> _File:
     """The document and the tensors. Raises `KVPolicyError`."""
+    try:
+        check_regular(path)
+    except KVPolicyError as error:
+        raise KVPolicyError(f"it cannot be read: {error}") from None
     try:
         with open(path, "rb"):  # says what safetensors does not
             pass
