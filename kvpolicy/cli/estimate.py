@@ -28,21 +28,22 @@ def estimate(
         raise ModelError(f"--dtype must be one of {', '.join(_ITEMSIZE)}, got '{dtype}'")
     retentions = [opt.check_retention(r) for r in (retention or [0.5, 0.3, 0.1])]
 
-    from kvpolicy.integrations.transformers import load_config, parameter_count
+    from kvpolicy.integrations.transformers import load_config, weights_of
 
     config = load_config(model, revision=revision)
     spec, size = ModelSpec.from_config(config), _ITEMSIZE[dtype]
-    weights = parameter_count(config) * size
-    rows = [estimate_memory(spec, context, kept, batch, size, weights) for kept in retentions]
+    weights = weights_of(config, size)
+    rows = [estimate_memory(spec, context, kept, batch, size, weights.nbytes) for kept in retentions]
     if json:
-        documents = [row.to_json() for row in rows]
+        documents = [{**row.to_json(), "weights_note": weights.note} for row in rows]
         opt.print_json(documents[0] if len(documents) == 1 else documents)
         return
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
 
-    title = f"{model}: {batch} x {context} tokens, all in {dtype}, MB (weights {weights / 1e6:.0f})"
+    about = "" if weights.note is None else f", {weights.note}"
+    title = f"{model}: {batch} x {context} tokens, all in {dtype}, MB (weights {weights.nbytes / 1e6:.0f}{about})"
     table = Table("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache", title=title)
     for row in rows:
         figures = (

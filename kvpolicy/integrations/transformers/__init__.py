@@ -8,7 +8,7 @@ from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.conversation import generate
 from kvpolicy.integrations.transformers.corpus import read_corpus
 from kvpolicy.integrations.transformers.decode_runner import DecodeRunner
-from kvpolicy.integrations.transformers.load import load_config, load_model, parameter_count
+from kvpolicy.integrations.transformers.load import load_config, load_model
 from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
 from kvpolicy.integrations.transformers.prompt_probe import PromptProbe
@@ -18,6 +18,7 @@ from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.save import load_cache
 from kvpolicy.integrations.transformers.supply import attached, detached
 from kvpolicy.integrations.transformers.versions import with_cache
+from kvpolicy.integrations.transformers.weights import weights_of
 
 __all__ = [
     "DecodeRunner",
@@ -37,12 +38,12 @@ __all__ = [
     "load_config",
     "load_model",
     "new_cache",
-    "parameter_count",
     "prompt_cache",
     "quantized_cache",
     "read_corpus",
     "repeat_context",
     "set_pace",
+    "weights_of",
     "weights_sha256",
     "with_cache",
 ]

@@ -72,13 +72,6 @@ def load_config(name: str = default_model.NAME, *, revision: str | None = None) 
         return AutoConfig.from_pretrained(source, **where)
 
 
-def parameter_count(config: Any) -> int:
-    """Parameters of the causal language model with this configuration; nothing is allocated."""
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def resolve(name: str) -> tuple[str, str]:
     """(what to hand to transformers, where it was found in words)."""
     if name == default_model.NAME:
