@@ -80,6 +80,31 @@ def test_what_is_kept_matters(example, reference, model):
     assert not torch.equal(ragged, full)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 7, 90])
+def test_a_padded_prompt_in_chunks_gives_what_its_rows_give_alone(example, reference, model, chunk):
+    """Also where a chunk is one token of one row and padding of another."""
+    lengths, ids = (PROMPT, PROMPT - 1, PROMPT - 6), tiny_ids(PROMPT, batch=3)
+    padding = torch.tensor([PROMPT - length for length in lengths])
+    store = kvpolicy.RaggedStore.from_plan(ragged_plan(reference), context_length=100, batch_size=3)
+    got = example.generate(model, store, ids, 12, padding, chunk)
+    assert store.seen.tolist() == [length + 11 for length in lengths]
+    for row, length in enumerate(lengths):
+        alone = kvpolicy.RaggedStore.from_plan(ragged_plan(reference), context_length=100)
+        first, column = PROMPT - length, 0
+        pieces = [ids[row, max(first, c) : max(first, c + chunk)] for c in range(0, PROMPT, chunk)]
+        with torch.no_grad():
+            for piece in filter(len, pieces):
+                logits, column = model(piece[None], alone, column), column + len(piece)
+            tokens = [logits.argmax(-1, keepdim=True)]
+            for position in range(column, column + 11):
+                tokens.append(model(tokens[-1], alone, position).argmax(-1, keepdim=True))
+        assert torch.equal(got[row], torch.cat(tokens, 1)[0])
+        assert torch.equal(store.lengths[:, row], alone.lengths[:, 0])
+        assert [x.sort().values.tolist() for x in store.positions(0)[2 * row : 2 * row + 2]] == [
+            x.sort().values.tolist() for x in alone.positions(0)
+        ]
+
+
 def test_a_head_tied_to_the_embedding_may_be_missing(example, reference):
     weights = reference.state_dict()
     del weights["lm_head.weight"]

@@ -1,11 +1,10 @@
-"""A Llama in one file, in the style of gpt-fast, whose KV cache is a `kvpolicy.RaggedStore`.
-
-python docs/examples/custom_loop.py PROMPT_FILE [PLAN_FILE]
-"""
+"""A Llama in one file whose KV cache is a `kvpolicy.RaggedStore`: custom_loop.py PROMPT_FILE [PLAN_FILE]."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvpolicy
+from kvpolicy import RaggedStore
 
 
 class RMSNorm(nn.Module):
@@ -36,14 +36,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], store: kvpolicy.RaggedStore) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
         def heads(y: Tensor) -> Tensor:  # [B, n, heads * D] -> [B, heads, n, D]
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = rotate(heads(self.q_proj(x)), rope), rotate(heads(self.k_proj(x)), rope), heads(self.v_proj(x))
-        # the two lines that other caches put here: update the cache, and attend over it
-        attend = store.decode if x.shape[1] == 1 else store.prefill
-        out = attend(self.layer, q, k, v)  # k and v are never repeated for the query heads
+        out = attend(self.layer, q, k, v)  # updates the cache and attends; k and v are not repeated for query heads
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -66,8 +64,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], store: kvpolicy.RaggedStore) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, store)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -92,19 +90,23 @@ class Llama(nn.Module):
         model.load_state_dict(named, assign=True)
         return model.eval()
 
-    def forward(self, tokens: Tensor, store: kvpolicy.RaggedStore, position: int) -> Tensor:
-        """tokens: int64 [B, n], the first of them at `position`. Returns the logits of the last, [B, vocabulary]."""
-        x = self.embed_tokens(tokens)
-        rope = rotations(position, tokens.shape[1], self.head_dim, self.theta, x)
+    def forward(self, tokens: Tensor, store: RaggedStore, column: int, padding: Tensor | None = None) -> Tensor:
+        """tokens: int64 [B, n], the first of them in this column; padding: int64 [B], columns before a row's first."""
+        x, count = self.embed_tokens(tokens), tokens.shape[1]
+        padding = tokens.new_zeros(len(tokens)) if padding is None else padding
+        columns = torch.arange(column, column + count, device=tokens.device)
+        rope = rotations((columns - padding[:, None]).clamp(min=0), self.head_dim, self.theta, x)
+        is_step = count == 1 and column > int(padding.max())  # one token behind a prompt: every row has some
+        attend = store.decode if is_step else partial(store.prefill, num_padding=(padding - column).clamp(0, count))
         for layer in self.layers:
-            x = layer(x, rope, store)
+            x = layer(x, rope, attend)
         return self.lm_head(self.norm(x[:, -1]))
 
 
-def rotations(position: int, count: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `count` positions, [count, D]."""
+def rotations(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [B, n], [B, 1, n, D]."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=like.device) / head_dim)
-    angle = torch.outer(torch.arange(position, position + count, device=like.device), frequency).repeat(1, 2)
+    angle = (positions[:, None, :, None] * frequency).repeat(1, 1, 1, 2)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -115,11 +117,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(model: Llama, store: kvpolicy.RaggedStore, prompt: Tensor, count: int) -> Tensor:
-    """prompt: int64 [B, n]. Returns `count` tokens behind it, the most likely ones, int64 [B, count]."""
-    tokens = [model(prompt, store, 0).argmax(-1, keepdim=True)]
-    for position in range(prompt.shape[1], prompt.shape[1] + count - 1):
-        tokens.append(model(tokens[-1], store, position).argmax(-1, keepdim=True))
+def generate(
+    model: Llama, store: RaggedStore, prompt: Tensor, count: int, padding: Tensor | None = None, chunk: int = 999
+) -> Tensor:
+    """prompt: int64 [B, n], fed `chunk` columns at a time. Returns the `count` most likely tokens, int64 [B, count]."""
+    for column in range(0, prompt.shape[1], chunk):
+        logits = model(prompt[:, column : column + chunk], store, column, padding)
+    tokens = [logits.argmax(-1, keepdim=True)]
+    for column in range(prompt.shape[1], prompt.shape[1] + count - 1):
+        tokens.append(model(tokens[-1], store, column, padding).argmax(-1, keepdim=True))
     return torch.cat(tokens, dim=1)
 
 
@@ -131,7 +137,7 @@ def main() -> None:
     else:  # a table of your own: later layers keep less
         table = torch.linspace(512, 128, config.num_hidden_layers).long()[:, None].repeat(1, config.num_key_value_heads)
         plan = kvpolicy.BudgetPlan.from_capacities(kvpolicy.ModelSpec.from_config(config), table, context_length=1024)
-    store = kvpolicy.RaggedStore.from_plan(plan, retention=plan.retentions[0])
+    store = RaggedStore.from_plan(plan, retention=plan.retentions[0])
     prompt = tokenizer(Path(sys.argv[1]).read_text(encoding="utf-8"), return_tensors="pt").input_ids
     print(tokenizer.decode(generate(model, store, prompt, 48)[0]))
     print(f"{prompt.shape[1]} tokens of prompt, {store.nbytes / 1e6:.1f} of {store.dense_nbytes / 1e6:.1f} MB held")

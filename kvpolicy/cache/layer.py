@@ -14,26 +14,26 @@ from kvpolicy.errors import BudgetError
 class StoreLayer:
     """Entries of one layer, for a batch of sequences.
 
+    index:      which of the budgeted layers this is
     seen:       int64 [B], tokens of each sequence, padding excluded, pending ones included
+    settled:    int64 [B], those of them that were written or given up: not the pending ones, nor a chunk under way
     table:      int64 [B, H], capacities without protected spans, which come on top
     evicted_at: int64 [B], settled tokens when something was last evicted; 0 if nothing ever was
     decoded:    single tokens since the last longer forward
     pending:    tokens that may still be taken back; attended to, not in the arena yet
     """
 
-    def __init__(self, arena: LayerArena, batch_size: int, num_heads: int, protection: Protection) -> None:
+    def __init__(self, index: int, arena: LayerArena, batch_size: int, num_heads: int, protection: Protection) -> None:
+        self.index = index
         self.arena, self.num_heads, self.protection = arena, num_heads, protection
         self.seen = torch.zeros(batch_size, dtype=torch.int64)
+        self.settled = torch.zeros(batch_size, dtype=torch.int64)
         self.evicted_at = torch.zeros(batch_size, dtype=torch.int64)
         self.table = torch.zeros(batch_size, num_heads, dtype=torch.int64)
         self.decoded = 0
+        self.is_unwritten = False  # between `settle` and `fold`
         self.pending: Chunk | None = None
         self.is_ring = True  # entries lie pinned first, then in order of age
-
-    @property
-    def settled(self) -> Tensor:
-        """int64 [B], tokens seen that are not pending."""
-        return self.seen if self.pending is None else self.seen - self.pending.count
 
     @property
     def spanned(self) -> Tensor:
@@ -57,13 +57,45 @@ class StoreLayer:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
-        own = {name: getattr(self, name) for name in ("seen", "evicted_at", "table")}
+        own = {name: getattr(self, name) for name in ("seen", "settled", "evicted_at", "table")}
         if self.pending is not None:
             own |= {f"pending.{name}": getattr(self.pending, name) for name in ("key", "value", "positions")}
         return {**self.arena.tensors, **own}
 
+    def check_settled(self) -> None:
+        """Raises `BudgetError` where tokens came and were never kept."""
+        waiting = self.settled if self.pending is None else self.settled + self.pending.count
+        if self.is_unwritten or not torch.equal(waiting, self.seen):
+            raise BudgetError(
+                f"layer {self.index} was handed tokens that it has not kept, {self.seen.tolist()} in all: a forward "
+                "broke off, and they are lost. Start again with a new store"
+            )
+
+    def settling(self, chunk: Chunk, hold: int) -> int:
+        """How many first tokens of a chunk are to be written or given up, if its last `hold` ones stay pending.
+
+        Raises `BudgetError` for another chunk than the one that came last.
+        """
+        if self.is_unwritten or not torch.equal(self.settled + chunk.count, self.seen):
+            raise BudgetError(
+                f"layer {self.index} has seen {self.seen.tolist()} tokens, {self.settled.tolist()} of which were kept "
+                f"or given up, and is to keep {chunk.count.tolist()}: keep takes what arrive returned, once"
+            )
+        if hold < 0:
+            raise BudgetError(f"hold is {hold}, expected the number of last tokens that stay pending")
+        return max(0, len(chunk) - hold)
+
+    def settle(self, chunk: Chunk, settling: int) -> Chunk:
+        """Returns the first tokens of a chunk, for `fold`; the others become the pending ones."""
+        settled, pending = chunk.part(slice(0, settling)), chunk.part(slice(settling, None))
+        self.pending = pending.owned() if len(pending) else None
+        self.settled, self.is_unwritten = self.settled + settled.count, settling > 0
+        self.decoded = 0 if settling else self.decoded
+        return settled
+
     def arrive(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Chunk:
         """Counts new tokens and returns them behind those still pending. valid: bool [B, n] on the CPU or None."""
+        self.check_settled()
         steps = torch.arange(key.shape[2]).expand(len(self.seen), -1)
         if valid is not None:
             steps = torch.where(valid, valid.cumsum(1) - 1, -1)
@@ -83,7 +115,8 @@ class StoreLayer:
 
         key, value: [B, H, 1, dim];  score: the new entry's
         """
-        self.seen = self.seen + 1
+        self.check_settled()
+        self.seen, self.settled = self.seen + 1, self.settled + 1
         arena = self.arena
         limit = self.capacity if evict else torch.full_like(arena.length, UNLIMITED)
         arena.reserve(limit)
@@ -104,6 +137,7 @@ class StoreLayer:
         """
         available = self.arena.length + self._per_segment(chunk.count)
         self._retain(self.candidates(chunk), scores, available, chunk)
+        self.is_unwritten = False
 
     def shrink(self) -> None:
         """Evicts down to capacities that were lowered."""
@@ -134,7 +168,8 @@ class StoreLayer:
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order. rows: int64 [B'] on the CPU."""
         self.arena.take((rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten())
-        self.seen, self.evicted_at, self.table = self.seen[rows], self.evicted_at[rows], self.table[rows]
+        self.seen, self.settled = self.seen[rows], self.settled[rows]
+        self.evicted_at, self.table = self.evicted_at[rows], self.table[rows]
         if (held := self.pending) is not None:
             on_device = rows.to(held.key.device)
             self.pending = Chunk(held.key[on_device], held.value[on_device], held.positions[rows])
@@ -159,7 +194,7 @@ class StoreLayer:
             self.seen = self.seen - held.part(slice(kept, None)).count
             self.pending = held.part(slice(0, kept)).owned() if kept else None
         if left:
-            self.seen = self.seen - left
+            self.seen, self.settled = self.seen - left, self.settled - left
             positions = self.arena.padded_positions()
             oldest_first = torch.where(positions < 0, -1, MAX_TOKENS - positions)
             self._rebuild(oldest_first, positions, self.arena.length - left, None, None)

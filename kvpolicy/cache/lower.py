@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpolicy.cache.rows import RowTables
+from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore
@@ -25,10 +25,10 @@ def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None =
     store.split = None if allocator is None else RuntimeSplit(allocator, store.schedule, floor)
     store.rows = RowTables(store.schedule, store.split, store.batch_size)
     if store.split is not None:
-        for index, held in enumerate(store.layers):
-            if held is not None:
-                store.split_layer(index, held)
-                held.shrink()
+        layers = [held for held in store.layers if held is not None]
+        for index, layer in enumerate(layers):
+            split_layers(store.rows, layers[: index + 1])
+            layer.shrink()
         return
     store.rows.grow(store.seen.tolist())
     own = slice(store.first_head, store.first_head + store.num_heads)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.split import RuntimeSplit
 
@@ -81,3 +83,24 @@ class RowTables:
         if table is None:
             raise ValueError(f"sequence {row} has no table yet: its first tokens come first")
         return table
+
+
+def split_layers(
+    rows: RowTables, layers: Sequence[StoreLayer], scores: Tensor | None = None, chunk: Chunk | None = None
+) -> None:
+    """Run-time capacities of the last of these layers, and of the earlier ones, which shrink for it.
+
+    layers: from the first on
+    scores, chunk: float32 [S, width + n], of tokens that come in now; None splits by what is held
+    """
+    assert rows.split is not None
+    *earlier, held = layers
+    device = held.arena.device  # layers may lie on several
+    compared = [held.compared(scores, chunk)]
+    if not rows.split.split_is_per_layer:
+        compared = [*(each.compared().to(device) for each in earlier), *compared]
+    tables = rows.split_layer(len(earlier), compared, held.settled.tolist())
+    for each, table in zip(layers, tables, strict=True):
+        each.table = table
+    for each in earlier:
+        each.shrink()

@@ -63,6 +63,7 @@ def pack(store: RaggedStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, held in enumerate(store.layers):
         layers.append(None if held is None else {"decoded": held.decoded, "is_ring": held.is_ring})
         if held is not None:
+            held.check_settled()
             tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in _packed(held).items()}
     tables = {id(table): table for table in store.rows.tables if table is not None}
     if tables:
@@ -157,6 +158,7 @@ def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str, index
         positions = given.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
         device = arena.device
         held.pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
+    held.settled = held.seen - (0 if held.pending is None else held.pending.count)
     _check_counts(store, held, prefix)
     total = int(arena.length.sum())
     entries = {

@@ -9,11 +9,13 @@ import torch
 from kvpolicy_kernels.ragged_attention import ragged_attention
 from torch import Tensor
 
+from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
-from kvpolicy.cache.rows import RowTables
+from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.scoring import NotANumber, check_sources, chunk_mask, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
@@ -70,9 +72,7 @@ class RaggedStore:
             )
         if decode not in get_args(DecodeMode):
             raise BudgetError(f"decode must be 'evict' or 'append', got {decode!r}")
-        first, count = (0, spec.num_kv_heads) if heads is None else heads
-        if not 0 <= first < first + count <= spec.num_kv_heads:
-            raise BudgetError(f"heads must be (first, count) of the model's {spec.num_kv_heads} KV heads, got {heads}")
+        first, count = inputs.local_heads(heads, spec.num_kv_heads)
         if split is not None and heads is not None:
             raise BudgetError(
                 f"{type(split.allocator).__name__} splits the budget at run time by comparing all KV heads, of which a "
@@ -86,7 +86,7 @@ class RaggedStore:
         self.first_head, self.num_heads = first, count
         self.rows = RowTables(self.schedule, self.split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
-        self._wrong = NotANumber()
+        self._wrong, self._finite = NotANumber(), Finiteness()
 
     @classmethod
     def from_plan(
@@ -140,19 +140,18 @@ class RaggedStore:
         """Attends over what is held and over these tokens, then keeps each KV head's part.
 
         query: [B, num_q_heads, n, D];  key, value: [B, H, n, dim], keys after RoPE
-        num_padding: [B], tokens at the start of each row that are padding
+        num_padding: [B], tokens at the start of each row that are padding; of a prompt in several calls a row's padding
+            may fill more than one, but none comes behind a token
         scale, sink_logits: [num_q_heads]; what the layer's `LayerSpec` cannot know. Softcap is the spec's.
 
         Returns [B, num_q_heads, n, Dv]. Within one call, tokens see the store as it was before its evictions.
+
+        Every forward hands its tokens to each layer once, in order. Raises `BudgetError`, before anything is changed,
+        for layers out of turn and for tensors that do not fit.
         """
-        valid = None
-        if num_padding is not None:
-            padding = torch.as_tensor(num_padding).cpu()
-            if padding.shape != (self.batch_size,):
-                raise BudgetError(
-                    f"num_padding must be [{self.batch_size}], one for each row, got {list(padding.shape)}"
-                )
-            valid = torch.arange(key.shape[2])[None] >= padding[:, None]
+        self._check_tokens(layer, query, key, value)
+        valid = inputs.padding_mask(num_padding, self._seen(layer), key.shape[2])
+        self._finite.add(layer, queries=query)
         scoring = self._scoring(scale, sink_logits)
         chunk = self.arrive(layer, key, value, valid)
         out = self.attend_chunk(layer, query, chunk, scoring)
@@ -171,10 +170,15 @@ class RaggedStore:
     ) -> Tensor:
         """One token: evicts where a KV head is at its capacity, writes the token, attends over what is held then.
 
-        Shapes as in `prefill` with n = 1.
+        Shapes and errors as in `prefill` with n = 1. `BudgetError` also where a row has no token yet: its first ones,
+        be it one, come through `prefill`, which is told what is padding.
         """
+        self._check_tokens(layer, query, key, value)
+        inputs.check_behind_prompt(layer, self._seen(layer))
         if not self.can_append(layer):
             return self.prefill(layer, query, key, value, scale=scale, sink_logits=sink_logits)
+        if query.device.type == "cpu":  # a step waits for no device: what is NaN comes out as NaN
+            self._finite.add(layer, queries=query)
         scoring = self._scoring(scale, sink_logits)
         self.append(layer, key, value)
         out = self.attend(layer, query, scoring)
@@ -185,12 +189,12 @@ class RaggedStore:
 
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
-        held = self.layers[layer]
+        held = self._held(layer)
         return held is not None and held.pending is None and bool(held.seen.any())
 
     def is_empty(self, layer: int) -> bool:
         """Whether a layer holds nothing at all."""
-        held = self.layers[layer]
+        held = self._held(layer)
         return held is None or (held.pending is None and not held.arena.width)
 
     def positions(self, layer: int) -> list[Tensor]:
@@ -207,6 +211,9 @@ class RaggedStore:
                 f"append takes one token where tokens are held and none is pending, got {key.shape[2]} for layer "
                 f"{layer}; prefill, or arrive and keep, take the others"
             )
+        self._check_turn(layer, held.seen + 1)
+        if key.device.type == "cpu":
+            self._finite.add(layer, keys=key, values=value)
         held.decoded += 1
         if held.decoded % GROWTH_INTERVAL == 0:
             self._grow(layer, held, held.seen + 1)
@@ -215,11 +222,14 @@ class RaggedStore:
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
         arena = self._layer(layer).arena
+        inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads)
         return ragged_attention(query, arena.keys, arena.values, arena.start, arena.length, **scoring.options())
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
-        score_step(self.policy, layer, self._layer(layer).arena, query, scoring.options(), self._wrong)
+        arena = self._layer(layer).arena
+        inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads, 1)
+        score_step(self.policy, layer, arena, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1:  # once a token, since that waits for the device
             self._wrong.check(self.policy, "score_step")
 
@@ -228,13 +238,11 @@ class RaggedStore:
 
         key, value: [B, H, n, dim];  valid: bool [B, n], False for padding
         """
-        held, expected = self._open(layer, key, value), (self.batch_size, key.shape[2])
-        if not key.shape[2] or (valid is not None and valid.shape != expected):
-            came = None if valid is None else list(valid.shape)
-            raise BudgetError(
-                f"expected at least one token and valid={list(expected)} or None, got {key.shape[2]} and {came}"
-            )
-        return held.arrive(key, value, None if valid is None else valid.cpu())
+        held = self._open(layer, key, value)
+        valid = inputs.validity(valid, self.batch_size, key.shape[2])
+        self._check_turn(layer, held.seen + (key.shape[2] if valid is None else valid.sum(1)))
+        self._finite.add(layer, keys=key, values=value)
+        return held.arrive(key, value, valid)
 
     def attend_chunk(
         self,
@@ -251,6 +259,7 @@ class RaggedStore:
         entry_mask: bool [n, length] for each segment; None means that every entry is visible
         """
         arena = self._layer(layer).arena
+        inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
         if mask is None and bool((chunk.positions < 0).any()):
             mask = chunk_mask(chunk, query.shape[2])
         return ragged_attention(
@@ -282,31 +291,32 @@ class RaggedStore:
         hold:  last tokens that stay pending, so that they can be taken back
         extra: sources that the caller supplies, by name
         """
-        held, settling = self._layer(layer), max(0, len(chunk) - hold)
-        held.pending = chunk.part(slice(settling, None)).owned() if hold and len(chunk) else None
-        if not settling:
-            return
-        held.decoded, scores = 0, None
-        if held.arena.scores is not None:
+        held, is_last = self._layer(layer), layer == len(self.layers) - 1
+        if query.shape[2]:
+            inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
+        settling, scores = held.settling(chunk, hold), None
+        if is_last:  # else nobody waits for the device here
+            self._finite.check()
+        if settling and held.arena.scores is not None:
             scores = score_chunk(self.policy, layer, held.arena, query, chunk, scoring.options(), extra or {})
             scores = scores[:, : held.arena.width + settling]
             self._wrong.add(scores)
-            if self.split is not None or layer == len(self.layers) - 1:  # else nobody waits for the device here
+            if self.split is not None or is_last:
                 self._wrong.check(self.policy, "score_prompt")
-        settled = chunk.part(slice(0, settling))
+        settled = held.settle(chunk, settling)
+        if not settling:
+            return
         if self.split is None or scores is None:
             self._grow(layer, held, held.settled)
         else:
-            self.split_layer(layer, held, settled, scores)
+            split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled)
         held.fold(settled, scores)
 
     # --- what becomes of a batch
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order and as often as they stand there. rows: int64 [B']."""
-        rows = rows.cpu()
-        if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
-            raise BudgetError(f"take expects rows from 0 to {self.batch_size - 1}, got {rows.tolist()}")
+        rows = inputs.row_indices(rows, self.batch_size)
         for held in self._opened():
             held.take(rows)
         self.rows.take(rows.tolist())
@@ -319,8 +329,7 @@ class RaggedStore:
         Raises `BudgetError`, before anything is changed, where an entry was evicted since: it would be missing.
         Where no entry was, scores stay as the tokens taken back have left them.
         """
-        if count < 0:
-            raise BudgetError(f"crop takes the number of tokens to take back, got {count}")
+        count = inputs.token_count(count)
         for held in self._opened():
             held.check_crop(count)
         for held in self._opened():
@@ -378,62 +387,54 @@ class RaggedStore:
             num_pinned=self.protection.num_pinned,
             scored=self.schedule.evicts and holds_scores(self.policy, self.split),
         )
-        held = self.layers[layer] = StoreLayer(arena, self.batch_size, self.num_heads, self.protection)
+        held = self.layers[layer] = StoreLayer(layer, arena, self.batch_size, self.num_heads, self.protection)
         return held
 
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""
-        shape = self.spec.attention
-        sizes = [(self.batch_size, self.num_heads, key.shape[2], dim) for dim in (shape.key_dim, shape.value_dim)]
-        if [key.shape, value.shape] != sizes:
-            raise BudgetError(
-                f"this store holds {self.batch_size} sequences of {self.num_heads} KV heads: expected keys and values "
-                f"of shape {sizes[0]} and {sizes[1]}, got {tuple(key.shape)} and {tuple(value.shape)}"
-            )
+        layer = inputs.layer_index(layer, len(self.layers))
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self.spec.attention)
         held = self.layers[layer] or self._make(layer, key.dtype, key.device)
-        own = held.arena.keys.dtype, held.arena.device
-        for came in (key, value):
-            if (came.dtype, came.device) != own:
-                raise BudgetError(
-                    f"layer {layer} of this store holds {own[0]} on {own[1]}, got {came.dtype} on {came.device}"
-                )
+        inputs.check_agreement(layer, held.arena.keys, key, value)
         return held
 
+    def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Before the layer is made: its first tokens decide on its dtype and its device."""
+        inputs.layer_index(layer, len(self.layers))
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self.spec.attention)
+        inputs.check_query(query, key, self.batch_size, self._num_q_heads, key.shape[2])
+
+    def _check_turn(self, layer: int, after: Tensor) -> None:
+        """after: int64 [B], the tokens that the layer will have seen."""
+        other = layer - 1 if layer else len(self.layers) - 1
+        inputs.check_turn(layer, self._seen(layer), after, other, self._seen(other))
+
+    def _seen(self, layer: int) -> Tensor:
+        """int64 [B]."""
+        held = self._held(layer)
+        return torch.zeros(self.batch_size, dtype=torch.int64) if held is None else held.seen
+
+    @property
+    def _num_q_heads(self) -> int:
+        """Query heads of the KV heads held here."""
+        return self.num_heads * self.spec.group_size
+
+    def _held(self, layer: int) -> StoreLayer | None:
+        return self.layers[inputs.layer_index(layer, len(self.layers))]
+
     def _layer(self, layer: int) -> StoreLayer:
-        held = self.layers[layer]
+        held = self._held(layer)
         if held is None:
             raise BudgetError(f"layer {layer} of this store is empty: its prompt comes first")
         return held
 
     def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
-        shape = self.spec.attention
-        if shape.sinks and sink_logits is None:
-            raise BudgetError(f"model type '{self.spec.model_type}' has learned sinks: give sink_logits [num_q_heads]")
-        return Scoring(shape.scale if scale is None else scale, shape.softcap, sink_logits)
+        return inputs.scoring_of(self.spec, self._num_q_heads, scale, sink_logits)
 
     def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
         self.rows.grow(seen.tolist())
         held.table = self._heads(self.rows.layer(layer))
-
-    def split_layer(
-        self, layer: int, held: StoreLayer, chunk: Chunk | None = None, scores: Tensor | None = None
-    ) -> None:
-        """Run-time capacities of this layer, and of earlier ones that shrink for it.
-
-        chunk, scores: float32 [S, width + n], of tokens that come in now; None splits by what is held
-        """
-        assert self.split is not None
-        earlier = [self._layer(index) for index in range(layer)]
-        device = held.arena.device  # layers may lie on several
-        compared = [held.compared(scores, chunk)]
-        if not self.split.split_is_per_layer:
-            compared = [*(each.compared().to(device) for each in earlier), *compared]
-        tables = self.rows.split_layer(layer, compared, held.settled.tolist())
-        for each, table in zip((*earlier, held), tables, strict=True):
-            each.table = table
-        for each in earlier:
-            each.shrink()
 
     def _heads(self, table: Tensor) -> Tensor:
         """The part of [B, all KV heads] that is held here, in memory of its own."""

@@ -93,7 +93,8 @@ def test_after_a_prompt_the_bytes_are_those_of_the_entries(policy, retention):
 
 @pytest.mark.parametrize("hold", [0, 8])
 def test_no_gradient_keeps_a_prompt_alive(hold):
-    store = RaggedStore(SPEC, Fixed(torch.full((LAYERS, HEADS), 20)), ValueNorm())
+    spec = ModelSpec("test", 576, 97, 8192, "", SPEC.layers[:1])
+    store = RaggedStore(spec, Fixed(torch.full((1, HEADS), 20)), ValueNorm())
     query, key = torch.randn(1, 9, 500, DIM), torch.randn(1, HEADS, 500, DIM, requires_grad=True)
     out = store.attend_chunk(0, query, chunk := store.arrive(0, key, key), Scoring())
     store.keep(0, query, chunk, Scoring(), hold=hold)

@@ -175,10 +175,12 @@ def test_pending_tokens_are_part_of_the_chunk():
 
 def test_a_decoding_step():
     given, store = tensors(11), store_of(Recording(), [[9, 9], [5, 8]])
-    store.prefill(1, *parts(given, 0, 9))
-    store.decode(1, *parts(given, 9, 10))
-    store.decode(1, *parts(given, 10, 11))
-    first, second = Recording.steps
+    for layer in range(2):
+        store.prefill(layer, *parts(given, 0, 9))
+    for begin in (9, 10):
+        for layer in range(2):
+            store.decode(layer, *parts(given, begin, begin + 1))
+    _, first, _, second = Recording.steps
     assert first.layer == 1 and first.indptr.tolist() == [0, 5, 13] and first.indptr.dtype == torch.int32
     assert second.indptr.tolist() == [0, 5, 13] and second.num_kv_heads == 2
     assert second.segment.tolist() == [0] * 5 + [1] * 8

@@ -8,10 +8,12 @@ import torch
 
 from kvpolicy import BudgetError, EvictionPolicy, PluginError
 from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import spec_of, store_of, tensors
 from tests.cache.policies import Recent, ValueNorm
+from tests.cache.snapshot import snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +126,22 @@ def spoiled(name, change, length=1):
         ("key", lambda x: x.expand(2, -1, -1, -1), r"got \(2, 2, .*, 8\)"),
         ("key", lambda x: x[..., :7], r"got \(1, 2, .*, 7\)"),
         ("value", lambda x: x[..., :5], r"and \(1, 2, .*, 5\)"),
-        ("key", lambda x: x.double(), "layer 0 of this store holds torch.float32 on cpu, got torch.float64 on cpu"),
+        ("key", lambda x: x.double(), "queries are torch.float32 on cpu, the keys are torch.float64 on cpu"),
         ("value", lambda x: x.bfloat16(), "got torch.bfloat16 on cpu"),
-        ("key", lambda x: x.to("meta"), "got torch.float32 on meta"),
+        ("key", lambda x: x.to("meta"), "queries are torch.float32 on cpu, the keys are torch.float32 on meta"),
+        ("key", lambda x: x[0], r"got \(2, .*, 8\) and \(1, 2, .*, 6\)"),
+        ("key", lambda x: x.int(), "keys are torch.int32, expected a floating-point dtype"),
+        ("value", lambda x: x.tolist(), "values must be a tensor, got list"),
+        ("query", lambda x: x[:, :4], r"expected queries of shape \(1, 6, ., 8\), got \(1, 4, ., 8\)"),
+        ("query", lambda x: x.expand(2, -1, -1, -1), r"expected queries .* got \(2, 6, ., 8\)"),
+        ("query", lambda x: x[..., :7], r"expected queries .* got \(1, 6, ., 7\)"),
+        ("query", lambda x: x[:, :, :0], r"expected queries .* got \(1, 6, 0, 8\)"),
+        ("query", lambda x: x[0], r"expected queries .* got \(6, ., 8\)"),
+        ("query", lambda x: x.half(), "queries are torch.float16 on cpu, the keys are torch.float32 on cpu"),
+        ("query", lambda x: None, "queries must be a tensor, got NoneType"),
+        ("key", lambda x: spoilt(x, torch.nan), "layer 0: keys hold NaN or infinite numbers"),
+        ("value", lambda x: spoilt(x, torch.inf), "layer 0: values hold NaN or infinite numbers"),
+        ("query", lambda x: spoilt(x, torch.nan), "layer 0: queries hold NaN or infinite numbers"),
     ],
 )
 @pytest.mark.parametrize("how", ["prefill", "decode"])
@@ -137,6 +152,185 @@ def test_tokens_that_do_not_fit(name, change, error, how):
     with pytest.raises(BudgetError, match=error):
         getattr(store, how)(0, **spoiled(name, change, 4 if how == "prefill" else 1))
     assert (store.seen.tolist(), store.lengths.tolist()) == before
+
+
+def spoilt(x, number):
+    x = x.clone()
+    x[0, 0, 0, 1] = number
+    return x
+
+
+def test_the_first_tokens_decide_on_the_dtype_only_once_they_fit():
+    store, (query, key, value) = store_of(Recent(), [5, 6]), tensors(4)
+    for wrong in ((query, key.double(), value), (query, key.double(), value.double())):
+        with pytest.raises(BudgetError, match=r"queries are torch.float32"):
+            store.prefill(0, *wrong)
+    store.prefill(0, query, key, value)
+    with pytest.raises(BudgetError, match=r"this store holds torch.float32 on cpu, got torch.float64 on cpu"):
+        store.prefill(0, query.double(), key.double(), value.double())
+    with pytest.raises(BudgetError, match=r"this store holds torch.float32 on cpu, got torch.float64 on cpu"):
+        store.decode(0, *(x[:, :, :1].double() for x in (query, key, value)))
+    assert store.seen.tolist() == [4]
+
+
+def test_numbers_so_large_that_their_sum_is_not_finite():
+    store, (query, key, value) = store_of(Recent(), [5, 6]), (x.half() for x in tensors(4))
+    with pytest.raises(BudgetError, match="keys hold NaN"):
+        store.prefill(0, query, spoilt(key, torch.inf), value)
+    store.prefill(0, query, key, torch.full_like(value, 6e4))
+    store.decode(0, query[:, :, :1], key[:, :, :1], torch.full_like(value, 6e4)[:, :, :1])
+    assert store.seen.tolist() == [5]
+
+
+def test_padding_is_of_numbers_too():
+    store, (query, key, value) = store_of(Recent(), [9, 9]), tensors(4)
+    with pytest.raises(BudgetError, match="layer 0: values hold NaN"):
+        store.prefill(0, query, key, spoilt(value, torch.nan), num_padding=[2])
+    assert store.seen.tolist() == [0]
+
+
+@pytest.mark.parametrize("layer", [-1, 2, True, 0.0, "0", None], ids=repr)
+def test_a_layer_that_is_not_there(layer):
+    store, (query, key, value) = store_of(Recent(), [[5, 6], [5, 6]]), tensors(4)
+    for index in range(2):
+        store.prefill(index, query, key, value)
+    one, scoring = [x[:, :, :1] for x in (query, key, value)], Scoring()
+    chunk = Chunk(key, value, torch.arange(4)[None])
+    calls = {
+        "prefill": (query, key, value),
+        "decode": one,
+        "can_append": (),
+        "is_empty": (),
+        "positions": (),
+        "append": one[1:],
+        "attend": (query, scoring),
+        "rescore": (one[0], scoring),
+        "arrive": (key, value),
+        "attend_chunk": (query, chunk, scoring),
+        "keep": (query, chunk, scoring),
+    }
+    before = snapshot(store)
+    for name, arguments in calls.items():
+        with pytest.raises(BudgetError, match=r"layer is .*, expected a whole number from 0 to 1: the budgeted layers"):
+            getattr(store, name)(layer, *arguments)
+    assert snapshot(store) == before
+
+
+def fed(*layers, count=3, batch=1):
+    """A store of three layers of which these have seen a prompt."""
+    store = store_of(Recent(), [[9, 9]] * 3, batch_size=batch)
+    for layer in layers:
+        store.prefill(layer, *tensors(count, batch))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("before", "layer", "count", "error"),
+    [
+        ((), 1, 3, r"layer 1 has seen \[0\] tokens .* is handed \[3\] more, but layer 0 has seen \[0\]"),
+        ((0,), 0, 3, r"layer 0 has seen \[3\] tokens .* is handed \[3\] more, but layer 2 has seen \[0\]"),
+        ((0,), 2, 3, r"layer 2 has seen \[0\] .*, but layer 1 has seen \[0\]"),
+        ((0, 1), 1, 3, r"layer 1 has seen \[3\] .*, but layer 0 has seen \[3\]"),
+        ((0, 1), 0, 3, r"layer 0 has seen \[3\] .*, but layer 2 has seen \[0\]"),
+        ((0, 1), 2, 4, r"layer 2 has seen \[0\] tokens .* is handed \[4\] more, but layer 1 has seen \[3\]"),
+        ((0, 1, 2), 2, 3, r"layer 2 has seen \[3\] .*, but layer 1 has seen \[3\]"),
+        ((0, 1, 2), 1, 1, r"layer 1 has seen \[3\] .*, but layer 0 has seen \[3\]"),
+    ],
+)
+def test_a_layer_out_of_turn(before, layer, count, error):
+    store = fed(*before)
+    state = (store.seen.tolist(), store.lengths.tolist())
+    with pytest.raises(BudgetError, match=error):
+        store.prefill(layer, *tensors(count))
+    assert (store.seen.tolist(), store.lengths.tolist()) == state
+
+
+def test_a_layer_that_decodes_twice_or_never():
+    store = fed(0, 1, 2)
+    store.decode(0, *tensors(1))
+    with pytest.raises(BudgetError, match=r"layer 0 has seen \[4\] .* but layer 2 has seen \[3\]"):
+        store.decode(0, *tensors(1))
+    with pytest.raises(BudgetError, match=r"layer 2 has seen \[3\] .* but layer 1 has seen \[3\]"):
+        store.decode(2, *tensors(1))
+    for layer in (1, 2, 0):
+        store.decode(layer, *tensors(1))
+    assert [held.seen.tolist() for held in store.layers] == [[5], [4], [4]]
+
+
+def test_layers_of_which_one_was_told_of_padding():
+    store = store_of(Recent(), [[9, 9]] * 2, batch_size=2)
+    store.prefill(0, *tensors(4, 2), num_padding=[0, 2])
+    with pytest.raises(BudgetError, match=r"handed \[4, 4\] more, but layer 0 has seen \[4, 2\]"):
+        store.prefill(1, *tensors(4, 2))
+    store.prefill(1, *tensors(4, 2), num_padding=[0, 2])
+    assert store.seen.tolist() == [4, 2]
+
+
+def test_decode_is_for_rows_that_have_a_token():
+    store = store_of(Recent(), [5, 6], batch_size=2)
+    error = r"decode takes a token behind a prompt, but the rows of layer 0 have seen {} tokens: .* through prefill"
+    with pytest.raises(BudgetError, match=error.format(r"\[0, 0\]")):
+        store.decode(0, *tensors(1, 2))
+    store.prefill(0, *tensors(1, 2), num_padding=[0, 1])  # one token, of one row: the other is still in its padding
+    with pytest.raises(BudgetError, match=error.format(r"\[1, 0\]")):
+        store.decode(0, *tensors(1, 2))
+    store.prefill(0, *tensors(1, 2), num_padding=[0, 1])
+    store.prefill(0, *tensors(1, 2), num_padding=[0, 0])
+    store.decode(0, *tensors(1, 2))
+    assert store.seen.tolist() == [4, 2]
+    assert [sorted(p.tolist()) for p in store.positions(0)] == [[0, 1, 2, 3]] * 2 + [[0, 1]] * 2
+
+
+def test_tokens_that_came_and_were_never_kept():
+    store, (query, key, value) = store_of(ValueNorm(), [5, 6]), tensors(4)
+    chunk = store.arrive(0, key, value)
+    error = r"layer 0 was handed tokens that it has not kept, \[4\] in all: a forward broke off"
+    for again in (lambda: store.arrive(0, key, value), lambda: store.append(0, key[:, :, :1], value[:, :, :1])):
+        with pytest.raises(BudgetError, match=error):
+            again()
+    store.keep(0, query, chunk, Scoring())
+    with pytest.raises(BudgetError, match=r"layer 0 has seen \[4\] tokens, \[4\] of which .* keep \[4\]: keep takes"):
+        store.keep(0, query, chunk, Scoring())
+    assert store.lengths.tolist() == [[[4, 4]]]
+
+
+def test_a_policy_that_broke_a_forward_off():
+    store = store_of(Wrong("shape"), [5, 6])
+    with pytest.raises(PluginError):
+        store.prefill(0, *tensors(4))
+    with pytest.raises(BudgetError, match=r"layer 0 was handed tokens that it has not kept, \[4\] in all"):
+        store.prefill(0, *tensors(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"scale": "1"}, "scale is '1', expected a finite number"),
+        ({"scale": torch.nan}, "scale is nan"),
+        ({"sink_logits": torch.zeros(2)}, r"sink_logits must be a tensor \[6\], one for each query head, got \(2,\)"),
+        ({"sink_logits": [0.0] * 6}, r"sink_logits must be a tensor \[6\], .* got list"),
+        ({"num_padding": 2}, r"num_padding must be \[1\], one for each row, got \[\]"),
+        ({"num_padding": [-1]}, r"num_padding is \[-1\], expected whole numbers from 0 to the 4 tokens"),
+        ({"num_padding": [5]}, r"num_padding is \[5\]"),
+        ({"num_padding": [1.5]}, r"num_padding is \[1.5\]"),
+        ({"num_padding": [True]}, r"num_padding is \[True\]"),
+        ({"num_padding": "a"}, "num_padding is 'a'"),
+    ],
+)
+def test_options_of_a_prompt(options, error):
+    store = store_of(Recent(), [5, 6])
+    with pytest.raises(BudgetError, match=error):
+        store.prefill(0, *tensors(4), **options)
+    assert store.seen.tolist() == [0]
+
+
+def test_padding_stands_in_front_of_a_rows_tokens():
+    store = store_of(Recent(), [9, 9], batch_size=2)
+    store.prefill(0, *tensors(3, 2), num_padding=[0, 3])
+    with pytest.raises(BudgetError, match="num_padding is 1 for row 0, which has seen 3 tokens already"):
+        store.prefill(0, *tensors(3, 2), num_padding=[1, 2])
+    store.prefill(0, *tensors(3, 2), num_padding=[0, 2])
+    assert store.seen.tolist() == [6, 1]
 
 
 def test_append_is_for_one_token_where_none_is_pending():
@@ -158,8 +352,10 @@ def test_padding_of_another_shape():
     store, (query, key, value) = store_of(Recent(), [5, 6], batch_size=2), tensors(4, batch=2)
     with pytest.raises(BudgetError, match=r"num_padding must be \[2\], one for each row, got \[1\]"):
         store.prefill(0, query, key, value, num_padding=[3])
-    with pytest.raises(BudgetError, match=r"valid=\[2, 4\] or None, got 4 and \[1, 4\]"):
+    with pytest.raises(BudgetError, match=r"valid=bool \[2, 4\] or None, got 4 and torch.bool \[1, 4\]"):
         store.arrive(0, key, value, torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(BudgetError, match=r"valid=bool \[2, 4\] or None, got 4 and torch.int64 \[2, 4\]"):
+        store.arrive(0, key, value, torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(BudgetError, match=r"at least one token .* got 0 and None"):
         store.prefill(0, query[:, :, :0], key[:, :, :0], value[:, :, :0])
     assert store.seen.tolist() == [0, 0]
@@ -181,10 +377,10 @@ def test_a_model_with_learned_sinks_needs_them():
         store.decode(0, *tensors(1))
 
 
-@pytest.mark.parametrize("rows", [[2], [-1], []])
+@pytest.mark.parametrize("rows", [[2], [-1], [], [True, False], [0.0], [[0]]])
 def test_rows_that_are_not_there(rows):
     store = store_of(Recent(), [5, 6], batch_size=2)
     store.prefill(0, *tensors(3, batch=2))
     with pytest.raises(BudgetError, match="take expects rows from 0 to 1, got"):
-        store.take(torch.tensor(rows, dtype=torch.int64))
+        store.take(torch.tensor(rows, dtype=None if rows else torch.int64))
     assert store.batch_size == 2

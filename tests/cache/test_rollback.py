@@ -103,7 +103,8 @@ def test_a_crop_is_refused_in_every_layer_or_in_none():
     store, (query, key, value) = store_of(Recent(), [[30, 30], [6, 9]]), tensors(12)
     for layer in range(2):
         store.prefill(layer, *(x[:, :, :6] for x in (query, key, value)))
-        for t in range(6, 8):
+    for t in range(6, 8):
+        for layer in range(2):
             store.decode(layer, *(x[:, :, t : t + 1] for x in (query, key, value)))
     before = snapshot(store)
     with pytest.raises(BudgetError, match="only 0"):
