@@ -59,7 +59,11 @@ def facts(cache):
                 value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             found[f"{prefix}.{name}"] = value
 
-    add(cache, "cache", ("layers", "budgeted", "store", "make_store", "attached", "recipe", "_is_user_defined"))
+    add(
+        cache,
+        "cache",
+        ("layers", "budgeted", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched"),
+    )
     found["recipe"] = cache.recipe.to_json()
     add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy"))
     add(cache.store.rows, "rows", ("schedule", "split"))

@@ -26,6 +26,7 @@ from kvpolicy.integrations.transformers.exchange import (
 from kvpolicy.integrations.transformers.masks import dense_mask, make_mask
 from kvpolicy.integrations.transformers.sources import install_hooks, remove_hooks
 from kvpolicy.integrations.transformers.versions import warn_if_untested
+from kvpolicy.integrations.transformers.wrappers import unwrapped
 
 _PREFIX = "kvpolicy_cache_"
 _HANDLE = "_kvpolicy_layer"
@@ -48,8 +49,9 @@ def mark(key: Tensor, layer: RaggedAttention) -> Tensor:
 def attach(model: PreTrainedModel) -> None:
     """Lets the model run over caches of kvpolicy. Attaching twice is attaching once.
 
-    Raises `ModelError` for a model whose attention cannot be exchanged.
+    Raises `ModelError` for a model whose attention cannot be exchanged, and as `unwrapped` does.
     """
+    model = unwrapped(model)
     base = attention_name(model)
     if is_attached(model):
         return
@@ -75,6 +77,7 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Gives the model its own attention back. A ragged cache raises when it is used on it afterwards."""
+    model = unwrapped(model)
     if is_attached(model):
         set_attention(model, attention_name(model).removeprefix(_PREFIX))
         remove_hooks(model)

@@ -21,6 +21,7 @@ from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.sources import RUN_SOURCES, prepare, watch_inputs
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
+from kvpolicy.integrations.transformers.wrappers import unwrapped
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan, policy_of
 from kvpolicy.registry import registry
@@ -62,6 +63,7 @@ def new_cache(
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
     that requires what this model cannot supply.
     """
+    model = unwrapped(model)
     if plan is not None and allocator is not None:
         raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
     evicting = policy_of(plan, policy)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
@@ -23,9 +23,11 @@ from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.columns import Reading, entry_masks, filled_columns, read_mask, seen_by
 from kvpolicy.integrations.transformers.exchange import Attention
+from kvpolicy.integrations.transformers.forwards import WatchedCache
 from kvpolicy.integrations.transformers.masks import LazyMask, Seen, dense_mask, user_mask
 from kvpolicy.integrations.transformers.sources import layer_sources
 from kvpolicy.integrations.transformers.stock_state import tensors_of
+from kvpolicy.integrations.transformers.tracing import untraced
 from kvpolicy.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -88,8 +90,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Announces new tokens. key_states, value_states: [B, H, n, dim].
 
-        Raises `ModelError` for a model that is not attached, and when tokens before these never reached our attention
-        function.
+        Raises `ModelError` when tokens before these never reached our attention function.
         """
         self.cache.begin(key_states)
         self._finish()
@@ -99,6 +100,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.columns += self.arrived
         return mark(key_states, self), value_states
 
+    @untraced
     def attention(
         self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
     ) -> tuple[Tensor, Any]:
@@ -221,7 +223,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return -1
 
 
-class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
+class RaggedCache(WatchedCache):
     """A transformers cache whose full-attention layers keep what their budget allows; see `new_cache`.
 
     spec:         the model's layers and heads
@@ -258,7 +260,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             followers = sum(layer.shared_with == index for layer in spec.layers)
             self.budgeted.append(self.layer_class(self, row, index, followers))
             layers[index] = self.budgeted[-1]
-        super().__init__(layers=layers)
+        attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
+        super().__init__(layers, max(attends))
         self.attached = attached
         self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
         self.store: RaggedStore | None = None
@@ -270,8 +273,6 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def begin(self, key: Tensor) -> None:
         """Makes the store when the first keys come. key: [B, H, n, D]."""
-        if not self.attached():
-            raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
         self.check_enforced()
         if self.store is not None:
             return
@@ -290,6 +291,10 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
                     f"layer {layer.model_layer}: keys and values came, but not their attention, so no budget was "
                     "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
                 )
+
+    def check_whole(self) -> None:
+        self.check_enforced()
+        super().check_whole()
 
     @property
     def awaits_repeat(self) -> bool:
@@ -313,8 +318,11 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     # --- what transformers calls on a cache
 
+    @untraced
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises `ModelError` where the cache is to be offloaded."""
+        """As in transformers. Raises `ModelError` for a model that is not attached, and for a cache that offloads."""
+        if not self.attached():
+            raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
         if self.offloading:
             raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
         if key_states.shape[2] == 1 and self.budgeted[-1].columns:  # not a prompt of one token
@@ -345,8 +353,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         count = int(tokens_to_remove)
         if count > 0:
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
-        for layer in self.budgeted:
-            layer._finish()
+        self._settle()
         if self.store is not None and count:
             self._crop_store(-count)
         for layer in self.budgeted:
@@ -373,6 +380,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def reset(self) -> None:
         """Forgets everything."""
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
+        self.forget()
         for layer in self.budgeted:
             layer.columns, layer.arrived, layer.waiting = 0, 0, None
             layer.filled, layer.is_initialized = None, False
@@ -412,7 +420,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self._enforced().report()
 
     def _enforced(self) -> RaggedStore:
-        self.check_enforced()
+        self.check_whole()
         store = self.opened()
         self.check_repeated()
         return store
@@ -432,9 +440,14 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 "kvpolicy.generate(model, kvpolicy.new_cache(...), ids, ...) instead of letting attached() supply it"
             ) from None
 
-    def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
+    def _settle(self) -> None:
+        self.check_whole()
         for layer in self.budgeted:
             layer._finish()
+
+    def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
+        self._settle()
+        for layer in self.budgeted:
             layer.filled = None if layer.filled is None else layer.filled[rows.cpu()]
         if self.store is not None:
             self.store.take(rows.long())

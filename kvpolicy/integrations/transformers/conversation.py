@@ -32,10 +32,12 @@ def generate(
     Returns int64 [B, n + generated]: the new tokens and what was generated, as `model.generate` does. The last
     generated token has not been fed yet; the next turn does it.
 
-    Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, and rows that
-    ended at different times have fillers behind their end. And for one whose context has to be repeated, without a
-    tokenizer, or where tokens came before that are not in `input_ids`.
+    Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, rows that ended at
+    different times have fillers behind their end, and what broke off is not whole. For one whose context has to be
+    repeated, without a tokenizer, or where tokens came before that are not in `input_ids`. And where the model did not
+    feed each token to the cache once, so that a part of the text was not generated under its budget.
     """
+    cache.check_whole()
     seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
     for name in CACHE_NAMES:
@@ -48,14 +50,21 @@ def generate(
     past = cache.seen_mask().to(input_ids).expand(input_ids.shape[0], -1)
     mask = torch.cat([past, torch.ones_like(unfed), new], 1)
     attach(model)
+    options = _over_a_cache(model, options)
     if cache.awaits_repeat:
         options = _repeating(model, cache, fed, seen, options)
     try:
         out = model.generate(fed, attention_mask=mask, **generate_with_cache(cache), **options)
+        ids = out if isinstance(out, Tensor) else out.sequences
+        beams = (_option(model, options, "num_beams") or 1) > 1
+        _check_fed(int(cache.get_seq_length()) - seen, ids.shape[1], beams)
+    except BaseException as error:
+        if int(cache.get_seq_length()) != seen:
+            cache.break_off(f"a generation over it ended with {type(error).__name__}, and its tokens are lost")
+        raise
     finally:
         cache.stop_recording()
-    ids = out if isinstance(out, Tensor) else out.sequences
-    _remember(cache, ids, fed.shape[1], seen, _end_tokens(model, options))
+    _remember(cache, ids, fed.shape[1], seen, _end_tokens(model, options), beams)
     return ids[:, unfed.shape[1] :]
 
 
@@ -101,6 +110,35 @@ def _repeating(
     return options | {"logits_processor": LogitsProcessorList([*(options.get("logits_processor") or ()), own])}
 
 
+def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """What generate goes by: an argument, else the given configuration's, else the model's."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _over_a_cache(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, without what a generation configuration says of caches. Raises `ModelError` where they say it."""
+    found = {}
+    for name, needed in (("use_cache", True), ("cache_implementation", None)):
+        if _option(model, options, name) in (None, True):
+            continue
+        if name in options:
+            raise ModelError(f"kvpolicy.generate runs over the cache it is given: leave {name}={options[name]!r} out")
+        found[name] = needed
+    return options | found
+
+
+def _check_fed(seen: int, length: int, beams: bool) -> None:
+    """Raises `ModelError` unless a cache saw each token once. length: of what came back, the last token not fed."""
+    if seen < length - 1 or (seen > length and not beams):  # beams may go on behind the end of the best one
+        raise ModelError(
+            f"the cache saw {seen} tokens, but {length - 1} had to be fed: the model dropped the cache on the way, or "
+            "fed tokens twice, so this text was not generated under its budget"
+        )
+
+
 def _unfed(cache: RaggedCache, input_ids: Tensor, seen: int) -> Tensor:
     """Tokens generated in the turn before that the cache has not seen, int64 [B, k]."""
     if not seen:
@@ -114,15 +152,14 @@ def _unfed(cache: RaggedCache, input_ids: Tensor, seen: int) -> Tensor:
 
 def _end_tokens(model: PreTrainedModel, options: dict[str, Any]) -> list[int]:
     """The tokens at which generate ends a row, under these options."""
-    config = options.get("generation_config") or model.generation_config
-    ends = options.get("eos_token_id", config.eos_token_id)
+    ends = _option(model, options, "eos_token_id")
     return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
-def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[int]) -> None:
+def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[int], beams: bool) -> None:
     """Notes what the next turn has to feed first, or why there cannot be one. ids: [rows, fed + generated]."""
     cache.ended = None
-    if cache.store is None or cache.store.batch_size != ids.shape[0]:
+    if cache.store is None or cache.store.batch_size != ids.shape[0] or beams:
         cache.ended = "its rows are beams or several samples of one prompt"
         return
     cache.unfed = ids[:, int(cache.get_seq_length()) - seen :].clone()

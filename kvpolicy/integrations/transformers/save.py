@@ -30,6 +30,7 @@ from kvpolicy.integrations.transformers.devices import layer_devices
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.recipe import read_recipe
 from kvpolicy.integrations.transformers.stock_state import pack_stock, unpack_stock
+from kvpolicy.integrations.transformers.wrappers import unwrapped
 from kvpolicy.plan import BudgetPlan
 from kvpolicy.plan_json import Fields, check_json, describe, parse, render, sequence, text, whole
 from kvpolicy.spec import ModelSpec
@@ -69,7 +70,7 @@ def load_cache(model: PreTrainedModel, path: str | os.PathLike[str], plan: Budge
     read, is damaged, or is of another version.
     """
     try:
-        return _load(model, _read(path), plan)
+        return _load(unwrapped(model), _read(path), plan)
     except KVPolicyError as error:
         raise type(error)(f"cache file '{os.fspath(path)}': {error}") from None
 
@@ -81,6 +82,7 @@ class _File:
 
 
 def _to_bytes(cache: RaggedCache) -> bytes:
+    cache.check_whole()
     store, recipe = cache.opened(), cache.recipe
     if recipe is None:
         raise ModelError("it does not know what it was made from: make it with kvpolicy.new_cache")

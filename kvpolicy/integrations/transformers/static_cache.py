@@ -269,7 +269,20 @@ class StaticRaggedCache(RaggedCache):
         padding = columns - self.check_whole().seen.cpu()
         return (torch.arange(columns)[None] >= padding[:, None]).long()
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self.decoding:  # a step changes nothing in Python
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def touch(self, layer: int, what: Any) -> None:
+        if not self.decoding:
+            super().touch(layer, what)
+
     # --- what fixed addresses rule out
+
+    def announce(self, count: int) -> None:
+        if not self.decoding:
+            super().announce(count)
 
     def activate_past_recording(self) -> None:
         raise self._refusal("assisted generation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -13,7 +14,10 @@ from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attachment import attach, detach, hold, is_attached, release
 from kvpolicy.integrations.transformers.build import new_cache
 from kvpolicy.integrations.transformers.cache import RaggedCache
+from kvpolicy.integrations.transformers.intercept import attention_modules
+from kvpolicy.integrations.transformers.tracing import untraced
 from kvpolicy.integrations.transformers.versions import with_cache
+from kvpolicy.integrations.transformers.wrappers import unwrapped
 from kvpolicy.plan import BudgetPlan
 
 
@@ -23,28 +27,30 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
 
     plan, options: as in `new_cache`. If any is given, every forward that begins with an empty stock cache, or with
         none, gets a new cache of kvpolicy instead. A forward under a cache that cannot be exchanged raises
-        `ModelError`, so that a budget is never silently missing. Assisted generation needs a cache of its own
-        (`generate(model, new_cache(...), ids, ...)`): it announces itself to the cache before the first forward.
+        `ModelError`, and so does one without a cache: a budget is never silently missing. Assisted generation needs a
+        cache of its own (`generate(model, new_cache(...), ids, ...)`): it announces itself to the cache before the
+        first forward.
 
     Raises what `new_cache` raises, before the context begins.
     """
+    model = unwrapped(model)
     hold(model)
-    handle = None
+    handles = []
     try:
         if plan is not None or options:
-            if new_cache(model, plan, **options).repeats:  # refuses here what it would refuse in the first forward
+            first = new_cache(model, plan, **options)  # refuses here what it would refuse in the first forward
+            if first.repeats:
                 raise ModelError(
                     "this policy requires repeat_attention: the context is repeated behind the prompt, and code that "
                     "makes its own cache does not do that. Give kvpolicy.generate a cache with this policy instead"
                 )
-
-            def supply(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-                return _supplied(args, given, model, lambda: new_cache(model, plan, **options))
-
-            handle = model.register_forward_pre_hook(supply, with_kwargs=True)
+            ((attention, _),) = attention_modules(model, first.spec.budgeted_layers[:1])
+            supply = _Supply(lambda: new_cache(model, plan, **options))
+            handles.append(model.get_decoder().register_forward_pre_hook(supply, with_kwargs=True))
+            handles.append(attention.register_forward_pre_hook(_prove, with_kwargs=True))
         yield
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         release(model)
 
@@ -61,21 +67,57 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
             attach(model)
 
 
-def _supplied(
-    args: tuple[Any, ...], given: dict[str, Any], model: PreTrainedModel, make: Callable[[], RaggedCache]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a forward, with a cache of ours where a stock one would begin, whatever its name is."""
-    cache = next((x for x in (*args, *given.values()) if isinstance(x, Cache)), None)
-    if isinstance(cache, RaggedCache) or given.get("use_cache") is False:
-        return args, given
-    if cache is not None and not (type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading):
-        kind = "cache that offloads" if getattr(cache, "offloading", False) else type(cache).__name__
-        raise ModelError(
-            f"a {kind} was given to a model that is attached with a budget; only an empty DynamicCache "
-            "can be exchanged for a cache with budgets. Begin with a new one, or leave the context"
-        )
-    own = make()
-    if cache is None:
-        return args, given | with_cache(model, own)
-    exchanged = {name: own if value is cache else value for name, value in given.items()}
-    return tuple(own if value is cache else value for value in args), exchanged
+class _Supply:
+    """Before a forward: a cache of ours where a stock one would begin, whatever its argument is called."""
+
+    def __init__(self, make: Callable[[], RaggedCache]) -> None:
+        self.make = make
+        self.exchanged: WeakSet[Cache] = WeakSet()
+
+    @untraced
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache = _cache_in(args, given)
+        if isinstance(cache, RaggedCache):
+            return args, given
+        if given.get("use_cache") is False:
+            raise ModelError(
+                "use_cache=False was given to a model that is attached with a budget: without a cache there is none. "
+                "Leave it out (generation_config.use_cache too), or leave the context"
+            )
+        if cache is None:
+            return args, given | with_cache(decoder, self.make())
+        self._check(cache)
+        own = self.make()
+        self.exchanged.add(cache)
+        exchanged = {name: own if value is cache else value for name, value in given.items()}
+        return tuple(own if value is cache else value for value in args), exchanged
+
+    def _check(self, cache: Cache) -> None:
+        """Raises `ModelError` for a cache that cannot be exchanged."""
+        if cache in self.exchanged:
+            raise ModelError(
+                "a cache came again that was exchanged for one with a budget: go on with the cache that the model "
+                "returns, or begin with kvpolicy.new_cache(...)"
+            )
+        offloads = getattr(cache, "offloading", False)
+        if type(cache) is not DynamicCache or cache.get_seq_length() or offloads:
+            raise ModelError(
+                f"a {'cache that offloads' if offloads else type(cache).__name__} was given to a model that is "
+                "attached with a budget; only an empty DynamicCache can be exchanged for a cache with budgets. Begin "
+                "with a new one (generation_config.cache_implementation says otherwise?), or leave the context"
+            )
+
+
+def _prove(attention: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """Before the attention of a budgeted layer: raises `ModelError` where it would run without a budget."""
+    cache = _cache_in(args, given)
+    if not isinstance(cache, RaggedCache):
+        came = "no cache" if cache is None else f"a {type(cache).__name__}"
+        why = ": gradient checkpointing drops it while training, call model.eval()" if attention.training else ""
+        raise ModelError(f"this model is attached with a budget, but {came} reached its attention{why}")
+
+
+def _cache_in(args: tuple[Any, ...], given: dict[str, Any]) -> Cache | None:
+    return next((value for value in (*args, *given.values()) if isinstance(value, Cache)), None)

@@ -1,0 +1,89 @@
+"""Whether each forward over a cache has run to its end.
+
+A forward gives the layers of a cache something in their order, once each. One that breaks off (an exception, Ctrl-C)
+leaves layers that have seen its tokens before layers that have not, and the next one would go on over both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvpolicy.errors import ModelError
+
+
+class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A transformers cache that notices a forward that broke off, or that left it out.
+
+    last:   index of the last layer with attention over the text; what comes behind it, if anything, is not watched
+    broken: why nothing may use the cache any more, or None
+    """
+
+    def __init__(self, layers: list[Any], last: int) -> None:
+        super().__init__(layers=layers)
+        self.last = last
+        self.broken: str | None = None
+        self._announced = 0  # tokens that a mask was asked for, until they come
+        self._touched: set[tuple[int, Any]] = set()  # by the forward that runs now, or by the last one
+
+    def check_whole(self) -> None:
+        """Raises `ModelError` unless every forward that began has ended."""
+        if self.broken is not None:
+            raise ModelError(f"this cache cannot be used any more: {self.broken}. reset() it, or make a new one")
+        reached = max(layer for layer, _ in self._touched) if self._touched else self.last
+        if reached < self.last:
+            raise ModelError(
+                f"a forward broke off behind layer {reached} of {self.last + 1}, so the layers of this cache have seen "
+                "different tokens: reset() it, or make a new one"
+            )
+
+    def touch(self, layer: int, what: Any) -> None:
+        """A forward gives a layer something, each thing once. Raises `ModelError` as `check_whole` does."""
+        if (layer, what) in self._touched:  # the next forward
+            self.check_whole()
+            self._touched.clear()
+        self._announced = 0
+        self._touched.add((layer, what))
+
+    def announce(self, count: int) -> None:
+        """A forward of `count` tokens asks for its mask, or for another one.
+
+        Raises `ModelError` where tokens were announced before that never came.
+        """
+        if self._announced not in (0, count):
+            raise ModelError(
+                f"this cache was asked for a mask of {self._announced} tokens, and they never came: the model dropped "
+                "the cache (gradient checkpointing does while training: model.eval()), or the forward broke off. "
+                "reset() it, or make a new one"
+            )
+        self._announced = count
+
+    def break_off(self, why: str) -> None:
+        """What fed this cache did not come to its end, so nobody knows what it has seen."""
+        self.broken = why
+
+    def forget(self) -> None:
+        """What was noticed so far does not matter any more."""
+        self.broken, self._announced = None, 0
+        self._touched.clear()
+
+    # --- what transformers calls on a cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.touch(layer_idx, "keys")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.touch(layer_idx, ("convolution", args[:1] or kwargs.get("state_idx")))  # some layers have several
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.touch(layer_idx, ("recurrence", args[:1] or kwargs.get("state_idx")))
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self.announce(query_length)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
