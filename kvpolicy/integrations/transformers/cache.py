@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +27,7 @@ from kvpolicy.integrations.transformers.masks import LazyMask, Seen, dense_mask,
 from kvpolicy.integrations.transformers.sources import layer_sources
 from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.integrations.transformers.tracing import untraced
+from kvpolicy.integrations.transformers.waiting import Waiting
 from kvpolicy.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,19 +36,6 @@ if TYPE_CHECKING:
 
 StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
 """Makes the store once the batch size and the KV heads held here, (first, count), are known."""
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """New tokens of a layer whose keys and values others may still read (KV sharing)."""
-
-    query: Tensor
-    chunk: Chunk
-    scoring: Scoring
-    extra: Mapping[str, Any]
-    prompt: bool
-    left: int
-    visible: Tensor | None
 
 
 class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.cache.scoring import Scoring, attention_mass
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.cache import RaggedCache, Waiting
+from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.versions import with_cache
+from kvpolicy.integrations.transformers.waiting import Waiting
 
 _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
