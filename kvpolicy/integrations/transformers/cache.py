@@ -279,9 +279,9 @@ class RaggedCache(WatchedCache):
                     "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
                 )
 
-    def check_whole(self) -> None:
+    def check_ended(self) -> None:
         self.check_enforced()
-        super().check_whole()
+        super().check_ended()
 
     @property
     def awaits_repeat(self) -> bool:
@@ -407,7 +407,7 @@ class RaggedCache(WatchedCache):
         return self._enforced().report()
 
     def _enforced(self) -> RaggedStore:
-        self.check_whole()
+        self.check_ended()
         store = self.opened()
         self.check_repeated()
         return store
@@ -428,7 +428,7 @@ class RaggedCache(WatchedCache):
             ) from None
 
     def _settle(self) -> None:
-        self.check_whole()
+        self.check_ended()
         for layer in self.budgeted:
             layer._finish()
 

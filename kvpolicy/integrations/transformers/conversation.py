@@ -37,7 +37,7 @@ def generate(
     repeated, without a tokenizer, or where tokens came before that are not in `input_ids`. And where the model did not
     feed each token to the cache once, so that a part of the text was not generated under its budget.
     """
-    cache.check_whole()
+    cache.check_ended()
     seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
     for name in CACHE_NAMES:

@@ -28,7 +28,7 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._announced = 0  # tokens that a mask was asked for, until they come
         self._touched: set[tuple[int, Any]] = set()  # by the forward that runs now, or by the last one
 
-    def check_whole(self) -> None:
+    def check_ended(self) -> None:
         """Raises `ModelError` unless every forward that began has ended."""
         if self.broken is not None:
             raise ModelError(f"this cache cannot be used any more: {self.broken}. reset() it, or make a new one")
@@ -40,9 +40,9 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             )
 
     def touch(self, layer: int, what: Any) -> None:
-        """A forward gives a layer something, each thing once. Raises `ModelError` as `check_whole` does."""
+        """A forward gives a layer something, each thing once. Raises `ModelError` as `check_ended` does."""
         if (layer, what) in self._touched:  # the next forward
-            self.check_whole()
+            self.check_ended()
             self._touched.clear()
         self._announced = 0
         self._touched.add((layer, what))

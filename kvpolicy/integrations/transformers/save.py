@@ -82,7 +82,7 @@ class _File:
 
 
 def _to_bytes(cache: RaggedCache) -> bytes:
-    cache.check_whole()
+    cache.check_ended()
     store, recipe = cache.opened(), cache.recipe
     if recipe is None:
         raise ModelError("it does not know what it was made from: make it with kvpolicy.new_cache")
