@@ -33,7 +33,7 @@ def _store_entry(arena_ptrs, strides, row, tiles, DIMS: tl.constexpr):
         tl.store(
             arena_ptrs[i] + row * strides[i][0] + o_d * strides[i][1],
             tiles[i].to(arena_ptrs[i].dtype.element_ty),
-            mask=(o_d < DIMS[i]) & (row >= 0),
+            mask=o_d < tl.where(row >= 0, DIMS[i], 0),  # the interpreter of triton 3.9 takes no scalar & [BLOCK_D]
         )
 
 
