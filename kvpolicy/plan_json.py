@@ -119,12 +119,14 @@ def whole(value: object, path: str, low: int, high: int = _MAX_WHOLE) -> int:
     return value
 
 
-def number(value: object, path: str) -> float:
-    """A finite number."""
+def number(value: object, path: str, low: float = -1e300, high: float = 1e300) -> float:
+    """A finite number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PlanError(f"{path} is {describe(value)}, expected a number")
     if abs(value) > 1e300 or not math.isfinite(value):
         raise PlanError(f"{path} is {describe(value)}, expected a finite number")
+    if not low <= value <= high:
+        raise PlanError(f"{path} is {describe(value)}, expected a number from {low:g} to {high:g}")
     return float(value)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, KVPolicyError, ModelSpec, PluginError, PromptProbe, TextError, registry
+from kvpolicy.cli.terminal import Console
 from kvpolicy.compare.caches import filled_cache, ready, weighed
 from kvpolicy.compare.document import Comparison, Row, load_comparison
 from kvpolicy.compare.figures import figures
@@ -18,7 +19,7 @@ from kvpolicy.compare.methods import read_methods
 from kvpolicy.compare.run import compare
 from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
 from kvpolicy.plan import PlanChoice, save_plan
-from kvpolicy.report.comparison import markdown
+from kvpolicy.report.comparison import markdown, tables
 from kvpolicy.report.comparison_figure import pareto_front
 from kvpolicy.retrieval import Question, make_key_values, make_passkeys, recalled
 from tests.tiny import over, tiny_ids, tiny_model
@@ -228,6 +229,21 @@ def test_other_settings_are_refused(tmp_path):
         (lambda x: x["rows"][0].pop("bytes"), r"rows\[0\].bytes is missing"),
         (lambda x: x["rows"][0].update(losses=[]), r"rows\[0\].losses is empty"),
         (lambda x: x["rows"][0]["losses"].pop(), r"rows have \[2, 3\] losses"),
+        *[
+            (lambda x, bad=bad: x["rows"][1].update(retention=bad), rf"rows\[1\]\.retention is {bad}, expected")
+            for bad in (0, -1, 1.5, 2)
+        ],
+        (
+            lambda x: x["rows"][0].update(losses=[1.0, 2.0, 701.0]),
+            r"rows\[0\]\.losses\[2\] is 701\.0, expected a number",
+        ),
+        (lambda x: x["rows"][0].update(bytes=0), r"rows\[0\]\.bytes or dense_bytes is 0"),
+        (lambda x: x["rows"][0].update(entries=-1), r"rows\[0\]\.entries is -1, expected a number from 0"),
+        (lambda x: x["rows"][0]["calibration"].update(forwards="many"), r"rows\[0\]\.calibration\.forwards is 'many'"),
+        (lambda x: x["rows"].append(x["rows"][0]), "rows has one method twice"),
+        (lambda x: x["settings"].update(task="x"), "settings.task is 'x', expected one of perplexity"),
+        (lambda x: x["settings"].update(seed=[]), "settings.seed is a list"),
+        (lambda x: x["about"].update(model="\ud800"), "about.model is .* half a character"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, expected):
@@ -241,6 +257,19 @@ def test_a_damaged_file_is_refused(tmp_path, change, expected):
 
 
 # --- what is said
+
+
+def test_names_are_nothing_but_text_in_the_page():
+    name = "a\n\n# b <script>x</script> | ![i](http://x) `c` \x1b[31m \\"
+    page = markdown(comparison_of(("full", BASE, 90), (name, BASE, 9)))
+    safe = r"a # b &lt;script&gt;x&lt;/script&gt; \| !\[i\](http://x) \`c\` " + "\ufffd" + r"\[31m \\"
+    assert f"| {safe} |" in page and "<script" not in page and "\x1b" not in page
+
+
+def test_names_are_nothing_but_text_in_the_tables(capsys):
+    for table, _ in tables(comparison_of(("full", BASE, 90), ("[red]x[/no]", BASE, 9))):
+        Console().print(table)
+    assert "[red]x[/no]" in capsys.readouterr().out
 
 
 def comparison_of(*rows, task="perplexity"):

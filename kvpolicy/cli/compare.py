@@ -10,7 +10,7 @@ import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
-from kvpolicy.compare.document import RETRIEVAL
+from kvpolicy.compare.document import RETRIEVAL, TASKS
 from kvpolicy.errors import BudgetError, KVPolicyError, TextError
 from kvpolicy.files import write_bytes
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kvpolicy.text import Corpus
 
 PARTS = ("heldout", "whole")
-TASKS = ("perplexity", *RETRIEVAL)
 LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
 _MORE = "Methods, as for --methods."
 

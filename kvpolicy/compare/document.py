@@ -11,13 +11,16 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, PlanError
 from kvpolicy.files import write_bytes
-from kvpolicy.plan_json import Fields, describe, number, parse, read_bytes, render, sequence, text
+from kvpolicy.plan_json import Fields, check_json, describe, number, parse, read_bytes, render, sequence, text, whole
 
 FORMAT = "kvpolicy-comparison"
 VERSION = 2
 """1 had equal entries in place of equal bytes, and no decode time."""
 RETRIEVAL = ("passkey", "key-value")
 """Tasks whose losses are 0 for an answer that was found and 1 for one that was not."""
+TASKS = ("perplexity", *RETRIEVAL)
+_MOST_NATS = 700.0
+"""A loss whose perplexity is still a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ def save_comparison(comparison: Comparison, path: Path, more: dict[str, Any] | N
 def load_comparison(path: Path) -> Comparison:
     """Raises `KVPolicyError` naming the file and what is wrong with it."""
     try:
-        fields = Fields(parse(read_bytes(path)))
+        document = parse(read_bytes(path))
+        fields = Fields(document)
         if fields.raw("format") != FORMAT:
             raise PlanError(f"format is no '{FORMAT}': another file is there")
         if fields.raw("version") != VERSION:
@@ -109,13 +113,19 @@ def load_comparison(path: Path) -> Comparison:
                 f"version is {describe(fields.raw('version'))}, expected {VERSION}: another kvpolicy measured its "
                 "rows, which do not go with those of this one"
             )
+        check_json(document, "")
         settings = fields.mapping("settings")
         if "task" not in settings or "seed" not in settings:
             raise PlanError("settings lacks task or seed")
+        if settings["task"] not in TASKS:
+            raise PlanError(f"settings.task is {describe(settings['task'])}, expected one of {', '.join(TASKS)}")
+        fields.fields("settings").read("seed", whole, -(2**31))
         rows = [_row(Fields(x, f"rows[{i}]")) for i, x in enumerate(fields.read("rows", sequence))]
         counts = sorted({len(row.losses) for row in rows if row.error is None})
         if len(counts) > 1:
             raise PlanError(f"rows have {counts} losses, expected one for each sequence in all of them")
+        if len({row.key for row in rows}) < len(rows):
+            raise PlanError("rows has one method twice at one retention")
     except PlanError as error:
         raise KVPolicyError(f"{path} cannot be read as a comparison: {error}; choose another --out") from None
     return Comparison(settings, fields.mapping("about"), {row.key: row for row in rows})
@@ -125,19 +135,27 @@ def _row(fields: Fields) -> Row:
     losses = fields.read("losses", sequence)
     row = Row(
         method=fields.read("method", text),
-        retention=fields.read("retention", number),
+        retention=fields.read("retention", number, 0.0, 1.0),
         identity=fields.mapping("identity"),
         uniform=fields.read("uniform", text),
         calibration=fields.mapping("calibration"),
-        losses=tuple(number(x, fields.path(f"losses[{i}]")) for i, x in enumerate(losses)),
-        bytes=int(fields.read("bytes", number)),  # may be more than `whole` takes
-        dense_bytes=int(fields.read("dense_bytes", number)),
-        entries=int(fields.read("entries", number)),
-        decode_ms=fields.read("decode_ms", number) if fields.has("decode_ms") else None,
+        losses=tuple(number(x, fields.path(f"losses[{i}]"), -_MOST_NATS, _MOST_NATS) for i, x in enumerate(losses)),
+        bytes=int(fields.read("bytes", number, 0.0)),  # may be more than `whole` takes
+        dense_bytes=int(fields.read("dense_bytes", number, 0.0)),
+        entries=int(fields.read("entries", number, 0.0)),
+        decode_ms=fields.read("decode_ms", number, 0.0) if fields.has("decode_ms") else None,
         error=fields.read("error", text) if fields.has("error") else None,
         remark=fields.read("remark", text),
         device=fields.read("device", text) if fields.has("device") else "",
     )
+    if row.retention == 0:
+        raise PlanError(f"{fields.path('retention')} is 0, expected above 0 and at most 1")
     if not row.losses and row.error is None:
         raise PlanError(f"{fields.path('losses')} is empty, and no error says why")
+    if row.error is None and not (row.bytes and row.dense_bytes):
+        raise PlanError(f"{fields.path('bytes')} or dense_bytes is 0, and no error says why")
+    if "tokens" in row.calibration:
+        cost = fields.fields("calibration")
+        for name in ("tokens", "forwards", "seconds"):
+            cost.read(name, number, 0.0)
     return row

@@ -11,6 +11,7 @@ from kvpolicy.compare.document import Comparison
 from kvpolicy.compare.figures import BYTE_SPREAD, Figures, figures
 from kvpolicy.compare.methods import FULL
 from kvpolicy.report.figures import percent, size
+from kvpolicy.report.plain import markdown_text
 
 NOTES = (
     "above full, lost: with a 95 % bootstrap interval over the sequences, paired with the full cache. "
@@ -37,8 +38,8 @@ def levels(comparison: Comparison) -> Iterator[tuple[str, list[Figures]]]:
 def markdown(comparison: Comparison) -> str:
     """The whole page."""
     lines = ["# Methods at equal bytes", ""]
-    lines += [f"- {name}: {' '.join(str(value).split())}" for name, value in comparison.about.items()]
-    lines += [f"- device: {_devices(comparison)}"]
+    lines += [f"- {markdown_text(name)}: {markdown_text(str(value))}" for name, value in comparison.about.items()]
+    lines += [f"- device: {markdown_text(_devices(comparison))}"]
     columns: dict[str, Cell] = {**_columns(comparison), "calibration": _calibration, "note": lambda row: row.note}
     for heading, rows in levels(comparison):
         lines += ["", f"## {heading}", "", _row(list(columns)), "|" + "---|" * len(columns)]
@@ -114,7 +115,7 @@ def _share(row: Figures) -> str:
 
 
 def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
