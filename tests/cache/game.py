@@ -59,9 +59,9 @@ class Game:
         self.options = pick.choice(({}, {}, {"scale": 0.4}, {"softcap": 2.0}, {"sinks": True}))
         self.spec = self._spec()
         self.table, self.shares = self._table()
-        self.retention, self.min_tokens = pick.uniform(0.05, 0.9), pick.randint(1, 10)
-        self.hold = pick.choice((0, 0, 0, pick.randint(1, 7)))
-        self.batch = pick.choice((1, 1, 2, 3))
+        self.retention, self.min_tokens = pick.uniform(0.1, 0.9), pick.choice((1, 1, pick.randint(2, 12)))
+        self.hold = pick.choice((0, 0, 0, 0, pick.randint(1, 7)))
+        self.batch = pick.choice((1, 2, 2, 3))
         self.used = 0
         count = self.all_heads if self.heads is None else self.heads[1]
         attention = self.spec.attention
@@ -102,7 +102,10 @@ class Game:
         low = self.policy.num_sink_tokens + 1
         most = low + pick.choice((0, 4, 20))
         table = [[pick.randint(low, most) for _ in range(shape[1])] for _ in range(shape[0])]
-        shares = [[pick.choice((0.0, 1.0, pick.random())) for _ in range(shape[1])] for _ in range(shape[0])]
+        shares = [
+            [pick.choice((0.0, 1.0, *(pick.random() for _ in range(6)))) for _ in range(shape[1])]
+            for _ in range(shape[0])
+        ]
         return (table, None) if pick.random() < 0.5 else (None, shares)
 
     def _schedule(self):
@@ -132,18 +135,18 @@ class Game:
 
     def play(self, monkeypatch, steps):
         monkeypatch.setattr(store_module, "GROWTH_INTERVAL", self.interval)
-        self.prompt()
+        self.prompt(self.random.randint(1, 24))
+        moves = [self.prompt] * 3 + [self.decode] * 4 + [self.crop, self.take, self.fork, self.reload]
         for _ in range(steps):
-            moves = (self.prompt, self.prompt, self.decode, self.decode, self.decode, self.crop, self.take, self.fork)
-            self.random.choice((*moves, self.reload))()
+            self.random.choice(moves)()
         for store, naive in self.forks:
             self.store, self.naive = store, naive
             self.check()
 
-    def prompt(self):
+    def prompt(self, count=0):
         """A chunk, padded on the left; as a caller of `prefill` where that allows it."""
         pick = self.random
-        count = pick.choice((1, 2, pick.randint(3, 12)))
+        count = count or pick.choice((1, 2, pick.randint(3, 12)))
         if not self.room(count):
             return
         started = [bool(row.tokens) for row in self.naive.rows]
@@ -186,7 +189,7 @@ class Game:
         self.check()
 
     def crop(self):
-        count, possible = self.random.randint(0, 5), self.naive.possible()
+        count, possible = self.random.choice((0, 1, 2, 3, 5)), self.naive.possible()
         poison(self.store)
         if count > possible:
             with pytest.raises(BudgetError, match="cannot be taken back"):

@@ -114,7 +114,7 @@ class CacheGame:
             plan = BudgetPlan.from_capacities(self.spec, table, 64, policy=kind)
             options |= {"plan": plan, "context_length": 64}
             return Schedule(table)
-        retention, min_tokens = round(pick.uniform(0.05, 0.9), 3), pick.randint(1, 10)
+        retention, min_tokens = round(pick.uniform(0.1, 0.9), 3), pick.choice((1, 1, pick.randint(2, 12)))
         options |= {"retention": retention, "min_tokens": min_tokens}
         shares = [[1.0] * shape[1] for _ in range(shape[0])]
         return Schedule(retention=retention, shares=shares, min_tokens=min_tokens, floor=low)
@@ -123,7 +123,7 @@ class CacheGame:
 
     @torch.no_grad()
     def play(self, steps):
-        self.prompt()
+        self.prompt(self.random.randint(1, 24))
         moves = [self.prompt, self.prompt, self.decode, self.decode, self.turn]
         moves += [self.record, self.crop, self.reorder, self.fork, self.reload]
         for _ in range(steps):
@@ -132,9 +132,9 @@ class CacheGame:
             self.cache, self.naive, self.columns = cache, naive, columns
             self.check()
 
-    def prompt(self):
+    def prompt(self, count=0):
         pick, rows = self.random, self.naive.rows
-        count = pick.choice((1, 2, pick.randint(3, 14)))
+        count = count or pick.choice((1, 2, pick.randint(3, 14)))
         if not self.room(count):
             return
         padding = [0] * len(rows)
