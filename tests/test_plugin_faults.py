@@ -1,12 +1,15 @@
 """A fault in a plugin, wherever it is, is one error that says whose it is and what came."""
 
+import optuna
 import pytest
 import torch
 
 from kvpolicy import Budget, Importance, ModelError, PluginError, plugin_call, registry
 from kvpolicy.cache.schedule import from_allocator
 from kvpolicy.plugin_fault import PluginFault, contained
+from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
+from kvpolicy.tuning.fit import fitted_shares, keep_fitted
 from tests.cache.play import spec_of, store_of, tensors
 from tests.faulty_plugin import FAULTS, Allocator, Estimator, Learning, Policy, offer
 
@@ -114,3 +117,29 @@ def test_what_is_no_plugins_fault_keeps_its_name():
         contained("policy 'y'"),
     ):
         raise ValueError("inner")
+
+
+@pytest.mark.parametrize("stored", [float("nan"), float("inf"), -1.0, 0.0])
+def test_what_was_learned_before_is_checked_as_what_is_learned_now(stored):
+    study = optuna.create_study()
+    kept = [[0.5, 0.5]] * 3
+    for shares in (kept, [[stored, stored], *kept[1:]] if stored else [[0.0, 0.0]] * 3):
+        keep_fitted(study, torch.tensor(shares))
+        if shares == kept:
+            assert fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, study, Progress()).tolist() == kept
+    with pytest.raises(PluginError, match=r"Learning.fit returned .*, expected .*shares? "):
+        fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, study, Progress())
+
+
+def test_an_allocator_that_writes_into_its_arguments_writes_into_its_own(monkeypatch):
+    importance, floor = Importance(torch.ones(3, 2), torch.ones(3)), torch.full((3, 2), 2)
+    budget = Budget(total=40, shape=(3, 2), floor=floor, ceiling=20)
+
+    def shares(_, importance, budget):
+        importance.per_head.zero_()
+        budget.floor.zero_()
+        return torch.ones(budget.shape)
+
+    monkeypatch.setattr(Allocator, "shares", shares)
+    plugin_call.shares(Allocator(), importance, budget)
+    assert bool((importance.per_head == 1).all()) and bool((floor == 2).all())

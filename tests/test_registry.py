@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.schedule import unlimited
 from kvpolicy.errors import PluginConflictError, PluginError, PluginWarning
 from kvpolicy.hookspecs import Register, hookimpl
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, LayerActivations
+from kvpolicy.plan import policy_of
 from kvpolicy.registry import PluginRow, Registry
 from kvpolicy.spec import Budget, Importance
+from tests.cache.play import spec_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,3 +416,77 @@ def test_builtin_sets_come_through_the_entry_points() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["kvpolicy_baselines.streaming", "UniformAllocator()"]
+
+
+# Many, and what they say of themselves
+
+
+def test_many_registrations_cost_what_they_are() -> None:
+    def steps(count: int) -> int:
+        made = make(plugin("acme", lambda r: [r.policy(f"p{i}", "a:b") for i in range(count)] and None))
+        calls = 0
+
+        def count_line(*_: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return count_line
+
+        sys.settrace(count_line)
+        try:
+            assert len(made.names("policy")) == count
+        finally:
+            sys.settrace(None)
+        return calls
+
+    steps(1)
+    assert steps(400) < 3 * steps(200)
+
+
+@dataclass(frozen=True, slots=True)
+class _Says(EvictionPolicy):
+    num_sink_tokens: int = 4
+    recent_window: int = 0
+    observation_window: int = 32
+    attention_power: float = 1.0
+    repeat_chunk: int = 2048
+    new_entry_score: float = 0.0  # type: ignore[misc]  # a field in the place of a constant
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"num_sink_tokens": -1}, "`num_sink_tokens` is -1, expected an int >= 0"),
+        ({"recent_window": -5}, "`recent_window` is -5, expected an int >= 0"),
+        ({"recent_window": 10**30}, "`recent_window` is 1000000000000000000000000000000, expected an int >= 0"),
+        ({"observation_window": 0}, "`observation_window` is 0, expected an int >= 1"),
+        ({"attention_power": 0.0}, "`attention_power` is 0.0, expected a finite number above 0"),
+        ({"repeat_chunk": 0}, "`repeat_chunk` is 0, expected an int >= 1"),
+    ],
+)
+def test_what_an_object_says_of_itself_holds(params: dict[str, Any], said: str) -> None:
+    offer = plugin("acme", lambda register: register.policy("says", _Says))
+    assert make(offer).create("policy", "says", {"recent_window": 7}) == _Says(recent_window=7)
+    assert said in error_of(lambda: make(offer).create("policy", "says", params))
+    assert said in error_of(lambda: policy_of(None, _Says(**params)))
+    assert said in error_of(lambda: RaggedStore(spec_of(), unlimited((1, 2)), _Says(**params)))
+
+
+def test_an_object_that_says_nan_is_refused() -> None:
+    assert "`new_entry_score` is nan" in error_of(lambda: policy_of(None, _Says(new_entry_score=float("nan"))))
+
+
+def test_a_property_that_fails_is_a_fault_of_its_owner() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Exiting(_Says):
+        @property
+        def requires(self) -> frozenset[str]:  # type: ignore[override]
+            raise SystemExit(0)
+
+    assert "Exiting, which is not registered: SystemExit: 0" in error_of(lambda: policy_of(None, Exiting()))
+
+
+def test_what_is_no_name_is_refused() -> None:
+    assert "expected the name of a policy or a kvpolicy.EvictionPolicy, got 7" in error_of(lambda: policy_of(None, 7))  # type: ignore[arg-type]
