@@ -162,6 +162,7 @@ class Registry:
                 self._plugins, messages = load_plugins(self._entry_points())
             finally:
                 self._is_discovering = False
+            self._all, self._named = {}, {}
             for entry in (_Entry(offer, plugin) for plugin in self._plugins for offer in plugin.offers):
                 self._all.setdefault(entry.offer.role, []).append(entry)
                 self._named.setdefault((entry.offer.role, entry.offer.name), []).append(entry)

@@ -78,7 +78,8 @@ def registered(monkeypatch):
     own = SimpleNamespace(name="saving", load=lambda: module, dist=SimpleNamespace(name="saving", version="1"))
     monkeypatch.setattr(registry, "_entry_points", lambda: [*_installed(), own])
     monkeypatch.setattr(registry, "_plugins", None)
-    monkeypatch.setattr(registry, "_all", [])
+    monkeypatch.setattr(registry, "_all", {})
+    monkeypatch.setattr(registry, "_named", {})
 
 
 @pytest.fixture(scope="module")
