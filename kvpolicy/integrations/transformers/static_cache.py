@@ -263,7 +263,7 @@ class StaticRaggedCache(RaggedCache):
 
     def seen_mask(self) -> Tensor:
         """As in `RaggedCache`."""
-        if not self.decoding or self.budgeted[0].has_holes:
+        if not self.decoding or self.budgeted[0].filled is not None:
             return super().seen_mask()
         columns = int(self.columns)
         padding = columns - self.check_whole().seen.cpu()
