@@ -161,6 +161,43 @@ def test_gradient_checkpointing_holds_the_budget_or_says_so(llama, small_cache):
         assert small_cache.get_seq_length() == 107 and int(small_cache.lengths.max()) <= 32
 
 
+def longrope():
+    """A Phi-3 that drops its cache when the first 64 tokens are passed."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    length = {"original_max_position_embeddings": 64}
+    return tiny_model("Phi3", rope_parameters=rope | length, **length)
+
+
+@pytest.mark.parametrize("how", ["generate", "model.generate", "attached"])
+def test_a_model_that_drops_its_cache_on_the_way_is_stopped(how):
+    model, ids = longrope(), tiny_ids(60)
+
+    def run(new_tokens):
+        options = {**OPTIONS, "max_new_tokens": new_tokens}
+        cache = kvpolicy.new_cache(model, **BUDGET)
+        if how == "generate":
+            kvpolicy.generate(model, cache, ids, **options)
+        elif how == "model.generate":
+            model.generate(ids, **over(cache), **options)
+        else:
+            with kvpolicy.attached(model, **BUDGET):
+                cache = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
+        return cache
+
+    assert run(5).get_seq_length() == 64
+    with pytest.raises(ModelError, match="cannot go on with a cache beyond 64 tokens"):
+        run(6)
+
+
+def test_a_model_that_would_drop_its_cache_keeps_it_behind_a_long_prompt():
+    model, ids = longrope(), tiny_ids(100)
+    expected = model.generate(ids, **OPTIONS)
+    assert torch.equal(kvpolicy.generate(model, kvpolicy.new_cache(model, retention=1.0), ids, **OPTIONS), expected)
+    cache = kvpolicy.new_cache(model, **BUDGET)
+    model.generate(ids, **over(cache), **OPTIONS)
+    assert cache.get_seq_length() == 107 and int(cache.lengths.max()) <= 32
+
+
 # --- forwards that break off
 
 

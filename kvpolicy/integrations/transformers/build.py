@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 
 from kvpolicy import plugin_call
 from kvpolicy.cache import schedule as schedules
@@ -120,14 +121,21 @@ def cache_of(
     attach(model)
     attached = attachment_of(model)  # lives as long as the cache and its copies
     watch_inputs(model, spec, policy.requires, attached)
+    shared: dict[str, Any] = {"rank": rank, "recipe": recipe, "dropped_at": _dropped_at(model)}
     if length is not None:
         layers = StaticCache(config=text_config(model), max_cache_len=length).layers
-        return StaticRaggedCache(spec, make_store, layers, attached, rank=rank, recipe=recipe, context_length=length)
+        return StaticRaggedCache(spec, make_store, layers, attached, context_length=length, **shared)
     layers = DynamicCache(config=text_config(model)).layers
     repeats = schedule.evicts and "repeat_attention" in policy.requires
-    return RaggedCache(
-        spec, make_store, layers, attached, rank=rank, rollback=recipe.rollback, recipe=recipe, repeats=repeats
+    return RaggedCache(spec, make_store, layers, attached, rollback=recipe.rollback, repeats=repeats, **shared)
+
+
+def _dropped_at(model: PreTrainedModel) -> int | None:
+    """`WatchedCache.dropped_at`, of models that prepare their inputs in a way of their own and have such a length."""
+    own = (
+        getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation
     )
+    return getattr(text_config(model), "original_max_position_embeddings", None) if own else None
 
 
 def _static_length(recipe: Recipe) -> int:

@@ -240,6 +240,7 @@ class RaggedCache(WatchedCache):
         rollback: int = ROLLBACK,
         recipe: Recipe | None = None,
         repeats: bool = False,
+        dropped_at: int | None = None,
     ) -> None:
         layers: list[Any] = list(stock_layers)
         self.budgeted: list[BudgetedLayer] = []
@@ -248,7 +249,7 @@ class RaggedCache(WatchedCache):
             self.budgeted.append(self.layer_class(self, row, index, followers))
             layers[index] = self.budgeted[-1]
         attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
-        super().__init__(layers, max(attends))
+        super().__init__(layers, max(attends), dropped_at)
         self.attached = attached
         self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
         self.store: RaggedStore | None = None

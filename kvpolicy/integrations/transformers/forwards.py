@@ -18,12 +18,13 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A transformers cache that notices a forward that broke off, or that left it out.
 
     last:   index of the last layer with attention over the text; what comes behind it, if anything, is not watched
+    dropped_at: tokens from which on the model drops a cache that began with fewer (Phi-3 and kin), or None
     broken: why nothing may use the cache any more, or None
     """
 
-    def __init__(self, layers: list[Any], last: int) -> None:
+    def __init__(self, layers: list[Any], last: int, dropped_at: int | None) -> None:
         super().__init__(layers=layers)
-        self.last = last
+        self.last, self.dropped_at = last, dropped_at
         self.broken: str | None = None
         self._announced = 0  # tokens that a mask was asked for, until they come
         self._touched: set[tuple[int, Any]] = set()  # by the forward that runs now, or by the last one
@@ -50,8 +51,16 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def announce(self, count: int) -> None:
         """A forward of `count` tokens asks for its mask, or for another one.
 
-        Raises `ModelError` where tokens were announced before that never came.
+        Raises `ModelError` where tokens were announced before that never came, and where the model would have dropped
+        the cache.
         """
+        limit, before = self.dropped_at, 0 if self.dropped_at is None else int(self.get_seq_length())
+        if limit is not None and 0 < before <= limit < before + count:
+            raise ModelError(
+                f"this model cannot go on with a cache beyond {limit} tokens if it began below (under longrope its keys "
+                f"are others from there on): {before} were seen, {count} come. Keep the conversation shorter, or begin "
+                "with a longer prompt"
+            )
         if self._announced not in (0, count):
             raise ModelError(
                 f"this cache was asked for a mask of {self._announced} tokens, and they never came: the model dropped "
@@ -70,6 +79,10 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._touched.clear()
 
     # --- what transformers calls on a cache
+
+    def __bool__(self) -> bool:
+        """False for the models that ask `if cache and ...` before they drop it; `announce` says where it had to be."""
+        return self.dropped_at is None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.touch(layer_idx, "keys")
