@@ -40,6 +40,20 @@ def local_heads(heads: tuple[int, int] | None, total: int) -> tuple[int, int]:
     return first, count
 
 
+def place(dtype: torch.dtype, device: str | torch.device) -> torch.device:
+    """The device that entries of this dtype will lie on, with its index."""
+    if not dtype.is_floating_point:
+        raise BudgetError(f"dtype is {dtype}, expected a floating-point dtype")
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BudgetError(f"device is {device!r}, which is not here: {reason}") from None
+    if found.type == "meta":
+        raise BudgetError("device is 'meta', which holds no entries")
+    return found
+
+
 def check_turn(layer: int, own: Tensor, after: Tensor, other: int, theirs: Tensor) -> None:
     """Whether it is a layer's turn: a forward hands the same tokens to each layer once, in order. So the first layer
     begins where all have seen as many, and the others follow the one before them.

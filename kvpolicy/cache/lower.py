@@ -8,6 +8,7 @@ from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore
+from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import BudgetAllocator
 
 
@@ -18,8 +19,12 @@ def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None =
     allocator: splits the table's total at run time instead, layer by layer as a prompt would
 
     A store that has scored its prompt and evicted nothing then holds what it would, had these been its capacities from
-    the first token on: selection looks at scores and positions alone. Raises `BudgetError` below the policy's floor.
+    the first token on: selection looks at scores and positions alone.
+
+    Raises `BudgetError` below the policy's floor, and for a table of another shape.
     """
+    if tuple(table.shape) != store.spec.table_shape:
+        raise BudgetError(f"the table has shape {tuple(table.shape)}, the model has {store.spec.table_shape}")
     floor = store.policy.num_sink_tokens + 1
     store.schedule = Fixed(table).with_floor(floor)
     store.split = None if allocator is None else RuntimeSplit(allocator, store.schedule, floor)

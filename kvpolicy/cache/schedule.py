@@ -51,10 +51,18 @@ class Fixed:
 
     table: int64 `[L, H]`
     asked: entries that were asked for, None for the table's own sum
+
+    Raises `BudgetError` for a table that is none.
     """
 
     table: Tensor
     asked: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.table.dim() != 2 or self.table.dtype == torch.bool or self.table.is_floating_point():
+            raise BudgetError(
+                f"capacities must be whole numbers [layers, KV heads], got {self.table.dtype} {list(self.table.shape)}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.errors import BudgetError
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan import BudgetPlan, policy_of
+from kvpolicy.plan_parts import positive
 from kvpolicy.spec import ModelSpec
 
 DecodeMode = Literal["evict", "append"]
@@ -79,7 +80,8 @@ class RaggedStore:
                 "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
             )
         floor = policy.num_sink_tokens + 1
-        self.spec, self.policy, self.batch_size, self.decode_mode = spec, policy, batch_size, decode
+        self.spec, self.policy, self.decode_mode = spec, policy, decode
+        self.batch_size = positive("batch_size", batch_size)
         self.split = None if split is None else split.with_floor(floor)
         self.schedule = schedule if split is not None else schedule.with_floor(floor)
         self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
@@ -120,8 +122,9 @@ class RaggedStore:
             plan, retention=retention, tokens=tokens, context_length=context_length, min_tokens=min_tokens
         )
         store = cls(spec, schedule, policy_of(plan), batch_size=batch_size, protected=protected, decode=decode)
+        where = inputs.place(dtype, device)
         for layer in range(spec.num_budgeted_layers):
-            store._make(layer, dtype, torch.empty(0, device=device).device)
+            store._make(layer, dtype, where)
         return store
 
     # --- what a decoding loop calls

@@ -6,9 +6,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kvpolicy import BudgetError, EvictionPolicy, PluginError
+from kvpolicy import BudgetError, BudgetPlan, EvictionPolicy, PluginError
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import spec_of, store_of, tensors
@@ -89,6 +90,8 @@ def test_infinite_scores_are_scores():
         ({"protected": [(0.0, 3.0)]}, "a protected span"),
         ({"heads": (1, 2)}, r"heads must be \(first, count\) of the model's 2 KV heads, got \(1, 2\)"),
         ({"heads": (0, 0)}, "heads must be"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number of at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
     ],
 )
 def test_options(options, error):
@@ -108,6 +111,37 @@ def test_options(options, error):
 def test_tables_that_do_not_fit(table, sinks, error):
     with pytest.raises(BudgetError, match=error):
         RaggedStore(spec_of(), Fixed(torch.tensor(table)), Recent(sinks))
+
+
+@pytest.mark.parametrize("table", [torch.tensor([[9.0, 9.0]]), torch.tensor([9, 9]), torch.ones(1, 2).bool()])
+def test_what_is_no_table(table):
+    with pytest.raises(BudgetError, match=r"capacities must be whole numbers \[layers, KV heads\], got torch\."):
+        Fixed(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "error"), [([[3, 3]], "gives 3 entries to layer 0"), ([[9, 9]] * 2, r"has shape \(2, 2\), the model")]
+)
+def test_capacities_that_cannot_be_lowered_to(table, error):
+    store = store_of(ValueNorm(3), [9, 9])
+    store.prefill(0, *tensors(9))
+    with pytest.raises(BudgetError, match=error):
+        lower(store, torch.tensor(table))
+    assert store.lengths.tolist() == [[[9, 9]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dtype": torch.int8}, "dtype is torch.int8, expected a floating-point dtype"),
+        ({"device": "meta"}, "device is 'meta', which holds no entries"),
+        ({"device": "nowhere"}, "device is 'nowhere', which is not here"),
+    ],
+)
+def test_a_place_that_entries_cannot_lie_at(options, error):
+    plan = BudgetPlan.from_capacities(spec_of(), [[9, 9]], 16)
+    with pytest.raises(BudgetError, match=error):
+        RaggedStore.from_plan(plan, spec=spec_of(), **options)
 
 
 def spoiled(name, change, length=1):
@@ -180,6 +214,15 @@ def test_numbers_so_large_that_their_sum_is_not_finite():
     store.prefill(0, query, key, torch.full_like(value, 6e4))
     store.decode(0, query[:, :, :1], key[:, :, :1], torch.full_like(value, 6e4)[:, :, :1])
     assert store.seen.tolist() == [5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_device_a_prompt_that_is_not_finite_is_told_in_its_last_layer():
+    store, (query, key, value) = store_of(Recent(), [[9, 9]] * 2), (x.cuda() for x in tensors(4))
+    store.prefill(0, query, key, spoilt(value, torch.nan))
+    with pytest.raises(BudgetError, match="hold NaN or infinite numbers: this store is spoiled"):
+        store.prefill(1, query, key, value)
 
 
 def test_padding_is_of_numbers_too():
