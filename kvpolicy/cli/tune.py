@@ -43,7 +43,11 @@ def tune_command(
     seed: opt.Seed = 0,
     sampler: Annotated[str, typer.Option(help="tpe (multivariate) or gp.")] = "tpe",
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL or grpc://host:port, shared by several processes.")
+        str | None,
+        typer.Option(
+            help="Where trials are kept: a file, an Optuna storage URL, or grpc://host:port. Default: beside --out.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
         bool,

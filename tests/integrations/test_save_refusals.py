@@ -125,6 +125,11 @@ REFUSED = {
         KVPolicyError,
         r"'unfed' is .*expected.*\[2, n\]",
     ),
+    "a token that is none": (
+        tensor_is("unfed", torch.tensor([[1], [97]])),
+        KVPolicyError,
+        r"'unfed' holds ids outside 0 to 96",
+    ),
     "heads": (tensor_is("layers.0.table", torch.ones(2, 4)), KVPolicyError, r"\[2, 4\], expected torch.int64 \[2, 2\]"),
     "half": (lambda _, t: t.update({"layers.0.keys": t["layers.0.keys"].half()}), KVPolicyError, "is torch.float16"),
     "start": (add_to("layers.0.start", 1, at=1), KVPolicyError, "'layers.0.start' is"),

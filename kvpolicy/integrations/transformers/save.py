@@ -174,7 +174,7 @@ def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> Ragge
         _read_columns(cache, cache.store, given, fields)
         _read_stock(model, cache, cache.store, given, fields)
         if "unfed" in given:
-            cache.unfed = given.take("unfed", torch.int64, (cache.store.batch_size, None)).clone()
+            cache.unfed = _read_unfed(model, given, cache.store.batch_size)
         given.done()
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
@@ -225,6 +225,14 @@ def _read_fixed(given: Given, fields: Fields, spec: ModelSpec) -> Fixed:
     if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
         raise KVPolicyError(f"{own.path('asked')} is {describe(asked)}, expected a whole number or null")
     return Fixed(table, asked)
+
+
+def _read_unfed(model: PreTrainedModel, given: Given, batch_size: int) -> Tensor:
+    """Tokens that the model's embedding has. Raises `KVPolicyError` for others."""
+    ids, rows = given.take("unfed", torch.int64, (batch_size, None)), len(model.get_input_embeddings().weight)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise KVPolicyError(f"'unfed' holds ids outside 0 to {rows - 1}")
+    return ids.clone()
 
 
 def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields: Fields) -> RaggedStore:
