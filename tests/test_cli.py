@@ -226,7 +226,7 @@ WRONG_FOR_TUNE = {
     "--sampler cma": "--sampler must be tpe or gp, got 'cma'",
     "--device gpu": "no device is called 'gpu'",
     "--dtype int8": "dtype must be auto, float32, bfloat16 or float16, got 'int8'",
-    "--context 63": "context_length must be at least 64, got 63",
+    "--context 63": "--context must be at least 64, got 63",
     "--trials 0": "Invalid value for '--trials'",
     "--trials many": "Invalid value for '--trials'",
     "--trails 3": "No such option: --trails",

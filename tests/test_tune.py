@@ -1,6 +1,7 @@
 """The search: the same for the same seed, exact, honest about uniform, and safe against interruption."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from kvpolicy import (
 )
 from kvpolicy.progress import Progress
 from kvpolicy.registry import registry
+from kvpolicy.report.tables import warnings_of
 from kvpolicy.text import Corpus
 from kvpolicy.tuning import TuneSettings, job, level, search, storage, trials, tune
 from kvpolicy.tuning.storage import open_storage, open_study, repair_journal
@@ -281,6 +283,34 @@ def test_an_allocator_without_parameters_is_reported_with_its_own_figures(tmp_pa
     assert level.perplexity["heldout"] < level.perplexity["heldout_uniform"]
     uneven = level.shares.mean(1)
     assert (uneven[0] > uneven[1]) if double is Learned else (uneven[0] < uneven[1])
+
+
+@pytest.mark.parametrize("double", [OneHead, Learned])
+def test_a_level_that_heldout_text_finds_worse_than_uniform_is_vetoed(tmp_path, monkeypatch, offered, double):
+    settings = make_settings(tmp_path, allocator=offered(double), sequences=3)
+
+    def uneven_in_the_search_alone(self, capacities):
+        for losses in losses_by_spread(self, capacities):
+            yield 6 - losses if len(self.sequences) == settings.sequences else losses
+
+    monkeypatch.setattr(TransformersProbe, "token_losses", uneven_in_the_search_alone)
+    lines: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, message: lines.append(message))
+    plan = run(settings)
+    (level,) = plan.levels
+    assert torch.equal(level.shares, torch.full((2, 2), 0.4, dtype=torch.float64))
+    assert level.allocator_params == {}
+    assert level.perplexity["heldout"] == level.perplexity["heldout_uniform"]
+    assert level.comparison["verdict"] == "uniform kept: the held-out text vetoed the search"
+    assert level.comparison["loss_minus_uniform"] == 0 and level.comparison["interval"] == [0, 0]
+    assert level.comparison["veto"]["loss_minus_uniform"] > 0
+    assert level.comparison["veto"]["interval"][0] > 0
+    assert any("worse than uniform" in line and "so the plan stores uniform" in line for line in lines)
+    told = [line for line in warnings_of(plan) if "worse than uniform on held-out text" in line]
+    assert len(told) == 1 and told[0].startswith("warning: at 40 % kept")
+    table = plan.capacities(CONTEXT, retention=0.4).double()
+    spread = float((table / table.mean() - 1).abs().mean())
+    assert level.perplexity["search"] == pytest.approx(math.exp(3 - spread), rel=0.01), "uniform's own, as it is stored"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import warnings
-from typing import NoReturn, cast
+from importlib.metadata import version
+from typing import Annotated, NoReturn, cast
 
 import typer
 
@@ -21,17 +22,17 @@ from kvpolicy.cli.generate import generate
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
 from kvpolicy.cli.show import show
-from kvpolicy.cli.terminal import say
+from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
 from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import KVPolicyError, first_line
 
 app = typer.Typer(
     name="kvpolicy",
-    help="KV-cache policies: measure which heads matter, search per-head budgets, save a plan.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("tune", cls=Verb)(tune_command)
 app.command(cls=Verb)(profile)
@@ -42,6 +43,21 @@ app.command(cls=Verb)(generate)
 app.command(cls=Verb)(bench)
 app.command(cls=Verb)(estimate)
 app.command(cls=Verb)(plugins)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        write(f"kvpolicy {version('kvpolicy')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """KV-cache policies: measure which heads matter, search per-head budgets, save a plan."""
 
 
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's, wherever this typer keeps its click

@@ -23,6 +23,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Of each cache; they take turns.")] = 3,
     text: opt.Text = None,
     policy: caches.Policy = None,
+    policy_param: opt.PolicyParams = None,
     allocator: caches.Allocator = None,
     min_tokens: caches.MinTokens = 128,
     model: Annotated[
@@ -41,9 +42,10 @@ def bench(
     that a drift of the machine hits all of them; figures are medians over the repeats. A text that is too short is
     repeated.
     """
-    choice = caches.CacheChoice.of(plan, policy, allocator, min_tokens)
+    choice = caches.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
     opt.check_context(context)
     retentions = _retentions(choice, retention)
+    opt.check_text(text)
     where = opt.pick_device(device)
 
     from kvpolicy.integrations.transformers import load_model, read_corpus
@@ -130,7 +132,7 @@ def _report(rows: list[dict[str, Any]], run: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    said = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's, repeat by repeat"
+    said = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
     console.print(said, soft_wrap=True)
     for row in rows[1:]:
         if not row["evicted"] and row["retention"] is not None:

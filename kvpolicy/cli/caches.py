@@ -9,6 +9,7 @@ import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.errors import BudgetError, PlanError
+from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan import BudgetPlan, load_plan
 from kvpolicy.registry import registry
 
@@ -21,6 +22,39 @@ MinTokens = Annotated[int, typer.Option(min=1, help="Entries of a KV head, in th
 DEFAULT_MODEL = "smollm2-135m"
 
 
+def chosen_policy(
+    plan: BudgetPlan | None, name: str | None, params: list[str] | None = None
+) -> tuple[str, EvictionPolicy]:
+    """The policy that was asked for, else the plan's with its parameters, else streaming; with these parameters of its
+    own over them. Raises `PluginError`.
+    """
+    own: dict[str, Any] = {}
+    if name is None and plan is not None:
+        name, own = plan.method.policy.name, plan.method.policy.params
+    name = name or "streaming"
+    return name, registry.create("policy", name, own | opt.parse_params(params, "--policy-param"))
+
+
+def check_splits_without_plan(name: str) -> None:
+    """Raises `PluginError` for a name that is not registered, `BudgetError` for an allocator that only plans serve."""
+    allocator = registry.get("allocator", name)
+    if allocator.needs_importance:
+        raise BudgetError(
+            f"the allocator '{name}' needs importance that was measured on a model: run 'kvpolicy tune' with it and "
+            "give the plan"
+        )
+
+
+def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None:
+    """Raises `PlanError` for a retention below the plan's levels. otherwise: what else could be done"""
+    if plan.level_at(retention) is None:
+        known = ", ".join(f"{each:g}" for each in sorted(plan.retentions))
+        raise PlanError(
+            f"retention {retention:g} is below the plan's lowest level; it has {known} and everything up to 1. Tune a "
+            f"plan for this retention{otherwise}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
     """What the caches of a run have in common; the retention comes with each.
@@ -30,32 +64,30 @@ class CacheChoice:
 
     name: str
     plan: BudgetPlan | None
-    policy: str | None
+    policy_name: str
+    policy: EvictionPolicy
     allocator: str | None
     min_tokens: int
 
     @classmethod
-    def of(cls, name: str, policy: str | None, allocator: str | None, min_tokens: int) -> CacheChoice:
+    def of(
+        cls, name: str, policy: str | None, policy_params: list[str] | None, allocator: str | None, min_tokens: int
+    ) -> CacheChoice:
         """Checks what can be checked before a model is loaded. Raises what `load_plan` and the registry raise."""
         plan = None if name in ("uniform", "full") else load_plan(name)
-        if policy is not None:
-            registry.get("policy", policy)
+        evicts, evicting = chosen_policy(plan, policy, policy_params)
         if allocator is not None:
-            registry.get("allocator", allocator)
             if name != "uniform":
                 raise BudgetError(f"--allocator goes with uniform: {name} leaves nothing to be split")
-        return cls(name, plan, policy, allocator, min_tokens)
+            check_splits_without_plan(allocator)
+        return cls(name, plan, evicts, evicting, allocator, min_tokens)
 
     @property
     def model(self) -> str:
         """The model to take where none was named."""
         return (self.plan.model.id if self.plan else "") or DEFAULT_MODEL
 
-    @property
-    def policy_name(self) -> str:
-        return self.policy or (self.plan.method.policy.name if self.plan else "streaming")
-
-    def check(self, retention: float | None) -> None:
+    def check(self, retention: float | None, otherwise: str = "") -> None:
         """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
         if retention is None:
             return
@@ -63,7 +95,7 @@ class CacheChoice:
             raise PlanError("full keeps everything; leave --retention out, or take uniform")
         opt.check_retention(retention)
         if self.plan is not None:
-            self.plan.shares_at(retention)
+            check_level(self.plan, retention, otherwise)
 
     def make(self, model: Any, retention: float | None, **more: Any) -> Any:
         """A new cache for a loaded model; `more` goes to `new_cache`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import options as opt
+from kvpolicy.cli.terminal import say
 from kvpolicy.cli.watch import watcher
 from kvpolicy.compare.document import RETRIEVAL, TASKS
 from kvpolicy.errors import BudgetError, KVPolicyError, TextError
@@ -67,7 +68,7 @@ def compare_command(
     ] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
-) -> None:
+) -> int:
     """Compare methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
@@ -77,7 +78,7 @@ def compare_command(
     heads are always there.
 
     Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
-    that says why.
+    that says why, and where it was asked for the exit code is 2.
     """
     names = [*(methods or []), *(more or [])]
     _check(task, names, context, prefill, part)
@@ -87,15 +88,20 @@ def compare_command(
         raise KVPolicyError(f"--out is the JSON file, and {page} its table: give another name than {out}")
     for path in (out, page, *([png] if png else [])):
         opt.check_writable(path)
-    where = opt.pick_device(device)
+    from kvpolicy.compare.methods import check_asked, read_asked, read_methods
 
-    from kvpolicy.compare.methods import read_methods
+    asked = read_asked(names)
+    check_asked(asked, retentions, prefill)
+    opt.check_text(text)
+    where = opt.pick_device(device)
+    number = opt.pick_dtype(dtype, where)
+
     from kvpolicy.compare.run import compare
     from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
     from kvpolicy.report.comparison import markdown
 
     chosen = read_methods(names)
-    network, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    network, tokenizer = load_model(model, revision=revision, device=where, dtype=number)
     number = str(network.dtype).removeprefix("torch.")
     plans = [method.plan for method in chosen if method.plan is not None]
     made: Task
@@ -129,6 +135,12 @@ def compare_command(
 
         write_bytes(png, comparison_png(found))
     _report(found, out, page, json)
+    requested = {method.name for method in asked}
+    failed = [row for row in found.rows.values() if row.error is not None and row.method in requested]
+    if failed:
+        named = ", ".join(f"{row.method} at {row.retention:g}" for row in failed)
+        say(f"error: failed, and their rows say why: {named}")
+    return 2 if failed else 0  # not an error on its way: --json prints what was measured
 
 
 def _check(task: str, names: list[str], context: int, prefill: int | None, part: str) -> None:

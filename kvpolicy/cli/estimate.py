@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli import options as opt
+from kvpolicy.devices import device_name, memory_bytes
 from kvpolicy.errors import ModelError
-from kvpolicy.estimate import estimate_memory
+from kvpolicy.estimate import MemoryEstimate, estimate_memory
 from kvpolicy.spec import ModelSpec
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,31 +21,41 @@ def estimate(
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
+    device: opt.Device = "auto",
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
-    """What a cache will weigh, kept and full, computed from the model's configuration."""
+    """What a cache will weigh, kept and full, computed from the model's configuration, and whether it fits here.
+
+    It fits where weights and caches are less than the memory of --device, also at the end of a prompt, when one layer
+    is whole yet. Activations are not counted.
+    """
     if dtype not in _ITEMSIZE:
         raise ModelError(f"--dtype must be one of {', '.join(_ITEMSIZE)}, got '{dtype}'")
+    where = opt.pick_device(device)
     retentions = [opt.check_retention(r) for r in (retention or [0.5, 0.3, 0.1])]
 
     from kvpolicy.integrations.transformers import load_config, weights_of
 
     config = load_config(model, revision=revision)
-    spec, size = ModelSpec.from_config(config), _ITEMSIZE[dtype]
-    weights = weights_of(config, size)
-    rows = [estimate_memory(spec, context, kept, batch, size, weights.nbytes) for kept in retentions]
+    spec, itemsize = ModelSpec.from_config(config), _ITEMSIZE[dtype]
+    weights = weights_of(config, itemsize)
+    rows = [estimate_memory(spec, context, kept, batch, itemsize, weights.nbytes) for kept in retentions]
+    memory = memory_bytes(where)
     if json:
-        documents = [{**row.to_json(), "weights_note": weights.note} for row in rows]
+        more = {"weights_note": weights.note, "device": where, "device_bytes": memory}
+        documents = [row.to_json() | more | {"fits": _fits(row, memory)} for row in rows]
         opt.print_json(documents[0] if len(documents) == 1 else documents)
         return
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.figures import size
 
     about = "" if weights.note is None else f", {weights.note}"
-    title = f"{model}: {batch} x {context} tokens, all in {dtype}, MB (weights {weights.nbytes / 1e6:.0f}{about})"
-    table = Table("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache", title=title)
+    title = f"{model}: {batch} x {context} tokens, all in {dtype} (weights {size(weights.nbytes)}{about})"
+    columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
+    table = Table(*columns, *(["fits"] if memory else []), title=title)
     for row in rows:
         figures = (
             row.cache_bytes,
@@ -53,5 +64,17 @@ def estimate(
             row.prefill_peak_bytes,
             row.total_bytes,
         )
-        table.add_row(f"{row.retention:.0%}", *(f"{figure / 1e6:.2f}" for figure in figures))
-    Console().print(table)
+        fits = {True: ["yes"], False: ["no"], None: []}[_fits(row, memory)]
+        table.add_row(f"{100 * row.retention:.4g}%", *(size(figure) for figure in figures), *fits)
+    console = Console()
+    console.print(table)
+    if memory is not None:
+        full = "fits" if rows[0].dynamic_total_bytes <= memory else "does not fit"
+        console.print(
+            f"{device_name(where)} has {size(memory)}; the full cache {full} beside the weights", soft_wrap=True
+        )
+
+
+def _fits(row: MemoryEstimate, memory: int | None) -> bool | None:
+    """Whether weights and caches fit at their largest, behind a prompt; None where the memory is not known."""
+    return None if memory is None else (row.weights_bytes or 0) + row.prefill_peak_bytes <= memory

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -14,8 +16,13 @@ from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
-from kvpolicy.plan import BudgetPlan, load_plan, policy_of
+from kvpolicy.plan import BudgetPlan, load_plan
+from kvpolicy.progress import Progress
 from kvpolicy.spec import Budget
+
+if TYPE_CHECKING:
+    from kvpolicy.evaluate import CacheBytes
+    from kvpolicy.integrations.transformers import TransformersProbe
 
 TASKS = ("perplexity",)
 
@@ -25,6 +32,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="What to measure: perplexity.")] = "perplexity",
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; needed for uniform")] = None,
     policy: caches.Policy = None,
+    policy_param: opt.PolicyParams = None,
     model: Annotated[
         str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
     ] = None,
@@ -34,7 +42,13 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16, float16; auto: a plan's own.",
+            rich_help_panel="Model",
+        ),
+    ] = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
     json: opt.Json = False,
@@ -46,14 +60,14 @@ def evaluate(
     decoded so, and those past the first quarter of each sequence are scored. Under any other policy the first --prefill
     tokens are a prompt, which is compressed once; what follows is kept on top of the capacities (decode="append") and
     scored. Bytes are those of one real cache, filled with one sequence or one prompt. The output names the protocol;
-    figures of two protocols cannot be compared.
+    figures of two protocols cannot be compared. The full cache and uniform budgets are measured beside the plan.
     """
     if task not in TASKS:
         raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
     loaded = None if plan in ("uniform", "full") else load_plan(plan)
     if plan == "full" and retention:
         raise PlanError("eval full keeps everything; leave --retention out, or evaluate uniform")
-    evicts = policy_of(loaded, policy)
+    evicting, evicts = caches.chosen_policy(loaded, policy, policy_param)
     other = loaded is not None and loaded.warn_if_other_policy(evicts)
     if prefill is None and loaded is not None and not other and context is None:
         prefill = loaded.provenance.get("prefill_length")
@@ -61,33 +75,68 @@ def evaluate(
     if prefill is not None and prefill >= context:
         raise BudgetError(f"--prefill must be below the context of {context} tokens, got {prefill}")
     retentions = [opt.check_retention(r) for r in (retention or _default_retentions(plan, loaded))]
+    if loaded is not None:
+        for kept in retentions:
+            caches.check_level(loaded, kept)
+    opt.check_text(text)
     where = opt.pick_device(device)
+    number = opt.pick_dtype(_own_dtype(loaded) if dtype == "auto" else dtype, where)
 
     from kvpolicy.evaluate import probe_for
     from kvpolicy.integrations.transformers import load_model, read_corpus
 
     progress = watcher(quiet)
     name = model or (loaded.model.id if loaded else "") or "smollm2-135m"
-    network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    network, tokenizer = load_model(name, revision=revision, device=where, dtype=number)
     corpus = read_corpus(tokenizer, text)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
     probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size, tokenizer=tokenizer)
     if loaded is not None:
         loaded.check_model(probe.spec)
-    tables = [_table(plan, loaded, probe, kept) for kept in retentions]
-    named = {"policy": policy or (loaded.method.policy.name if loaded else "streaming"), "protocol": probe.protocol}
-    progress.begin("evaluate", len(tables))
-    rows = []
-    for kept, table in zip(retentions, tables, strict=True):
-        rows.append(_row(probe, table, task, plan, kept, seed) | named)
-        progress.advance(f"{kept:.0%} kept: perplexity {rows[-1]['perplexity']:.3f}")
-    progress.end()
-    _report(rows, probe.described, json)
+    facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
+    measured = _measured(probe, plan, loaded, retentions, progress)
+    rows = [_row(probe, each, task, seed) | facts for each in measured]
+    _report(rows, plan, probe.described, json)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """One table of capacities. losses: float64 `[n]`, one for each sequence"""
+
+    plan: str
+    retention: float
+    losses: Tensor
+    held: CacheBytes
+
+
+def _measured(
+    probe: TransformersProbe, name: str, plan: BudgetPlan | None, retentions: list[float], progress: Progress
+) -> Iterator[_Measured]:
+    """The full cache, and at each retention uniform budgets and the plan's."""
+    from kvpolicy.evaluate import measured_bytes, perplexity
+
+    asked = [("full", 1.0)]
+    if name != "full":
+        asked += [(each, kept) for kept in retentions for each in dict.fromkeys(("uniform", name))]
+    progress.begin("evaluate", len(asked))
+    try:
+        for each, kept in asked:
+            table = _table(each, plan, probe, kept)
+            losses = probe.loss(table)
+            progress.advance(f"{each}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
+            yield _Measured(each, kept, losses, measured_bytes(probe, table))
+    finally:
+        progress.end()
 
 
 def _own_context(plan: BudgetPlan | None) -> int:
     return int(plan.provenance.get("context_length", opt.DEFAULT_CONTEXT)) if plan else opt.DEFAULT_CONTEXT
+
+
+def _own_dtype(plan: BudgetPlan | None) -> str:
+    """What a plan was tuned in: perplexities differ with the dtype, and `eval` gives the one that `tune` gave."""
+    return str(plan.provenance.get("dtype", "auto")) if plan else "auto"
 
 
 def _default_retentions(name: str, plan: BudgetPlan | None) -> list[float]:
@@ -98,28 +147,27 @@ def _default_retentions(name: str, plan: BudgetPlan | None) -> list[float]:
     raise PlanError("eval uniform needs --retention")
 
 
-def _table(name: str, plan: BudgetPlan | None, probe: Any, retention: float) -> Tensor:
+def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retention: float) -> Tensor:
     """Capacities `[L, H]`."""
     spec, context = probe.spec, probe.context_length
-    if plan is not None:
-        return plan.capacities(context_length=context, retention=retention)
     if name == "full":
         return torch.full(spec.table_shape, context)
+    if plan is not None and name != "uniform":
+        return plan.capacities(context_length=context, retention=retention)
     floor = probe.num_sink_tokens + 1
     total = max(spec.total_entries(retention, context), floor * spec.num_budgeted_layers * spec.num_kv_heads)
     return apportion(torch.ones(spec.table_shape), Budget(total, spec.table_shape, floor, context))
 
 
-def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed: int) -> dict[str, Any]:
-    from kvpolicy.evaluate import measured_bytes, perplexity
+def _row(probe: TransformersProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:
+    from kvpolicy.evaluate import perplexity
     from kvpolicy.stats import mean_interval
 
-    losses, length = probe.loss(table), int(probe.sequences.shape[1])
-    held = measured_bytes(probe, table)
+    losses, length, held = measured.losses, int(probe.sequences.shape[1]), measured.held
     return {
         "task": task,
-        "plan": name,
-        "retention": retention if name != "full" else 1.0,
+        "plan": measured.plan,
+        "retention": measured.retention,
         "perplexity": perplexity(losses),
         "interval": [math.exp(bound) for bound in mean_interval(losses, seed)],
         "loss": float(losses.mean()),
@@ -133,19 +181,20 @@ def _row(probe: Any, table: Tensor, task: str, name: str, retention: float, seed
     }
 
 
-def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
+def _report(rows: list[dict[str, Any]], plan: str, described: str, as_json: bool) -> None:
     if as_json:
-        opt.print_json(rows[0] if len(rows) == 1 else rows)
+        documents = [_document(row, rows) for row in rows if row["plan"] == plan]
+        opt.print_json(documents[0] if len(documents) == 1 else documents)
         return
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
 
-    table = Table("plan", "kept", "perplexity", "95 %", "MB", "MB of a full cache", "n")
+    table = Table("plan", "kept", "perplexity", "95 %", "MB", "of full, MB", "n")
     for row in rows:
         table.add_row(
             row["plan"],
-            f"{row['retention']:.0%}",
+            f"{row['retention']:.4g}",
             f"{row['perplexity']:.3f}",
             "{:.3f} to {:.3f}".format(*row["interval"]),
             f"{row['bytes'] / 1e6:.2f}",
@@ -154,4 +203,12 @@ def _report(rows: list[dict[str, Any]], described: str, as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"measured under {rows[0]['policy']}: {described}", soft_wrap=True)
+    said = f"measured under {rows[0]['policy']} in {rows[0]['dtype']}: {described}"
+    console.print(said, soft_wrap=True)
+
+
+def _document(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row with those that it is compared with: the full cache, and uniform budgets of its size."""
+    beside = {"full": 1.0, "uniform": row["retention"]}
+    others = {(each["plan"], each["retention"]): each for each in rows if each is not row}
+    return row | {name: others[name, kept] for name, kept in beside.items() if (name, kept) in others}

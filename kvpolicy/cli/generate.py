@@ -47,6 +47,7 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
     policy: caches.Policy = None,
+    policy_param: opt.PolicyParams = None,
     allocator: caches.Allocator = None,
     min_tokens: caches.MinTokens = 128,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -66,7 +67,7 @@ def generate(
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
     text = _prompt(prompt, prompt_file)
-    choice = caches.CacheChoice.of(plan, policy, allocator, min_tokens)
+    choice = caches.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
     retention = _retention(choice, retention, tokens)
     where = opt.pick_device(device)
 
@@ -96,7 +97,7 @@ def generate(
 
 def _retention(choice: caches.CacheChoice, retention: float | None, tokens: int | None) -> float | None:
     """The retention to ask for; None for `full` and with `tokens`."""
-    choice.check(retention)
+    choice.check(retention, ", or give --tokens to scale the lowest level")
     if tokens is not None:
         if choice.plan is None:
             raise BudgetError(f"--tokens needs a plan file; {choice.name} takes --retention")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +16,7 @@ import typer
 
 from kvpolicy.cli import document
 from kvpolicy.cli.document import print_json as print_json
-from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PluginError, foreign
+from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PluginError, TextError, foreign
 
 Model = Annotated[
     str, typer.Option(help="Hub id, directory, .gguf file, or the built-in smollm2-135m.", rich_help_panel="Model")
@@ -63,6 +68,7 @@ def prefills(default: str) -> Any:
 
 DEFAULT_CONTEXT = 1024
 LEAST_CONTEXT = 16
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(name: str) -> str:
@@ -81,7 +87,9 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> str:
-    """The name itself; "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    """The name itself; "auto" is bfloat16 on a GPU and float32 on the CPU. Raises `ModelError` for any other."""
+    if name not in _DTYPES:
+        raise ModelError(f"--dtype must be auto, float32, bfloat16 or float16, got '{name}'")
     if name != "auto":
         return name
     return "float32" if device == "cpu" else "bfloat16"
@@ -99,6 +107,15 @@ def check_context(length: int) -> int:
     return length
 
 
+def check_text(path: Path | None) -> None:
+    """Fails before a model is loaded. Raises `TextError` for a file that is not there or cannot be read."""
+    if path is None:
+        return
+    code = errno.ENOENT if not path.exists() else errno.EISDIR if path.is_dir() else errno.EACCES
+    if code != errno.EACCES or not os.access(path, os.R_OK):
+        raise TextError(f"cannot read the text {path}: {os.strerror(code)}")
+
+
 def check_writable(path: Path) -> None:
     """Fails before the work, not after it. Raises `KVPolicyError`."""
     folder = path.resolve().parent
@@ -114,6 +131,14 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise KVPolicyError(f"cannot write {path}: {error.strerror}") from error
+
+
+def program() -> str:
+    """What to type to start this program again, as for the next command that is suggested."""
+    started, found = Path(sys.argv[0]), shutil.which("kvpolicy")
+    if started.stem != "kvpolicy" or not started.exists() or (found and started.samefile(found)):
+        return "kvpolicy"
+    return shlex.quote(str(started))
 
 
 def parse_params(pairs: list[str] | None, option: str = "--param") -> dict[str, Any]:

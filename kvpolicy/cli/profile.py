@@ -73,6 +73,8 @@ def profile(
     _check(agreement, names, texts, token_map, layers)
     chosen = _estimators(names or (RANKED if agreement else RANKED[:1]), opt.parse_params(param), agreement)
     opt.check_context(context)
+    for source in texts:
+        opt.check_text(source)
     for path in (out, png, token_map, layers):
         if path is not None:
             opt.check_writable(path)

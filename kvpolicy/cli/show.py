@@ -34,7 +34,7 @@ def show(
     if json:
         opt.print_json(loaded.to_json())
         return
-    from kvpolicy.cli.terminal import Console
+    from kvpolicy.cli.terminal import Console, say
     from kvpolicy.report.tables import facts_table, levels_table, summary_table, warnings_of
     from kvpolicy.report.terminal import budget_heatmap
 
@@ -43,10 +43,10 @@ def show(
     console.print(levels_table(loaded))
     if (facts := facts_table(loaded)) is not None:
         console.print(facts)
-    for line in warnings_of(loaded):
-        console.print(line, soft_wrap=True)
     for level in loaded.levels:
         console.print(budget_heatmap(loaded, level))
     for path in (html, png):
         if path is not None:
             console.print(f"written: {path}", soft_wrap=True)
+    for line in warnings_of(loaded):  # last: heat maps are long
+        say(line)

@@ -18,6 +18,8 @@ _OPTIONS = {
     "dtype": "--dtype",
     "max_loss": "--max-loss",
     "min_tokens": "--min-tokens",
+    "policy_params": "--policy-param",
+    "prefill_length": "--prefill",
     "resume": "--resume",
     "retention": "--retention",
     "sequences": "--sequences",
@@ -27,7 +29,8 @@ _OPTIONS = {
     "trials": "--trials",
 }
 """Arguments of the library that messages speak of, and what they are called in a shell."""
-_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_OPTIONS)})=(True\b)?(?=(\w?))")
+_WORDS = "|".join(name for name in _OPTIONS if "_" in name)  # no English, so that they need no "="
+_ARGUMENT = re.compile(rf"(?<![\w.-])(?:({'|'.join(_OPTIONS)})=(True\b)?(?=(\w?))|({_WORDS})\b)")
 
 
 class Console(rich.console.Console):
@@ -47,6 +50,8 @@ def told(message: str) -> str:
 
 
 def _option(match: re.Match[str]) -> str:
+    if match[4]:
+        return _OPTIONS[match[4]]
     return _OPTIONS[match[1]] + (" " if match[3] and not match[2] else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -74,17 +75,21 @@ def tune_command(
     somewhere and ask for it, mixed by both, half and half. --max-loss 0.02 goes down the retentions and stops at the
     first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
     """
-    from kvpolicy.integrations.transformers import load_model, read_corpus
-    from kvpolicy.tuning import TuneSettings, tune
-    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
-    from kvpolicy.tuning.storage_url import shown
-
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
-    registry.get("estimator", estimator)  # unknown names fail before the model is loaded
+    registry.get("estimator", estimator)
     registry.get("allocator", allocator)
     registry.get("policy", policy)
     opt.check_writable(out)
+    opt.check_text(text)
+    progress = watcher(quiet)
+    progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
+    from kvpolicy.integrations.transformers import load_model, read_corpus
+    from kvpolicy.tuning import TuneSettings, tune
+    from kvpolicy.tuning.job import check_methods
+    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
+    from kvpolicy.tuning.storage_url import shown
+
     settings = TuneSettings(
         estimator=estimator,
         estimator_params=opt.parse_params(param),
@@ -107,8 +112,8 @@ def tune_command(
         resume=resume,
         choose_dtype=dtype == "auto",
     )
+    check_methods(settings)
     where = opt.pick_device(device)
-    progress = watcher(quiet)
     loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
     progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
     corpus = read_corpus(tokenizer, text)
@@ -131,7 +136,7 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in told if x in plan.provenance}
         opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return
-    from kvpolicy.cli.terminal import Console
+    from kvpolicy.cli.terminal import Console, say
     from kvpolicy.report.tables import facts_table, levels_table, warnings_of
     from kvpolicy.tuning.levels import limit_said
 
@@ -139,9 +144,9 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
     console.print(levels_table(plan))
     if (facts := facts_table(plan)) is not None:
         console.print(facts)
-    said = warnings_of(plan)
     if "max_loss" in plan.provenance:
-        said.insert(0, limit_said(plan.provenance["max_loss"]))
-    for line in said:
-        console.print(line, soft_wrap=True)
-    console.print(f"plan written to {out}; look at it with: kvpolicy show {out}", soft_wrap=True)
+        console.print(limit_said(plan.provenance["max_loss"]), soft_wrap=True)
+    for line in warnings_of(plan):
+        say(line)
+    said = f"plan written to {out}; look at it with: {opt.program()} show {shlex.quote(str(out))}"
+    console.print(said, soft_wrap=True)

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.compare.methods import Method
+from kvpolicy.compare.methods import Method, check_decodes
 from kvpolicy.compare.tasks import Measured, Task
-from kvpolicy.errors import PluginError
 from kvpolicy.evaluate import measured_bytes
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.spec import ModelSpec
@@ -39,11 +38,7 @@ class DecodingTask(Task):
 
     def measure(self, method: Method, table: Tensor) -> Measured:
         """Raises `PluginError` for a method that keeps others than the most recent entries."""
-        if not method.is_full and (not method.policy.window_rule or method.runtime_allocator or method.quantized):
-            raise PluginError(
-                "--prefill 0 decodes from the first token on, which is measured under a window rule alone, with "
-                "budgets known up front: give --prefill N, a prompt to compress"
-            )
+        check_decodes(method)
         probe = self._probe(method.policy.num_sink_tokens)
         return Measured(probe.loss(table), measured_bytes(probe, table))
 

@@ -17,7 +17,7 @@ from kvpolicy.apportion import apportion
 from kvpolicy.cache.schedule import Fixed, from_allocator
 from kvpolicy.cache.size import entry_nbytes, holds_scores
 from kvpolicy.compare.calibration import calibration_of
-from kvpolicy.errors import BudgetError, PlanWarning, PluginError
+from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.plan import BudgetPlan, load_plan, policy_of
 from kvpolicy.registry import registry
@@ -155,13 +155,47 @@ def read_methods(names: Sequence[str]) -> list[Method]:
 
     Raises `PluginError` for a name that is not registered, `PlanError` for a plan that cannot be read.
     """
-    asked = [_read(name) for name in names if name != FULL]
     methods = [_full(), _of(RANDOM, UNIFORM)]
-    for method in asked:
+    for method in read_asked(names):
         methods += [method] if method.evicts_nothing else [_uniform_of(method), method]
         if not (method.evicts_nothing or method.is_uniform or method.runtime_allocator is not None):
             methods.append(replace(method, name=f"{method.name} shuffled", shuffled=True))
     return _grouped(methods)
+
+
+def read_asked(names: Sequence[str]) -> list[Method]:
+    """The methods of these names alone, as `read_methods` reads them."""
+    return [_full() if name == FULL else _read(name) for name in names]
+
+
+def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill: int | None) -> None:
+    """What is known before a model is loaded. prefill: 0 where every token is decoded under the budget
+
+    Raises `BudgetError`, `PlanError` or `PluginError` for the first method that cannot be measured.
+    """
+    for method in methods:
+        if method.allocator is not None and method.allocator.needs_importance:
+            raise BudgetError(
+                f"{method.name}: the allocator needs importance that was measured on a model: run 'kvpolicy tune' with "
+                "it and give the plan"
+            )
+        below = [each for each in retentions if method.plan is not None and method.plan.level_at(each) is None]
+        if method.plan is not None and below:
+            known = ", ".join(f"{each:g}" for each in method.plan.retentions)
+            raise PlanError(
+                f"{method.name} has the levels {known} and nothing below: leave out --retention {below[0]:g}"
+            )
+        if prefill == 0:
+            check_decodes(method)
+
+
+def check_decodes(method: Method) -> None:
+    """Raises `PluginError` for a method whose decoding from the first token on cannot be measured."""
+    if not method.is_full and (not method.policy.window_rule or method.runtime_allocator or method.quantized):
+        raise PluginError(
+            f"{method.name}: --prefill 0 decodes from the first token on, which is measured under a window rule alone, "
+            "with budgets known up front: give --prefill N, a prompt to compress"
+        )
 
 
 def _read(name: str) -> Method:

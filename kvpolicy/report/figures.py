@@ -91,6 +91,19 @@ def passkeys(level: PlanLevel) -> str:
     return f"{100 * found['score']:.0f} of {100 * found['full']:.0f} %"
 
 
+def vetoed(level: PlanLevel) -> str:
+    """A warning, where the held-out text found what the search chose worse than uniform; else ''."""
+    veto = level.comparison.get("veto")
+    if not veto:
+        return ""
+    worse = veto.get("loss_minus_uniform") if isinstance(veto, dict) else None
+    figure = f" by {worse:.4f} nats a token" if isinstance(worse, int | float) else ""
+    return (
+        f"at {percent(level.retention)} kept the budgets found are worse than uniform on held-out text{figure}: the "
+        "plan stores uniform. More --trials, --sequences or text may find better ones"
+    )
+
+
 def lost_facts(level: PlanLevel) -> str:
     """A warning, where more than 5 points fewer pass keys are found than with the full cache; else ''."""
     found = level.retrieval.get("passkey") or {}

@@ -19,6 +19,7 @@ from kvpolicy.report.figures import (
     size,
     sorted_levels,
     verdict,
+    vetoed,
 )
 
 LEVEL_COLUMNS = (
@@ -109,7 +110,8 @@ def _table_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Table:
 
 def warnings_of(plan: BudgetPlan) -> list[str]:
     """What a reader of the levels should know, a line each, smallest retention first."""
-    return [f"warning: {said}" for said in map(lost_facts, sorted_levels(plan)) if said]
+    levels = sorted_levels(plan)
+    return [f"warning: {said}" for each in (vetoed, lost_facts) for said in map(each, levels) if said]
 
 
 def budget_table(plan: BudgetPlan, level: PlanLevel) -> Table:

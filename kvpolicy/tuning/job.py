@@ -87,10 +87,7 @@ def _quiet_optuna() -> Iterator[None]:
 def _tune(
     model: Any, corpus: Corpus, settings: TuneSettings, model_id: str, revision: str | None, progress: Progress
 ) -> BudgetPlan:
-    estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
-    allocator = registry.get("allocator", settings.allocator)
-    policy = registry.create("policy", settings.policy, settings.policy_params)
-    _check_roles(settings, allocator)
+    estimator, allocator, policy = check_methods(settings)
     search, heldout, asked = make_probes(model, corpus, settings, policy)
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
     spec = search.text.spec
@@ -137,7 +134,16 @@ def _searched(
     return levels, found if limit is None else found | {"max_loss": limit_figures(limit, levels, missed)}
 
 
-def _check_roles(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
+def check_methods(settings: TuneSettings) -> tuple[ImportanceEstimator, type[BudgetAllocator], EvictionPolicy]:
+    """The plugins of a search. Raises `PluginError` for what can be refused without a model."""
+    estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
+    allocator = registry.get("allocator", settings.allocator)
+    policy = registry.create("policy", settings.policy, settings.policy_params)
+    _check_allocator(settings, allocator)
+    return estimator, allocator, policy
+
+
+def _check_allocator(settings: TuneSettings, allocator: type[BudgetAllocator]) -> None:
     if allocator.split_scope != "none":
         raise PluginError(
             f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "

@@ -67,11 +67,15 @@ def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chosen:
-    """params: None means that uniform was kept;  loss: the objective's on the search's sequences"""
+    """params: None means that uniform was kept;  loss, uniform_loss: the objective's on the search's sequences"""
 
     shares: Tensor
     params: dict[str, Any] | None
     loss: float
+    uniform_loss: float
+
+    def as_uniform(self) -> _Chosen:
+        return _Chosen(torch.ones_like(self.shares), None, self.uniform_loss, self.uniform_loss)
 
 
 def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
@@ -112,10 +116,10 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
         reference()
     loss = float(study.user_attrs[name])
     if found is None or found.excess >= 0:
-        return _Chosen(uniform, None, loss)
+        return _Chosen(uniform, None, loss, loss)
     params = found.params if learned is None else plugin_call.params_of(fitting(job.settings))
     chosen = registry.create("allocator", job.settings.allocator, params)
-    return _Chosen(shares_of(chosen), params, loss + found.excess)
+    return _Chosen(shares_of(chosen), params, loss + found.excess, loss)
 
 
 def _uniform_parts(job: Job, study: optuna.Study, table: Tensor) -> list[Tensor]:
@@ -157,6 +161,11 @@ def _checked(job: Job, study: optuna.Study, retention: float, found: _Chosen) ->
     progress.end()
     difference = paired_difference(losses.target, uniform.target, job.settings.seed)
     progress.note(_summary(job.settings.objective, retention, beats, losses, uniform, full, difference))
+    kept, veto = "uniform kept: no trial beat it", {}
+    if difference.mean > 0:  # a veto, and no choice: the held-out text still has no say in which trial is taken
+        kept, veto = "uniform kept: the held-out text vetoed the search", {"veto": _figures(difference)}
+        found, losses, beats = found.as_uniform(), uniform, False
+        difference = paired_difference(losses.target, uniform.target, job.settings.seed)
     search = _search_losses(job, study, retention, found)
     return PlanLevel(
         retention=retention,
@@ -169,15 +178,22 @@ def _checked(job: Job, study: optuna.Study, retention: float, found: _Chosen) ->
             "heldout_uniform": perplexity(uniform.text),
         },
         comparison={
-            "loss_minus_uniform": difference.mean,
-            "interval": [difference.low, difference.high],
-            "n": difference.n,
-            "verdict": f"{difference.verdict} uniform" if beats else "uniform kept: no trial beat it",
+            **_figures(difference),
+            "verdict": f"{difference.verdict} uniform" if beats else kept,
+            **veto,
             "trials_stopped_early": stopped_trials(study),
             "loss_over_full": _over_full(job.settings, losses, full),
         },
         retrieval=_answers(search, losses, full, uniform),
     )
+
+
+def _figures(difference: PairedDifference) -> dict[str, Any]:
+    return {
+        "loss_minus_uniform": difference.mean,
+        "interval": [difference.low, difference.high],
+        "n": difference.n,
+    }
 
 
 def _search_losses(job: Job, study: optuna.Study, retention: float, found: _Chosen) -> Losses:
@@ -242,7 +258,8 @@ def _summary(
         return f"{figures}; no trial beat uniform {where}, so the plan stores uniform"
     interval = f"loss {difference.mean:+.4f}, 95 % [{difference.low:+.4f}, {difference.high:+.4f}], n = {difference.n}"
     scored = "" if objective == "perplexity" else f" on {objective}"
-    return f"{figures}; {difference.verdict} uniform{scored} ({interval})"
+    vetoed = ", so the plan stores uniform" if difference.mean > 0 else ""
+    return f"{figures}; {difference.verdict} uniform{scored} ({interval}){vetoed}"
 
 
 def _pruner() -> WilcoxonPruner:

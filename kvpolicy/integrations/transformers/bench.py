@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -53,12 +53,12 @@ class DecodeCost:
         return statistics.median(self.prefill_seconds)
 
     def token_ratio(self, other: DecodeCost) -> float:
-        """Median over the repeats of seconds per token, over those of `other` in the same repeat."""
-        return _median_ratio(self.token_seconds, other.token_seconds)
+        """`median_token_seconds` over that of `other`."""
+        return self.median_token_seconds / other.median_token_seconds
 
     def prefill_ratio(self, other: DecodeCost) -> float:
         """As `token_ratio`, for the prompt."""
-        return _median_ratio(self.prefill_seconds, other.prefill_seconds)
+        return self.median_prefill_seconds / other.median_prefill_seconds
 
 
 def measure_decode(
@@ -140,7 +140,3 @@ def seconds_now(ids: Tensor) -> float:
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
     return time.perf_counter()
-
-
-def _median_ratio(own: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(own, others, strict=True))
