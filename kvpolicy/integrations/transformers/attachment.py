@@ -2,7 +2,8 @@
 
 Attaching is a name in the configuration, nothing else: no module is patched; all that is kept is how many contexts want
 a model attached. The cache puts a handle on the key tensor that it returns to the model, and the attention function
-looks for it. So two caches on one model, stepped alternately or in two threads, cannot meet.
+looks for it. So two caches on one model, stepped alternately or in two threads, cannot meet. (What some
+models note of a text on themselves travels with its cache: `model_state`.)
 """
 
 from __future__ import annotations

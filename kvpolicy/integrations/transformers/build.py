@@ -122,12 +122,16 @@ def cache_of(
     attached = attachment_of(model)  # lives as long as the cache and its copies
     watch_inputs(model, spec, policy.requires, attached)
     shared: dict[str, Any] = {"rank": rank, "recipe": recipe, "dropped_at": _dropped_at(model)}
+    cache: RaggedCache
     if length is not None:
         layers = StaticCache(config=text_config(model), max_cache_len=length).layers
-        return StaticRaggedCache(spec, make_store, layers, attached, context_length=length, **shared)
-    layers = DynamicCache(config=text_config(model)).layers
-    repeats = schedule.evicts and "repeat_attention" in policy.requires
-    return RaggedCache(spec, make_store, layers, attached, rollback=recipe.rollback, repeats=repeats, **shared)
+        cache = StaticRaggedCache(spec, make_store, layers, attached, context_length=length, **shared)
+    else:
+        layers = DynamicCache(config=text_config(model)).layers
+        repeats = schedule.evicts and "repeat_attention" in policy.requires
+        cache = RaggedCache(spec, make_store, layers, attached, rollback=recipe.rollback, repeats=repeats, **shared)
+    cache.carry(model)
+    return cache
 
 
 def _dropped_at(model: PreTrainedModel) -> int | None:

@@ -22,8 +22,8 @@ from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.columns import Reading, entry_masks, filled_columns, read_mask, seen_by
 from kvpolicy.integrations.transformers.exchange import Attention
-from kvpolicy.integrations.transformers.forwards import WatchedCache
 from kvpolicy.integrations.transformers.masks import LazyMask, Seen, dense_mask, user_mask
+from kvpolicy.integrations.transformers.model_state import CarryingCache
 from kvpolicy.integrations.transformers.sources import layer_sources
 from kvpolicy.integrations.transformers.stock_state import tensors_of
 from kvpolicy.integrations.transformers.tracing import untraced
@@ -210,7 +210,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return -1
 
 
-class RaggedCache(WatchedCache):
+class RaggedCache(CarryingCache):
     """A transformers cache whose full-attention layers keep what their budget allows; see `new_cache`.
 
     spec:         the model's layers and heads
@@ -438,6 +438,7 @@ class RaggedCache(WatchedCache):
         for layer in self.budgeted:
             layer.filled = None if layer.filled is None else layer.filled[rows.cpu()]
         if self.store is not None:
+            self.state.take(rows.long(), self.store.batch_size)
             self.store.take(rows.long())
         for layer in self._stock():
             on_stock(layer)

@@ -57,9 +57,9 @@ def generate(
         out = model.generate(fed, attention_mask=mask, **generate_with_cache(cache), **options)
         ids = out if isinstance(out, Tensor) else out.sequences
         beams = (_option(model, options, "num_beams") or 1) > 1
-        _check_fed(int(cache.get_seq_length()) - seen, ids.shape[1], beams)
+        _check_fed(int(cache.budgeted[0].get_seq_length()) - seen, ids.shape[1], beams)
     except BaseException as error:
-        if int(cache.get_seq_length()) != seen:
+        if int(cache.budgeted[0].get_seq_length()) != seen:
             cache.break_off(f"a generation over it ended with {type(error).__name__}, and its tokens are lost")
         raise
     finally:
@@ -162,7 +162,7 @@ def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[i
     if cache.store is None or cache.store.batch_size != ids.shape[0] or beams:
         cache.ended = "its rows are beams or several samples of one prompt"
         return
-    cache.unfed = ids[:, int(cache.get_seq_length()) - seen :].clone()
+    cache.unfed = ids[:, int(cache.budgeted[0].get_seq_length()) - seen :].clone()
     ended = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
     if ids.shape[0] > 1 and bool(ended.any()):
         cache.ended = "some of its rows ended earlier than others, and fillers stand behind their end"

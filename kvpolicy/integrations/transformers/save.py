@@ -97,6 +97,8 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         tensors["fixed"], table = store.schedule.table, {"asked": store.schedule.asked}
     if cache.unfed is not None:
         tensors["unfed"] = cache.unfed
+    if cache.state.deltas is not None:
+        tensors["rope_deltas"] = cache.state.deltas
     if budgeted[0].filled is not None:
         tensors["filled"] = budgeted[0].filled
     stock: list[Any] = []
@@ -175,6 +177,13 @@ def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> Ragge
         _read_stock(model, cache, cache.store, given, fields)
         if "unfed" in given:
             cache.unfed = _read_unfed(model, given, cache.store.batch_size)
+        if "rope_deltas" in given:
+            deltas = given.take("rope_deltas", torch.int64, (None, 1))
+            if not len(deltas) or cache.store.batch_size % len(deltas):
+                raise KVPolicyError(
+                    f"'rope_deltas' is for {len(deltas)} rows, the store holds {cache.store.batch_size}"
+                )
+            cache.state.deltas = deltas.to(model.device, copy=True)
         given.done()
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
@@ -272,7 +281,7 @@ def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, 
             f"{transformers.__version__} keeps {len(cache.layers)} for this model"
         )
     shares = cache.spec.num_kv_heads // store.num_heads
-    devices, columns = layer_devices(model, cache.spec), cache.get_seq_length(cache.spec.budgeted_layers[0])
+    devices, columns = layer_devices(model, cache.spec), cache.budgeted[0].columns
     for index, (layer, values) in enumerate(zip(cache.layers, saved, strict=True)):
         if isinstance(layer, BudgetedLayer) != (values is None):
             raise KVPolicyError(f"layer {index} is budgeted in the file or in the model, but not in both")
