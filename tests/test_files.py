@@ -2,6 +2,10 @@
 
 import json
 import os
+import resource
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -108,13 +112,52 @@ def test_numbers_that_stand_for_much_are_refused_fast():
     assert "expected at most 1000" in said and took < 5
 
 
-def test_an_unwritable_journal_of_a_study_loses_no_trial(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_journal_that_may_not_grow_loses_no_trial(tmp_path, room):
     path = tmp_path / "x.study"
     kept = open_storage(path)
     study_id = kept.create_new_study([StudyDirection.MINIMIZE], "x")
     before = path.read_bytes()
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
-    with pytest.raises(StudyError, match=r"cannot write the study .*x\.study: No space left on device; the trials"):
-        kept.create_new_trial(study_id)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))  # as `ulimit -f`
+    try:
+        with pytest.raises(
+            StudyError, match=r"cannot write the study .*x\.study: File too large; the trials before are"
+        ):
+            kept.create_new_trial(study_id)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before, "no torn line"
+    kept.create_new_trial(study_id)
+    assert len(open_storage(path).get_all_trials(study_id)) == 1
+
+
+def test_a_lock_file_left_by_a_dead_process_holds_nobody_up(tmp_path):
+    path = tmp_path / "x.study"
+    (tmp_path / "x.study.lock").touch()
+    begun = time.monotonic()
+    open_storage(path).create_new_study([StudyDirection.MINIMIZE], "x")
+    assert time.monotonic() - begun < 10, "30 s, and then it was broken"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kvpolicy.tuning.storage import _locked
+with _locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    path = tmp_path / "x.study"
+    kept = open_storage(path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.5, holder.kill).start()
+    begun = time.monotonic()
+    kept.create_new_study([StudyDirection.MINIMIZE], "x")
+    assert holder.wait(10) == -9, "it was waited for"
+    assert time.monotonic() - begun < 10
+    holder.stdout.close()

@@ -90,7 +90,8 @@ class _Journal(JournalFileBackend):
             with _locked(Path(self._file_path)) as file:
                 before = file.seek(0, os.SEEK_END)
                 try:
-                    file.write(lines)
+                    while lines:
+                        lines = lines[file.write(lines) :]  # what fits goes in before a full disk is an error
                     os.fsync(file.fileno())
                 except OSError:
                     file.truncate(before)
