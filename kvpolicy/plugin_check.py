@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kvpolicy.errors import PluginError
 from kvpolicy.hookspecs import Role
 from kvpolicy.interfaces import SOURCES, BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
-from kvpolicy.plugin_fault import describe
+from kvpolicy.plugin_fault import contained, describe
 
 BASES: dict[Role, type] = {
     "estimator": ImportanceEstimator,
@@ -143,16 +143,17 @@ def instance_problems(role: Role, instance: Any) -> list[str]:
     return problems
 
 
-def build(role: Role, cls: type, params: Mapping[str, Any]) -> Any:
-    """An instance of a checked plugin class.
+def build(role: Role, cls: type, params: Mapping[str, Any], owner: str) -> Any:
+    """An instance of a checked plugin class; `owner` says in messages who it is ("policy 'x' of dist 1.0").
 
     A list becomes a tuple where the default is one, since JSON has no tuples.
     Raises `PluginError` for a parameter that is unknown, of the wrong type, or that the class refuses.
     """
-    defaults = dataclasses.asdict(cls())
+    with contained(owner):
+        defaults, hints = dataclasses.asdict(cls()), _hints(cls)
     problems = [_unknown(name, defaults) for name in params if name not in defaults]
-    hints = _hints(cls)
-    values = {}
+    values: dict[str, Any] = {}
+    cause: BaseException | None = None
     for name, value in params.items():
         values[name] = tuple(value) if isinstance(value, list) and isinstance(defaults.get(name), tuple) else value
         if name in defaults and not (is_json(value) and _accepts(hints.get(name, Any), values[name])):
@@ -165,9 +166,9 @@ def build(role: Role, cls: type, params: Mapping[str, Any]) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            problems.append(f"{cls.__name__} refuses {dict(params)}: {describe(error)}")
+            problems, cause = [f"{cls.__name__} refuses {dict(params)}: {describe(error)}"], error
     listed = ", ".join(f"{name} = {default!r}" for name, default in defaults.items())
-    raise PluginError(f"{'; '.join(problems)}. Its parameters: {listed or 'none'}")
+    raise PluginError(f"{owner}: {'; '.join(problems)}. Its parameters: {listed or 'none'}") from cause
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -107,9 +107,7 @@ class Registry:
         Raises as `get`, and `PluginError` for unknown parameters and wrong values, with all fields listed.
         """
         entry = self._find(role, name)
-        cls = self._class(entry)
-        with contained(entry.whose):
-            return build(role, cls, params or {})
+        return build(role, self._class(entry), params or {}, entry.whose)
 
     def names(self, role: Role) -> list[str]:
         """Every name that works in a role, sorted: short, or qualified where the short one means another's."""

@@ -100,8 +100,9 @@ def test_a_registered_plugin_is_named_with_its_distribution(tmp_path, monkeypatc
         assert registry.whose(plugin) == registry.whose(type(plugin)) == f"{role} 'faulty' of acme 1.2"
     with pytest.raises(PluginError, match=r"^policy 'faulty' of acme 1.2: Policy.score_prompt raised SystemExit: 0 "):
         CALLS["score_prompt"]("exit")
-    with pytest.raises(PluginError, match=r"^policy 'faulty' of acme 1.2: Policy refuses .*SystemExit: 0"):
+    with pytest.raises(PluginError, match=r"^policy 'faulty' of acme 1.2: Policy refuses .*SystemExit: 0") as caught:
         registry.create("policy", "faulty", {"where": "__post_init__"})
+    assert type(caught.value) is PluginError and type(caught.value.__cause__) is SystemExit
     with pytest.raises(PluginError, match=r"^policy 'unmakeable' of acme 1.2 cannot be used: .* raises SystemExit: 0"):
         registry.get("policy", "unmakeable")
     statuses = {row.name: row.status for row in registry.rows() if row.distribution == "acme"}

@@ -55,7 +55,7 @@ def instance_of(role: Role, plugin: Any) -> Any:
         raise LawError(f"{name_of(instance)} says of itself what cannot be:\n  - " + "\n  - ".join(problems))
     params = instance.params()
     try:
-        again = build(role, cls, json.loads(json.dumps(params, allow_nan=False))).params()
+        again = build(role, cls, json.loads(json.dumps(params, allow_nan=False)), cls.__name__).params()
     except Exception as error:
         again = describe(error)
     advice = "keep fields to numbers, strings, booleans, None, and lists or tuples of them; __post_init__ only checks"
