@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import BudgetError
-from kvpolicy.spec import LayerSpec, ModelSpec
+from kvpolicy.spec import LayerSpec
 
 
 def layer_index(layer: object, count: int) -> int:
     """A budgeted layer of a store that has `count` of them. Negative numbers do not count from the end."""
+    if type(layer) is int and 0 <= layer < count:  # several times a step, so no more than this
+        return layer
     index = _whole(layer)
     if index is None or not 0 <= index < count:
         raise BudgetError(f"layer is {layer!r}, expected a whole number from 0 to {count - 1}: the budgeted layers")
@@ -71,7 +73,7 @@ def check_turn(layer: int, own: Tensor, after: Tensor, other: int, theirs: Tenso
 
 def check_behind_prompt(layer: int, seen: Tensor) -> None:
     """Whether every row has a token. A row without one may still be in its padding, of which `decode` is not told."""
-    if bool(seen.eq(0).any()):
+    if 0 in seen.tolist():
         raise BudgetError(
             f"decode takes a token behind a prompt, but the rows of layer {layer} have seen {seen.tolist()} tokens: "
             "the first tokens of each row, be it one, come through prefill, which takes num_padding= besides"
@@ -114,11 +116,12 @@ def check_query(query: Tensor, like: Tensor, batch: int, num_q_heads: int, count
         )
 
 
-def scoring_of(spec: ModelSpec, num_q_heads: int, scale: float | None, sink_logits: Tensor | None) -> Scoring:
-    """What a call says of its attention, and the spec where it says nothing. sink_logits: [num_q_heads]."""
-    shape = spec.attention
+def scoring_of(
+    shape: LayerSpec, model_type: str, num_q_heads: int, scale: float | None, sink_logits: Tensor | None
+) -> Scoring:
+    """What a call says of its attention, and the layer's shape where it says nothing. sink_logits: [num_q_heads]."""
     if shape.sinks and sink_logits is None:
-        raise BudgetError(f"model type '{spec.model_type}' has learned sinks: give sink_logits [num_q_heads]")
+        raise BudgetError(f"model type '{model_type}' has learned sinks: give sink_logits [num_q_heads]")
     if sink_logits is not None and (not isinstance(sink_logits, Tensor) or sink_logits.shape != (num_q_heads,)):
         came = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
         raise BudgetError(f"sink_logits must be a tensor [{num_q_heads}], one for each query head, got {came}")
@@ -189,7 +192,7 @@ class Finiteness:
         """
         for name, state in states.items():
             if state.device.type == "cpu":
-                if not math.isfinite(float(state.detach().sum())) and not bool(state.isfinite().all()):
+                if not math.isfinite(state.sum().item()) and not bool(state.isfinite().all()):  # a sum is quicker
                     raise BudgetError(f"layer {layer}: {name} hold NaN or infinite numbers")
             else:
                 found = ~state.isfinite().all()

@@ -86,6 +86,7 @@ class RaggedStore:
         self.schedule = schedule if split is not None else schedule.with_floor(floor)
         self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
         self.first_head, self.num_heads = first, count
+        self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(self.schedule, self.split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
         self._wrong, self._finite = NotANumber(), Finiteness()
@@ -380,7 +381,7 @@ class RaggedStore:
         return [held for held in self.layers if held is not None]
 
     def _make(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
-        shape = self.spec.attention
+        shape = self._shape
         arena = LayerArena(
             self.batch_size * self.num_heads,
             shape.key_dim,
@@ -396,7 +397,7 @@ class RaggedStore:
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""
         layer = inputs.layer_index(layer, len(self.layers))
-        inputs.check_entries(key, value, self.batch_size, self.num_heads, self.spec.attention)
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
         held = self.layers[layer] or self._make(layer, key.dtype, key.device)
         inputs.check_agreement(layer, held.arena.keys, key, value)
         return held
@@ -404,7 +405,7 @@ class RaggedStore:
     def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Before the layer is made: its first tokens decide on its dtype and its device."""
         inputs.layer_index(layer, len(self.layers))
-        inputs.check_entries(key, value, self.batch_size, self.num_heads, self.spec.attention)
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
         inputs.check_query(query, key, self.batch_size, self._num_q_heads, key.shape[2])
 
     def _check_turn(self, layer: int, after: Tensor) -> None:
@@ -417,11 +418,6 @@ class RaggedStore:
         held = self._held(layer)
         return torch.zeros(self.batch_size, dtype=torch.int64) if held is None else held.seen
 
-    @property
-    def _num_q_heads(self) -> int:
-        """Query heads of the KV heads held here."""
-        return self.num_heads * self.spec.group_size
-
     def _held(self, layer: int) -> StoreLayer | None:
         return self.layers[inputs.layer_index(layer, len(self.layers))]
 
@@ -432,7 +428,7 @@ class RaggedStore:
         return held
 
     def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
-        return inputs.scoring_of(self.spec, self._num_q_heads, scale, sink_logits)
+        return inputs.scoring_of(self._shape, self.spec.model_type, self._num_q_heads, scale, sink_logits)
 
     def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
