@@ -60,6 +60,43 @@ def test_the_first_to_leave_does_not_detach_the_second(options):
     assert attention_of(model) == "sdpa" and not hooks_of(model)
 
 
+def retention_of(model):
+    with torch.no_grad():
+        out = model(tiny_ids(40), use_cache=True)
+    (cache,) = (each for each in out.values() if isinstance(each, kvpolicy.RaggedCache))
+    return cache.recipe.retention
+
+
+def test_the_inner_budget_holds_inside():
+    model = tiny_model("Llama")
+    with kvpolicy.attached(model, **BUDGET):
+        with kvpolicy.attached(model, retention=0.25):
+            assert retention_of(model) == 0.25
+        assert retention_of(model) == 0.5
+
+
+def test_each_thread_has_the_budget_of_its_own_context():
+    model, entered, left, found = tiny_model("Llama"), Event(), Event(), []
+
+    def other():
+        found.append(retention_of(model))  # no context of its own
+        with kvpolicy.attached(model, retention=0.25):
+            found.append(retention_of(model))
+            entered.set()
+            left.wait(30)
+            found.append(retention_of(model))
+
+    with kvpolicy.attached(model, **BUDGET):
+        thread = Thread(target=other)
+        thread.start()
+        entered.wait(30)
+        found.append(retention_of(model))
+    left.set()
+    thread.join()
+    assert found == [0.5, 0.25, 0.5, 0.25]
+    assert attention_of(model) == "sdpa" and not hooks_of(model)
+
+
 def test_a_model_that_was_attached_stays_so():
     model = tiny_model("Llama")
     kvpolicy.attach(model)

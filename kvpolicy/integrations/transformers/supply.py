@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,13 +30,14 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
         none, gets a new cache of kvpolicy instead. A forward under a cache that cannot be exchanged raises
         `ModelError`, and so does one without a cache: a budget is never silently missing. Assisted generation needs a
         cache of its own (`generate(model, new_cache(...), ids, ...)`): it announces itself to the cache before the
-        first forward.
+        first forward. Where contexts overlap, the newest of a thread supplies its forwards; a thread without one gets
+        those of the newest of all.
 
     Raises what `new_cache` raises, before the context begins.
     """
     model = unwrapped(model)
     hold(model)
-    handles = []
+    handles: list[Any] = []
     try:
         if plan is not None or options:
             first = new_cache(model, plan, **options)  # refuses here what it would refuse in the first forward
@@ -45,8 +47,8 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
                     "makes its own cache does not do that. Give kvpolicy.generate a cache with this policy instead"
                 )
             ((attention, _),) = attention_modules(model, first.spec.budgeted_layers[:1])
-            supply = _Supply(lambda: new_cache(model, plan, **options))
-            handles.append(model.get_decoder().register_forward_pre_hook(supply, with_kwargs=True))
+            supply = _Supply(model.get_decoder(), lambda: new_cache(model, plan, **options))
+            handles += [supply, supply.decoder.register_forward_pre_hook(supply, with_kwargs=True)]
             handles.append(attention.register_forward_pre_hook(_prove, with_kwargs=True))
         yield
     finally:
@@ -70,16 +72,27 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
 class _Supply:
     """Before a forward: a cache of ours where a stock one would begin, whatever its argument is called."""
 
-    def __init__(self, make: Callable[[], RaggedCache]) -> None:
-        self.make = make
+    def __init__(self, decoder: nn.Module, make: Callable[[], RaggedCache]) -> None:
+        self.decoder, self.make, self.thread = decoder, make, threading.get_ident()
         self.exchanged: WeakSet[Cache] = WeakSet()
+        _ACTIVE.append(self)
+
+    def remove(self) -> None:
+        """Supplies nothing any more."""
+        _ACTIVE.remove(self)
+
+    def is_meant(self) -> bool:
+        """Whether this one supplies the forward that runs now in this thread, and not another of the same model."""
+        here = [each for each in tuple(_ACTIVE) if each.decoder is self.decoder]
+        own = [each for each in here if each.thread == threading.get_ident()]
+        return (own or here)[-1:] == [self]
 
     @untraced
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache = _cache_in(args, given)
-        if isinstance(cache, RaggedCache):
+        if isinstance(cache, RaggedCache) or not self.is_meant():
             return args, given
         if given.get("use_cache") is False:
             raise ModelError(
@@ -108,6 +121,9 @@ class _Supply:
                 "attached with a budget; only an empty DynamicCache can be exchanged for a cache with budgets. Begin "
                 "with a new one (generation_config.cache_implementation says otherwise?), or leave the context"
             )
+
+
+_ACTIVE: list[_Supply] = []  # of all contexts that have begun and not ended, the newest last
 
 
 def _prove(attention: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
