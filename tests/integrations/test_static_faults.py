@@ -84,7 +84,7 @@ def test_a_prompt_that_broke_off(model, runner):
         model(tiny_ids(50), **over(cache))
     with torch.no_grad():
         for use in (lambda: model(tiny_ids(50), **over(cache)), lambda: cache.lengths, cache.report):
-            with pytest.raises(ModelError, match=r"prompt .*broke off.*: reset\(\)"):
+            with pytest.raises(ModelError, match=r"broke off.*: reset\(\)"):
                 use()
     assert kvpolicy.DecodeRunner(model, cache).generate(tiny_ids(50), 4).tolist() == expected
 
@@ -94,7 +94,7 @@ def test_a_prompt_behind_one_that_did_not_fit(model):
     with torch.no_grad():
         with pytest.raises(BudgetError, match="a prompt of 90 tokens was given a static store for 80"):
             model(tiny_ids(90), **over(cache))
-        with pytest.raises(ModelError, match=r"did not fit: reset\(\) the cache"):
+        with pytest.raises(ModelError, match=r"broke off.*: reset\(\)"):
             model(tiny_ids(60), **over(cache))
         cache.reset()
         model(tiny_ids(60), **over(cache))
