@@ -62,9 +62,9 @@ def facts(cache):
     add(
         cache,
         "cache",
-        ("layers", "budgeted", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched"),
+        ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched"),
     )
-    found["recipe"] = cache.recipe.to_json()
+    found["recipe"], found["deltas"] = cache.recipe.to_json(), cache.state.deltas
     add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy"))
     add(cache.store.rows, "rows", ("schedule", "split"))
     for index, layer in enumerate(cache.store.layers):

@@ -57,9 +57,9 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         limit, before = self.dropped_at, 0 if self.dropped_at is None else int(self.get_seq_length())
         if limit is not None and 0 < before <= limit < before + count:
             raise ModelError(
-                f"this model cannot go on with a cache beyond {limit} tokens if it began below (under longrope its keys "
-                f"are others from there on): {before} were seen, {count} come. Keep the conversation shorter, or begin "
-                "with a longer prompt"
+                f"this model cannot go on with a cache beyond {limit} tokens if it began below (under longrope its "
+                f"keys are others from there on): {before} were seen, {count} come. Keep the conversation shorter, "
+                "or begin with a longer prompt"
             )
         if self._announced not in (0, count):
             raise ModelError(
