@@ -17,9 +17,11 @@ WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python
 
 .PHONY: demo test test-oldest test-newest test-all lint docs clean
 
+# more for the search, as in: make demo DEMO="--context 256 --trials 2"
+DEMO ?=
 # a study of its own: whatever else was searched in this folder, the demo goes on with its own search
 demo: $(VENV)/.model
-	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --storage plan.json.demo --resume
+	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --storage plan.json.demo --resume $(DEMO)
 	$(BIN)/kvpolicy show plan.json --png plan.png
 
 test: $(VENV)/.model $(VENV)/.tools
