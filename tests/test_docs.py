@@ -125,6 +125,21 @@ def test_block_runs_with_the_default_model(where, code, tmp_path, monkeypatch):
     run(where, code)
 
 
+@pytest.mark.slow
+def test_figures_of_the_tutorials_prompt_are_those_of_the_page_that_it_feeds(smollm2):
+    from kvpolicy.cli.generate import _encode
+
+    page = (DOCS / "tutorial" / "first-plan.md").read_text(encoding="utf-8")
+    fed = (DOCS / "explanation" / "roles.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"kept +(\d+) of (\d+) entries \(([\d.]+)%\)", page)
+    (tokens,) = re.findall(r"(\d+) tokens of prompt times 90", page)
+    kept, seen, part = found
+    length = _encode(smollm2[1], fed, no_chat=False)[0].shape[1]
+    assert int(tokens) == length
+    assert (int(kept), int(seen)) == (round(0.3 * length * 90), (length + 59) * 90)
+    assert part == f"{100 * int(kept) / int(seen):.1f}"
+
+
 def test_lines_about_parameters_become_a_list():
     pytest.importorskip("griffe")
     as_list = script("docstring_fields").as_list
