@@ -120,6 +120,28 @@ def test_left_padded_rows_give_what_they_give_alone():
             assert torch.equal(alone.lengths[:, 0], batch.lengths[:, row])
 
 
+def test_columns_of_padding_alone_stay_columns():
+    """Where every token of a padded prompt was taken back, and where its first chunk had none."""
+    model, ids = tiny_model("Llama"), tiny_ids(20, batch=2)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    kvpolicy.attach(model)
+
+    def fed(cache, begin, end):
+        options = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        return model(ids[:, begin:end], **over(cache), **options).logits
+
+    with torch.no_grad():
+        expected = fed(DynamicCache(config=model.config), 0, 20)[:, 3:]
+        for first in (3, 6):
+            cache = kvpolicy.new_cache(model, retention=1.0)
+            fed(cache, 0, first)
+            cache.crop(3 - first)
+            torch.testing.assert_close(fed(cache, 3, 20), expected, rtol=0, atol=1e-5)
+            assert cache.get_seq_length() == 20 and cache.store.seen.tolist() == [17, 17]
+
+
 def test_two_caches_on_one_model_do_not_meet():
     model, ids = tiny_model("Llama"), tiny_ids(50, batch=2)
     table = ragged_table(ModelSpec.from_config(model.config), SINKS + 1, 20)

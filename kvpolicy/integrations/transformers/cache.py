@@ -109,14 +109,14 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             out = store.attend(self.row, query, scoring)
             store.rescore(self.row, query, scoring)
             return _as_stock(out), None
-        empty = store.is_empty(self.row)
+        first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
         chunk = store.arrive(self.row, key, value, valid)
-        if empty:
+        if first:
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
             result = _as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
         extra = layer_sources(module, store.spec, store.policy.requires)
-        self.waiting = Waiting(query, chunk, scoring, extra, empty, self.followers, reading.visible)
+        self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
         if not self.followers:
             self._finish()
         return result
