@@ -196,6 +196,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             hold = len(waiting.chunk)
         cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
 
+    @untraced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return Seen(self.columns + query_length), 0
 
