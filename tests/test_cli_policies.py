@@ -100,7 +100,7 @@ WRONG = {
     "eval full --policy h2o --prefill 0": "must have from 1 to 62 of a sequence's 64 tokens",
     "eval full --policy h2o --prefill 63": "must have from 1 to 62 of a sequence's 64 tokens",
     "tune --policy h2o --prefill 0": "must have from 1 to 62 of a sequence's 64 tokens",
-    "tune --prefill 64": "prefill_length must be below the context of 64, got 64",
+    "tune --prefill 64": "--prefill must be below the context of 64, got 64",
 }
 
 

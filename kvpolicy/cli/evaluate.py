@@ -203,7 +203,7 @@ def _report(rows: list[dict[str, Any]], plan: str, described: str, as_json: bool
         )
     console = Console()
     console.print(table)
-    said = f"measured under {rows[0]['policy']} in {rows[0]['dtype']}: {described}"
+    said = f"measured under {rows[0]['policy']}: {described}; in {rows[0]['dtype']}"
     console.print(said, soft_wrap=True)
 
 
