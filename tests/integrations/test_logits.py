@@ -10,10 +10,10 @@ from tests.tiny import tiny_ids, tiny_model
 
 
 class Plain(transformers.LlamaForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **cache):
-        assert "logits_to_keep" not in cache
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **given):
+        assert "logits_to_keep" not in given
         return super().forward(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **cache
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given
         )
 
 
