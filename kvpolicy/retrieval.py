@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import TextError
+from kvpolicy.errors import ModelError, TextError, foreign
 
 FILLER = (
     " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -169,5 +169,6 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read {text[:40]!r}", ModelError):
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return found

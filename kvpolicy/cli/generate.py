@@ -16,7 +16,7 @@ from kvpolicy.cli import caches
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import write
 from kvpolicy.cli.watch import watcher
-from kvpolicy.errors import BudgetError, KVPolicyError, PlanWarning, TextError
+from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
 from kvpolicy.files import read_bytes
 
 _MOST_BYTES = 64 * 2**20  # of a prompt
@@ -147,11 +147,15 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _encode(tokenizer: Any, text: str, no_chat: bool) -> tuple[torch.Tensor, bool]:
     """(int64 [1, n], whether it stands in the tokenizer's chat template)."""
-    if no_chat or not tokenizer.chat_template:
-        return tokenizer(text, return_tensors="pt", verbose=False).input_ids, False
-    message = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return tokenizer(chat, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids, True
+    from kvpolicy.integrations.transformers.token_ids import chat_turn
+
+    is_chat = not no_chat and bool(tokenizer.chat_template)
+    said = chat_turn(tokenizer, text) if is_chat else text
+    with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read the prompt", ModelError):
+        ids = tokenizer(said, add_special_tokens=not is_chat, return_tensors="pt", verbose=False).input_ids
+    if not ids.numel():
+        raise TextError(f"the prompt is empty: the tokenizer of {tokenizer.name_or_path} makes no token of it")
+    return ids, is_chat
 
 
 class _Stream:

@@ -19,6 +19,7 @@ from kvpolicy.integrations.transformers.exchange import text_config
 from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.repeat import repeat_context
 from kvpolicy.integrations.transformers.stock_state import tensors_of
+from kvpolicy.integrations.transformers.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.progress import Progress
 
@@ -82,6 +83,7 @@ def measure_decode(
 
     Raises `BudgetError` for an input without a prompt. Afterwards the model is attached, or not, as before.
     """
+    check_token_ids(model, input_ids)
     prompt = input_ids.shape[1] - new_tokens
     if prompt < 1 or new_tokens < 1:
         raise BudgetError(f"{input_ids.shape[1]} tokens hold no prompt and {new_tokens} tokens to decode")

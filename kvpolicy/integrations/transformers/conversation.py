@@ -16,6 +16,7 @@ from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.repeat import repeat_context
+from kvpolicy.integrations.transformers.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.versions import CACHE_NAMES, generate_with_cache
 
 
@@ -32,12 +33,14 @@ def generate(
     Returns int64 [B, n + generated]: the new tokens and what was generated, as `model.generate` does. The last
     generated token has not been fed yet; the next turn does it.
 
-    Raises `ModelError` for a cache that cannot be continued: after beam search its rows are beams, rows that ended at
+    Raises `ModelError` for tokens of another shape, none at all, or ones that the model does not know. For a cache that
+    cannot be continued: after beam search its rows are beams, rows that ended at
     different times have fillers behind their end, and what broke off is not whole. For one whose context has to be
     repeated, without a tokenizer, or where tokens came before that are not in `input_ids`. And where the model did not
     feed each token to the cache once, so that a part of the text was not generated under its budget.
     """
     cache.check_ended()
+    check_token_ids(model, input_ids)
     seen = int(cache.get_seq_length())
     unfed = _unfed(cache, input_ids, seen)
     for name in CACHE_NAMES:

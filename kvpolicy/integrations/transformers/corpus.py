@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from kvpolicy.errors import ModelError, foreign
 from kvpolicy.text import Corpus, make_corpus
 
 
@@ -18,7 +19,8 @@ def read_corpus(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = No
     """
 
     def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read the text", ModelError):
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
     start = tokenizer("").input_ids

@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.attachment import attach
 from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.parallel import rank_and_size
 from kvpolicy.integrations.transformers.static_cache import StaticRaggedCache
+from kvpolicy.integrations.transformers.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.spec import ModelSpec
 
@@ -72,6 +73,7 @@ class DecodeRunner:
         Returns the logits of the last token, [B, vocabulary]. Raises `ModelError` for other shapes, and for a mask that
         hides anything but the first tokens of a row.
         """
+        check_token_ids(self.model, input_ids)
         mask = _checked(input_ids, attention_mask)
         if not self._prepared:
             self._prepare(input_ids.shape[0])

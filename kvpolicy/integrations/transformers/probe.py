@@ -19,6 +19,7 @@ from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.integrations.transformers.rotary import find_rotary
 from kvpolicy.integrations.transformers.soft_loss import Teacher, divergence
+from kvpolicy.integrations.transformers.token_ids import check_token_ids
 from kvpolicy.interfaces import LayerActivations, ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
 from kvpolicy.spec import ModelSpec
@@ -57,6 +58,8 @@ class TransformersProbe(ModelProbe):
         batch_size: int = 1,
         progress: Progress | None = None,
     ) -> None:
+        for ids in (sequences, *(prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts)):
+            check_token_ids(model, ids, "sequences and prompts")
         self.model = model
         self.sequences = sequences
         self._prompts = list(prompts)

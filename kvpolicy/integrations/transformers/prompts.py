@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.logits import keep_logits
 from kvpolicy.integrations.transformers.recipe import Recipe
 from kvpolicy.integrations.transformers.repeat import repeat_context
+from kvpolicy.integrations.transformers.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
 from kvpolicy.spec import ModelSpec
@@ -48,6 +49,8 @@ class Prompts:
                 f"{type(policy).__name__} requires repeat_attention: prompts are repeated, which takes the model's "
                 "tokenizer; give tokenizer="
             )
+        for batch in batches:
+            check_token_ids(model, batch, "prompts")
         self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
         self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
 

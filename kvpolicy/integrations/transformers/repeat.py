@@ -20,6 +20,7 @@ from kvpolicy.cache.scoring import Scoring, attention_mass
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.cache import RaggedCache
 from kvpolicy.integrations.transformers.logits import keep_logits
+from kvpolicy.integrations.transformers.token_ids import chat_turn, check_token_ids
 from kvpolicy.integrations.transformers.versions import with_cache
 from kvpolicy.integrations.transformers.waiting import Waiting
 
@@ -58,6 +59,7 @@ def repeat_context(
             "this cache waits for no repetition: its policy does not require repeat_attention, or the context has been "
             "repeated already, or nothing is ever evicted (retention 1)"
         )
+    check_token_ids(model, context_ids, "context_ids")
     rows = _rows(cache, context_ids, attention_mask)
     columns = torch.full((len(rows),), cache.budgeted[0].columns)
     positions = columns if next_position is None else next_position.cpu()
@@ -202,10 +204,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return "\n"
     words = "the words of the user"
-    chat: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    return chat.rpartition(words)[2]
+    return chat_turn(tokenizer, words, enable_thinking=False).rpartition(words)[2]
 
 
 def _copied(state: Any) -> Any:
