@@ -647,6 +647,7 @@ def test_resume_goes_on_in_the_dtype_of_the_study(tmp_path, monkeypatch):
     model = tiny_model("Llama", layers=2)
     plan = run(replace(settings, resume=True, choose_dtype=True, trials=2), model)
     assert plan.provenance["dtype"] == "bfloat16"
+    assert model.dtype == torch.float32, "the caller's model is as it came"
     assert states(the_study(settings)) == ["COMPLETE"] * 2
 
 

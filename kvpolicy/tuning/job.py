@@ -16,7 +16,7 @@ from torch import Tensor
 from kvpolicy import plugin_call
 from kvpolicy.errors import PluginError, TextError
 from kvpolicy.evaluate import perplexity
-from kvpolicy.integrations.transformers import Pace, cast_parameters, set_pace, weights_sha256
+from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
 from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.plan import BudgetPlan, PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.profiling import profile
@@ -64,12 +64,12 @@ def tune(
 ) -> BudgetPlan:
     """Searches budgets for one model on one text and returns the plan; saving it is the caller's.
 
-    model: a transformers causal language model; it may be moved to bf16 (`choose_dtype`)
+    model: a transformers causal language model; while it is searched on, it may run in bf16 (`choose_dtype`)
 
     Raises `PluginError`, `ModelError`, `TextError`, `BudgetError` (also where no retention keeps within `max_loss`),
     `StudyError`; after a `KeyboardInterrupt` `resume=True` goes on with what is in `settings.storage`.
     """
-    with storage_errors(settings.storage), _quiet_optuna():
+    with storage_errors(settings.storage), _quiet_optuna(), own_parameters(model):
         return _tune(model, corpus, settings, model_id, revision, progress or Progress())
 
 

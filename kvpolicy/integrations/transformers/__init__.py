@@ -9,7 +9,7 @@ from kvpolicy.integrations.transformers.conversation import generate
 from kvpolicy.integrations.transformers.corpus import read_corpus
 from kvpolicy.integrations.transformers.decode_runner import DecodeRunner
 from kvpolicy.integrations.transformers.load import load_config, load_model
-from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, set_pace, weights_sha256
+from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
 from kvpolicy.integrations.transformers.probe import TransformersProbe
 from kvpolicy.integrations.transformers.prompt_probe import PromptProbe
 from kvpolicy.integrations.transformers.prompts import Prompts, prompt_cache
@@ -38,6 +38,7 @@ __all__ = [
     "load_config",
     "load_model",
     "new_cache",
+    "own_parameters",
     "prompt_cache",
     "quantized_cache",
     "read_corpus",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,17 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Parameters only: `model.to` would round the rotary frequencies too, which transformers keeps in fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def own_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the model has the parameters that it came with, whatever dtype it ran in meanwhile."""
+    weights = [parameter.data for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.data = weight
 
 
 def _timed(model: PreTrainedModel, sequence: Tensor) -> tuple[float, float]:
