@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import warnings
 
@@ -13,6 +14,7 @@ from kvpolicy.cli import app
 from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import ModelError, PlanError, foreign
 from tests.command_line import KVPOLICY
+from tests.tiny_checkpoint import save_tiny_checkpoint
 
 PRINTING = [["show", "PLAN"], ["show", "PLAN", "--json"], ["plugins"]]
 
@@ -149,3 +151,40 @@ def test_a_plan_with_half_a_character_is_refused(refused, tuned, tmp_path, edit)
     edit(document)
     (tmp_path / "plan.json").write_text(json.dumps(document))
     assert "half a character (a lone surrogate)" in refused("show", tmp_path / "plan.json")
+
+
+# --- whose model it is
+
+
+@pytest.mark.parametrize("verb", [["generate", "PLAN", "--prompt", "it's"], ["bench", "PLAN"], ["eval", "PLAN"]])
+def test_the_model_of_a_plan_starts_no_download(refused, tuned, tmp_path, monkeypatch, verb):
+    asked = []
+
+    def from_pretrained(source, **options):
+        asked.append((source, options["local_files_only"]))
+        raise OSError("it is not here\nand more")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    plan = tmp_path / "plan.json"
+    document = json.loads(tuned[0].read_text())
+    document["model"]["id"] = "somebody/model"
+    plan.write_text(json.dumps(document))
+    arguments = [str(plan) if each == "PLAN" else each for each in verb]
+    said = refused(*arguments)
+    assert "the plan names the model 'somebody/model', which is not on this machine" in said
+    assert f"if you want this one: {shlex.join(['kvpolicy', *arguments, '--model', 'somebody/model'])} (" in said
+    said = refused(*arguments, "--model", "somebody/model")
+    assert "cannot load the model 'somebody/model' from the Hugging Face Hub (somebody/model): it is not here" in said
+    assert asked == [("somebody/model", True), ("somebody/model", False)]
+
+
+def test_parameters_of_a_policy_are_refused_before_the_model_is_loaded(refused):
+    said = refused("tune", "--model", "nobody/nothing", "--policy-param", "num_sink_tokens=-1")
+    assert "`num_sink_tokens` is -1, expected an int >= 0" in said
+
+
+def test_a_template_that_refuses_is_one_line(refused, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no user may speak') }}")
+    said = refused("generate", "full", "--prompt", "gidu", "--model", folder, "--device", "cpu")
+    assert f"the chat template of {folder} fails: TemplateError: no user may speak" in said

@@ -48,11 +48,12 @@ def bench(
     opt.check_text(text)
     where = opt.pick_device(device)
 
-    from kvpolicy.integrations.transformers import load_model, read_corpus
+    from kvpolicy.integrations.transformers import read_corpus
     from kvpolicy.integrations.transformers.bench import measure_decode
 
-    name = model or choice.model
-    network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    name, network, tokenizer = caches.load_network(
+        model, choice.plan, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where)
+    )
     ids = _ids(read_corpus(tokenizer, text), batch_size, context + new_tokens)
     makers = {_label(plan, kept): partial(choice.make, network, kept) for kept in retentions}
     for make in makers.values():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from kvpolicy.cli import options as opt
-from kvpolicy.errors import BudgetError, PlanError
+from kvpolicy.errors import BudgetError, ModelError, PlanError
 from kvpolicy.interfaces import EvictionPolicy
 from kvpolicy.plan import BudgetPlan, load_plan
 from kvpolicy.registry import registry
@@ -55,6 +58,31 @@ def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None
         )
 
 
+def load_network(
+    given: str | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
+) -> tuple[str, Any, Any]:
+    """(name, model, tokenizer) of the model that was named, else the plan's, else the built-in one.
+
+    A plan may come from anybody, so its word alone starts no download: that raises `ModelError`, with the command that
+    does.
+    """
+    from kvpolicy.integrations.transformers import load_model
+
+    by_plan = plan.model.id if plan is not None and not given else ""
+    name = given or by_plan or DEFAULT_MODEL
+    may_download = not by_plan or name == DEFAULT_MODEL
+    try:
+        return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)
+    except ModelError as error:
+        if may_download or os.path.exists(name):
+            raise
+        command = shlex.join(["kvpolicy", *sys.argv[1:], "--model", name])
+        raise ModelError(
+            f"the plan names the model '{name}', which is not on this machine, and a plan alone starts no download. "
+            f"Name another with --model, or if you want this one: {command} ({error})"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
     """What the caches of a run have in common; the retention comes with each.
@@ -83,10 +111,6 @@ class CacheChoice:
         return cls(name, plan, evicts, evicting, allocator, min_tokens)
 
     @property
-    def model(self) -> str:
-        """The model to take where none was named."""
-        return (self.plan.model.id if self.plan else "") or DEFAULT_MODEL
-
     def check(self, retention: float | None, otherwise: str = "") -> None:
         """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
         if retention is None:

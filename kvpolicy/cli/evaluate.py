@@ -83,11 +83,10 @@ def evaluate(
     number = opt.pick_dtype(_own_dtype(loaded) if dtype == "auto" else dtype, where)
 
     from kvpolicy.evaluate import probe_for
-    from kvpolicy.integrations.transformers import load_model, read_corpus
+    from kvpolicy.integrations.transformers import read_corpus
 
     progress = watcher(quiet)
-    name = model or (loaded.model.id if loaded else "") or "smollm2-135m"
-    network, tokenizer = load_model(name, revision=revision, device=where, dtype=number)
+    _, network, tokenizer = caches.load_network(model, loaded, revision=revision, device=where, dtype=number)
     corpus = read_corpus(tokenizer, text)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)

@@ -71,10 +71,9 @@ def generate(
     retention = _retention(choice, retention, tokens)
     where = opt.pick_device(device)
 
-    from kvpolicy.integrations.transformers import load_model
-
-    name = model or choice.model
-    network, tokenizer = load_model(name, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    name, network, tokenizer = caches.load_network(
+        model, choice.plan, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where)
+    )
     ids, is_chat = _encode(tokenizer, text, no_chat)
     cache = choice.make(network, retention, tokens=tokens)
     _warn_of_lost_facts(choice, retention if tokens is None else min(tokens / ids.shape[1], 1.0))
