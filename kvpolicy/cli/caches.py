@@ -110,7 +110,6 @@ class CacheChoice:
             check_splits_without_plan(allocator)
         return cls(name, plan, evicts, evicting, allocator, min_tokens)
 
-    @property
     def check(self, retention: float | None, otherwise: str = "") -> None:
         """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
         if retention is None:
