@@ -258,19 +258,17 @@ class _Figures:
 
 
 def _figures(cache: Any, stream: _Stream, prompt_tokens: int) -> _Figures:
-    store = cache.store
-    layers, heads = store.spec.table_shape
-    entries, seen = int(store.lengths.sum()), int(store.seen.sum()) * layers * heads
+    store, held = cache.store, cache.report()
     begun = stream.begun or 0.0
     prefill, decode = stream.times[0] - begun, stream.times[-1] - stream.times[0]
     steps = len(stream.times) - 1
     return _Figures(
         prompt_tokens=prompt_tokens,
         new_tokens=len(stream.ids),
-        entries=entries,
-        entries_seen=seen,
-        kept=entries / seen,
-        evicted=entries < seen,
+        entries=sum(held.entries),
+        entries_seen=sum(held.full),
+        kept=held.retention,
+        evicted=held.evicted,
         bytes=cache.nbytes,
         dense_bytes=store.dense_nbytes + cache.nbytes - store.nbytes,
         prefill_seconds=prefill,
