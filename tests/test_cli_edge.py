@@ -110,7 +110,7 @@ def test_nor_does_python_say_anything_at_its_exit(tuned):
 
 def test_a_name_that_is_no_text_is_still_shown(refused):
     said = refused("show", b"\xff.json".decode(errors="surrogateescape"))
-    assert "plan file '\\udcff.json': cannot be read: No such file or directory" in said
+    assert "plan file '\ufffd.json': cannot be read: No such file or directory" in said
 
 
 # --- what holds for every option

@@ -163,7 +163,10 @@ def test_nothing_waits_nothing_grows_nothing_is_joined():
 
 @pytest.mark.parametrize("policy", ["streaming", "snapkv"])
 def test_layers_of_a_prompt_do_not_wait_for_the_device(policy):
-    """The CPU has to stay ahead through a whole prompt: what it waits for does not grow with the layers."""
+    """The CPU has to stay ahead through a whole prompt: what it waits for does not grow with the layers.
+
+    One of the waits comes before the first layer, when nothing runs: whether the model knows the tokens.
+    """
     waits = []
     for layers in (2, 5):
         model = tiny_model("Llama", layers=layers).cuda()
@@ -177,7 +180,7 @@ def test_layers_of_a_prompt_do_not_wait_for_the_device(policy):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing" in str(each.message) for each in told))
-    assert waits[0] == waits[1] <= 4, waits
+    assert waits[0] == waits[1] <= 5, waits
 
 
 def test_generate_compiles_it():

@@ -120,9 +120,10 @@ class StaticLayer(BudgetedLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if not self.cache.decoding:
             return super().get_mask_sizes(query_length)
+        if torch.compiler.is_compiling():  # nothing can be looked at there; generate makes its mask before
+            return 0, 0
         length = Seen(0)
-        if not torch.compiler.is_compiling():  # compiled code can look at nothing; generate makes its mask before it
-            length.padding = self.columns - seen_by(self.cache.opened(), self.row)
+        length.padding = self.columns - seen_by(self.cache.opened(), self.row)
         return length, 0
 
     def get_seq_length(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ def check_token_ids(model: PreTrainedModel, ids: Tensor, said: str = "input_ids"
         hint = ": one sequence is ids[None]" if ids.ndim == 1 and ids.numel() else ""
         raise ModelError(f"{expected}; got {ids.dtype} {list(ids.shape)}{hint}")
     rows = model.get_input_embeddings().weight.shape[0]
-    least, most = int(ids.min()), int(ids.max())
+    least, most = torch.stack(ids.aminmax()).tolist()  # waits for the device once
     if least < 0 or most >= rows:
         raise ModelError(
             f"{said} holds the token {most if most >= rows else least}, but the model's embeddings are of tokens 0 to "
