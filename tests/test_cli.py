@@ -171,10 +171,13 @@ def test_tune_with_the_estimator_that_an_allocator_is_made_for(kvpolicy, tune, t
 
 
 def test_estimate_equals_what_eval_measures_but_for_the_tables(kvpolicy, tiny_checkpoint):
-    options = ["--context", "64", "--batch", "3", "--dtype", "float32", "--json"]
+    options = ["--context", "640", "--batch", "3", "--dtype", "float32", "--json"]
     one = kvpolicy("estimate", "--model", tiny_checkpoint, "-r", "0.3", *options).json
-    assert one["kept_bytes"] == 3 * round(0.3 * 64 * 4) * (8 + 8) * 4
-    assert one["dense_bytes"] == 3 * 16384
+    assert one["kept_bytes"] == 3 * round(0.3 * 640 * 4) * (8 + 8) * 4
+    assert one["dense_bytes"] == 3 * 163840
+    scored = kvpolicy("estimate", "--model", tiny_checkpoint, "-r", "0.3", "--policy", "snapkv", *options).json
+    assert scored["cache_bytes"] - one["cache_bytes"] == 4 * one["entries"]
+    assert (one["policy"], scored["policy"]) == ("streaming", "snapkv")
     several = kvpolicy("estimate", "--model", tiny_checkpoint, *options).json
     assert [row["retention"] for row in several] == [0.5, 0.3, 0.1]
 

@@ -1,4 +1,4 @@
-"""The memory estimate, held against hand-made sums and against DynamicCache's own tensors."""
+"""The memory estimate, held against real caches' bytes, hand-made sums and DynamicCache's own tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
+from kvpolicy import new_cache
 from kvpolicy.errors import BudgetError
 from kvpolicy.estimate import estimate_memory
 from kvpolicy.spec import LayerSpec, ModelSpec
+from tests.tiny import over, tiny_ids, tiny_model
 
 FULL = LayerSpec("full", 4, 2, 16, 8)
 SLIDING = LayerSpec("sliding", 4, 2, 16, 8, window=32)
@@ -24,13 +26,14 @@ def make_spec(*layers: LayerSpec) -> ModelSpec:
 
 
 def test_every_part_by_hand() -> None:
-    got = estimate_memory(make_spec(FULL, SLIDING, FULL, SHARED, LINEAR), 100, 0.3, 5, 2, weights_bytes=1000)
-    assert got.entries == 5 * 120  # 0.3 of 100 tokens in 2 layers of 2 KV heads
-    assert got.kept_bytes == 600 * (16 + 8) * 2
-    assert got.dense_bytes == 5 * 400 * 48
-    assert got.layer_bytes == 5 * 200 * 48
-    assert got.other_bytes == 5 * 32 * 2 * 48
-    assert got.table_bytes == 600 * 4 + 5 * 4 * 16
+    got = estimate_memory(make_spec(FULL, SLIDING, FULL, SHARED, LINEAR), 1000, 0.3, 5, 2, weights_bytes=1000)
+    assert got.entries == 5 * 1200  # 0.3 of 1000 tokens in 2 layers of 2 KV heads
+    assert got.kept_bytes == 6000 * (16 + 8) * 2
+    assert got.dense_bytes == 5 * 4000 * 48
+    assert got.layer_bytes == 5 * 2000 * 48
+    assert got.other_bytes == 5 * 31 * 2 * 48  # a window of 32 without the token that comes
+    # positions; 5 int64 of each sequence and KV head, 3 of each sequence, in 2 layers; one table of capacities
+    assert got.table_bytes == 6000 * 4 + 2 * 5 * (2 * 5 + 3) * 8 + 4 * 8
     assert got.cache_bytes == got.kept_bytes + got.table_bytes + got.other_bytes
     assert got.prefill_peak_bytes == got.cache_bytes + got.layer_bytes
     assert got.dynamic_cache_bytes == got.dense_bytes + got.other_bytes
@@ -43,9 +46,36 @@ def test_a_window_holds_no_more_than_the_context() -> None:
 
 
 def test_json_names_everything() -> None:
-    shown = estimate_memory(make_spec(FULL), 100, 0.5, 1, 2).to_json()
+    shown = estimate_memory(make_spec(FULL), 1000, 0.5, 1, 2).to_json()
     assert shown["weights_bytes"] is None
-    assert shown["total_bytes"] == shown["cache_bytes"] == 100 * 48 + 100 * 4 + 2 * 16
+    assert shown["total_bytes"] == shown["cache_bytes"] == 1000 * 48 + 1000 * 4 + 13 * 8 + 2 * 8
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cache_bytes_are_what_a_real_cache_holds(policy: str, batch: int) -> None:
+    model = tiny_model("Llama")
+    spec = ModelSpec.from_config(model.config)
+    for context, retention, entries in [
+        (40, 0.3, 40),  # below the least budget of 128: kept whole, with room for more
+        (120, 0.3, 120),
+        (300, 0.3, 128),  # 0.3 of 300 is 90
+        (500, 0.3, 150),
+        (501, 0.3, None),  # no whole number for each KV head
+        (300, 1.0, 300),
+    ]:
+        cache = new_cache(model, retention=retention, policy=policy)
+        with torch.no_grad():
+            model(tiny_ids(context, batch), **over(cache))
+        estimate = estimate_memory(spec, context, retention, batch, 4, policy=policy)
+        assert estimate.cache_bytes == cache.nbytes, (context, retention)
+        assert estimate.entries == int(cache.lengths.sum())
+        assert entries is None or estimate.entries == entries * cache.lengths.numel()
+
+
+def test_a_score_is_counted_where_the_policy_has_one() -> None:
+    with_scores, without = (estimate_memory(make_spec(FULL), 1000, 0.3, 5, 2, policy=p) for p in ("snapkv", None))
+    assert with_scores.cache_bytes - without.cache_bytes == 4 * without.entries == 4 * 3000
 
 
 @pytest.mark.parametrize(
@@ -63,8 +93,7 @@ def test_dense_bytes_are_dynamic_caches(name: str, more: dict[str, Any]) -> None
         cache.update(key, key.clone(), index)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     estimate = estimate_memory(spec, 40, 1.0, 3, 2)
-    slack = sum(3 * 2 * layer.num_kv_heads * layer.key_dim * 2 for layer in spec.layers if layer.kind == "sliding")
-    assert 0 <= estimate.dynamic_cache_bytes - held <= slack  # a stock sliding layer holds window - 1 between steps
+    assert estimate.dynamic_cache_bytes == held
     assert estimate.kept_bytes == estimate.dense_bytes
 
 
@@ -72,6 +101,7 @@ def test_dense_bytes_are_dynamic_caches(name: str, more: dict[str, Any]) -> None
     ("changed", "message"),
     [
         ({"context_length": 0}, "context_length is 0"),
+        ({"context_length": 2**31}, "context_length is 2147483648, but a sequence can have .* tokens at most"),
         ({"context_length": 1.5}, "context_length is 1.5"),
         ({"batch_size": True}, "batch_size is True"),
         ({"itemsize": -2}, "itemsize is -2"),

@@ -141,6 +141,11 @@ class LayerArena:
         """Rows that a segment of this length gets besides. length: int64 [S]."""
         return (length // 32).clamp(min=LEAST_GROWTH)
 
+    @classmethod
+    def room(cls, length: Tensor, capacity: Tensor) -> Tensor:
+        """Rows that segments of these lengths get in all, as far as they may grow. All int64 [S]."""
+        return torch.maximum(torch.minimum(length + cls.slack(length), capacity), length)
+
     def advance(self, full: Tensor) -> Tensor:
         """The next slot of each segment under the window rule, int64 [S]; counts the entry. full: bool [S].
 

@@ -211,8 +211,7 @@ class StoreLayer:
     ) -> None:
         """Keeps the `counts` candidates with the largest keys, pinned ones first, then by age."""
         columns = kept_columns(keys, positions, counts, self.protection)
-        room = torch.minimum(counts + self.arena.slack(counts), self.capacity)
-        self.arena.replace(columns, counts, torch.maximum(room, counts), chunk, scores)
+        self.arena.replace(columns, counts, self.arena.room(counts, self.capacity), chunk, scores)
         self.is_ring = True
 
     def _next_slot(self, full: Tensor) -> Tensor:

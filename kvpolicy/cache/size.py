@@ -18,5 +18,9 @@ def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:
 
 def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool) -> int:
     """Bytes of one entry: key, value and position, and its score where there is one. dtype: of keys and values."""
-    position, score = torch.int32.itemsize, torch.float32.itemsize
-    return spec.entry_bytes(dtype.itemsize) + position + (score if scored else 0)
+    return spec.entry_bytes(dtype.itemsize) + beside_nbytes(scored=scored)
+
+
+def beside_nbytes(*, scored: bool) -> int:
+    """Bytes of one entry beside its key and value: its position, and its score where there is one."""
+    return torch.int32.itemsize + (torch.float32.itemsize if scored else 0)

@@ -10,6 +10,7 @@ from kvpolicy.cli import options as opt
 from kvpolicy.devices import device_name, memory_bytes
 from kvpolicy.errors import ModelError
 from kvpolicy.estimate import MemoryEstimate, estimate_memory
+from kvpolicy.registry import registry
 from kvpolicy.spec import ModelSpec
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,6 +21,7 @@ def estimate(
     context: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 4096,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
+    policy: Annotated[str, typer.Option(help="Who evicts; most hold a score beside each entry.")] = "streaming",
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
     device: opt.Device = "auto",
     revision: opt.Revision = None,
@@ -33,6 +35,7 @@ def estimate(
     if dtype not in _ITEMSIZE:
         raise ModelError(f"--dtype must be one of {', '.join(_ITEMSIZE)}, got '{dtype}'")
     where = opt.pick_device(device)
+    evicting = registry.create("policy", policy)
     retentions = [opt.check_retention(r) for r in (retention or [0.5, 0.3, 0.1])]
 
     from kvpolicy.integrations.transformers import load_config, weights_of
@@ -40,10 +43,10 @@ def estimate(
     config = load_config(model, revision=revision)
     spec, itemsize = ModelSpec.from_config(config), _ITEMSIZE[dtype]
     weights = weights_of(config, itemsize)
-    rows = [estimate_memory(spec, context, kept, batch, itemsize, weights.nbytes) for kept in retentions]
+    rows = [estimate_memory(spec, context, kept, batch, itemsize, weights.nbytes, evicting) for kept in retentions]
     memory = memory_bytes(where)
     if json:
-        more = {"weights_note": weights.note, "device": where, "device_bytes": memory}
+        more = {"policy": policy, "weights_note": weights.note, "device": where, "device_bytes": memory}
         documents = [row.to_json() | more | {"fits": _fits(row, memory)} for row in rows]
         opt.print_json(documents[0] if len(documents) == 1 else documents)
         return
@@ -53,7 +56,8 @@ def estimate(
     from kvpolicy.report.figures import size
 
     about = "" if weights.note is None else f", {weights.note}"
-    title = f"{model}: {batch} x {context} tokens, all in {dtype} (weights {size(weights.nbytes)}{about})"
+    asked = f"{batch} x {context} tokens under {policy}"
+    title = f"{model}: {asked}, all in {dtype} (weights {size(weights.nbytes)}{about})"
     columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
     table = Table(*columns, *(["fits"] if memory else []), title=title)
     for row in rows:
