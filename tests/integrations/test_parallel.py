@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function
 import kvpolicy
 from kvpolicy import BudgetPlan, ModelError, ModelSpec
 from kvpolicy.integrations.transformers.devices import layer_devices
-from kvpolicy.integrations.transformers.masks import make_mask
+from kvpolicy.integrations.transformers.masks import Seen, make_mask
 from tests.integrations.parallel_worker import CONTEXT, NEW, PROMPT, RANKS, plan_of, seen_of
 from tests.tiny import over, tiny_ids, tiny_model
 
@@ -201,7 +201,7 @@ def test_shared_keys_on_another_device_are_refused():
 
 def test_a_mask_comes_to_the_device_of_the_layer():
     padding = torch.tensor([[True] * 5, [False] + [True] * 4])
-    given = {"batch_size": 2, "q_length": 5, "kv_length": 5, "q_offset": 0, "kv_offset": 0, "device": "cpu"}
+    given = {"batch_size": 2, "q_length": 5, "kv_length": Seen(5), "q_offset": 0, "kv_offset": 0, "device": "cpu"}
     given |= {"mask_function": causal_mask_function, "attention_mask": padding, "allow_is_causal_skip": True}
     mask = make_mask("sdpa", given)
     elsewhere = mask.to(torch.device("meta"), non_blocking=False)

@@ -168,7 +168,8 @@ class DecodeThroughStore:
         self.store, self.layer = store, layer
 
     def __call__(self, module, query, key, value, options, stock):
-        out = self.store.decode(self.layer, query, key, value, scale=options["scaling"])
+        feed = self.store.decode if self.store.can_append(self.layer) else self.store.prefill
+        out = feed(self.layer, query, key, value, scale=options["scaling"])
         return out.transpose(1, 2), None
 
 

@@ -335,9 +335,9 @@ def test_generate_refuses_tokens_that_it_does_not_know(llama):
     ("ids", "instruction", "more", "said"),
     [
         (tiny_ids(40, batch=2), INSTRUCTION, {}, r"holds 1 sequences: expected context_ids \[1, n\].*got \[2, 40\]"),
-        (tiny_ids(40)[0], INSTRUCTION, {}, r"got \[40\] and None"),
+        (tiny_ids(40)[0], INSTRUCTION, {}, r"got torch.int64 \[40\]: one sequence is ids\[None\]"),
         (tiny_ids(40), INSTRUCTION, {"attention_mask": torch.ones(1, 9)}, r"got \[1, 40\] and \[1, 9\]"),
-        (tiny_ids(40)[:, :0], INSTRUCTION, {}, "holds no token to repeat"),
+        (tiny_ids(40)[:, :0], INSTRUCTION, {}, r"at least one of each; got torch.int64 \[1, 0\]"),
         (tiny_ids(40), INSTRUCTION.float(), {}, r"must be int64 \[k\] with k >= 1, got torch.float32 \[3\]"),
         (tiny_ids(40), INSTRUCTION[:0], {}, r"got torch.int64 \[0\]"),
         (tiny_ids(40), "Repeat", {}, "got str"),

@@ -174,8 +174,8 @@ def test_a_cache_of_another_model(model, of):
 
 
 WRONG = {
-    r"tokens \[B, n\] .* got \[50\]": (tiny_ids(50)[0], None),
-    r"tokens \[B, n\] .* got \[1, 0\]": (tiny_ids(50)[:, :0], None),
+    r"int64 \[sequences, tokens\], .* got torch.int64 \[50\]": (tiny_ids(50)[0], None),
+    r"int64 \[sequences, tokens\], .* got torch.int64 \[1, 0\]": (tiny_ids(50)[:, :0], None),
     r"the prompt's shape, \[1, 50\], got \[1, 51\]": (tiny_ids(50), torch.ones(1, 51)),
     "padding on the left alone": (tiny_ids(50), (torch.arange(50) < 40)[None].long()),
     "padding on the left alone.*": (tiny_ids(50), (torch.arange(50) != 20)[None].long()),

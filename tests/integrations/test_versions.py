@@ -57,12 +57,14 @@ def test_own_code_gives_no_warning(options):
 
 @pytest.mark.parametrize(("version", "count"), [("5.24.3", 0), ("5.17.0", 0), ("5.25.0.dev0", 1), ("6.0.0", 1)])
 def test_a_newer_release_is_told_once_at_attach(monkeypatch, version, count):
+    model = tiny_model("Llama")
     monkeypatch.setattr(transformers, "__version__", version)
     versions.warn_if_untested.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        kvpolicy.attach(tiny_model("Llama"))
-        kvpolicy.attach(tiny_model("Llama"))
+        kvpolicy.attach(model)
+        kvpolicy.detach(model)
+        kvpolicy.attach(model)
     versions.warn_if_untested.cache_clear()
     assert [warning.category for warning in told] == [VersionWarning] * count
     assert all("newer than 5.24" in str(warning.message) and warning.filename == __file__ for warning in told)

@@ -76,12 +76,14 @@ def test_an_entry_has_the_same_lot_in_every_chunk_and_row():
 
 def test_decoded_tokens_have_their_lots_too():
     store, given = store_of(RandomPolicy(num_sink_tokens=0), [[1, 1, 1], [8, 12, 9]], batch_size=2), tensors(60, 2, 3)
-    store.prefill(1, *(x[:, :, :20] for x in given))
+    for layer in range(2):
+        store.prefill(layer, *(x[:, :, :20] for x in given))
     held = [
         best({p: lot(0, 1, head, p) for p in range(20)}, capacity, seen=20) for head, capacity in enumerate((8, 12, 9))
     ]
     for token in range(20, 60):
-        store.decode(1, *(x[:, :, token : token + 1] for x in given))
+        for layer in range(2):
+            store.decode(layer, *(x[:, :, token : token + 1] for x in given))
         for head, capacity in enumerate((8, 12, 9)):
             stay = best({p: lot(0, 1, head, p) for p in held[head]}, capacity - 1, seen=token)
             held[head] = sorted([*stay, token])

@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.exchange import (
     Attention,
     attention_name,
@@ -66,11 +65,6 @@ def attach(model: PreTrainedModel) -> None:
         stock = stock_attention(base, module)
         layer: RaggedAttention | None = getattr(key, _HANDLE, None)
         if layer is not None:
-            if options.get("use_cache") is False:
-                raise ModelError(
-                    "use_cache=False was given with a cache: generate feeds the whole text at each step then, and the "
-                    "cache would see it again and again. Leave it out (generation_config.use_cache too)"
-                )
             return layer.attention(stock, module, query, key, value, mask, options)
         return stock(module, query, key, value, dense_mask(mask), **options)
 

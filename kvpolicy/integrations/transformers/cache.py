@@ -21,7 +21,8 @@ from kvpolicy.cache.store import ROLLBACK, RaggedStore, Scoring
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attachment import mark
 from kvpolicy.integrations.transformers.columns import Reading, entry_masks, filled_columns, read_mask, seen_by
-from kvpolicy.integrations.transformers.exchange import Attention
+from kvpolicy.integrations.transformers.exchange import Attention, as_stock
+from kvpolicy.integrations.transformers.forwards import check_fed_once
 from kvpolicy.integrations.transformers.masks import LazyMask, Seen, dense_mask, user_mask
 from kvpolicy.integrations.transformers.model_state import CarryingCache
 from kvpolicy.integrations.transformers.sources import layer_sources
@@ -101,6 +102,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.check_follower(module)
             return self._follow(stock, module, query, key, value, mask, options, scoring)
         self.arrived = 0
+        if not self.row:
+            check_fed_once(options.get("position_ids"), key.shape[2], seen_by(store, 0))
         reading = self.read(mask, key.shape[2])
         valid, self.filled = reading.valid, reading.filled
         plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
@@ -108,13 +111,13 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             store.append(self.row, key, value)
             out = store.attend(self.row, query, scoring)
             store.rescore(self.row, query, scoring)
-            return _as_stock(out), None
+            return as_stock(out), None
         first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
         chunk = store.arrive(self.row, key, value, valid)
         if first:
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
-            result = _as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
+            result = as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
         extra = layer_sources(module, store.spec, store.policy.requires)
         self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
         if not self.followers:
@@ -150,11 +153,11 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """A layer that reuses this one's keys and values, later in the same forward."""
         store, waiting = self.cache.opened(), self.waiting
         if waiting is None:
-            return _as_stock(store.attend(self.row, query, scoring)), None
+            return as_stock(store.attend(self.row, query, scoring)), None
         if waiting.prompt:
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
-            result = _as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
+            result = as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
         waiting.left -= 1
         if not waiting.left:
             self._finish()
@@ -294,6 +297,7 @@ class RaggedCache(CarryingCache):
     def check_repeated(self) -> None:
         """Raises `ModelError` where the budget waits for the context to be repeated."""
         if self.awaits_repeat and self.watch is None:
+            self.withdraw()
             raise ModelError(
                 "this cache still holds every token, as its policy requires repeat_attention: after the prompt, before "
                 "decoding, call kvpolicy.repeat_context(model, cache, input_ids, tokenizer), or let "
@@ -443,8 +447,3 @@ class RaggedCache(CarryingCache):
             self.store.take(rows.long())
         for layer in self._stock():
             on_stock(layer)
-
-
-def _as_stock(out: Tensor) -> Tensor:
-    """[B, num_q_heads, n, Dv] to what attention functions of transformers return."""
-    return out.transpose(1, 2).contiguous()

@@ -67,6 +67,11 @@ def register(name: str, base: str, attention: Attention, mask: Callable[..., Any
     AttentionMaskInterface.register(name, mask)
 
 
+def as_stock(out: Tensor) -> Tensor:
+    """[B, num_q_heads, n, Dv] to what attention functions of transformers return."""
+    return out.transpose(1, 2).contiguous()
+
+
 def stock_attention(base: str, module: nn.Module) -> Attention:
     """The function the model would have called; "eager" is defined beside each model."""
     if base == "eager":

@@ -69,6 +69,10 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
             )
         self._announced = count
 
+    def withdraw(self) -> None:
+        """The forward that announced its tokens is refused before any layer takes them."""
+        self._announced = 0
+
     def break_off(self, why: str) -> None:
         """What fed this cache did not come to its end, so nobody knows what it has seen."""
         self.broken = why
@@ -100,3 +104,21 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.announce(query_length)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+
+def check_fed_once(positions: Any, count: int, seen: Tensor) -> None:
+    """Raises `ModelError` where `count` tokens begin a text again that the cache has seen, as generate has it under
+    use_cache=False: at each step the whole text.
+
+    positions: what the model says of the new tokens, int64 [B or 1, count] if it says anything
+    seen:      int64 [B] on the CPU, tokens before these
+    """
+    if count == 1 or not bool(seen.any()) or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    ends = positions[:, [0, -1]].cpu()  # waits for the device once, in a later chunk or turn alone
+    again = (ends[:, 0] == 0) & (ends[:, 1] == count - 1) & (seen > 0)
+    if bool(again.any()):
+        raise ModelError(
+            "a text came again from its beginning that this cache has seen: under use_cache=False generate feeds the "
+            "whole text at each step. Leave that out (generation_config.use_cache too), or begin with a new cache"
+        )
