@@ -102,7 +102,7 @@ def make_probes(
         raise TextError(
             f"{corpus.name} is too short: after repetitions are dropped it has {len(corpus.search)} tokens to search "
             f"on and {len(corpus.heldout)} to report on, a context of {length} with {settings.sequences} search "
-            f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer text or a smaller "
+            f"sequences needs {least * length} and {LEAST_HELDOUT * length}; give a longer text= or a smaller "
             "context_length=, or fewer sequences="
         )
     options: dict[str, Any] = {"batch_size": settings.batch_size, "tokenizer": corpus.tokenizer}
