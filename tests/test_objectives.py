@@ -93,6 +93,7 @@ def test_needles_that_cannot_be_made_say_why():
 
     class Whole:
         bos_token_id = None
+        name_or_path = "whole"
 
         def __call__(self, text, **_):
             return type("Ids", (), {"input_ids": [sum(text.encode())]})
