@@ -63,7 +63,7 @@ def parse(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise PlanError(f"larger than {MAX_BYTES // 2**20} MiB, was another file given?")
     if _depth(data) > _MAX_DEPTH:
-        raise PlanError(f"nested deeper than the {_MAX_DEPTH} levels allowed; a plan needs fewer than ten")
+        raise PlanError(f"nested deeper than {_MAX_DEPTH} levels; a plan needs fewer than ten")
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
