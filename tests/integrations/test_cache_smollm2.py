@@ -121,6 +121,7 @@ def storage_bytes(cache):
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_no_head_exceeds_its_capacity_in_200_steps(model, ids):
     cache = kvpolicy.new_cache(model, ragged_plan(ModelSpec.from_config(model.config)), retention=0.3, min_tokens=32)
     before = torch.zeros(1)
@@ -156,6 +157,7 @@ def token_by_token_loss(model, ids, cache, first):
     return torch.nn.functional.cross_entropy(logits[0, first - 1 : -1], ids[0, first:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retention", [0.5, 0.3, 0.1])
 def test_the_loss_through_the_cache_is_the_loss_of_the_search(model, ids, retention):
     length = 160

@@ -198,6 +198,7 @@ def test_loss_equals_token_by_token_decoding(name):
     assert loss == pytest.approx(decoded_loss(model, spec, x, capacities, 37), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_equals_token_by_token_decoding_on_smollm2(smollm2):
     model, tokenizer = smollm2
     spec = ModelSpec.from_config(model.config)
