@@ -58,7 +58,8 @@ def test_own_code_gives_no_warning(options):
 @pytest.mark.parametrize(("version", "count"), [("5.24.3", 0), ("5.17.0", 0), ("5.25.0.dev0", 1), ("6.0.0", 1)])
 def test_a_newer_release_is_told_once_at_attach(monkeypatch, version, count):
     model = tiny_model("Llama")
-    monkeypatch.setattr(transformers, "__version__", version)
+    # not this file's `transformers`: the package replaces its own module object while it is imported
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     versions.warn_if_untested.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
