@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import transformers
 from transformers import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
