@@ -160,7 +160,7 @@ class Bench:
 
     @torch.no_grad()
     def dynamic(self, context: int, name: str, cudnn: bool) -> None:
-        """As transformers decodes by default. torch prefers cuDNN's attention, which plans anew at every length."""
+        """As transformers decodes by default. torch prefers cuDNN's attention, which plans again at every length."""
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         clean()
         kvpolicy.detach(self.model)

@@ -27,7 +27,7 @@ import transformers
 import kvpolicy
 from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
 from kvpolicy.integrations.transformers import with_cache
-from kvpolicy.integrations.transformers.bench import measure_decode
+from kvpolicy.integrations.transformers.probes.decode_cost import measure_decode
 
 KEPT = 0.25
 CACHES = ("retention 1", "25 % uniform", "25 % ragged")

@@ -26,8 +26,8 @@ from torch import Tensor
 
 import kvpolicy
 from kvpolicy import Budget, Importance, ModelProbe, ModelSpec, TransformersProbe, apportion
-from kvpolicy.files import write_bytes
-from kvpolicy.stats import excess_share, paired_difference
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.measure.stats import excess_share, paired_difference
 
 
 @dataclass(frozen=True)

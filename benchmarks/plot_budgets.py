@@ -2,10 +2,10 @@
 
     python benchmarks/plot_budgets.py benchmarks/results/budgets_h100 docs/images
 
-Prints Markdown: which part of uniform's excess perplexity each plan leaves, for each text and in the mean of the texts,
+Prints Markdown: which part of uniform's excess perplexity each plan leaves, for each text and on average of the texts,
 with 95 % bootstrap intervals (sequences drawn again within each text, 10 000 times). First decoded from the first token
 on, of which it draws budgets.png, then behind a prompt, as far as all texts have the rows. Last what every method adds
-to the full cache's perplexity behind a prompt, in the mean of the texts that have all of them, which all_policies.png
+to the full cache's perplexity behind a prompt, on average of the texts that have all of them, which all_policies.png
 draws too.
 """
 
@@ -20,7 +20,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from kvpolicy.compare.document import Comparison, load_comparison
+from kvpolicy.comparison.results_file import Comparison, load_comparison
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

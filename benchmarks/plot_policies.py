@@ -14,8 +14,8 @@ from pathlib import Path
 import matplotlib
 from policy_table import ALLOCATORS, POLICIES
 
-from kvpolicy.compare.document import Comparison, load_comparison
-from kvpolicy.stats import mean_interval
+from kvpolicy.comparison.results_file import Comparison, load_comparison
+from kvpolicy.measure.stats import mean_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,8 +13,8 @@ from pathlib import Path
 import matplotlib
 from retrieval_budgets import TASKS
 
-from kvpolicy.compare.document import Comparison, load_comparison
-from kvpolicy.stats import mean_interval
+from kvpolicy.comparison.results_file import Comparison, load_comparison
+from kvpolicy.measure.stats import mean_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ BUDGETS = {  # colour, name
     "{}/uniform": ("0.65", "uniform"),
     "{}/adakv": ("#e08e45", "adakv"),
     "{}.json": ("#1b6ca8", "learned on answers"),
-    "{}.json shuffled": ("#c9d9e8", "learned, for other heads by lot"),
+    "{}.json shuffled": ("#c9d9e8", "learned, for other heads at random"),
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpolicy.ranks import rank_correlation
+from kvpolicy.measure.ranks import rank_correlation
 
 SIZES = ("1/32", "1/8", "1/2")  # the estimator's own, in the order in which a head is shrunk
 SEQUENCES = (4, 8, 12)

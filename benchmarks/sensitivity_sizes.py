@@ -23,8 +23,8 @@ from torch import Tensor
 
 import kvpolicy
 from kvpolicy import Budget, Importance, ModelSpec, TransformersProbe, apportion
-from kvpolicy.stats import excess_share, paired_difference
-from kvpolicy.text import Corpus
+from kvpolicy.measure.stats import excess_share, paired_difference
+from kvpolicy.text.corpus import Corpus
 
 CONTEXT, FLOOR_SHARE, EXPONENTS, RETENTIONS = 4096, 0.42, (0.25, 0.4, 0.6), (0.3, 0.1)
 SIZES = {"1/8": 1, "1/32": 0}  # places in what was measured

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvpolicy import load_plan, save_plan
-from kvpolicy.compare.document import Comparison, load_comparison, save_comparison
-from kvpolicy.compare.figures import summary
-from kvpolicy.report.comparison import markdown
+from kvpolicy.comparison.quality import summary
+from kvpolicy.comparison.results_file import Comparison, load_comparison, save_comparison
+from kvpolicy.report.comparison_tables import markdown
 
 Command = Sequence[str | Path | float]
 KVPOLICY = [sys.executable, "-c", "from kvpolicy.cli import main; main()"]

@@ -18,9 +18,9 @@ import transformers
 
 import kvpolicy
 from kvpolicy import Budget, BudgetPlan, TransformersProbe, TuneSettings, apportion, registry
-from kvpolicy.evaluate import measured_bytes
+from kvpolicy.measure.evaluation import measured_bytes
 from kvpolicy.progress import Progress
-from kvpolicy.text import Corpus
+from kvpolicy.text.corpus import Corpus
 
 PERMUTATIONS = 5
 

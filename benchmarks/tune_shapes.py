@@ -19,7 +19,7 @@ import transformers
 import kvpolicy
 from kvpolicy import TuneSettings
 from kvpolicy.progress import Progress
-from kvpolicy.text import Corpus
+from kvpolicy.text.corpus import Corpus
 
 SHAPES = {
     "Llama-3-8B": (

@@ -5,39 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from kvpolicy.apportion import apportion
-from kvpolicy.cache import RaggedStore, StaticStore
-from kvpolicy.errors import (
-    BudgetError,
-    GraphWarning,
-    KVPolicyError,
-    ModelError,
-    ModelWarning,
-    PlanError,
-    PlanWarning,
-    PluginConflictError,
-    PluginError,
-    PluginWarning,
-    StudyError,
-    TextError,
-    VersionWarning,
-)
-from kvpolicy.hookspecs import Register, hookimpl
-from kvpolicy.interfaces import (
-    BudgetAllocator,
-    DecodeStep,
-    EvictionPolicy,
-    ImportanceEstimator,
-    LayerActivations,
-    ModelProbe,
-    Rotary,
-    Trial,
-)
-from kvpolicy.plan import BudgetPlan, load_plan, save_plan
-from kvpolicy.registry import registry
-from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
-
 if TYPE_CHECKING:
+    from kvpolicy.budget.apportion import apportion
+    from kvpolicy.budget.plan import BudgetPlan, load_plan, save_plan
+    from kvpolicy.cache import RaggedStore, StaticStore
+    from kvpolicy.errors import (
+        BudgetError,
+        GraphWarning,
+        KVPolicyError,
+        ModelError,
+        ModelWarning,
+        PlanError,
+        PlanWarning,
+        PluginConflictError,
+        PluginError,
+        PluginWarning,
+        StudyError,
+        TextError,
+        VersionWarning,
+    )
     from kvpolicy.integrations.transformers import (
         DecodeRunner,
         PromptProbe,
@@ -53,34 +39,87 @@ if TYPE_CHECKING:
         read_corpus,
         repeat_context,
     )
+    from kvpolicy.model.layer_spec import LayerSpec
+    from kvpolicy.model.spec import Budget, Importance, ModelSpec
+    from kvpolicy.plugins.hookspecs import Register, hookimpl
+    from kvpolicy.plugins.registry import registry
+    from kvpolicy.plugins.roles import (
+        BudgetAllocator,
+        DecodeStep,
+        EvictionPolicy,
+        ImportanceEstimator,
+        LayerActivations,
+        ModelProbe,
+        Rotary,
+        Trial,
+    )
     from kvpolicy.tuning import TuneSettings, tune
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Budget": "kvpolicy.model.spec",
+    "BudgetAllocator": "kvpolicy.plugins.roles",
+    "BudgetError": "kvpolicy.errors",
+    "BudgetPlan": "kvpolicy.budget.plan",
     "DecodeRunner": "kvpolicy.integrations.transformers",
+    "DecodeStep": "kvpolicy.plugins.roles",
+    "EvictionPolicy": "kvpolicy.plugins.roles",
+    "GraphWarning": "kvpolicy.errors",
+    "Importance": "kvpolicy.model.spec",
+    "ImportanceEstimator": "kvpolicy.plugins.roles",
+    "KVPolicyError": "kvpolicy.errors",
+    "LayerActivations": "kvpolicy.plugins.roles",
+    "LayerSpec": "kvpolicy.model.layer_spec",
+    "ModelError": "kvpolicy.errors",
+    "ModelProbe": "kvpolicy.plugins.roles",
+    "ModelSpec": "kvpolicy.model.spec",
+    "ModelWarning": "kvpolicy.errors",
+    "PlanError": "kvpolicy.errors",
+    "PlanWarning": "kvpolicy.errors",
+    "PluginConflictError": "kvpolicy.errors",
+    "PluginError": "kvpolicy.errors",
+    "PluginWarning": "kvpolicy.errors",
     "PromptProbe": "kvpolicy.integrations.transformers",
     "RaggedCache": "kvpolicy.integrations.transformers",
+    "RaggedStore": "kvpolicy.cache",
+    "Register": "kvpolicy.plugins.hookspecs",
+    "Rotary": "kvpolicy.plugins.roles",
+    "StaticStore": "kvpolicy.cache",
+    "StudyError": "kvpolicy.errors",
+    "TextError": "kvpolicy.errors",
     "TransformersProbe": "kvpolicy.integrations.transformers",
+    "Trial": "kvpolicy.plugins.roles",
     "TuneSettings": "kvpolicy.tuning",
+    "VersionWarning": "kvpolicy.errors",
+    "apportion": "kvpolicy.budget.apportion",
     "attach": "kvpolicy.integrations.transformers",
     "attached": "kvpolicy.integrations.transformers",
     "detach": "kvpolicy.integrations.transformers",
     "generate": "kvpolicy.integrations.transformers",
+    "hookimpl": "kvpolicy.plugins.hookspecs",
     "load_cache": "kvpolicy.integrations.transformers",
     "load_model": "kvpolicy.integrations.transformers",
+    "load_plan": "kvpolicy.budget.plan",
     "new_cache": "kvpolicy.integrations.transformers",
     "read_corpus": "kvpolicy.integrations.transformers",
+    "registry": "kvpolicy.plugins.registry",
     "repeat_context": "kvpolicy.integrations.transformers",
+    "save_plan": "kvpolicy.budget.plan",
     "tune": "kvpolicy.tuning",
 }
 
 
 def __getattr__(name: str) -> object:
-    """Names that need transformers or optuna are imported at first use."""
+    """Every public name is imported at its first use: `import kvpolicy` alone loads nothing, not even torch."""
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'kvpolicy' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """With the names that nobody has used yet, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

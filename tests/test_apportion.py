@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvpolicy.apportion import apportion
+from kvpolicy.budget.apportion import apportion
 from kvpolicy.errors import BudgetError
-from kvpolicy.spec import Budget
+from kvpolicy.model.spec import Budget
 
 TINY, HUGE, DENORMAL = 1e-300, 1e300, 5e-324
 

@@ -6,9 +6,9 @@ from transformers import DynamicCache
 
 import kvpolicy as package
 from kvpolicy.errors import BudgetError
-from kvpolicy.integrations.transformers import bench as bench_module
-from kvpolicy.integrations.transformers.attachment import is_attached
-from kvpolicy.integrations.transformers.bench import DENSE, DecodeCost, measure_decode
+from kvpolicy.integrations.transformers.attention.attachment import is_attached
+from kvpolicy.integrations.transformers.probes import decode_cost
+from kvpolicy.integrations.transformers.probes.decode_cost import DENSE, DecodeCost, measure_decode
 from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import save_tiny_falcon
 
@@ -103,13 +103,13 @@ def test_a_plan_or_a_model_that_cannot_be_run(refused, bench, tuned, tiny_text, 
 def steps(monkeypatch):
     """What was run, in order: (cache, tokens of the forward, whether the model was attached)."""
     seen = []
-    run = bench_module._run
+    run = decode_cost._run
 
     def spy(model, ids, prompt, make, cost, tokenizer):
         run(model, ids, prompt, make, cost, tokenizer)
         seen.append((cost.name, ids.shape[1], is_attached(model)))
 
-    monkeypatch.setattr(bench_module, "_run", spy)
+    monkeypatch.setattr(decode_cost, "_run", spy)
     return seen
 
 

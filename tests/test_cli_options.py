@@ -5,8 +5,9 @@ import sys
 import pytest
 
 import kvpolicy as package
-from kvpolicy import devices, load_plan
+from kvpolicy import load_plan
 from kvpolicy.cli import app, options, terminal
+from kvpolicy.measure import machine
 from tests.command_line import FAST
 
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -176,7 +177,7 @@ def test_estimate_says_whether_it_fits(kvpolicy, tiny_checkpoint, monkeypatch, m
 def test_the_memory_of_this_machine_is_what_the_system_says():
     with open("/proc/meminfo") as file:
         total = next(int(line.split()[1]) for line in file if line.startswith("MemTotal:"))
-    assert devices.memory_bytes("cpu") == pytest.approx(1024 * total, rel=0.01)
+    assert machine.memory_bytes("cpu") == pytest.approx(1024 * total, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,18 @@ import torch
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, KVPolicyError, ModelSpec, PluginError, PromptProbe, TextError, registry
+from kvpolicy.budget.plan import PlanChoice, save_plan
 from kvpolicy.cli.terminal import Console
-from kvpolicy.compare.caches import filled_cache, ready, weighed
-from kvpolicy.compare.document import Comparison, Row, load_comparison
-from kvpolicy.compare.figures import figures
-from kvpolicy.compare.methods import read_methods
-from kvpolicy.compare.run import compare
-from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
-from kvpolicy.plan import PlanChoice, save_plan
-from kvpolicy.report.comparison import markdown, tables
+from kvpolicy.comparison.methods import read_methods
+from kvpolicy.comparison.quality import figures
+from kvpolicy.comparison.real_cache import filled_cache, ready, weighed
+from kvpolicy.comparison.results_file import Comparison, Row, load_comparison
+from kvpolicy.comparison.run import compare
+from kvpolicy.comparison.task import PerplexityTask, RetrievalTask
+from kvpolicy.measure.evaluation import CacheBytes
 from kvpolicy.report.comparison_figure import pareto_front
-from kvpolicy.retrieval import Question, make_key_values, make_passkeys, recalled
+from kvpolicy.report.comparison_tables import markdown, tables
+from kvpolicy.tasks.questions import Question, make_key_values, make_passkeys, recalled
 from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 
@@ -176,7 +177,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, measured):
 
 def test_rows_of_another_device_are_gone_on_with_unless_they_are_timed(tmp_path, monkeypatch):
     out = tmp_path / "c.json"
-    monkeypatch.setattr("kvpolicy.compare.run.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("kvpolicy.comparison.run.device_name", lambda device: "a GPU")
     compare(task_of(), read_methods(["tova"]), [0.5], out)
     assert {row.device for row in load_comparison(out).rows.values()} == {"a GPU"}
     assert "- device: a GPU\n" in markdown(load_comparison(out))
@@ -469,7 +470,7 @@ def test_a_passkey_counts_where_its_number_is_said(monkeypatch):
     task = RetrievalTask("passkey", tiny_model("Llama"), Speller(), questions(4), batch_size=4)
     method = read_methods([])[1]
     answers = [" 10000.", "10001", " 10007", "none"]
-    monkeypatch.setattr(task, "_answers", lambda *_: (answers, kvpolicy.evaluate.CacheBytes(1, 1, 1)))
+    monkeypatch.setattr(task, "_answers", lambda *_: (answers, CacheBytes(1, 1, 1)))
     assert task.measure(method, torch.full((3, 2), 9)).losses.tolist() == [0, 0, 1, 1]
 
 

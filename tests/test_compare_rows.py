@@ -10,17 +10,18 @@ from transformers import Cache, QuantizedCache
 
 import kvpolicy
 from kvpolicy import BudgetPlan, KVPolicyError, ModelSpec, PlanError, PromptProbe, TransformersProbe, registry
-from kvpolicy.compare import caches, tasks
-from kvpolicy.compare.calibration import calibration_of
-from kvpolicy.compare.decoding import DecodingTask
-from kvpolicy.compare.figures import figures
-from kvpolicy.compare.methods import read_methods
-from kvpolicy.compare.run import compare
-from kvpolicy.compare.tasks import PerplexityTask, RetrievalTask
-from kvpolicy.integrations.transformers import cache_nbytes, quantized
-from kvpolicy.integrations.transformers.attachment import is_attached
-from kvpolicy.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel, save_plan
-from kvpolicy.report.comparison import markdown, tables
+from kvpolicy.budget.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel, save_plan
+from kvpolicy.comparison import real_cache, task
+from kvpolicy.comparison.calibration import calibration_of
+from kvpolicy.comparison.decoding import DecodingTask
+from kvpolicy.comparison.methods import read_methods
+from kvpolicy.comparison.quality import figures
+from kvpolicy.comparison.run import compare
+from kvpolicy.comparison.task import PerplexityTask, RetrievalTask
+from kvpolicy.integrations.transformers import cache_nbytes
+from kvpolicy.integrations.transformers.attention.attachment import is_attached
+from kvpolicy.integrations.transformers.cache import quantized
+from kvpolicy.report.comparison_tables import markdown, tables
 from tests.test_compare import PROMPT, Speller, questions
 from tests.tiny import over, tiny_ids, tiny_model
 
@@ -80,10 +81,10 @@ def test_decode_time_is_the_median_of_single_tokens_behind_the_prompt(monkeypatc
         fed.append((tuple(args[0].shape), cache.get_seq_length()))
         clock[0] += next(seconds) if args[0].shape[1] == 1 else 1000.0
 
-    monkeypatch.setattr(caches, "seconds_now", lambda _: clock[0])
+    monkeypatch.setattr(real_cache, "seconds_now", lambda _: clock[0])
     model.register_forward_pre_hook(forward, with_kwargs=True)
     prompt = tiny_ids(PROMPT)
-    found = caches.decode_ms(model, named(name), torch.full((3, 2), PROMPT if "/" not in name else 20), prompt)
+    found = real_cache.decode_ms(model, named(name), torch.full((3, 2), PROMPT if "/" not in name else 20), prompt)
     assert found == pytest.approx(8.5), "of 1 to 16 ms; neither the prompt nor the first three count"
     assert fed == [((1, PROMPT), 0), *(((1, 1), PROMPT + step) for step in range(19))]
     assert not is_attached(model) and next(seconds, None) is None
@@ -103,7 +104,7 @@ def test_decoding_is_not_timed_where_nothing_could_be_told(tmp_path, monkeypatch
         raise AssertionError("decoding was timed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "decode_ms", timed)
+        patch.setattr(task, "decode_ms", timed)
         found = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json", timing=False)
     assert {row.decode_ms for row in found.rows.values()} == {None} and "ms/token |" not in markdown(found)
     again = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json")

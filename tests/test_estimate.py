@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy import new_cache
 from kvpolicy.errors import BudgetError
-from kvpolicy.estimate import estimate_memory
-from kvpolicy.spec import LayerSpec, ModelSpec
+from kvpolicy.measure.memory import estimate_memory
+from kvpolicy.model.layer_spec import LayerSpec
+from kvpolicy.model.spec import ModelSpec
 from tests.tiny import over, tiny_ids, tiny_model
 
 FULL = LayerSpec("full", 4, 2, 16, 8)

@@ -13,10 +13,10 @@ from optuna.study import StudyDirection
 
 from kvpolicy import BudgetPlan, KVPolicyError, PlanError, StudyError, load_cache, load_plan
 from kvpolicy.cli.generate import _prompt
-from kvpolicy.compare.document import load_comparison
-from kvpolicy.files import read_bytes, read_start
-from kvpolicy.plan_json import MAX_BYTES, parse
-from kvpolicy.text import read_text
+from kvpolicy.comparison.results_file import load_comparison
+from kvpolicy.files.fields import MAX_BYTES, parse
+from kvpolicy.files.regular import read_bytes, read_start
+from kvpolicy.text.corpus import read_text
 from kvpolicy.tuning.losses import LossJournal
 from kvpolicy.tuning.storage import open_storage
 from tests.test_plan import make_plan
@@ -56,7 +56,7 @@ def test_a_link_to_a_file_is_read(tmp_path):
 
 
 def test_of_a_huge_text_the_first_characters_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvpolicy.text._MAX_BYTES", 4)
+    monkeypatch.setattr("kvpolicy.text.corpus._MAX_BYTES", 4)
     (tmp_path / "t.txt").write_text("aößx", encoding="utf-8")
     assert read_text(tmp_path / "t.txt") == ("t.txt", "aö"), "the sharp s is cut in half"
 

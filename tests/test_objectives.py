@@ -22,14 +22,14 @@ from kvpolicy import (
     apportion,
     read_corpus,
 )
-from kvpolicy.compare.methods import Method
-from kvpolicy.compare.tasks import RetrievalTask
-from kvpolicy.needles import equal_answers, make_needles
-from kvpolicy.plan import kept_fractions
+from kvpolicy.budget.plan import kept_fractions
+from kvpolicy.comparison.methods import Method
+from kvpolicy.comparison.task import RetrievalTask
+from kvpolicy.measure.stats import relative_increase
+from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
-from kvpolicy.registry import registry
-from kvpolicy.retrieval import make_passkeys
-from kvpolicy.stats import relative_increase
+from kvpolicy.tasks.needles import equal_answers, make_needles
+from kvpolicy.tasks.questions import make_passkeys
 from kvpolicy.tuning import TuneSettings, search, tune
 from kvpolicy.tuning.joined import JoinedProbe
 from kvpolicy.tuning.passkey import PasskeyCheck

@@ -16,9 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.cache import RaggedStore
-from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
-from kvpolicy.plan import (
+from kvpolicy.budget.plan import (
     BudgetPlan,
     PlanChoice,
     PlanLevel,
@@ -28,9 +26,12 @@ from kvpolicy.plan import (
     load_plan,
     save_plan,
 )
-from kvpolicy.plan_json import MAX_BYTES
-from kvpolicy.registry import registry
-from kvpolicy.spec import Importance, LayerSpec, ModelSpec
+from kvpolicy.cache import RaggedStore
+from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
+from kvpolicy.files.fields import MAX_BYTES
+from kvpolicy.model.layer_spec import LayerSpec
+from kvpolicy.model.spec import Importance, ModelSpec
+from kvpolicy.plugins.registry import registry
 
 FULL = LayerSpec("full", 4, 2, 16, 16)
 SLIDING = LayerSpec("sliding", 4, 2, 16, 16, window=8)

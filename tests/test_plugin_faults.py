@@ -4,9 +4,10 @@ import optuna
 import pytest
 import torch
 
-from kvpolicy import Budget, Importance, ModelError, PluginError, plugin_call, registry
+from kvpolicy import Budget, Importance, ModelError, PluginError, registry
 from kvpolicy.cache.schedule import from_allocator
-from kvpolicy.plugin_fault import PluginFault, contained
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.faults import PluginFault, contained
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
 from kvpolicy.tuning.fit import fitted_shares, keep_fitted

@@ -8,9 +8,9 @@ from kvpolicy_baklava.estimator import CosineEstimator
 from kvpolicy_baselines.sensitivity import SensitivityEstimator
 
 from kvpolicy import ModelProbe, PluginError, StudyError
-from kvpolicy.delegate import DelegateProbe
 from kvpolicy.integrations.transformers import TransformersProbe
-from kvpolicy.profiling import ProfilingProbe, profile
+from kvpolicy.measure.delegate import DelegateProbe
+from kvpolicy.measure.profiling import ProfilingProbe, profile
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
 from kvpolicy.tuning.losses import LossJournal

@@ -30,11 +30,15 @@ def test_all_is_sorted_and_complete(package: str) -> None:
 
 def test_names_that_are_imported_late_exist() -> None:
     for name in kvpolicy._LAZY:
-        assert getattr(kvpolicy, name).__name__ == name
+        assert getattr(getattr(kvpolicy, name), "__name__", name) == name
     with pytest.raises(AttributeError, match="no attribute 'tun'"):
         kvpolicy.tun  # noqa: B018
 
 
+def test_dir_lists_every_public_name() -> None:
+    assert set(kvpolicy.__all__) | {"__version__"} <= set(dir(kvpolicy))
+
+
 def test_names_of_the_plugin_interface() -> None:
-    assert isinstance(kvpolicy.registry, importlib.import_module("kvpolicy.registry").Registry)
+    assert isinstance(kvpolicy.registry, importlib.import_module("kvpolicy.plugins.registry").Registry)
     assert callable(kvpolicy.hookimpl) and isinstance(kvpolicy.Register, type)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.plan import policy_of
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import unlimited
 from kvpolicy.errors import PluginConflictError, PluginError, PluginWarning
-from kvpolicy.hookspecs import Register, hookimpl
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, LayerActivations
-from kvpolicy.plan import policy_of
-from kvpolicy.registry import PluginRow, Registry
-from kvpolicy.spec import Budget, Importance
+from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins.hookspecs import Register, hookimpl
+from kvpolicy.plugins.registry import PluginRow, Registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, LayerActivations
 from tests.cache.play import spec_of
 
 
@@ -410,7 +410,7 @@ def test_create_refuses_wrong_params_and_lists_the_fields(params: dict[str, Any]
 
 def test_builtin_sets_come_through_the_entry_points() -> None:
     code = (
-        "import sys, kvpolicy; from kvpolicy.registry import registry\n"
+        "import sys, kvpolicy; from kvpolicy.plugins.registry import registry\n"
         "assert not any(name.startswith('kvpolicy_ba') for name in sys.modules), 'a plugin was imported'\n"
         "print(registry.get('policy', 'streaming').__module__, registry.create('allocator', 'uniform'))"
     )

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.spec import Budget, Importance, LayerSpec, ModelSpec
+from kvpolicy.model.layer_spec import LayerSpec
+from kvpolicy.model.spec import Budget, Importance, ModelSpec
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 128}
 GQA = {**SMALL, "num_key_value_heads": 2}

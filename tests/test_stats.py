@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kvpolicy.stats import PairedDifference, excess_share, mean_interval, paired_difference
+from kvpolicy.measure.stats import PairedDifference, excess_share, mean_interval, paired_difference
 
 
 def test_two_pairs_give_the_interval_of_their_four_resamples():

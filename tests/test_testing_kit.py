@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PluginError
-from kvpolicy.interfaces import (
+from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins.roles import (
     SOURCES,
     BudgetAllocator,
     DecodeStep,
@@ -23,7 +24,6 @@ from kvpolicy.interfaces import (
     ModelProbe,
     Trial,
 )
-from kvpolicy.spec import Budget, Importance
 from kvpolicy.testing import (
     LawError,
     RecordingTrial,

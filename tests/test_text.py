@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kvpolicy import TextError
 from kvpolicy.integrations.transformers import read_corpus
-from kvpolicy.text import RUN, SEARCH_PART, Corpus, make_corpus, read_text, split, without_repetitions
+from kvpolicy.text.corpus import RUN, SEARCH_PART, Corpus, make_corpus, read_text, split, without_repetitions
 from tests.tiny_checkpoint import text_of, tiny_tokenizer, words
 
 LEAST = RUN + 30  # white space left out, from the middle of a word on: a whole run is in it

@@ -28,10 +28,10 @@ from kvpolicy import (
     load_plan,
     save_plan,
 )
+from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
-from kvpolicy.registry import registry
 from kvpolicy.report.tables import warnings_of
-from kvpolicy.text import Corpus
+from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning import TuneSettings, job, level, search, storage, trials, tune
 from kvpolicy.tuning.storage import open_storage, open_study, repair_journal
 from tests.tiny import tiny_model

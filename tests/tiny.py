@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from kvpolicy.integrations.transformers.versions import generate_with_cache
+from kvpolicy.integrations.transformers.model.versions import generate_with_cache
 from tests.tiny_architectures import AROUND, CLASSES, options
 
 

@@ -46,7 +46,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Flex:
-    """FlexAttention for one shape. One mask_mod and one tensor of windows: a new table compiles nothing anew."""
+    """FlexAttention for one shape. One mask_mod and one tensor of windows: a new table compiles nothing again."""
 
     def __init__(self, num_kv_heads: int, group: int, length: int) -> None:
         self.window = torch.empty(num_kv_heads, dtype=torch.int32, device="cuda")

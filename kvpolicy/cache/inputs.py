@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import BudgetError
-from kvpolicy.spec import LayerSpec
+from kvpolicy.model.layer_spec import LayerSpec
 
 
 def layer_index(layer: object, count: int) -> int:

@@ -9,7 +9,7 @@ from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError
-from kvpolicy.interfaces import BudgetAllocator
+from kvpolicy.plugins.roles import BudgetAllocator
 
 
 def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None = None) -> None:

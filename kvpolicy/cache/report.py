@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy import plugin_call
+from kvpolicy.plugins import plugin_call
 
 if TYPE_CHECKING:
     from kvpolicy.cache.store import RaggedStore

@@ -56,7 +56,7 @@ class RowTables:
             alike.setdefault((id(self._before[row]), count), []).append(row)
         for (_, count), rows in alike.items():
             before = self._before[rows[0]]
-            now = [self._table(row) if layer else self.split.start(count, before) for row in rows]
+            now = [self._table(row) if layer else self.split.start(before) for row in rows]
             own = scores if len(rows) == len(seen) else [scored[rows] for scored in scores]
             for row, table in zip(rows, self.split.at_layer(layer, own, count, before, now), strict=True):
                 self.tables[row], self.seen[row] = table, count

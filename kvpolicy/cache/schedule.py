@@ -9,18 +9,18 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy import plugin_call
-from kvpolicy.apportion import apportion
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.budget.plan_parts import positive, rank_groups
+from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy
-from kvpolicy.plan import BudgetPlan
-from kvpolicy.plan_parts import positive, rank_groups
-from kvpolicy.spec import Budget, Importance, ModelSpec
+from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 
 UNLIMITED = 2**31 - 1
 """The capacity of a KV head that evicts nothing."""
 
-MIN_TOKENS = 128
 """Mean entries of a KV head below which a growing budget never goes: short prompts are kept whole."""
 
 

@@ -11,10 +11,10 @@ from kvpolicy_kernels.column_scores import Reduction, column_scores
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpolicy import plugin_call
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import DecodeStep, EvictionPolicy, LayerActivations
 
 STORE_SOURCES = frozenset(
     {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.spec import ModelSpec
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import EvictionPolicy
 
 
 def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpolicy import plugin_call
-from kvpolicy.apportion import apportion
+from kvpolicy.budget.apportion import apportion
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.errors import BudgetError
-from kvpolicy.interfaces import BudgetAllocator
-from kvpolicy.spec import Budget
+from kvpolicy.model.spec import Budget
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import BudgetAllocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class RuntimeSplit:
         """The same with at least `floor` entries for each KV head."""
         return replace(self, floor=max(floor, self.floor))
 
-    def start(self, seen: int, held: Tensor | None) -> Tensor:
+    def start(self, held: Tensor | None) -> Tensor:
         """The table before the first layer of a forward has been scored, int64 [L, H]; held: that of now."""
         return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
 
@@ -56,7 +56,7 @@ class RuntimeSplit:
         held:   [L, H] before this forward, the same for all; capacities do not fall below it
         now:    [L, H] as this forward has left each. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
-        floors, most, total = self.start(seen, held), self._most(seen, now[0]), self.schedule.total(seen)
+        floors, most, total = self.start(held), self._most(seen, now[0]), self.schedule.total(seen)
         if self.split_is_per_layer:  # all sequences at once: the device is waited for once
             one = slice(layer, layer + 1)
             parts = self._apportion(scores, self._part(total, layer), floors[one], floors[one].clamp(min=most))

@@ -1,6 +1,6 @@
 """What a store holds, as tensors and plain values, and the store from them again.
 
-Of an arena the entries alone are taken along; its free rows are made anew, as many as there were, so that the store
+Of an arena the entries alone are taken along; its free rows are made again, as many as there were, so that the store
 goes on as if nothing had happened.
 """
 
@@ -18,7 +18,7 @@ from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.plan_json import Fields, describe, sequence, whole
+from kvpolicy.files.fields import Fields, describe, sequence, whole
 
 _TABLES = ("start", "length", "allocated", "cursor")
 _COUNTS = ("seen", "evicted_at", "table")
@@ -89,7 +89,7 @@ def unpack(
         own = Fields(value, fields.path(f"layers[{index}]"))
         held = store._make(index, dtype, device)
         held.decoded, held.is_ring = own.read("decoded", whole, 0), own.read("is_ring", flag)
-        _fill(store, held, given, f"layers.{index}", index)
+        _fill(store, held, given, f"layers.{index}")
     counts = [held.seen for held in store.layers if held is not None]
     if any(not torch.equal(counts[0], count) for count in counts[1:]):
         raise KVPolicyError("its layers have seen different numbers of tokens")
@@ -144,7 +144,7 @@ def _fill_rows(store: RaggedStore, given: Given, fields: Fields) -> None:
         store.rows.seen[row] = whole(count, fields.path(f"seen[{row}]"), 0)
 
 
-def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str, index: int) -> None:
+def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str) -> None:
     arena, dtype, shape = held.arena, held.arena.keys.dtype, store.spec.attention
     batch, num_heads = store.batch_size, store.num_heads
     for name in _COUNTS:

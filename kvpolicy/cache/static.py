@@ -22,14 +22,14 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import BudgetError
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.spec import ModelSpec
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import EvictionPolicy
 
 if TYPE_CHECKING:
     from kvpolicy.cache.store import RaggedStore
 
 PLAN_INTERVAL = 64
-"""Decoded tokens after which the work is planned anew while segments still grow."""
+"""Decoded tokens after which the work is planned again while segments still grow."""
 
 
 def check_static(policy: EvictionPolicy) -> None:
@@ -223,7 +223,7 @@ class StaticStore:
         return self.attend(layer, query, Scoring(shape.scale if scale is None else scale, shape.softcap, sink_logits))
 
     def replan(self) -> None:
-        """Shares the work of a step anew among the device's programs, after lengths have changed."""
+        """Shares the work of a step again among the device's programs, after lengths have changed."""
         fresh = self._make_plan()
         for name in ("units", "quantum", "programs", "pieces"):
             getattr(self.plan, name).copy_(getattr(fresh, name))

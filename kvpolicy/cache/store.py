@@ -9,6 +9,8 @@ import torch
 from kvpolicy_kernels.ragged_attention import ragged_attention
 from torch import Tensor
 
+from kvpolicy.budget.plan import BudgetPlan, policy_of
+from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.arena import Chunk, LayerArena
@@ -22,16 +24,15 @@ from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.plan import BudgetPlan, policy_of
-from kvpolicy.plan_parts import positive
-from kvpolicy.spec import ModelSpec
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import EvictionPolicy
 
 DecodeMode = Literal["evict", "append"]
 
 GROWTH_INTERVAL = 64
-"""Decoded tokens after which a growing budget is apportioned anew."""
+"""Decoded tokens after which a growing budget is apportioned again."""
 
 ROLLBACK = 64
 """Last tokens that stay above the capacity while they may be taken back (speculative decoding)."""
@@ -99,7 +100,7 @@ class RaggedStore:
         retention: float | None = None,
         tokens: int | None = None,
         context_length: int | None = None,
-        min_tokens: int = schedules.MIN_TOKENS,
+        min_tokens: int = MIN_TOKENS,
         batch_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,

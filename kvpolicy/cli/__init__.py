@@ -17,7 +17,7 @@ import typer
 from kvpolicy.cli.bench import bench
 from kvpolicy.cli.compare import compare_command
 from kvpolicy.cli.estimate import estimate
-from kvpolicy.cli.evaluate import evaluate
+from kvpolicy.cli.eval import evaluate
 from kvpolicy.cli.generate import generate
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile import profile
@@ -106,7 +106,7 @@ def _said(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         where = error.filename
-        if where is None and error.errno in _CANNOT_WRITE:  # our files are `kvpolicy.files`', which names them
+        if where is None and error.errno in _CANNOT_WRITE:  # our files are `kvpolicy.files.regular`', which names them
             where = "standard output"
             _drop_output()
         return first_line(error) if where is None else f"{where}: {error.strerror}"

@@ -9,23 +9,24 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kvpolicy.cli import caches
+from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
-from kvpolicy.devices import device_name
+from kvpolicy.defaults import MIN_TOKENS, RETENTIONS
+from kvpolicy.measure.machine import device_name
 
 
 def bench(
-    plan: caches.PlanName = "uniform",
+    plan: cache_options.PlanName = "uniform",
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; 0.5, 0.3, 0.1 for uniform")] = None,
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = opt.DEFAULT_CONTEXT,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Of each cache; they take turns.")] = 3,
     text: opt.Text = None,
-    policy: caches.Policy = None,
+    policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,
-    allocator: caches.Allocator = None,
-    min_tokens: caches.MinTokens = 128,
+    allocator: cache_options.Allocator = None,
+    min_tokens: cache_options.MinTokens = MIN_TOKENS,
     model: Annotated[
         str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
     ] = None,
@@ -42,16 +43,16 @@ def bench(
     that a drift of the machine hits all of them; figures are medians over the repeats. A text that is too short is
     repeated.
     """
-    choice = caches.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
+    choice = cache_options.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
     opt.check_context(context)
     retentions = _retentions(choice, retention)
     opt.check_text(text)
     where = opt.pick_device(device)
 
     from kvpolicy.integrations.transformers import read_corpus
-    from kvpolicy.integrations.transformers.bench import measure_decode
+    from kvpolicy.integrations.transformers.probes.decode_cost import measure_decode
 
-    name, network, tokenizer = caches.load_network(
+    name, network, tokenizer = cache_options.load_network(
         model, choice.plan, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where)
     )
     ids = _ids(read_corpus(tokenizer, text), batch_size, context + new_tokens)
@@ -70,7 +71,7 @@ def bench(
         _report(rows, run)
 
 
-def _retentions(choice: caches.CacheChoice, given: list[float] | None) -> list[float | None]:
+def _retentions(choice: cache_options.CacheChoice, given: list[float] | None) -> list[float | None]:
     for kept in given or []:
         choice.check(kept)
     if given:
@@ -78,7 +79,7 @@ def _retentions(choice: caches.CacheChoice, given: list[float] | None) -> list[f
     if choice.name == "full":
         return [None]
     if choice.plan is None:
-        return [0.5, 0.3, 0.1]
+        return [*RETENTIONS]
     return [*reversed(choice.plan.retentions)]
 
 

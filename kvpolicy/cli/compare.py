@@ -11,14 +11,15 @@ import typer
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import say
 from kvpolicy.cli.watch import watcher
-from kvpolicy.compare.document import RETRIEVAL, TASKS
+from kvpolicy.comparison.results_file import RETRIEVAL, TASKS
+from kvpolicy.defaults import MODEL, RETENTIONS
 from kvpolicy.errors import BudgetError, KVPolicyError, TextError
-from kvpolicy.files import write_bytes
+from kvpolicy.files.regular import write_bytes
 
 if TYPE_CHECKING:
-    from kvpolicy.compare.tasks import RetrievalTask, Task
-    from kvpolicy.plan import BudgetPlan
-    from kvpolicy.text import Corpus
+    from kvpolicy.budget.plan import BudgetPlan
+    from kvpolicy.comparison.task import RetrievalTask, Task
+    from kvpolicy.text.corpus import Corpus
 
 PARTS = ("heldout", "whole")
 LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
@@ -53,12 +54,12 @@ def compare_command(
     limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="The rows as JSON; a table beside it as .md. A file of earlier rows is gone on with.")
+        Path, typer.Option(help="The rows as JSON; a table beside it as .md. Rows that the file already has are kept.")
     ] = Path("compare.json"),
     png: Annotated[
         Path | None, typer.Option(help="Draw quality over bytes, and a bar for each row.", show_default=False)
     ] = None,
-    model: opt.Model = "smollm2-135m",
+    model: opt.Model = MODEL,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
@@ -73,22 +74,22 @@ def compare_command(
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
     part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
-    token is decoded under the budget, which is for methods under a window rule. The full cache, entries
-    kept by lot (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV
-    heads are always there.
+    token is decoded under the budget, which is for methods under a window rule. The full cache, entries kept at random
+    (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV heads are
+    always there.
 
     Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
     that says why, and where it was asked for the exit code is 2.
     """
     names = [*(methods or []), *(more or [])]
     _check(task, names, context, prefill, part)
-    retentions = [_below_one(r) for r in (retention or (0.5, 0.3, 0.1))]
+    retentions = [_below_one(r) for r in (retention or RETENTIONS)]
     page = out.with_suffix(".md")
     if page == out:
         raise KVPolicyError(f"--out is the JSON file, and {page} its table: give another name than {out}")
     for path in (out, page, *([png] if png else [])):
         opt.check_writable(path)
-    from kvpolicy.compare.methods import check_asked, read_asked, read_methods
+    from kvpolicy.comparison.methods import check_asked, read_asked, read_methods
 
     asked = read_asked(names)
     check_asked(asked, retentions, prefill)
@@ -96,9 +97,9 @@ def compare_command(
     where = opt.pick_device(device)
     number = opt.pick_dtype(dtype, where)
 
-    from kvpolicy.compare.run import compare
+    from kvpolicy.comparison.run import compare
     from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
-    from kvpolicy.report.comparison import markdown
+    from kvpolicy.report.comparison_tables import markdown
 
     chosen = read_methods(names)
     network, tokenizer = load_model(model, revision=revision, device=where, dtype=number)
@@ -165,8 +166,8 @@ def _questions(
     name: str, network: Any, tokenizer: Any, context: int, limit: int, batch_size: int, seed: int
 ) -> RetrievalTask:
     """Raises `TextError` for a context without room."""
-    from kvpolicy.compare.tasks import RetrievalTask
-    from kvpolicy.retrieval import make_key_values, make_passkeys
+    from kvpolicy.comparison.task import RetrievalTask
+    from kvpolicy.tasks.questions import make_key_values, make_passkeys
 
     make = make_passkeys if name == "passkey" else make_key_values
     return RetrievalTask(name, network, tokenizer, make(tokenizer, limit, context, seed), batch_size=batch_size)
@@ -192,8 +193,8 @@ def _text_task(
     batch_size: int,
 ) -> tuple[Task, dict[str, Any]]:
     """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
-    from kvpolicy.compare.decoding import DecodingTask
-    from kvpolicy.compare.tasks import PerplexityTask
+    from kvpolicy.comparison.decoding import DecodingTask
+    from kvpolicy.comparison.task import PerplexityTask
 
     count = max(LEAST_SEQUENCES, min(limit, corpus.room(part, context)))
     sequences = corpus.sequences(part, count, context)
@@ -206,12 +207,12 @@ def _text_task(
 
 def _report(found: Any, out: Path, page: Path, as_json: bool) -> None:
     if as_json:
-        from kvpolicy.compare.figures import summary
+        from kvpolicy.comparison.quality import summary
 
         opt.print_json({"settings": found.settings, "about": found.about, "rows": summary(found)})
         return
     from kvpolicy.cli.terminal import Console
-    from kvpolicy.report.comparison import tables
+    from kvpolicy.report.comparison_tables import tables
 
     console = Console()
     for table, notes in tables(found):

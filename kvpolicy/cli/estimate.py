@@ -7,21 +7,22 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli import options as opt
-from kvpolicy.devices import device_name, memory_bytes
+from kvpolicy.defaults import MODEL, RETENTIONS
 from kvpolicy.errors import ModelError
-from kvpolicy.estimate import MemoryEstimate, estimate_memory
-from kvpolicy.registry import registry
-from kvpolicy.spec import ModelSpec
+from kvpolicy.measure.machine import device_name, memory_bytes
+from kvpolicy.measure.memory import MemoryEstimate, estimate_memory
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.registry import registry
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def estimate(
-    model: opt.Model = "smollm2-135m",
+    model: opt.Model = MODEL,
     context: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 4096,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
-    policy: Annotated[str, typer.Option(help="Who evicts; most hold a score beside each entry.")] = "streaming",
+    policy: Annotated[str, typer.Option(help="Eviction policy; most hold a score beside each entry.")] = "streaming",
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
     device: opt.Device = "auto",
     revision: opt.Revision = None,
@@ -36,7 +37,7 @@ def estimate(
         raise ModelError(f"--dtype must be one of {', '.join(_ITEMSIZE)}, got '{dtype}'")
     where = opt.pick_device(device)
     evicting = registry.create("policy", policy)
-    retentions = [opt.check_retention(r) for r in (retention or [0.5, 0.3, 0.1])]
+    retentions = [opt.check_retention(r) for r in (retention or RETENTIONS)]
 
     from kvpolicy.integrations.transformers import load_config, weights_of
 
@@ -53,7 +54,7 @@ def estimate(
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
-    from kvpolicy.report.figures import size
+    from kvpolicy.report.numbers import size
 
     about = "" if weights.note is None else f", {weights.note}"
     asked = f"{batch} x {context} tokens under {policy}"

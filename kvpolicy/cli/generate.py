@@ -12,18 +12,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kvpolicy.cli import caches
+from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import write
 from kvpolicy.cli.watch import watcher
+from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
-from kvpolicy.files import read_bytes
+from kvpolicy.files.regular import read_bytes
 
 _MOST_BYTES = 64 * 2**20  # of a prompt
 
 
 def generate(
-    plan: caches.PlanName = "uniform",
+    plan: cache_options.PlanName = "uniform",
     prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file with the prompt; - is standard input.", show_default=False)
@@ -39,17 +40,21 @@ def generate(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead: entries of a KV head, in the mean; needs a plan file.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Entries of a KV head, on average, instead; needs a plan.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Continue the prompt as it stands, without a chat template.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sample at this temperature; 0 is greedy.")] = 0.0,
-    policy: caches.Policy = None,
+    policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,
-    allocator: caches.Allocator = None,
-    min_tokens: caches.MinTokens = 128,
+    allocator: cache_options.Allocator = None,
+    min_tokens: cache_options.MinTokens = MIN_TOKENS,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     model: Annotated[
         str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
@@ -67,11 +72,11 @@ def generate(
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
     text = _prompt(prompt, prompt_file)
-    choice = caches.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
+    choice = cache_options.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
     retention = _retention(choice, retention, tokens)
     where = opt.pick_device(device)
 
-    name, network, tokenizer = caches.load_network(
+    name, network, tokenizer = cache_options.load_network(
         model, choice.plan, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where)
     )
     ids, is_chat = _encode(tokenizer, text, no_chat)
@@ -94,7 +99,7 @@ def generate(
         _report(plan, figures, min_tokens)
 
 
-def _retention(choice: caches.CacheChoice, retention: float | None, tokens: int | None) -> float | None:
+def _retention(choice: cache_options.CacheChoice, retention: float | None, tokens: int | None) -> float | None:
     """The retention to ask for; None for `full` and with `tokens`."""
     choice.check(retention, ", or give --tokens to scale the lowest level")
     if tokens is not None:
@@ -110,14 +115,14 @@ def _retention(choice: caches.CacheChoice, retention: float | None, tokens: int 
     return choice.plan.retentions[-1]
 
 
-def _warn_of_lost_facts(choice: caches.CacheChoice, kept: float | None) -> None:
+def _warn_of_lost_facts(choice: cache_options.CacheChoice, kept: float | None) -> None:
     """Of the level that is used, or the nearest one below; below the lowest that one's shares are used.
 
     kept: fraction of the tokens, 1 or None for all of them
     """
     if choice.plan is None or kept is None or kept >= 1:
         return
-    from kvpolicy.report.figures import lost_facts, sorted_levels
+    from kvpolicy.report.numbers import lost_facts, sorted_levels
 
     said = lost_facts(choice.plan.level_at(kept) or sorted_levels(choice.plan)[0])
     if said:
@@ -146,7 +151,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _encode(tokenizer: Any, text: str, no_chat: bool) -> tuple[torch.Tensor, bool]:
     """(int64 [1, n], whether it stands in the tokenizer's chat template)."""
-    from kvpolicy.integrations.transformers.token_ids import chat_turn
+    from kvpolicy.integrations.transformers.model.token_ids import chat_turn
 
     is_chat = not no_chat and bool(tokenizer.chat_template)
     said = chat_turn(tokenizer, text) if is_chat else text
@@ -207,7 +212,7 @@ class _Stream:
 def _run(network: Any, cache: Any, ids: torch.Tensor, stream: _Stream, count: int, temperature: float) -> None:
     """Generates into `stream`."""
     from kvpolicy.integrations.transformers import generate as generate_with
-    from kvpolicy.integrations.transformers.quiet import quiet
+    from kvpolicy.integrations.transformers.model.quiet import quiet
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:

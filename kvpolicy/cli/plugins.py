@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from kvpolicy.cli import options as opt
 from kvpolicy.errors import PluginWarning
-from kvpolicy.registry import registry
+from kvpolicy.plugins.registry import registry
 
 
 def plugins(json: opt.Json = False) -> None:

@@ -11,21 +11,22 @@ import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
+from kvpolicy.defaults import MODEL
 from kvpolicy.errors import KVPolicyError, PluginError
-from kvpolicy.files import write_bytes
-from kvpolicy.interfaces import ImportanceEstimator
-from kvpolicy.registry import registry
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import ImportanceEstimator
 
 RANKED = ("cosine", "layer_cosine", "entropy", "retrieval")
 """The estimators that --agreement compares: those that only observe prompts. The first is the default without it."""
 
 
 def profile(
-    model: opt.Model = "smollm2-135m",
+    model: opt.Model = MODEL,
     estimator: Annotated[
         list[str] | None,
         typer.Option(
-            help="Who measures importance; with --agreement several times. Default: cosine; with --agreement cosine, "
+            help="Importance estimator; with --agreement several times. Default: cosine; with --agreement cosine, "
             "layer_cosine, entropy, retrieval.",
             show_default=False,
         ),
@@ -124,6 +125,6 @@ def _estimators(names: Sequence[str], params: dict[str, Any], with_variants: boo
     if params and len(names) > 1:
         raise PluginError(f"--param is of one estimator, and there are {len(names)}: {', '.join(names)}")
 
-    from kvpolicy.agreement import variants
+    from kvpolicy.measure.agreement import variants
 
     return {label: made for name in names for label, made in variants(name, params).items()}

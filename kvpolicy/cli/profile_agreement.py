@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvpolicy import plugin_call
-from kvpolicy.agreement import agreement
 from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import TextError
-from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
+from kvpolicy.measure.agreement import agreement
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import ImportanceEstimator, ModelProbe
 
 
 def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstimator], texts: Sequence[Path]) -> Answer:
@@ -48,7 +48,7 @@ def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstim
         return agreement_png(found, subject.title("agreement of rankings of the KV heads", first))
 
     def shown() -> Iterable[Any]:
-        from kvpolicy.report.agreement import tables
+        from kvpolicy.report.agreement_tables import tables
 
         return tables(found)
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy import plugin_call
-from kvpolicy.ablation import ablate_layers, num_forwards
 from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import PluginError
-from kvpolicy.files import write_bytes
-from kvpolicy.interfaces import ImportanceEstimator
-from kvpolicy.profiling import profile
-from kvpolicy.registry import registry
-from kvpolicy.spec import Importance
-from kvpolicy.text import Corpus
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.measure.ablation import ablate_layers, num_forwards
+from kvpolicy.measure.profiling import profile
+from kvpolicy.model.spec import Importance
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import ImportanceEstimator
+from kvpolicy.text.corpus import Corpus
 
 SEQUENCES = 4  # of the losses of --layers, as many as a search of `tune` takes
 
@@ -67,7 +67,7 @@ def measure_heads(
         return importance_png(importance.per_head, spec.budgeted_layers, f"{subject.name}\nimportance by {name}")
 
     def shown() -> Iterator[Any]:
-        from kvpolicy.report.terminal import importance_heatmap
+        from kvpolicy.report.terminal_heatmap import importance_heatmap
 
         yield importance_heatmap(importance.per_head, spec.budgeted_layers)
         if layers is not None:

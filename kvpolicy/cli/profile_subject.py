@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
 from kvpolicy.progress import Progress
-from kvpolicy.text import Corpus
+from kvpolicy.text.corpus import Corpus
 
 
 class Subject:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.budget.plan import load_plan
 from kvpolicy.cli import options as opt
-from kvpolicy.files import write_bytes
-from kvpolicy.plan import load_plan
+from kvpolicy.files.regular import write_bytes
 
 
 def show(
@@ -36,7 +36,7 @@ def show(
         return
     from kvpolicy.cli.terminal import Console, say
     from kvpolicy.report.tables import facts_table, levels_table, summary_table, warnings_of
-    from kvpolicy.report.terminal import budget_heatmap
+    from kvpolicy.report.terminal_heatmap import budget_heatmap
 
     console = Console()
     console.print(summary_table(loaded))

@@ -8,18 +8,19 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.budget.plan import BudgetPlan, save_plan
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
+from kvpolicy.defaults import MODEL, RETENTIONS
 from kvpolicy.errors import StudyError
-from kvpolicy.plan import BudgetPlan, save_plan
-from kvpolicy.registry import registry
+from kvpolicy.plugins.registry import registry
 
 
 def tune_command(
-    model: opt.Model = "smollm2-135m",
-    estimator: Annotated[str, typer.Option(help="Who measures importance.")] = "cosine",
-    allocator: Annotated[str, typer.Option(help="Who turns importance into budgets.")] = "baklava",
-    policy: Annotated[str, typer.Option(help="Who evicts.")] = "streaming",
+    model: opt.Model = MODEL,
+    estimator: Annotated[str, typer.Option(help="Importance estimator.")] = "cosine",
+    allocator: Annotated[str, typer.Option(help="Allocator, which turns importance into budgets.")] = "baklava",
+    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "streaming",
     param: opt.Params = None,
     allocator_param: opt.AllocatorParams = None,
     policy_param: opt.PolicyParams = None,
@@ -97,7 +98,7 @@ def tune_command(
         allocator_params=opt.parse_params(allocator_param, "--allocator-param"),
         policy=policy,
         policy_params=opt.parse_params(policy_param, "--policy-param"),
-        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else (0.5, 0.3, 0.1))),
+        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else RETENTIONS)),
         objective=objective,  # type: ignore[arg-type]  # checked by the settings
         max_loss=max_loss,
         sequences=sequences,

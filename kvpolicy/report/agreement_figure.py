@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.agreement import Agreement
-from kvpolicy.ranks import chance_correlation
+from kvpolicy.measure.agreement import Agreement
+from kvpolicy.measure.ranks import chance_correlation
 from kvpolicy.report.canvas import canvas, png
 
 _CELL = 0.47  # inches

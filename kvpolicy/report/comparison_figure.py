@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kvpolicy.compare.document import Comparison
-from kvpolicy.compare.figures import Figures, figures
-from kvpolicy.report.figures import percent
+from kvpolicy.comparison.quality import Figures, figures
+from kvpolicy.comparison.results_file import Comparison
+from kvpolicy.report.numbers import percent
 from kvpolicy.report.plain import plain
 
 _DPI = 130

@@ -11,9 +11,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kvpolicy.plan import BudgetPlan, PlanLevel
+from kvpolicy.budget.plan import BudgetPlan, PlanLevel
 from kvpolicy.report.canvas import canvas, png
-from kvpolicy.report.figures import method, model_name, percent, relative_budgets, sorted_levels
+from kvpolicy.report.numbers import method, model_name, percent, relative_budgets, sorted_levels
 
 _COLUMNS = 5  # panels beside each other
 _WIDEST_FOLD = 4.0  # times more or less than uniform at which the colours end, unless the plan stays closer

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from kvpolicy.plan import BudgetPlan
-from kvpolicy.report.figures import method, model_name, percent, relative_budgets, sorted_levels
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.report.numbers import method, model_name, percent, relative_budgets, sorted_levels
 from kvpolicy.report.tables import LEVEL_COLUMNS, level_rows, summary_rows, warnings_of
 
 _STYLE = """

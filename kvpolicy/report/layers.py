@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.ablation import LayerAblation, layer_importance
-from kvpolicy.ranks import rank_correlation
+from kvpolicy.measure.ablation import LayerAblation, layer_importance
+from kvpolicy.measure.ranks import rank_correlation
+from kvpolicy.model.spec import Importance
 from kvpolicy.report.canvas import canvas, png
-from kvpolicy.spec import Importance
 
 _UNEVEN = 5.0  # the largest over the median: beyond that most layers would lie on top of each other
 _SAID = {"per_layer": "layer importance", "mean of per_head": "mean importance of its KV heads"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from kvpolicy.plan import BudgetPlan, PlanLevel
-from kvpolicy.report.figures import (
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.report.numbers import (
     bytes_per_token,
     choice,
     excess,
@@ -15,7 +15,6 @@ from kvpolicy.report.figures import (
     model_name,
     passkeys,
     percent,
-    relative_budgets,
     size,
     sorted_levels,
     verdict,
@@ -112,16 +111,3 @@ def warnings_of(plan: BudgetPlan) -> list[str]:
     """What a reader of the levels should know, a line each, smallest retention first."""
     levels = sorted_levels(plan)
     return [f"warning: {said}" for each in (vetoed, lost_facts) for said in map(each, levels) if said]
-
-
-def budget_table(plan: BudgetPlan, level: PlanLevel) -> Table:
-    """Per budgeted layer: the least, mean and largest budget of its KV heads as multiples of uniform."""
-    relative = relative_budgets(level)
-    table = Table(title=f"budgets at {percent(level.retention)} kept, as multiples of uniform")
-    for head in ("layer", "least", "mean", "most", "kept of the context"):
-        table.add_column(head, justify="right")
-    for row, layer in enumerate(plan.model.budgeted_layers):
-        least, most, mean = float(relative[row].min()), float(relative[row].max()), float(relative[row].mean())
-        kept = percent(float(level.shares[row].mean()))
-        table.add_row(str(layer), f"{least:.2f}", f"{mean:.2f}", f"{most:.2f}", kept)
-    return table

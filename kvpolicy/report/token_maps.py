@@ -9,8 +9,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
+from kvpolicy.model.spec import ModelSpec
 from kvpolicy.report.canvas import canvas, png
-from kvpolicy.spec import ModelSpec
 
 _MOST, _LEAST = "#d55e00", "#000000"  # vermilion and black: apart without colour vision too
 _HEAD = 0.22  # inches

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvpolicy.apportion import apportion
-from kvpolicy.interfaces import BudgetAllocator
-from kvpolicy.spec import Budget, Importance
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.testing.laws import (
     LawError,
     call,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvpolicy.interfaces import ImportanceEstimator, ModelProbe
-from kvpolicy.spec import Importance
+from kvpolicy.model.spec import Importance
+from kvpolicy.plugins.roles import ImportanceEstimator, ModelProbe
 from kvpolicy.testing.laws import (
     call,
     hold,

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvpolicy.hookspecs import Role
-from kvpolicy.plugin_check import build, class_problems, instance_problems
-from kvpolicy.plugin_fault import describe
+from kvpolicy.plugins.checks import build, class_problems, instance_problems
+from kvpolicy.plugins.faults import describe
+from kvpolicy.plugins.hookspecs import Role
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.interfaces import DecodeStep, EvictionPolicy, LayerActivations
+from kvpolicy.plugins.roles import DecodeStep, EvictionPolicy, LayerActivations
 from kvpolicy.testing.laws import (
     call,
     hold,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import BudgetError, PluginError
-from kvpolicy.interfaces import SOURCES, LayerActivations, ModelProbe, Rotary, ScoreBias, SoftTarget
-from kvpolicy.spec import LayerSpec, ModelSpec
+from kvpolicy.model.layer_spec import LayerSpec
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import SOURCES, LayerActivations, ModelProbe, Rotary, ScoreBias, SoftTarget
 from kvpolicy.testing.laws import LawError, snapshot, tensors_of
 
 _OBSERVATION_WINDOW = 8

@@ -17,7 +17,7 @@ class Work:
     trials:    of each level
     profiling: forwards of the estimator
     passkeys:  prompts of the passkey check, each run once for all levels
-    seconds:   of one sequence in a trial, in the mean
+    seconds:   of one sequence in a trial, on average
     learning:  whether the allocator learns
     """
 

@@ -26,6 +26,11 @@ class Cost:
     forwards: int = 0
     seconds: float = 0.0
 
+    def add(self, tokens: int = 0, forwards: int = 0, seconds: float = 0.0) -> None:
+        self.tokens += tokens
+        self.forwards += forwards
+        self.seconds += seconds
+
 
 @contextmanager
 def metered(model: nn.Module, study: optuna.Study, what: str) -> Iterator[None]:
@@ -34,15 +39,14 @@ def metered(model: nn.Module, study: optuna.Study, what: str) -> Iterator[None]:
 
     def count(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Tensor = named["input_ids"] if "input_ids" in named else given[0]
-        cost.tokens += ids.numel()
-        cost.forwards += len(ids)
+        cost.add(tokens=ids.numel(), forwards=len(ids))
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
-        cost.seconds = time.monotonic() - begun
+        cost.add(seconds=time.monotonic() - begun)
         study.set_user_attr(f"{_prefix(study, what)}{uuid.uuid4().hex}", asdict(cost))
 
 
@@ -51,9 +55,7 @@ def known_cost(study: optuna.Study, what: str) -> dict[str, Any]:
     prefix, total = _prefix(study, what), Cost()
     for name, entry in study.user_attrs.items():
         if name.startswith(prefix):
-            total.tokens += entry["tokens"]
-            total.forwards += entry["forwards"]
-            total.seconds += entry["seconds"]
+            total.add(entry["tokens"], entry["forwards"], entry["seconds"])
     return asdict(total) | {"seconds": round(total.seconds, 3)}
 
 

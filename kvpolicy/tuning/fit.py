@@ -8,11 +8,11 @@ import optuna
 import torch
 from torch import Tensor
 
-from kvpolicy import plugin_call
-from kvpolicy.delegate import DelegateProbe
-from kvpolicy.interfaces import BudgetAllocator, ModelProbe
+from kvpolicy.measure.delegate import DelegateProbe
+from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import BudgetAllocator, ModelProbe
 from kvpolicy.progress import Progress
-from kvpolicy.spec import Budget, Importance
 from kvpolicy.tuning.storage import settings_digest
 
 _FITTED = "kvpolicy_fitted"

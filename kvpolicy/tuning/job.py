@@ -13,17 +13,17 @@ import torch
 from optuna.storages import BaseStorage
 from torch import Tensor
 
-from kvpolicy import plugin_call
+from kvpolicy.budget.plan import BudgetPlan, PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.errors import PluginError, TextError
-from kvpolicy.evaluate import perplexity
 from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
-from kvpolicy.interfaces import BudgetAllocator, EvictionPolicy, ImportanceEstimator
-from kvpolicy.plan import BudgetPlan, PlanChoice, PlanLevel, PlanMethod, PlanModel
-from kvpolicy.profiling import profile
+from kvpolicy.measure.evaluation import perplexity
+from kvpolicy.measure.profiling import profile
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.progress import Progress
-from kvpolicy.registry import registry
-from kvpolicy.spec import ModelSpec
-from kvpolicy.text import Corpus
+from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.announce import Work, announce
 from kvpolicy.tuning.costs import known_cost, metered
 from kvpolicy.tuning.known import known_losses
@@ -223,7 +223,7 @@ def _pace(model: Any, sequence: Tensor, settings: TuneSettings, earlier: list[op
 
 
 def _earlier(settings: TuneSettings, storage: BaseStorage, common: dict[str, Any]) -> list[optuna.Study]:
-    """The studies that are gone on with, those that there are."""
+    """The studies to continue, those that there are."""
     if not settings.resume:
         return []
     named = ((settings.study_name(x), common | {"retention": x}) for x in settings.retentions)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers import TransformersProbe
-from kvpolicy.interfaces import LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import LayerActivations, ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
-from kvpolicy.spec import ModelSpec
 
 
 class JoinedProbe(ModelProbe):
-    """The sequences of two probes, mixed evenly. Losses are weighted: in the mean over all sequences each probe has
+    """The sequences of two probes, mixed evenly. Losses are weighted: on average over all sequences each probe has
     half of the weight, whatever their numbers.
 
     parts: probes of one model, one policy and one context length; prompts and activations are those of the first

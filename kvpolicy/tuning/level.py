@@ -15,16 +15,16 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import WilcoxonPruner
 from torch import Tensor
 
-from kvpolicy import plugin_call
-from kvpolicy.apportion import apportion
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.plan import PlanLevel, kept_fractions
 from kvpolicy.errors import ModelError
-from kvpolicy.evaluate import perplexity
-from kvpolicy.interfaces import BudgetAllocator
-from kvpolicy.plan import PlanLevel, kept_fractions
+from kvpolicy.measure.evaluation import perplexity
+from kvpolicy.measure.stats import PairedDifference, paired_difference, relative_increase
+from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.progress import Progress
-from kvpolicy.registry import registry
-from kvpolicy.spec import Budget, Importance, ModelSpec
-from kvpolicy.stats import PairedDifference, paired_difference, relative_increase
 from kvpolicy.tuning.costs import metered
 from kvpolicy.tuning.fit import fitted_shares, keep_fitted
 from kvpolicy.tuning.known import known_losses

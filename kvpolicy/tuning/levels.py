@@ -7,8 +7,8 @@ from typing import Any
 
 import optuna
 
+from kvpolicy.budget.plan import PlanLevel
 from kvpolicy.errors import BudgetError
-from kvpolicy.plan import PlanLevel
 from kvpolicy.tuning.level import Job, search_level
 from kvpolicy.tuning.passkey import ABLE, PasskeyCheck
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, StudyError
-from kvpolicy.files import read_bytes
+from kvpolicy.files.regular import read_bytes
 from kvpolicy.tuning.storage import repair_journal
 
 _MOST_BYTES = 2**30

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvpolicy.errors import TextError
 from kvpolicy.integrations.transformers import Prompts, attached, with_cache
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.needles import answer_of, equal_answers
-from kvpolicy.retrieval import Question, make_passkeys, recalled
-from kvpolicy.text import Corpus
+from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.tasks.needles import answer_of, equal_answers
+from kvpolicy.tasks.questions import Question, make_passkeys, recalled
+from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.probes import needle_seed
 from kvpolicy.tuning.settings import TuneSettings
 from kvpolicy.tuning.storage import settings_digest

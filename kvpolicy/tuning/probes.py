@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TextError
-from kvpolicy.evaluate import probe_for
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
-from kvpolicy.interfaces import EvictionPolicy
-from kvpolicy.needles import Needles, make_needles
-from kvpolicy.text import Corpus
+from kvpolicy.measure.evaluation import probe_for
+from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.tasks.needles import Needles, make_needles
+from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.joined import JoinedProbe
 from kvpolicy.tuning.settings import (
     HELDOUT_NEEDLES,
@@ -81,7 +81,7 @@ class Probes:
         return self.target.parts if isinstance(self.target, JoinedProbe) else (self.target,)
 
     def seconds(self, forward: float) -> float:
-        """What a sequence of the target takes in a trial, in the mean. Runs its prompts.
+        """What a sequence of the target takes in a trial, on average. Runs its prompts.
 
         forward: seconds of one forward of a whole sequence
         """

@@ -13,9 +13,9 @@ from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from kvpolicy import plugin_call
 from kvpolicy.errors import ModelError
-from kvpolicy.interfaces import BudgetAllocator
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.trials import abandon, begin, close_zombies, taken
 

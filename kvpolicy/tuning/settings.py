@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvpolicy.defaults import RETENTIONS
 from kvpolicy.errors import BudgetError, StudyError
 from kvpolicy.tuning.search import Sampler
 from kvpolicy.tuning.storage import journal_of
@@ -53,7 +54,7 @@ class TuneSettings:
     allocator_params: dict[str, Any] | None = None
     policy: str = "streaming"
     policy_params: dict[str, Any] | None = None
-    retentions: tuple[float, ...] = (0.5, 0.3, 0.1)
+    retentions: tuple[float, ...] = RETENTIONS
     objective: Objective = "perplexity"
     max_loss: float | None = None
     sequences: int = 4

@@ -13,7 +13,7 @@ from kvpolicy.cache import store as store_module
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.state import Given, pack, unpack
-from kvpolicy.plan_json import Fields
+from kvpolicy.files.fields import Fields
 from tests.cache.game_policies import Digest, Fading, Keyed, Window
 from tests.cache.naive import Naive, Schedule
 

@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy import EvictionPolicy, PluginError, Rotary, registry
 from kvpolicy.cache.store import Scoring
-from kvpolicy.plugin_check import class_problems
+from kvpolicy.plugins.checks import class_problems
 from kvpolicy.testing.laws import tensors_of
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 

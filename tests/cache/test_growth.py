@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError, BudgetPlan, PlanError, registry
+from kvpolicy.budget.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import UNLIMITED, Fixed, Growing
-from kvpolicy.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
 from tests.cache.play import Play, room, spec_of, tensors
 from tests.cache.policies import Coarse, Recent, ValueNorm
 

@@ -12,9 +12,9 @@ from kvpolicy_baselines.streaming import StreamingPolicy
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec
+from kvpolicy.budget.plan import PlanChoice
 from kvpolicy.cache import store as store_module
 from kvpolicy.cache.store import RaggedStore
-from kvpolicy.plan import PlanChoice
 from tests.cache.game import poison
 from tests.cache.game_policies import Digest, Fading, Keyed, Window
 from tests.cache.naive import Naive, Schedule

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 import kvpolicy
 from kvpolicy import BudgetAllocator, BudgetError, BudgetPlan, ModelError, ModelSpec
-from kvpolicy.integrations.transformers.parallel import rank_and_size
+from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from tests.integrations.ragged_oracle import ragged_table
 from tests.tiny import over, tiny_ids
 

@@ -3,7 +3,7 @@
 import torch
 
 from kvpolicy import ModelSpec
-from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
+from kvpolicy.integrations.transformers.attention.intercept import attention_modules, intercepted
 from tests.tiny import over
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from kvpolicy import BudgetPlan, ModelSpec
+from kvpolicy.budget.plan_parts import PlanLevel
 from kvpolicy.cache.arena import LayerArena
-from kvpolicy.integrations.transformers.cache import BudgetedLayer
-from kvpolicy.plan_parts import PlanLevel
+from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from tests.tiny import over
 
 PROMPT, STEPS = 48, [1] * 6 + [7] + [1] * 10 + [2] + [1] * 2

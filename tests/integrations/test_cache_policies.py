@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import BudgetAllocator, EvictionPolicy, ModelSpec, PluginError
-from kvpolicy.integrations.transformers import sources
+from kvpolicy.integrations.transformers.attention import sources
 from kvpolicy.testing.laws import tensors_of
 from tests.integrations.ragged_oracle import stepped_logits
 from tests.tiny import attention_of, over, tiny_ids, tiny_model

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import BudgetPlan, EvictionPolicy, Importance, ModelSpec, TransformersProbe
-from kvpolicy.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
+from kvpolicy.budget.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
 from tests.integrations.ragged_oracle import masked_logits, ragged_table, stepped_logits, visible_tokens
 from tests.tiny import over, tiny_model
 

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint holds the whole model or is refused by name, a damaged copy of a GGUF is made anew."""
+"""Loading: a checkpoint holds the whole model or is refused by name, a damaged copy of a GGUF is made again."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from kvpolicy import ModelError, ModelWarning, load_model
 from kvpolicy.integrations.transformers import load_config
-from kvpolicy.integrations.transformers.load import resolve
+from kvpolicy.integrations.transformers.model.load import resolve
 from tests.tiny_gguf import save_tiny_gguf
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -167,7 +167,7 @@ def test_a_damaged_copy_is_made_anew_and_said_to_be(gguf, tiny_checkpoint, tmp_p
     load_model(str(gguf))
     [copy] = copies(tmp_path)
     damage(copy)
-    with pytest.warns(ModelWarning, match="tiny.gguf in .* was damaged .* made anew$") as warned:
+    with pytest.warns(ModelWarning, match="tiny.gguf in .* was damaged .* made again$") as warned:
         assert torch.equal(logits(gguf), logits(tiny_checkpoint))
     assert len(warned) == 1
     assert copies(tmp_path) == [copy]

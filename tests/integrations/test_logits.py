@@ -5,7 +5,7 @@ import transformers
 
 import kvpolicy
 from kvpolicy.integrations.transformers import Prompts, TransformersProbe
-from kvpolicy.integrations.transformers.pace import _timed
+from kvpolicy.integrations.transformers.model.dtype import _timed
 from tests.tiny import tiny_ids, tiny_model
 
 

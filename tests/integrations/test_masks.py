@@ -123,7 +123,7 @@ def test_padding_between_tokens(forms, tmp_path):
 
 def test_usual_masks_are_read_without_a_look_at_each_column(monkeypatch):
     """Padding at the start of rows alone: two numbers a row say so."""
-    from kvpolicy.integrations.transformers import columns
+    from kvpolicy.integrations.transformers.attention import columns
 
     monkeypatch.setattr(columns, "_read_columns", lambda *_: pytest.fail("the whole mask was copied"))
     model = tiny_model("Llama")

@@ -13,8 +13,8 @@ from transformers.masking_utils import causal_mask_function
 
 import kvpolicy
 from kvpolicy import BudgetPlan, ModelError, ModelSpec
-from kvpolicy.integrations.transformers.devices import layer_devices
-from kvpolicy.integrations.transformers.masks import Seen, make_mask
+from kvpolicy.integrations.transformers.attention.masks import Seen, make_mask
+from kvpolicy.integrations.transformers.cache.placement import layer_devices
 from tests.integrations.parallel_worker import CONTEXT, NEW, PROMPT, RANKS, plan_of, seen_of
 from tests.tiny import over, tiny_ids, tiny_model
 

@@ -6,9 +6,9 @@ from kvpolicy_kernels.window_attention.reference import window_mask
 from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, TransformersProbe, registry
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed
-from kvpolicy.integrations.transformers.intercept import attention_modules, intercepted
-from kvpolicy.integrations.transformers.observe import SUPPLIED, LayerObserver
-from kvpolicy.integrations.transformers.rotary import find_rotary
+from kvpolicy.integrations.transformers.attention.intercept import attention_modules, intercepted
+from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver
+from kvpolicy.integrations.transformers.attention.rotary import find_rotary
 from tests.tiny import attention_of, tiny_ids, tiny_model
 
 ARCHITECTURES = ["Llama", "Qwen2", "Phi3", "Gemma3", "Granite", "Olmo2", "Cohere"]

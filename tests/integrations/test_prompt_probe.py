@@ -15,10 +15,10 @@ from kvpolicy import (
     TransformersProbe,
     registry,
 )
-from kvpolicy.evaluate import measured_bytes, probe_for
-from kvpolicy.integrations.transformers import prompts as prompts_module
-from kvpolicy.integrations.transformers.attachment import is_attached
-from kvpolicy.plan import PlanChoice
+from kvpolicy.budget.plan import PlanChoice, PlanMethod
+from kvpolicy.integrations.transformers.attention.attachment import is_attached
+from kvpolicy.integrations.transformers.probes import prefilled
+from kvpolicy.measure.evaluation import measured_bytes, probe_for
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import tiny_tokenizer
 
@@ -103,7 +103,7 @@ def forwards_of(model):
 
 @pytest.mark.parametrize(("kept_bytes", "prompts"), [(10**9, [2, 0]), (0, [2, 2]), (60_000, [2, 1])])
 def test_prompts_are_run_once_as_far_as_memory_reaches(monkeypatch, kept_bytes, prompts):
-    monkeypatch.setattr(prompts_module, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(prefilled, "KEPT_BYTES", kept_bytes)
     model, ids = tiny_model("Llama", layers=2), tiny_ids(LENGTH, batch=2)
     probe, seen, losses = make_probe(model, ids), forwards_of(model), []
     for count in prompts:
@@ -228,7 +228,7 @@ def test_a_policy_that_has_the_context_repeated():
 def tuned_plan(model, name="streaming", params=None):
     spec = ModelSpec.from_config(model.config)
     own = BudgetPlan.from_capacities(spec, uneven(spec, 20), PROMPT)
-    method = kvpolicy.plan.PlanMethod(None, PlanChoice("uniform"), PlanChoice(name, params or {}))
+    method = PlanMethod(None, PlanChoice("uniform"), PlanChoice(name, params or {}))
     return BudgetPlan(own.model, method, None, own.levels, own.provenance)
 
 

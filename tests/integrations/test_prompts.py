@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError, ModelSpec, PluginError, registry
-from kvpolicy.integrations.transformers import Prompts, attached, prompt_cache, prompts
+from kvpolicy.integrations.transformers import Prompts, attached, prompt_cache
+from kvpolicy.integrations.transformers.probes import prefilled
 from tests.tiny import over, tiny_ids, tiny_model
 
 LENGTH = 60
@@ -48,7 +49,7 @@ def test_each_cache_is_as_if_it_had_come_alone(name, params, allocator):
 
 @pytest.mark.parametrize(("kept", "forwards"), [(10**9, 2), (0, 4)])
 def test_prompts_run_once_as_far_as_memory_reaches(monkeypatch, kept, forwards):
-    monkeypatch.setattr(prompts, "KEPT_BYTES", kept)
+    monkeypatch.setattr(prefilled, "KEPT_BYTES", kept)
     model, ids, seen = tiny_model("Llama"), tiny_ids(LENGTH, batch=2), []
     made = Prompts(model, torch.split(ids, 1), registry.create("policy", "h2o"))
     model.register_forward_hook(lambda *_: seen.append(1))

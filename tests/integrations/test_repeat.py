@@ -12,7 +12,7 @@ import kvpolicy
 from kvpolicy import EvictionPolicy, ModelError, ModelSpec, PluginError, RaggedStore
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
-from kvpolicy.integrations.transformers import repeat
+from kvpolicy.integrations.transformers.cache import repeat
 from tests.cache.play import GROUP, spec_of, tensors
 from tests.integrations.ragged_oracle import stepped_logits
 from tests.tiny import attention_of, over, tiny_ids, tiny_model

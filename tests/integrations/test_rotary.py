@@ -6,8 +6,8 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import LayerActivations, ModelError, ModelSpec, TransformersProbe
-from kvpolicy.integrations.transformers.intercept import attention_modules
-from kvpolicy.integrations.transformers.rotary import find_rotary, rotary_of
+from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 HALVES = ["Llama", "Qwen2", "Qwen3", "Phi3", "Granite", "Olmo2", "Gemma3", "Gemma2Window", "GptOss", "Gemma3n", "Llava"]

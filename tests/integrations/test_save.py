@@ -11,7 +11,7 @@ import torch
 import kvpolicy
 from kvpolicy import BudgetAllocator, EvictionPolicy, ModelError, hookimpl
 from kvpolicy.cache import store
-from kvpolicy.registry import _installed, registry
+from kvpolicy.plugins.registry import _installed, registry
 from tests.integrations.saving import LENGTH, PROMPT, STEPS, assert_same, facts, feed, left_padded, plan_of
 from tests.tiny import attention_of, tiny_ids, tiny_model
 

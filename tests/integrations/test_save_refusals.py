@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import kvpolicy
 from kvpolicy import BudgetError, KVPolicyError, ModelError, PlanError, PluginError, registry
-from kvpolicy.integrations.transformers import save
+from kvpolicy.integrations.transformers.cache import save
 from tests.integrations.saving import LENGTH, PROMPT, assert_same, facts, feed, left_padded, plan_of
 from tests.tiny import tiny_ids, tiny_model
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from kvpolicy import PluginError, TransformersProbe
-from kvpolicy.integrations.transformers import biased, soft_loss
-from kvpolicy.integrations.transformers.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention import soft_attention
+from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.probes import teacher
 from tests.tiny import attention_of, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
 
@@ -55,7 +56,7 @@ def test_without_a_bias_it_is_the_full_cache(name):
 @pytest.mark.parametrize("prefill", [0, 33])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_hard_bias_is_the_window_rule(name, prefill, monkeypatch):
-    monkeypatch.setitem(biased._SCORES, "cpu", 2**18)  # several blocks of queries
+    monkeypatch.setitem(soft_attention._SCORES, "cpu", 2**18)  # several blocks of queries
     probe = probe_of(name, length=300, batch=1, prefill_length=prefill)
     capacities = torch.randint(5, 120, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
     found = probe.soft_loss(hard(capacities), "text").double()
@@ -73,10 +74,10 @@ def test_the_divergence_is_that_of_the_two_predictions():
     with torch.no_grad():
         full = probe.model(probe.sequences).logits[0].double()
         handlers = [
-            biased.BiasedAttention(module, probe.spec, row, windows, 0)
+            soft_attention.BiasedAttention(module, probe.spec, row, windows, 0)
             for row, (module, _) in enumerate(attention_modules(probe.model, range(3)))
         ]
-        with biased.biased(probe.model, handlers, []):
+        with soft_attention.biased(probe.model, handlers, []):
             soft = probe.model(probe.sequences).logits[0].double()
     expected = 0.0
     for position in range(14, 59):  # those that predict the tokens from 60 // 4 on
@@ -166,7 +167,9 @@ def test_the_model_is_left_as_it_was_after_an_error():
 def test_scores_are_not_held_between_forward_and_backward(monkeypatch, kept):
     """`kept` is the counter-check: without checkpoints there are more numbers than one layer's scores have."""
     if kept:
-        monkeypatch.setattr(biased, "checkpoint", lambda function, *args, **kwargs: plainly(function, args, kwargs))
+        monkeypatch.setattr(
+            soft_attention, "checkpoint", lambda function, *args, **named: plainly(function, args, named)
+        )
     probe, held = probe_of("Llama", length=128, batch=1), []
     theta = torch.zeros(3, 2, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x.numel()), x)[1], lambda x: x):
@@ -186,7 +189,7 @@ def test_the_full_caches_logits_are_kept_while_they_are_small(monkeypatch):
     for _ in range(2):
         probe.soft_loss(nothing(2), sequence=0)
     assert len(forwards) == 3  # the full cache's once
-    monkeypatch.setattr(soft_loss, "_TEACHER_BYTES", 0)
+    monkeypatch.setattr(teacher, "_TEACHER_BYTES", 0)
     probe.soft_loss(nothing(2), sequence=1)
     probe.soft_loss(nothing(2), sequence=1)
     assert len(forwards) == 7

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import TransformersProbe
-from kvpolicy.integrations.transformers import biased
+from kvpolicy.integrations.transformers.attention import soft_attention
 from tests.integrations.test_soft_loss import slopes
 from tests.tiny import attention_of, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
@@ -23,7 +23,7 @@ def learned(model, length=203):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_as_on_the_cpu(name, monkeypatch):
-    monkeypatch.setitem(biased._SCORES, "cuda", 2**16)  # several blocks of queries, the last one not aligned
+    monkeypatch.setitem(soft_attention._SCORES, "cuda", 2**16)  # several blocks of queries, the last one not aligned
     model = tiny_model(name, attention=attention_of(name))
     expected, gradient = learned(model)
     found, on_gpu = learned(model.cuda())

@@ -5,8 +5,8 @@ import torch
 
 import kvpolicy
 from kvpolicy import ModelError, load_model
-from kvpolicy.integrations.transformers.bench import measure_decode
-from kvpolicy.integrations.transformers.token_ids import chat_turn
+from kvpolicy.integrations.transformers.model.token_ids import chat_turn
+from kvpolicy.integrations.transformers.probes.decode_cost import measure_decode
 
 GOOD = torch.arange(5, 45)[None]
 

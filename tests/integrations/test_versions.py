@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerationMixin
 
 import kvpolicy
 from kvpolicy import VersionWarning
-from kvpolicy.integrations.transformers import versions
+from kvpolicy.integrations.transformers.model import versions
 from tests.tiny import tiny_ids, tiny_model
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

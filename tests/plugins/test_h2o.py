@@ -64,7 +64,7 @@ def held_scores(store):
 
 
 def test_chunks_turns_and_decoding_add_up():
-    """Prompt, decoded tokens, another prompt, decoded tokens: the sums of a simulation that never starts anew."""
+    """Prompt, decoded tokens, another prompt, decoded tokens: the sums of a simulation that never starts over."""
     query, key, value = tensors(60)
     store = store_of(H2OPolicy(recent_window=3), [12, 15])
     sums = [{}, {}]

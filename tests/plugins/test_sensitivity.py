@@ -10,7 +10,7 @@ from tests.tiny import tiny_ids, tiny_model
 
 
 class Drawn(SyntheticProbe):
-    """Losses drawn by lot, others for every table; keeps the tables that it was asked for."""
+    """Losses drawn at random, others for every table; keeps the tables that it was asked for."""
 
     def __init__(self, layers=2, heads=3):
         super().__init__(num_layers=layers, num_q_heads=heads, num_kv_heads=heads)

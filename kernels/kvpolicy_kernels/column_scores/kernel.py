@@ -23,7 +23,7 @@ from kvpolicy_kernels.backend import LAUNCH
 LOG2E = 1.4426950408889634
 PROGRAMS = 528  # that share the walks over the keys, where there are fewer blocks: two on each of 132 SMs, twice
 NO_BOUND = tl.constexpr(2**30)  # more than there are queries or tokens
-COUNTS = ("num_rows", "num_tokens", "token_shift")  # change from call to call and must not compile anew
+COUNTS = ("num_rows", "num_tokens", "token_shift")  # change from call to call and must not compile again
 
 
 @triton.jit

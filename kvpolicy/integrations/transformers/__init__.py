@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from kvpolicy.integrations.transformers.attachment import attach, detach
-from kvpolicy.integrations.transformers.build import new_cache
-from kvpolicy.integrations.transformers.cache import RaggedCache
-from kvpolicy.integrations.transformers.conversation import generate
-from kvpolicy.integrations.transformers.corpus import read_corpus
-from kvpolicy.integrations.transformers.decode_runner import DecodeRunner
-from kvpolicy.integrations.transformers.load import load_config, load_model
-from kvpolicy.integrations.transformers.pace import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
-from kvpolicy.integrations.transformers.probe import TransformersProbe
-from kvpolicy.integrations.transformers.prompt_probe import PromptProbe
-from kvpolicy.integrations.transformers.prompts import Prompts, prompt_cache
-from kvpolicy.integrations.transformers.quantized import cache_nbytes, quantized_cache
-from kvpolicy.integrations.transformers.repeat import repeat_context
-from kvpolicy.integrations.transformers.save import load_cache
-from kvpolicy.integrations.transformers.supply import attached, detached
-from kvpolicy.integrations.transformers.versions import with_cache
-from kvpolicy.integrations.transformers.weights import weights_of
+from kvpolicy.integrations.transformers.attention.attachment import attach, detach
+from kvpolicy.integrations.transformers.cache.build import new_cache
+from kvpolicy.integrations.transformers.cache.contexts import attached, detached
+from kvpolicy.integrations.transformers.cache.conversation import generate
+from kvpolicy.integrations.transformers.cache.decode_runner import DecodeRunner
+from kvpolicy.integrations.transformers.cache.load_saved import load_cache
+from kvpolicy.integrations.transformers.cache.quantized import cache_nbytes, quantized_cache
+from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+from kvpolicy.integrations.transformers.cache.repeat import repeat_context
+from kvpolicy.integrations.transformers.model.dtype import (
+    Pace,
+    cast_parameters,
+    own_parameters,
+    set_pace,
+    weights_sha256,
+)
+from kvpolicy.integrations.transformers.model.encoded_text import read_corpus
+from kvpolicy.integrations.transformers.model.load import load_config, load_model
+from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.integrations.transformers.model.weights import weights_of
+from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
+from kvpolicy.integrations.transformers.probes.prompt import PromptProbe
+from kvpolicy.integrations.transformers.probes.window import TransformersProbe
 
 __all__ = [
     "DecodeRunner",

@@ -58,7 +58,7 @@ def kvpolicy_register(register: Register) -> None:
         summary="Keep the entries whose keys are unlike the others.",
         paper="arXiv:2504.15364",
     )
-    register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries by lot: the control.")
+    register.policy("random", f"{module}.random:RandomPolicy", summary="Keep entries at random: the control.")
     register.policy(
         "corm",
         f"{module}.corm:CORMPolicy",

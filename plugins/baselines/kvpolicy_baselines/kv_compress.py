@@ -6,7 +6,7 @@ vllm/attention/backends/flash_attn.py. Different on purpose:
 - Entries go one by one. The source frees whole blocks of 16 entries of a head, by the best entry of each block.
 - A KV head pools the sum over its query heads; the source pools each query head, then adds up.
 - The capacity holds at every decoding step, as under the source's continual compression, which works in intervals.
-- Neighbours are neighbours by position, and a later chunk of a prompt is scored anew by its own last queries.
+- Neighbours are neighbours by position, and a later chunk of a prompt is scored again by its own last queries.
 - A bias of KV heads, averages instead of sums and equal parts for all layers are not there.
 """
 

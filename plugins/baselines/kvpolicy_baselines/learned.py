@@ -98,7 +98,7 @@ class LearnedAllocator(BudgetAllocator):
         return self.start_exponent * (importance.double() / best).clamp(min=_LEAST_IMPORTANCE).log()
 
     def order(self, count: int) -> list[int]:
-        """Which sequence each step sees: all of them once, in an order drawn anew, before any comes again."""
+        """Which sequence each step sees: all of them once, in an order drawn again, before any comes again."""
         generator = torch.Generator().manual_seed(self.seed)
         rounds = math.ceil(self.steps / count)
         return [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)][: self.steps]

@@ -1,4 +1,4 @@
-"""Random: keep entries by lot. The control: a method that does not beat it has learned nothing about entries.
+"""Random: keep entries at random. The control: a method that does not beat it has learned nothing about entries.
 
 No paper; NVIDIA/kvpress has a random press too. Different on purpose: the lots follow from (seed, layer, KV head,
 position) and are not drawn, so that an entry has the same score in every later chunk, alone or in a batch.

@@ -25,7 +25,7 @@ class TOVAPolicy(EvictionPolicy):
     """A token's score is the attention that the last query pays it, averaged over the KV heads of the layer.
 
     A KV head's attention is the sum over its query heads; one that does not hold the token pays it none. Every decoding
-    step scores all entries anew, the decoded ones too, so none is kept for its past. Nothing is protected.
+    step scores all entries again, the decoded ones too, so none is kept for its past. Nothing is protected.
 
     num_sink_tokens:    first positions that are never evicted
     observation_window: queries at the end of a prompt that count; the method is 1

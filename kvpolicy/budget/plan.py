@@ -1,0 +1,369 @@
+"""Plan files: what a search found for one model, as validated JSON, and the capacities that follow from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.plan_parts import (
+    PlanChoice,
+    PlanLevel,
+    PlanMethod,
+    PlanModel,
+    check_level,
+    check_method,
+    choice_json,
+    importance_json,
+    kept_fractions,
+    level_json,
+    model_json,
+    positive,
+    rank_groups,
+    read_capacities,
+    read_importance,
+    read_level,
+    read_method,
+    read_model,
+    sink_tokens_of,
+)
+from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning, PluginError
+from kvpolicy.files.fields import (
+    Fields,
+    check_json,
+    describe,
+    number,
+    parse,
+    read_bytes,
+    render,
+    sequence,
+    whole,
+)
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import EvictionPolicy
+
+__all__ = [
+    "BudgetPlan",
+    "PlanChoice",
+    "PlanLevel",
+    "PlanMethod",
+    "PlanModel",
+    "kept_fractions",
+    "load_plan",
+    "policy_of",
+    "save_plan",
+]
+
+FORMAT = "kvpolicy-plan"
+VERSION = 1
+_SAME_RETENTION = 1e-9
+_MAX_LEVELS = 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BudgetPlan:
+    """A plan. Raises `PlanError`, naming the field, for values that contradict each other."""
+
+    model: PlanModel
+    method: PlanMethod
+    importance: Importance | None
+    levels: tuple[PlanLevel, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if self.importance is not None and tuple(self.importance.per_head.shape) != self.model.table_shape:
+            raise PlanError(
+                f"importance.per_head has shape {tuple(self.importance.per_head.shape)}, expected "
+                f"(budgeted layers, KV heads) = {self.model.table_shape}"
+            )
+        if not self.levels:
+            raise PlanError("levels is empty, expected at least one level")
+        if len(self.levels) > _MAX_LEVELS:
+            raise PlanError(f"levels has {len(self.levels)} items, expected at most {_MAX_LEVELS}")
+        for index, level in enumerate(self.levels):
+            check_level(level, f"levels[{index}]", self.model.table_shape)
+            for earlier in range(index):
+                if abs(self.levels[earlier].retention - level.retention) < _SAME_RETENTION:
+                    raise PlanError(
+                        f"levels[{index}].retention is {level.retention}, which levels[{earlier}] has already; keep one"
+                    )
+        check_json(self.provenance, "provenance")
+        for name, least in (("context_length", 1), ("prefill_length", 0)):
+            if self.provenance.get(name) is not None:
+                whole(self.provenance[name], f"provenance.{name}", least)
+
+    @classmethod
+    def from_capacities(
+        cls,
+        spec: ModelSpec,
+        table: object,
+        context_length: int = 4096,
+        policy: PlanChoice | str | None = None,
+        model_id: str = "",
+    ) -> BudgetPlan:
+        """A plan of one level from a user's own table.
+
+        table: whole numbers `[L, H]` (tensor, array or nested lists), the entries each KV head keeps of
+            `context_length` tokens
+        policy: who evicts; None means streaming with 4 sink tokens
+
+        Raises `BudgetError` for a table of another shape, for fractions, and for entries outside
+        sink tokens + 1 to `context_length`; `PluginError` for a policy that is not installed.
+        """
+        if policy is None:
+            policy = PlanChoice("streaming", {"num_sink_tokens": 4})
+        elif isinstance(policy, str):
+            policy = PlanChoice(policy)
+        context_length = positive("context_length", context_length)
+        capacities = read_capacities(table, spec.table_shape, sink_tokens_of(policy) + 1, context_length)
+        retention = int(capacities.sum()) / (context_length * capacities.numel())
+        return cls(
+            model=PlanModel.from_spec(spec, model_id),
+            method=PlanMethod(None, None, policy),
+            importance=None,
+            levels=(PlanLevel(retention, capacities.to(torch.float64) / context_length),),
+            provenance={"context_length": context_length},
+        )
+
+    @property
+    def retentions(self) -> tuple[float, ...]:
+        """The stored levels, ascending; 1.0 is always there besides."""
+        return tuple(sorted(level.retention for level in self.levels))
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """First tokens that every KV head keeps; of a policy that is not installed here, those that the plan names."""
+        try:
+            return sink_tokens_of(self.method.policy)
+        except PluginError:
+            return int(self.method.policy.params.get("num_sink_tokens", 0))
+
+    def shares_at(self, retention: float) -> Tensor:
+        """Kept fractions, float64 `[L, H]`, interpolated linearly between the levels around `retention`.
+
+        Level 1.0 (everything kept) is implicit. Raises `PlanError` below the lowest level and above 1.
+        """
+        known = self._known()
+        if not 0 < number(retention, "retention") <= 1:
+            raise PlanError(f"retention is {retention}, expected above 0 and at most 1; the plan has levels {known}")
+        lower = self.level_at(retention)
+        if lower is None:
+            raise PlanError(
+                f"retention {retention:g} is below the plan's lowest level; it has {known} and everything up to 1. "
+                "Tune a plan for this retention, or give tokens= to scale the lowest level"
+            )
+        above = [level for level in self.levels if level.retention > retention + _SAME_RETENTION]
+        upper = min(above, key=lambda level: level.retention, default=None)
+        end, end_shares = (1.0, torch.ones_like(lower.shares)) if upper is None else (upper.retention, upper.shares)
+        if end - lower.retention < _SAME_RETENTION:
+            return lower.shares.clone()
+        weight = min(1.0, max(0.0, (retention - lower.retention) / (end - lower.retention)))
+        return lower.shares + weight * (end_shares - lower.shares)
+
+    def level_at(self, retention: float) -> PlanLevel | None:
+        """The stored level that `retention` is or lies next above; None below the lowest one."""
+        below = [level for level in self.levels if level.retention <= retention + _SAME_RETENTION]
+        return max(below, key=lambda level: level.retention, default=None)
+
+    def capacities(
+        self, context_length: int, retention: float | None = None, tokens: int | None = None, tp_size: int = 1
+    ) -> Tensor:
+        """Entries each KV head may keep of `context_length` tokens, int64 `[L, H]` on the CPU.
+
+        retention: kept fraction over all budgeted layers; None means the plan's level if it has just one
+        tokens:    instead of `retention`, mean entries per KV head
+        tp_size:   tensor-parallel ranks; rank r owns the r-th run of consecutive KV heads and every rank
+            gets the same total (up to one entry)
+
+        The sum is `round(retention * context_length * L * H)`, unless the floors (sink tokens + 1 per KV head)
+        exceed that: then it is theirs. Raises `PlanError` for a retention the plan does not reach and
+        `BudgetError` for arguments that cannot be honoured; warns with `PlanWarning` where `tokens` is below the
+        lowest level (its shares are scaled) or the context is over four times the one searched on.
+        """
+        context_length = positive("context_length", context_length)
+        self.warn_if_long(context_length)
+        layers, heads = self.model.table_shape
+        if tokens is None:
+            retention = self._only_level() if retention is None else retention
+            shares = self.shares_at(retention)
+            total = round(retention * context_length * layers * heads)
+        else:
+            shares, kept = self._shares_for_tokens(context_length, retention, tokens)
+            total = kept * layers * heads
+        budget = Budget(
+            total=total,
+            shape=(layers, heads),
+            floor=min(self.num_sink_tokens + 1, context_length),
+            ceiling=context_length,
+            groups=rank_groups(layers, heads, tp_size),
+        )
+        return apportion(shares, budget)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raises `PlanError` if the plan's tables do not fit `spec`; warns if its configuration differs otherwise."""
+        theirs = PlanModel.from_spec(spec)
+        names = ("num_layers", "budgeted_layers", "num_q_heads", "num_kv_heads", "head_dim")
+        differing = [
+            f"{name} is {_brief(getattr(self.model, name))} in the plan, {_brief(getattr(theirs, name))} in the model"
+            for name in names
+            if getattr(self.model, name) != getattr(theirs, name)
+        ]
+        if differing:
+            raise PlanError(
+                f"the plan was made for another model ('{self.model.id}'): {'; '.join(differing)}. "
+                "Run 'kvpolicy tune' for this model"
+            )
+        if self.model.config_sha256 not in ("", theirs.config_sha256):
+            warnings.warn(
+                f"the plan was made for a model of the same shape but another configuration ('{self.model.id}', "
+                "config_sha256 differs): its budgets may not suit this model; 'kvpolicy eval' tells",
+                PlanWarning,
+                stacklevel=2,
+            )
+
+    def warn_if_long(self, context_length: int) -> bool:
+        """Warns, with `PlanWarning`, of a context over four times the one searched on. Returns whether it did."""
+        searched = self.provenance.get("context_length")
+        if searched is None or context_length <= 4 * searched:
+            return False
+        warnings.warn(
+            f"the context of {context_length} tokens is over four times the {searched} that the plan was made on: "
+            "check the quality there with 'kvpolicy eval --context'",
+            PlanWarning,
+            stacklevel=3,
+        )
+        return True
+
+    def warn_if_other_policy(self, policy: EvictionPolicy) -> bool:
+        """Warns, with `PlanWarning`, where a tuned plan is used with another policy. Returns whether it did.
+
+        A table of a user's own was tuned for no policy.
+        """
+        tuned, own = self.method.policy, None
+        if self.method.allocator is None:
+            return False
+        with contextlib.suppress(PluginError):  # a policy that is not installed here is another one
+            own = registry.create("policy", tuned.name, tuned.params)
+        params = plugin_call.params_of(policy)
+        if own is not None and type(own) is type(policy) and plugin_call.params_of(own) == params:
+            return False
+        warnings.warn(
+            f"the plan was tuned for the policy '{tuned.name}' {tuned.params}, but {policy!r} evicts here: the budgets "
+            "may not suit it; 'kvpolicy eval --policy' tells",
+            PlanWarning,
+            stacklevel=3,
+        )
+        return True
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the plan: sha256 of the file that `save_plan` writes."""
+        return hashlib.sha256(render(self.to_json()).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, in the layout of the plan file."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model_json(self.model),
+            "method": {name: choice_json(getattr(self.method, name)) for name in PlanMethod.__slots__},
+            "importance": importance_json(self.importance),
+            "levels": [level_json(level) for level in self.levels],
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> BudgetPlan:
+        """The plan in a parsed document. Raises `PlanError` naming the field; unknown fields are ignored."""
+        fields = Fields(document)
+        if fields.raw("format") != FORMAT:
+            raise PlanError(f"format is {describe(fields.raw('format'))}, expected '{FORMAT}'; this is no plan")
+        if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
+            raise PlanError(
+                f"version is {describe(fields.raw('version'))}, expected {VERSION}; "
+                "make the plan again, or use the kvpolicy that wrote it"
+            )
+        check_json(document, "")
+        model = read_model(fields.fields("model"))
+        levels = fields.read("levels", sequence)
+        return cls(
+            model=model,
+            method=read_method(fields.fields("method")),
+            importance=read_importance(fields.fields("importance"), model.table_shape)
+            if fields.has("importance")
+            else None,
+            levels=tuple(read_level(Fields(x, f"levels[{i}]"), model.table_shape) for i, x in enumerate(levels)),
+            provenance=fields.mapping("provenance"),
+        )
+
+    def _known(self) -> str:
+        return ", ".join(f"{value:g}" for value in self.retentions)
+
+    def _only_level(self) -> float:
+        if len(self.levels) > 1:
+            raise PlanError(f"the plan has several levels ({self._known()}): say which with retention= or tokens=")
+        return self.levels[0].retention
+
+    def _shares_for_tokens(self, context_length: int, retention: float | None, tokens: int) -> tuple[Tensor, int]:
+        """Shares and mean entries per KV head."""
+        if retention is not None:
+            raise BudgetError(f"both retention={retention} and tokens={tokens} were given; give one")
+        kept = min(positive("tokens", tokens), context_length)
+        lowest = min(self.levels, key=lambda level: level.retention)
+        if kept / context_length >= lowest.retention:
+            return self.shares_at(kept / context_length), kept
+        if kept < math.floor(lowest.retention * context_length):
+            warnings.warn(
+                f"{tokens} of {context_length} tokens is below the plan's lowest level, retention "
+                f"{lowest.retention:g}: its shares are scaled down; tune a lower level to be sure of the quality",
+                PlanWarning,
+                stacklevel=3,
+            )
+        return lowest.shares, kept
+
+
+def policy_of(plan: BudgetPlan | None, policy: str | EvictionPolicy | None = None) -> EvictionPolicy:
+    """Who evicts: the policy that was asked for, by name or as an object, else the plan's, else "streaming".
+
+    Raises `PluginError`.
+    """
+    if isinstance(policy, EvictionPolicy):
+        return plugin_call.admitted(policy)
+    if policy is None and plan is not None:
+        return registry.create("policy", plan.method.policy.name, plan.method.policy.params)
+    return registry.create("policy", "streaming" if policy is None else policy)
+
+
+def load_plan(path: str | os.PathLike[str]) -> BudgetPlan:
+    """The plan in the file at `path`. Raises `PlanError` naming the file and the field or the reason."""
+    try:
+        return BudgetPlan.from_json(parse(read_bytes(path)))
+    except PlanError as error:
+        raise PlanError(f"plan file '{os.fspath(path)}': {error}") from None
+
+
+def save_plan(plan: BudgetPlan, path: str | os.PathLike[str]) -> None:
+    """Writes the plan to `path` in one step: readers see the old file or the new one, never a part.
+
+    Raises `PlanError` naming the path and the reason where it cannot be written.
+    """
+    try:
+        write_bytes(path, render(plan.to_json()).encode())
+    except KVPolicyError as error:
+        raise PlanError(f"the plan was not saved: {error}") from None
+
+
+def _brief(value: object) -> str:
+    return f"{len(value)} layers {list(value)}" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,263 @@
+"""What is compared: a policy with an allocator or a plan, and the controls that are always there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.plan import BudgetPlan, load_plan, policy_of
+from kvpolicy.cache.schedule import Fixed, from_allocator
+from kvpolicy.cache.size import entry_nbytes, holds_scores
+from kvpolicy.comparison.calibration import calibration_of
+from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
+from kvpolicy.model.spec import Budget, ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
+
+UNIFORM, RANDOM, FULL = "uniform", "random", "full"
+QUANTIZED = ("fp8", "int4", "int2")
+"""What transformers' `QuantizedCache` may hold the entries in: methods of their own, such as quantized/int4."""
+_LOTS = 16  # of four KV heads with two capacities, a lot leaves the table as it is one time in three
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Method:
+    """One way to spend a budget.
+
+    name:      as it stands in the tables
+    policy:    who evicts;  policy_name: its registered name
+    allocator: who splits the budget; None under a plan, and where nothing is evicted
+    shuffled:  capacities go to other KV heads at random: the control that tells whether it matters who has which
+    quantized: of `QUANTIZED`, where nothing is evicted and all of it is held in fewer bits; the policy has no say
+    """
+
+    name: str
+    policy_name: str
+    policy: EvictionPolicy
+    allocator_name: str | None = None
+    allocator: BudgetAllocator | None = None
+    plan: BudgetPlan | None = None
+    shuffled: bool = False
+    quantized: str | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self.evicts_nothing and self.quantized is None
+
+    @property
+    def evicts_nothing(self) -> bool:
+        return self.allocator is None and self.plan is None
+
+    @property
+    def is_uniform(self) -> bool:
+        return self.allocator_name == UNIFORM
+
+    @property
+    def runtime_allocator(self) -> BudgetAllocator | None:
+        """The allocator, where it splits at run time."""
+        return self.allocator if self.allocator is not None and self.allocator.split_scope != "none" else None
+
+    @property
+    def policy_label(self) -> str:
+        """The policy's name, with those of its parameters that are not the defaults."""
+        if self.evicts_nothing:
+            return FULL
+        default = plugin_call.params_of(registry.create("policy", self.policy_name))
+        params = plugin_call.params_of(self.policy)
+        others = [f"{name}={value}" for name, value in params.items() if default.get(name) != value]
+        return f"{self.policy_name}({', '.join(others)})" if others else self.policy_name
+
+    @property
+    def uniform_name(self) -> str:
+        """The method that this one's budgets are compared with: uniform ones under the same policy. '' for none."""
+        return "" if self.evicts_nothing else f"{self.policy_label}/{UNIFORM}"
+
+    @property
+    def remark(self) -> str:
+        """What a reader should know of it: that a plan was tuned for another policy, '' for nothing."""
+        if self.plan is None:
+            return ""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PlanWarning)
+            self.plan.warn_if_other_policy(self.policy)
+        return "; ".join(str(each.message) for each in caught)
+
+    def calibration(self, retention: float) -> dict[str, Any]:
+        """What was run on calibration text before this method could be used at this retention, see `calibration_of`."""
+        return calibration_of(self.plan, retention)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a row to be measured already, as JSON values."""
+        allocator, plan = None, None
+        if self.allocator is not None:
+            allocator = {"name": self.allocator_name, "params": plugin_call.params_of(self.allocator)}
+        if self.plan is not None:
+            plan = self.plan.sha256
+        identity = {
+            "policy": {"name": self.policy_name, "params": plugin_call.params_of(self.policy)},
+            "allocator": allocator,
+            "plan_sha256": plan,
+            "shuffled": self.shuffled,
+            "quantized": self.quantized,
+        }
+        found: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
+        return found
+
+    def table(self, spec: ModelSpec, context: int, retention: float, seed: int, dtype: torch.dtype) -> Tensor:
+        """Entries each KV head may keep of `context` tokens, int64 `[L, H]`: as many as take the bytes of a window
+        rule's at this retention, positions included. Where scores are held beside the entries, there are fewer.
+
+        dtype: of keys and values
+
+        Of a run-time allocator only the total counts. Raises `BudgetError` and `PlanError` where there is none.
+        """
+        if self.evicts_nothing:
+            return torch.full(spec.table_shape, context)
+        table = self._asked(spec, context, retention)
+        floor = min(self.policy.num_sink_tokens + 1, context)
+        total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
+        table = apportion(table, Budget(total, spec.table_shape, floor, context))
+        return _shuffled(table, seed) if self.shuffled else table
+
+    def _asked(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
+        """The capacities at exactly this retention, int64 `[L, H]`."""
+        if self.plan is not None:
+            self.plan.check_model(spec)
+            return self.plan.capacities(context, retention)
+        assert self.allocator is not None  # else nothing is evicted
+        schedule = from_allocator(self.allocator, self.policy, spec, retention=retention, context_length=context)
+        if not isinstance(schedule, Fixed):
+            raise BudgetError(f"{self.name}: its capacities are not known up front")
+        return schedule.table
+
+    def _window_bytes_part(self, spec: ModelSpec, dtype: torch.dtype) -> float:
+        """Bytes of an entry under a window rule, as a part of those of an entry here."""
+        scored = holds_scores(self.policy, self.runtime_allocator)
+        return entry_nbytes(spec, dtype, scored=False) / entry_nbytes(spec, dtype, scored=scored)
+
+
+def read_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, with the controls: `full`, `random/uniform`, each policy's `uniform`, and each table
+    that is not uniform shuffled. Each once; methods of one policy stand together.
+
+    names: POLICY/ALLOCATOR, POLICY (under `uniform`), a plan file (a name that ends in .json, or that is a file),
+        POLICY/PLAN (a plan's budgets under another policy), or quantized/ and one of `QUANTIZED`
+
+    Raises `PluginError` for a name that is not registered, `PlanError` for a plan that cannot be read.
+    """
+    methods = [_full(), _of(RANDOM, UNIFORM)]
+    for method in read_asked(names):
+        methods += [method] if method.evicts_nothing else [_uniform_of(method), method]
+        if not (method.evicts_nothing or method.is_uniform or method.runtime_allocator is not None):
+            methods.append(replace(method, name=f"{method.name} shuffled", shuffled=True))
+    return _grouped(methods)
+
+
+def read_asked(names: Sequence[str]) -> list[Method]:
+    """The methods of these names alone, as `read_methods` reads them."""
+    return [_full() if name == FULL else _read(name) for name in names]
+
+
+def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill: int | None) -> None:
+    """What is known before a model is loaded. prefill: 0 where every token is decoded under the budget
+
+    Raises `BudgetError`, `PlanError` or `PluginError` for the first method that cannot be measured.
+    """
+    for method in methods:
+        if method.allocator is not None and method.allocator.needs_importance:
+            raise BudgetError(
+                f"{method.name}: the allocator needs importance that was measured on a model: run 'kvpolicy tune' with "
+                "it and give the plan"
+            )
+        below = [each for each in retentions if method.plan is not None and method.plan.level_at(each) is None]
+        if method.plan is not None and below:
+            known = ", ".join(f"{each:g}" for each in method.plan.retentions)
+            raise PlanError(
+                f"{method.name} has the levels {known} and nothing below: leave out --retention {below[0]:g}"
+            )
+        if prefill == 0:
+            check_decodes(method)
+
+
+def check_decodes(method: Method) -> None:
+    """Raises `PluginError` for a method whose decoding from the first token on cannot be measured."""
+    if not method.is_full and (not method.policy.window_rule or method.runtime_allocator or method.quantized):
+        raise PluginError(
+            f"{method.name}: --prefill 0 decodes from the first token on, which is measured under a window rule alone, "
+            "with budgets known up front: give --prefill N, a prompt to compress"
+        )
+
+
+def _read(name: str) -> Method:
+    policy, slash, budgets = name.partition("/")
+    if Path(name).is_file():
+        return _of_plan(name, name)
+    if policy == "quantized":
+        return _quantized(name, budgets)
+    if _is_plan(budgets) and policy in registry.names("policy"):
+        return _of_plan(name, budgets, policy)
+    if _is_plan(name):
+        return _of_plan(name, name)  # which says why it cannot be read
+    if not policy or (slash and not budgets):
+        raise PluginError(f"a method is POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got '{name}'")
+    return _of(policy, budgets or UNIFORM)
+
+
+def _is_plan(name: str) -> bool:
+    return name.endswith(".json") or Path(name).is_file()
+
+
+def _of_plan(name: str, path: str, policy: str | None = None) -> Method:
+    """A plan's budgets, under its own policy if no other is named."""
+    plan = load_plan(path)
+    return Method(name, policy or plan.method.policy.name, policy_of(plan, policy), plan=plan)
+
+
+def _quantized(name: str, kind: str) -> Method:
+    if kind not in QUANTIZED:
+        raise PluginError(f"there is no method '{name}'; there is: {', '.join(f'quantized/{x}' for x in QUANTIZED)}")
+    return replace(_full(), name=name, quantized=kind)
+
+
+def _of(policy: str, allocator: str) -> Method:
+    evicts, splits = registry.create("policy", policy), registry.create("allocator", allocator)
+    return Method(f"{policy}/{allocator}", policy, evicts, allocator, splits)
+
+
+def _full() -> Method:
+    """Nothing is evicted, so any policy will do."""
+    return Method(FULL, RANDOM, registry.create("policy", RANDOM))
+
+
+def _uniform_of(method: Method) -> Method:
+    allocator = registry.create("allocator", UNIFORM)
+    return Method(method.uniform_name, method.policy_name, method.policy, UNIFORM, allocator)
+
+
+def _shuffled(table: Tensor, seed: int) -> Tensor:
+    """The same capacities for other KV heads: the first of some lots that changes the table, if one does."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_LOTS):
+        found = table.flatten()[torch.randperm(table.numel(), generator=generator)].view(table.shape)
+        if not torch.equal(found, table):
+            return found
+    return table
+
+
+def _grouped(methods: Iterable[Method]) -> list[Method]:
+    """Each name once, policies in the order in which they came first, so that prompts are run once for each."""
+    once: dict[str, Method] = {}
+    for method in methods:
+        once.setdefault(method.name, method)
+    policies = [method.policy_label for method in once.values()]
+    return sorted(once.values(), key=lambda method: policies.index(method.policy_label))

@@ -1,0 +1,5 @@
+"""Defaults that the shell and Python share."""
+
+MODEL = "smollm2-135m"
+RETENTIONS = (0.5, 0.3, 0.1)
+MIN_TOKENS = 128  # entries of a KV head, on average, that are kept whatever the retention

@@ -1,0 +1,1 @@
+"""The attention of a model: where ours takes its place, and what is seen there."""

@@ -1,0 +1,1 @@
+"""The caches that a model runs over, and generating with them."""

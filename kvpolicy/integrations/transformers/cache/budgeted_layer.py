@@ -1,0 +1,206 @@
+"""One full-attention layer of a cache: `update` marks the new keys and values, and attention runs over the store."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.store import RaggedStore, Scoring
+from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.attention.attachment import mark
+from kvpolicy.integrations.transformers.attention.columns import (
+    Reading,
+    entry_masks,
+    filled_columns,
+    read_mask,
+    seen_by,
+)
+from kvpolicy.integrations.transformers.attention.exchange import Attention, as_stock
+from kvpolicy.integrations.transformers.attention.masks import LazyMask, Seen, dense_mask, user_mask
+from kvpolicy.integrations.transformers.attention.sources import layer_sources
+from kvpolicy.integrations.transformers.attention.tracing import untraced
+from kvpolicy.integrations.transformers.cache.forwards import check_fed_once
+from kvpolicy.integrations.transformers.cache.waiting import Waiting
+
+if TYPE_CHECKING:
+    from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+
+
+class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """One full-attention layer of a `RaggedCache`.
+
+    row:       index among the budgeted layers
+    followers: layers that reuse this one's keys and values
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True  # `crop` says where it cannot
+
+    def __init__(self, cache: RaggedCache, row: int, model_layer: int, followers: int) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)  # which holds its layers: what is dropped is free at once
+        self.row, self.model_layer, self.followers = row, model_layer, followers
+        self.columns = 0  # tokens seen, padding included
+        self.arrived = 0  # tokens whose attention has not come yet
+        self.waiting: Waiting | None = None
+        self.filled: Tensor | None = None  # bool [B, columns], those that hold a token; as in `Reading`
+
+    @property
+    def cache(self) -> RaggedCache:
+        cache = self._cache()
+        assert cache is not None  # nobody else holds its layers
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_cache": self.cache}  # so that the layers of a copied cache belong to the copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_cache": weakref.ref(state["_cache"])}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = self.values = torch.empty(0)  # Mllama asks every layer's
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Announces new tokens. key_states, value_states: [B, H, n, dim].
+
+        Raises `ModelError` when tokens before these never reached our attention function.
+        """
+        self.cache.begin(key_states)
+        self._finish()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.arrived = key_states.shape[2]
+        self.columns += self.arrived
+        return mark(key_states, self), value_states
+
+    @untraced
+    def attention(
+        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
+    ) -> tuple[Tensor, Any]:
+        """The attention of this layer, or of one that reuses its keys and values. query: [B, num_q_heads, n, D].
+
+        Returns [B, n, num_q_heads, Dv], and None for the weights.
+        """
+        store = self.cache.opened()
+        scoring = Scoring(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
+        if not self.arrived:
+            self.check_follower(module)
+            return self._follow(stock, module, query, key, value, mask, options, scoring)
+        self.arrived = 0
+        if not self.row:
+            check_fed_once(options.get("position_ids"), key.shape[2], seen_by(store, 0))
+        reading = self.read(mask, key.shape[2])
+        valid, self.filled = reading.valid, reading.filled
+        plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
+        if key.shape[2] == 1 and plain and not self.cache.recording and store.can_append(self.row):
+            store.append(self.row, key, value)
+            out = store.attend(self.row, query, scoring)
+            store.rescore(self.row, query, scoring)
+            return as_stock(out), None
+        first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
+        chunk = store.arrive(self.row, key, value, valid)
+        if first:
+            result = stock(module, query, key, value, dense_mask(mask), **options)
+        else:
+            result = as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
+        extra = layer_sources(module, store.spec, store.policy.requires)
+        self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
+        if not self.followers:
+            self._finish()
+        return result
+
+    def check_follower(self, module: nn.Module) -> None:
+        """Raises `ModelError` where attention comes a second time for one update, and from no other layer."""
+        if not self.followers or getattr(module, "layer_idx", None) == self.model_layer:
+            raise ModelError(
+                f"layer {self.model_layer}: {type(module).__name__} attends several times to keys that it caches once, "
+                "with other values each time; a budget keeps one value a key, so this model cannot run over it"
+            )
+
+    def read(self, mask: Any, count: int) -> Reading:
+        """What the model's mask says of `count` new tokens and of those before."""
+        before, seen = self.columns - count, seen_by(self.cache.opened(), self.row)
+        if isinstance(mask, LazyMask):
+            return mask.read(before, seen, self.filled)
+        return read_mask(None, count, before, seen, self.filled)
+
+    def _follow(
+        self,
+        stock: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: Any,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Any]:
+        """A layer that reuses this one's keys and values, later in the same forward."""
+        store, waiting = self.cache.opened(), self.waiting
+        if waiting is None:
+            return as_stock(store.attend(self.row, query, scoring)), None
+        if waiting.prompt:
+            result = stock(module, query, key, value, dense_mask(mask), **options)
+        else:
+            result = as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
+        waiting.left -= 1
+        if not waiting.left:
+            self._finish()
+        return result
+
+    def _over_entries(
+        self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring, visible: Tensor | None
+    ) -> Tensor:
+        """Attention over what is held and a chunk, under the model's mask. visible: of a 2-D one, as in `Reading`."""
+        within = None
+        if isinstance(mask, LazyMask):
+            within, shown = mask.newest(len(chunk)), None if visible is None else visible[:, None, None]
+        elif mask is None:
+            shown = None
+        else:
+            shown = user_mask(mask, self.columns).expand(query.shape[0], -1, -1, -1)
+            within = shown[..., -len(chunk) :]
+        if shown is None:
+            return store.attend_chunk(self.row, query, chunk, scoring, within)
+        entries = entry_masks(shown, self.filled_columns(), store.positions(self.row), query.shape[2])
+        return store.attend_chunk(self.row, query, chunk, scoring, within, entries)
+
+    def filled_columns(self) -> Tensor:
+        """Those that hold a token, bool [B, columns]."""
+        if self.filled is not None:
+            return self.filled
+        return filled_columns(self.columns, self.columns - seen_by(self.cache.opened(), self.row))
+
+    def _finish(self) -> None:
+        """Lets the store keep its part of a prompt that nobody reads any more."""
+        if (waiting := self.waiting) is None:
+            return
+        self.waiting, cache = None, self.cache
+        if cache.watch is not None:
+            cache.watch(self.row, waiting)
+            return
+        hold = cache.rollback if cache.recording else 0
+        if cache.awaits_repeat:
+            hold = len(waiting.chunk)
+        cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
+
+    @untraced
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return Seen(self.columns + query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included; not the entries kept."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # transformers 5.17
+        return -1

@@ -1,0 +1,185 @@
+"""Making a cache for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+
+from kvpolicy.budget.plan import BudgetPlan, policy_of
+from kvpolicy.cache import schedule as schedules
+from kvpolicy.cache.schedule import Fixed, Schedule
+from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.cache.static import check_static
+from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
+from kvpolicy.defaults import MIN_TOKENS
+from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.attachment import attach, attachment_of
+from kvpolicy.integrations.transformers.attention.exchange import text_config
+from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES, prepare, watch_inputs
+from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
+from kvpolicy.integrations.transformers.cache.placement import check_devices
+from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+from kvpolicy.integrations.transformers.cache.recipe import Recipe
+from kvpolicy.integrations.transformers.cache.static_cache import StaticRaggedCache
+from kvpolicy.integrations.transformers.model.wrappers import unwrapped
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
+
+
+def new_cache(
+    model: PreTrainedModel,
+    plan: BudgetPlan | None = None,
+    *,
+    retention: float | None = None,
+    tokens: int | None = None,
+    context_length: int | None = None,
+    policy: str | EvictionPolicy | None = None,
+    allocator: str | BudgetAllocator | None = None,
+    protected: Sequence[Sequence[int]] = (),
+    decode: DecodeMode = "evict",
+    min_tokens: int = MIN_TOKENS,
+    rollback: int = ROLLBACK,
+    static: bool = False,
+) -> RaggedCache:
+    """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
+
+    plan:      budgets; without one, `retention` is split by `allocator` ("uniform" if not given)
+    retention: kept fraction of the tokens seen, in (0, 1]; None means the plan's level if it has just one
+    tokens:    instead, mean entries per KV head of a plan
+    context_length: fixes the capacities up front instead of letting them grow with the tokens seen
+    policy:    who is evicted; default: the plan's, else "streaming". A registered name or an object.
+               Warns where it is not the one that the plan was tuned for
+    allocator: a registered name or an object that needs no measured importance
+    protected: [begin, end) positions that are never evicted, on top of the capacity
+    decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
+    min_tokens: mean entries per KV head that a growing budget never goes below
+    rollback:  last tokens that assisted generation can take back
+    static:    fixed addresses, for `DecodeRunner` and for compiled decoding in `model.generate`. Needs
+        `context_length`, takes its prompt in one forward, and can be used for prompt after prompt (`reset`)
+
+    Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
+    that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
+    that requires what this model cannot supply.
+    """
+    model = unwrapped(model)
+    if plan is not None and allocator is not None:
+        raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
+    evicting = policy_of(plan, policy)
+    if plan is not None:
+        plan.warn_if_other_policy(evicting)
+    recipe = Recipe(
+        policy=evicting,
+        allocator=_allocator(allocator) if plan is None else None,
+        plan=plan,
+        retention=retention,
+        tokens=tokens,
+        context_length=context_length,
+        min_tokens=min_tokens,
+        protected=tuple(tuple(span) for span in protected),
+        decode=decode,
+        rollback=rollback,
+    )
+    return cache_of(model, recipe, static=static)
+
+
+def cache_of(
+    model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None, *, static: bool = False
+) -> RaggedCache:
+    """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
+    spec = ModelSpec.from_config(model.config)
+    rank, size = rank_and_size(model, spec)
+    schedule, split, policy = fixed or _schedule(recipe, spec, size), None, recipe.policy
+    if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
+        split = RuntimeSplit(recipe.allocator, schedule, policy.num_sink_tokens + 1)
+
+    def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
+        if heads[1] * size != spec.num_kv_heads:
+            raise ModelError(
+                f"this process holds {heads[1]} of the model's {spec.num_kv_heads} KV heads, but it says that {size} "
+                "processes share them: load it with transformers' DistributedConfig(tp_size=...)"
+            )
+        return RaggedStore(
+            spec,
+            schedule,
+            policy,
+            batch_size=batch_size,
+            protected=recipe.protected,
+            decode=recipe.decode,
+            split=split,
+            heads=None if size == 1 else heads,
+            supplied=RUN_SOURCES,
+        )
+
+    count = spec.num_kv_heads // size
+    check_devices(model, spec)
+    make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
+    length = _static_length(recipe) if static else None
+    prepare(model, spec, policy.requires)
+    attach(model)
+    attached = attachment_of(model)  # lives as long as the cache and its copies
+    watch_inputs(model, spec, policy.requires, attached)
+    shared: dict[str, Any] = {"rank": rank, "recipe": recipe, "dropped_at": _dropped_at(model)}
+    cache: RaggedCache
+    if length is not None:
+        layers = StaticCache(config=text_config(model), max_cache_len=length).layers
+        cache = StaticRaggedCache(spec, make_store, layers, attached, context_length=length, **shared)
+    else:
+        layers = DynamicCache(config=text_config(model)).layers
+        repeats = schedule.evicts and "repeat_attention" in policy.requires
+        cache = RaggedCache(spec, make_store, layers, attached, rollback=recipe.rollback, repeats=repeats, **shared)
+    cache.carry(model)
+    return cache
+
+
+def _dropped_at(model: PreTrainedModel) -> int | None:
+    """`WatchedCache.dropped_at`, of models that prepare their inputs in a way of their own and have such a length."""
+    own = (
+        getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation
+    )
+    return getattr(text_config(model), "original_max_position_embeddings", None) if own else None
+
+
+def _static_length(recipe: Recipe) -> int:
+    """The tokens that a static cache is made for. Raises `BudgetError` for what fixed addresses rule out."""
+    check_static(recipe.policy)
+    if recipe.context_length is None:
+        raise BudgetError("static=True needs context_length=: memory is set aside for that many tokens up front")
+    if recipe.decode != "evict":
+        raise BudgetError(f"static=True holds the capacities at every step, got decode={recipe.decode!r}")
+    return recipe.context_length
+
+
+def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:
+    """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
+    retention, context_length, min_tokens = recipe.retention, recipe.context_length, recipe.min_tokens
+    if (plan := recipe.plan) is not None:
+        plan.check_model(spec)
+        return schedules.from_plan(
+            plan,
+            retention=retention,
+            tokens=recipe.tokens,
+            context_length=context_length,
+            min_tokens=min_tokens,
+            tp_size=size,
+        )
+    if retention is None or recipe.tokens is not None or recipe.allocator is None:
+        raise BudgetError("without a plan a cache needs retention=, the kept fraction of the tokens seen")
+    return schedules.from_allocator(
+        recipe.allocator,
+        recipe.policy,
+        spec,
+        retention=retention,
+        context_length=context_length,
+        min_tokens=min_tokens,
+        tp_size=size,
+    )
+
+
+def _allocator(allocator: str | BudgetAllocator | None) -> BudgetAllocator:
+    if isinstance(allocator, BudgetAllocator):
+        return plugin_call.admitted(allocator)
+    return registry.create("allocator", "uniform" if allocator is None else allocator)

@@ -1,0 +1,93 @@
+"""What a model notes about the text it reads, outside its cache: a cache of ours carries it from forward to forward.
+
+Models with positions in three dimensions (M-RoPE: Qwen2-VL and those after it) note how far the positions of a text run
+ahead of its columns, for whichever text came last. After another chat on the same model, or with a cache that was
+loaded, that is the wrong text's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from kvpolicy.integrations.transformers.cache.forwards import WatchedCache
+
+_NAME = "rope_deltas"
+_ENTERED: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+"""Whose state a model has, from the question how long the cache is until the forward reaches it."""
+
+
+class ModelState:
+    """The state of a model for the text in one cache. model: None for none.
+
+    deltas: int64 [B, 1] of the rows, or of the prompts that they came from; None where none is known
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules = [] if model is None else model.modules()
+        self._holders = [weakref.ref(module) for module in modules if _NAME in vars(module)]
+        self.deltas: Tensor | None = None
+
+    def enter(self) -> None:
+        """Gives the model this text's, unless it has it: what the model changes before its forward is this text's too.
+
+        Not for two threads on one model.
+        """
+        for holder in self._alive():
+            if _ENTERED.get(holder) is not self:
+                _ENTERED[holder] = self
+                setattr(holder, _NAME, self.deltas)
+
+    def leave(self) -> None:
+        """Takes over what the model has for the forward that runs."""
+        for holder in self._alive():
+            if _ENTERED.get(holder) is self:
+                del _ENTERED[holder]
+                self.deltas = getattr(holder, _NAME)
+
+    def take(self, rows: Tensor, batch_size: int) -> None:
+        """Keeps these rows of `batch_size`. rows: int64 [B']."""
+        if self.deltas is not None:
+            each = self.deltas.repeat_interleave(batch_size // len(self.deltas), dim=0)
+            self.deltas = each[rows.to(each.device)]
+
+    def forget(self) -> None:
+        self.leave()
+        self.deltas = None
+
+    def _alive(self) -> list[nn.Module]:
+        if not self._holders or torch.compiler.is_compiling():
+            return []
+        return [holder for each in self._holders if (holder := each()) is not None]
+
+
+class CarryingCache(WatchedCache):
+    """A transformers cache that carries the state of the model that it is for.
+
+    state: that of its text; of no model until `carry` names one
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.state = ModelState(None)
+
+    def carry(self, model: nn.Module) -> None:
+        """Carries what this model notes, from the next forward on."""
+        self.state = ModelState(model)
+
+    def forget(self) -> None:
+        super().forget()
+        self.state.forget()
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """As in transformers. Models ask before they give positions to tokens, so here they get their state back."""
+        self.state.enter()
+        return super().get_seq_length(layer_idx)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.state.leave()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -1,0 +1,265 @@
+"""The transformers cache over a ragged store.
+
+A budgeted layer answers `update` with the new keys and values alone, marked; its attention function then attends over
+the store and lets it keep its part. All other layers are the stock ones. Masks and positions follow the tokens seen,
+never the entries kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.store import ROLLBACK, RaggedStore
+from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.tracing import untraced
+from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
+from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
+from kvpolicy.integrations.transformers.cache.other_layers import tensors_of
+from kvpolicy.integrations.transformers.cache.save import save_cache
+from kvpolicy.integrations.transformers.cache.waiting import Waiting
+from kvpolicy.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.report import CacheReport
+    from kvpolicy.integrations.transformers.cache.recipe import Recipe
+
+StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
+"""Makes the store once the batch size and the KV heads held here, (first, count), are known."""
+
+
+class RaggedCache(CarryingCache):
+    """A transformers cache whose full-attention layers keep what their budget allows; see `new_cache`.
+
+    spec:         the model's layers and heads
+    make_store:   makes the store when the first tokens come
+    stock_layers: what a stock cache holds, one for each model layer (layers that reuse others' may be missing)
+    attached:     tells whether the model still is
+    rank:         tensor-parallel rank of this process
+    rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
+    recipe:       what the cache was made from, needed to save it
+    repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
+
+    watch: takes the tokens of a forward instead of the store, while the context is repeated
+    unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
+    ended: why no further turn can follow, or None
+    """
+
+    layer_class: ClassVar[type[BudgetedLayer]] = BudgetedLayer
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        make_store: StoreFactory,
+        stock_layers: list[Any],
+        attached: Callable[[], bool],
+        *,
+        rank: int = 0,
+        rollback: int = ROLLBACK,
+        recipe: Recipe | None = None,
+        repeats: bool = False,
+        dropped_at: int | None = None,
+    ) -> None:
+        layers: list[Any] = list(stock_layers)
+        self.budgeted: list[BudgetedLayer] = []
+        for row, index in enumerate(spec.budgeted_layers):
+            followers = sum(layer.shared_with == index for layer in spec.layers)
+            self.budgeted.append(self.layer_class(self, row, index, followers))
+            layers[index] = self.budgeted[-1]
+        attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
+        super().__init__(layers, max(attends), dropped_at)
+        self.attached = attached
+        self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
+        self.store: RaggedStore | None = None
+        self.recipe, self.repeats = recipe, repeats
+        self.watch: Callable[[int, Waiting], None] | None = None
+        self.recording = False
+        self.unfed: Tensor | None = None
+        self.ended: str | None = None
+
+    def begin(self, key: Tensor) -> None:
+        """Makes the store when the first keys come. key: [B, H, n, D]."""
+        self.check_enforced()
+        if self.store is not None:
+            return
+        batch, count = int(key.shape[0]), int(key.shape[1])
+        whole = self.spec.num_kv_heads
+        if whole % count:
+            raise ModelError(f"a rank holds {count} KV heads, no divisor of the model's {whole}")
+        first = self.rank * count if count < whole else 0
+        self.store = self.make_store(batch, (first, count))
+
+    def check_enforced(self) -> None:
+        """Raises `ModelError` where keys and values came to a layer, but not their attention."""
+        for layer in self.budgeted:
+            if layer.arrived:
+                raise ModelError(
+                    f"layer {layer.model_layer}: keys and values came, but not their attention, so no budget was "
+                    "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
+                )
+
+    def check_ended(self) -> None:
+        self.check_enforced()
+        super().check_ended()
+
+    @property
+    def awaits_repeat(self) -> bool:
+        """Whether every token is still held, until `repeat_context` has shown which entries the budget is for."""
+        last = None if not self.repeats or self.store is None else self.store.layers[-1]
+        return self.repeats and (last is None or not last.arena.width)
+
+    def check_repeated(self) -> None:
+        """Raises `ModelError` where the budget waits for the context to be repeated."""
+        if self.awaits_repeat and self.watch is None:
+            self.withdraw()
+            raise ModelError(
+                "this cache still holds every token, as its policy requires repeat_attention: after the prompt, before "
+                "decoding, call kvpolicy.repeat_context(model, cache, input_ids, tokenizer), or let "
+                "kvpolicy.generate(model, cache, input_ids, tokenizer=tokenizer) do both"
+            )
+
+    def opened(self) -> RaggedStore:
+        if self.store is None:
+            raise ModelError("this cache is empty: a prompt comes first")
+        return self.store
+
+    # --- what transformers calls on a cache
+
+    @untraced
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises `ModelError` for a model that is not attached, and for a cache that offloads."""
+        if not self.attached():
+            raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
+        if self.offloading:
+            raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
+        if key_states.shape[2] == 1 and self.budgeted[-1].columns:  # not a prompt of one token
+            self.check_repeated()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
+        self.check_repeated()
+        self.recording = True
+        for layer in self._stock():
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """Ends what `activate_past_recording` began; transformers never does."""
+        self.recording = False
+        for layer in self._stock():
+            if getattr(layer, "record_past", False):
+                layer.crop(0)  # lets it go back to its working size, without which the next forward fails
+                layer.record_past = False
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Takes back the last tokens; given as a number <= 0, as everywhere in transformers.
+
+        Raises `BudgetError` where entries were evicted since, so that the cache would not be what it was.
+        """
+        count = int(tokens_to_remove)
+        if count > 0:
+            raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
+        self._settle()
+        if self.store is not None and count:
+            self._crop_store(-count)
+        for layer in self.budgeted:
+            layer.columns += count
+            layer.filled = None if layer.filled is None else layer.filled[:, : layer.columns]
+        for layer in self._stock():
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes what row `beam_idx[i]` was, capacities included."""
+        self._take(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows. indices: int64 [B'], or bool [B]."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        batch = 1 if self.store is None else self.store.batch_size
+        rows = torch.arange(batch).repeat_interleave(repeats)
+        self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.store, self.recording, self.unfed, self.ended = None, False, None, None
+        self.forget()
+        for layer in self.budgeted:
+            layer.columns, layer.arrived, layer.waiting = 0, 0, None
+            layer.filled, layer.is_initialized = None, False
+        for layer in self._stock():
+            layer.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file in one step, for `load_cache`. Raises `KVPolicyError` where that cannot be."""
+        save_cache(self, path)
+
+    # --- accounting
+
+    def seen_mask(self) -> Tensor:
+        """int64 [B, columns], 0 where padding came."""
+        return torch.ones(1, 0, dtype=torch.int64) if self.store is None else self.budgeted[0].filled_columns().long()
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head holds now."""
+        return self._enforced().lengths
+
+    @property
+    def capacities(self) -> Tensor:
+        """int64 [L, B, H], entries each KV head may hold now."""
+        return self._enforced().capacities
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, tables and stock layers included."""
+        held = 0 if self.store is None else self._enforced().nbytes
+        return held + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
+
+    def report(self) -> CacheReport:
+        """Who was kept, what it weighs, and whether anything was evicted at all."""
+        return self._enforced().report()
+
+    def _enforced(self) -> RaggedStore:
+        self.check_ended()
+        store = self.opened()
+        self.check_repeated()
+        return store
+
+    def _stock(self) -> list[Any]:
+        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
+        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
+
+    def _crop_store(self, count: int) -> None:
+        try:
+            self.opened().crop(count)
+        except BudgetError as error:
+            if self.recording:
+                raise
+            raise BudgetError(
+                f"{error} Assisted generation announces itself to a cache that it is given: call "
+                "kvpolicy.generate(model, kvpolicy.new_cache(...), ids, ...) instead of letting attached() supply it"
+            ) from None
+
+    def _settle(self) -> None:
+        self.check_ended()
+        for layer in self.budgeted:
+            layer._finish()
+
+    def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
+        self._settle()
+        for layer in self.budgeted:
+            layer.filled = None if layer.filled is None else layer.filled[rows.cpu()]
+        if self.store is not None:
+            self.state.take(rows.long(), self.store.batch_size)
+            self.store.take(rows.long())
+        for layer in self._stock():
+            on_stock(layer)

@@ -1,0 +1,134 @@
+"""What a cache was made from: enough to say it, and to make the cache again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.cache.store import DecodeMode
+from kvpolicy.errors import PlanError, PluginError
+from kvpolicy.files.fields import Fields, number, sequence, text, whole
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.checks import is_json
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
+
+_MOST = 2**31 - 1  # more tokens than a cache can see
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """The arguments of `new_cache`, names looked up.
+
+    allocator:   None under a plan
+    plan_sha256: identity of the plan where the plan itself is not at hand
+    """
+
+    policy: EvictionPolicy
+    allocator: BudgetAllocator | None
+    plan: BudgetPlan | None
+    retention: float | None
+    tokens: int | None
+    context_length: int | None
+    min_tokens: int
+    protected: tuple[tuple[int, ...], ...]
+    decode: DecodeMode
+    rollback: int
+    plan_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; of a plan its identity alone.
+
+        Raises `PluginError` for a policy or an allocator that cannot be made again from a name and parameters.
+        """
+        return {
+            "policy": _named("policy", self.policy),
+            "allocator": None if self.allocator is None else _named("allocator", self.allocator),
+            "plan_sha256": self.plan_sha256 if self.plan is None else self.plan.sha256,
+            "retention": None if self.retention is None else float(self.retention),
+            "tokens": None if self.tokens is None else int(self.tokens),
+            "context_length": None if self.context_length is None else int(self.context_length),
+            "min_tokens": int(self.min_tokens),
+            "protected": [[min(x, _MOST) for x in span] for span in self.protected],
+            "decode": self.decode,
+            "rollback": min(self.rollback, _MOST),
+        }
+
+
+def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Recipe:
+    """The recipe in JSON values.
+
+    plan:       the plan of the recipe, given again
+    needs_plan: whether nothing can be done without it
+
+    Raises `PlanError` for another plan, `PluginError` for plugins that are not there any more.
+    """
+    expected = fields.read("plan_sha256", text) if fields.has("plan_sha256") else None
+    if plan is not None and expected is None:
+        raise PlanError("it was made without a plan; leave plan= out")
+    if plan is not None and plan.sha256 != expected:
+        raise PlanError(f"it was made under another plan (sha256 {expected}, the given one has {plan.sha256})")
+    if plan is None and expected is not None and needs_plan:
+        raise PlanError(f"its budget grows as a plan says: give that plan again with plan= (sha256 {expected})")
+    allocator = _read_plugin("allocator", fields.fields("allocator")) if fields.has("allocator") else None
+    policy = _read_plugin("policy", fields.fields("policy"))
+    if not isinstance(policy, EvictionPolicy) or not isinstance(allocator, BudgetAllocator | None):
+        raise PluginError("its policy or its allocator fills another role now")
+    if expected is None and allocator is None:
+        raise PlanError(
+            f"{fields.path('plan_sha256')} and {fields.path('allocator')} are missing, expected one of them"
+        )
+    decode = fields.read("decode", text)
+    if decode not in ("evict", "append"):
+        raise PlanError(f"{fields.path('decode')} is '{decode}', expected 'evict' or 'append'")
+    spans = fields.read("protected", sequence)
+    return Recipe(
+        policy=policy,
+        allocator=allocator,
+        plan=plan,
+        retention=fields.read("retention", number) if fields.has("retention") else None,
+        tokens=fields.read("tokens", whole, 1) if fields.has("tokens") else None,
+        context_length=fields.read("context_length", whole, 1) if fields.has("context_length") else None,
+        min_tokens=fields.read("min_tokens", whole, 1),
+        protected=tuple(_read_span(span, fields.path(f"protected[{i}]")) for i, span in enumerate(spans)),
+        decode="append" if decode == "append" else "evict",
+        rollback=fields.read("rollback", whole, 0),
+        plan_sha256=expected,
+    )
+
+
+def _named(role: Literal["policy", "allocator"], plugin: EvictionPolicy | BudgetAllocator) -> dict[str, Any]:
+    """The name, the class and the parameters of a plugin."""
+    found, params = type(plugin), plugin_call.params_of(plugin)
+    if not is_json(params):
+        raise PluginError(f"the parameters of the {role} {found.__name__} are no JSON values: {params}")
+    for name in registry.names(role):
+        try:
+            if registry.get(role, name) is found:
+                return {"name": name, "class": _qualname(found), "params": params}
+        except PluginError:  # a broken one; it is not ours
+            continue
+    raise PluginError(
+        f"the {role} {_qualname(found)} is not registered, so it could not be found again: register it "
+        "(kvpolicy_register, an entry point in the group 'kvpolicy') to save caches made with it"
+    )
+
+
+def _read_plugin(role: Literal["policy", "allocator"], fields: Fields) -> EvictionPolicy | BudgetAllocator:
+    name, params = fields.read("name", text), fields.mapping("params")
+    plugin = registry.create("policy", name, params) if role == "policy" else registry.create("allocator", name, params)
+    if _qualname(type(plugin)) != fields.read("class", text):
+        raise PluginError(
+            f"the {role} '{name}' is {_qualname(type(plugin))} here, but was {fields.raw('class')} where the cache was "
+            "made"
+        )
+    return plugin
+
+
+def _read_span(value: object, path: str) -> tuple[int, ...]:
+    return tuple(whole(x, f"{path}[{i}]", 0) for i, x in enumerate(sequence(value, path, 2)))
+
+
+def _qualname(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,1 @@
+"""Models, tokenizers and what is known of them."""

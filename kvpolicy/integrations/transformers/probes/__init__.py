@@ -1,0 +1,1 @@
+"""What estimators ask a model."""

@@ -1,0 +1,130 @@
+"""Prompts that are run once, for caches under as many tables of capacities as are asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpolicy.cache.lower import lower
+from kvpolicy.cache.schedule import Fixed
+from kvpolicy.defaults import MIN_TOKENS
+from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.integrations.transformers.cache.build import cache_of
+from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+from kvpolicy.integrations.transformers.cache.recipe import Recipe
+from kvpolicy.integrations.transformers.cache.repeat import repeat_context
+from kvpolicy.integrations.transformers.model.logits import keep_logits
+from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
+from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
+
+KEPT_BYTES = 4 * 1024**3
+"""Caches of prompts that are kept from one table to the next; what is beyond is run again for each."""
+
+
+class Prompts:
+    """Batches of prompts, each run with nothing evicted; every cache made of one is as if it had come first.
+
+    batches:   int64 [B, n] each, prompts of equal length
+    policy:    who evicts
+    tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
+
+    To be used while the model is attached and gradients are off. Raises `PluginError` for a policy that has prompts
+    repeated where there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        policy: EvictionPolicy,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if "repeat_attention" in policy.requires and tokenizer is None:
+            raise PluginError(
+                f"{type(policy).__name__} requires repeat_attention: prompts are repeated, which takes the model's "
+                "tokenizer; give tokenizer="
+            )
+        for batch in batches:
+            check_token_ids(model, batch, "prompts")
+        self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
+        self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of each."""
+        return int(self.batches[0].shape[1])
+
+    @property
+    def whole(self) -> Tensor:
+        """Capacities that leave a prompt whole, int64 [L, H]; its entries are scored all the same."""
+        shape = ModelSpec.from_config(self.model.config).table_shape
+        return torch.full(shape, max(self.length, self.policy.num_sink_tokens + 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches that are kept."""
+        return sum(cache.nbytes for cache, _ in self._kept.values())
+
+    def compressed(
+        self, index: int, table: Tensor, allocator: BudgetAllocator | None = None
+    ) -> tuple[RaggedCache, Tensor]:
+        """A cache of batch `index` that keeps what `table` allows, and the logits behind its prompts `[B, 1, vocab]`.
+        What follows is kept on top.
+
+        table:     int [L, H], entries of the prompt
+        allocator: splits the table's total at run time by the scores of each prompt instead
+        """
+        table = table.long().clamp(max=self.length)
+        if allocator is not None and self.policy.window_rule:  # which gives no scores to split by later
+            return self._run(index, table, allocator)
+        kept = self._kept.get(index)
+        if kept is None:
+            kept = self._run(index, self.whole, None)
+            if kept[0].nbytes + self.nbytes <= KEPT_BYTES:
+                self._kept[index] = kept
+        cache, logits = copy.deepcopy(kept[0]), kept[1]
+        lower(cache.opened(), table, allocator)
+        return cache, logits
+
+    def _run(self, index: int, table: Tensor, allocator: BudgetAllocator | None) -> tuple[RaggedCache, Tensor]:
+        cache, ids = prompt_cache(self.model, self.policy, table, allocator), self.batches[index].to(self.model.device)
+        given = with_cache(self.model, cache) | keep_logits(self.model)
+        logits = self.model(ids, use_cache=True, **given).logits[:, -1:]
+        if cache.awaits_repeat:
+            assert self.tokenizer is not None  # asked for at the beginning
+            repeat_context(self.model, cache, ids, self.tokenizer)
+        cache.check_enforced()
+        return cache, logits
+
+
+def prompt_cache(
+    model: PreTrainedModel, policy: EvictionPolicy, table: Tensor, allocator: BudgetAllocator | None = None
+) -> RaggedCache:
+    """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
+
+    table:     int64 [L, H], the entries each KV head may keep of the prompt
+    allocator: splits the table's total by the scores of the prompt instead
+
+    Raises `BudgetError` for an allocator that does not split at run time: its shares make a table.
+    """
+    if allocator is not None and allocator.split_scope == "none":
+        raise BudgetError(f"{type(allocator).__name__} does not split at run time: make a table of its shares")
+    recipe = Recipe(
+        policy=policy,
+        allocator=allocator,
+        plan=None,
+        retention=None,
+        tokens=None,
+        context_length=None,
+        min_tokens=MIN_TOKENS,
+        protected=(),
+        decode="append",
+        rollback=0,
+    )
+    return cache_of(model, recipe, Fixed(table))

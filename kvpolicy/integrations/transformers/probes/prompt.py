@@ -1,0 +1,154 @@
+"""The loss behind a compressed prompt, under any eviction policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpolicy.cache.store import RaggedStore
+from kvpolicy.errors import BudgetError, PluginError
+from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
+from kvpolicy.integrations.transformers.cache.contexts import attached
+from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
+from kvpolicy.integrations.transformers.probes.window import TransformersProbe, losses_from
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
+from kvpolicy.text.corpus import Tokenize
+
+
+class PromptProbe(TransformersProbe):
+    """Sequences whose first part is a prompt that is compressed once; what follows it is scored.
+
+    policy:         who evicts
+    tokenizer:      the model's, for a policy that has each prompt repeated (`repeat_context`)
+    prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
+                    prompt's, and the tokens at positions >= prefill_length are scored
+    allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
+                    table's own proportions are not used
+    model, sequences, prompts, tokenize, batch_size: as for `TransformersProbe`
+
+    `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
+    capacities, so that one forward of all of it over the compressed prompt is exact.
+
+    Raises `BudgetError` for a prompt that leaves nothing to be scored behind it and for an allocator that splits
+    nothing at run time, `PluginError` for a policy that requires `repeat_attention`, and what `new_cache` raises for a
+    model or a policy that cannot be; all of it before anything runs.
+    """
+
+    protocol: ClassVar[str] = "prompt"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sequences: Tensor,
+        prompts: Sequence[Tensor] = (),
+        *,
+        policy: EvictionPolicy,
+        tokenize: Tokenize | None = None,
+        prefill_length: int | None = None,
+        batch_size: int = 1,
+        allocator: BudgetAllocator | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        length = int(sequences.shape[1])
+        prefill_length = length // 2 if prefill_length is None else prefill_length
+        if not 0 < prefill_length < length - 1:
+            raise BudgetError(
+                f"a prompt to compress must have from 1 to {length - 2} of a sequence's {length} tokens, so that some "
+                f"are scored behind it; got {prefill_length}"
+            )
+        super().__init__(
+            model,
+            sequences,
+            prompts,
+            tokenize=tokenize,
+            num_sink_tokens=plugin_call.admitted(policy).num_sink_tokens,
+            prefill_length=prefill_length,
+            batch_size=batch_size,
+        )
+        self.policy, self.allocator = policy, allocator
+        batches = torch.split(sequences[:, :prefill_length], batch_size)
+        self.contexts = Prompts(model, batches, policy, tokenizer)
+        self._order: dict[int, Tensor] = {}
+        with attached(model):
+            prompt_cache(model, policy, self.contexts.whole, allocator)
+
+    @property
+    def context_length(self) -> int:
+        return self.prefill_length
+
+    @property
+    def first_scored(self) -> int:
+        return self.prefill_length
+
+    @property
+    def described(self) -> str:
+        behind = self.sequences.shape[1] - self.prefill_length
+        return (
+            f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on "
+            'top of the budget (decode="append"), are scored'
+        )
+
+    def _ranks(self, sequence: int) -> PositionBias:
+        """By the scores that the prompt's entries got with nothing evicted; what follows the prompt is kept."""
+        if self.allocator is not None:
+            raise PluginError(
+                f"soft_loss is that of capacities, and {type(self.allocator).__name__} splits the budget of each "
+                "prompt: learn under a policy alone"
+            )
+        if sequence not in self._order:
+            self._order[sequence] = self._eviction_ranks(sequence)
+        order = self._order[sequence]
+
+        def rank(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+            found = F.pad(order[layer].long(), (0, 1), value=-1)[:, kv_pos.clamp(max=self.prefill_length)]
+            return found[:, None].expand(-1, len(q_pos), -1)
+
+        return rank
+
+    def _eviction_ranks(self, sequence: int) -> Tensor:
+        """int32 [L, H, prefill_length] on the model's device, of one sequence's prompt."""
+        index, row = divmod(sequence, self.batch_size)
+        with torch.no_grad(), attached(self.model):
+            store = self.contexts.compressed(index, self.contexts.whole)[0].opened()
+        store.take(torch.tensor([row]))
+        layers = [None if held is None else held.outliving() for held in store.layers]
+        return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
+
+    def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
+        self._check(capacities)
+        for index, batch in enumerate(torch.split(self.sequences, self.batch_size)):
+            ids = batch.to(self.model.device)
+            with torch.no_grad(), attached(self.model):
+                cache, before = self.contexts.compressed(index, capacities, self.allocator)
+                # all of it may still be taken back, so nothing of it is scored or evicted: decode="append"
+                cache.recording, cache.rollback = True, ids.shape[1]
+                logits = self.model(
+                    ids[:, self.prefill_length : -1], **with_cache(self.model, cache), use_cache=True
+                ).logits
+                cache.check_enforced()
+                losses = losses_from(torch.cat([before, logits], 1), ids[:, self.prefill_length :])
+            yield losses.cpu()
+
+    def filled(self, capacities: Tensor) -> RaggedStore:
+        """A store as the first sequence's prompt leaves it. capacities: int `[L, H]`."""
+        self._check(capacities)
+        with torch.no_grad(), attached(self.model):
+            store = self.contexts.compressed(0, capacities, self.allocator)[0].opened()
+        store.take(torch.zeros(1, dtype=torch.int64))
+        return store
+
+    def seconds(self) -> float:
+        """What a sequence takes with half of its prompt kept, once the prompts that can be kept have been run."""
+        table = torch.full(self.spec.table_shape, max(self.prefill_length // 2, self.num_sink_tokens + 1))
+        for _ in range(2):
+            begun = time.perf_counter()
+            self.loss(table)
+        return (time.perf_counter() - begun) / len(self.sequences)

@@ -1,0 +1,1 @@
+"""Measuring models, heads and machines, and the statistics of it."""

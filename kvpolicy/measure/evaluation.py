@@ -1,0 +1,89 @@
+"""Quality under a table of capacities, at bytes measured on a cache that was really filled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.store import Scoring
+from kvpolicy.errors import BudgetError
+from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import EvictionPolicy, LayerActivations
+from kvpolicy.text.corpus import Tokenize
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Measured on one sequence: bytes the cache holds, what a full cache would, and entries kept."""
+
+    bytes: int
+    dense_bytes: int
+    entries: int
+
+
+def probe_for(
+    policy: EvictionPolicy,
+    model: Any,
+    sequences: Tensor,
+    prompts: Sequence[Tensor] = (),
+    *,
+    tokenize: Tokenize | None = None,
+    tokenizer: Any = None,
+    prefill_length: int | None = None,
+    batch_size: int = 1,
+) -> TransformersProbe:
+    """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
+    behind a compressed prompt. Arguments as for the probes.
+
+    prefill_length: None means 0 for a window rule, else half of a sequence
+    """
+    options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size}
+    if not policy.window_rule:
+        options |= {"policy": policy, "prefill_length": prefill_length, "tokenizer": tokenizer}
+        return PromptProbe(model, sequences, prompts, **options)
+    options |= {"num_sink_tokens": policy.num_sink_tokens, "prefill_length": prefill_length or 0}
+    return TransformersProbe(model, sequences, prompts, **options)
+
+
+def perplexity(losses: Tensor) -> float:
+    """Exp of the mean loss; losses: nats per token, `[n]`, sequences of equal length."""
+    return math.exp(float(losses.double().mean()))
+
+
+def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
+    """Fills one real cache with the probe's first sequence, or its prompt, under `capacities` (int `[L, H]`) and weighs
+    it.
+
+    Raises `BudgetError` if the cache does not hold exactly what the table allows (its total, where an allocator splits
+    at run time).
+    """
+    limits = capacities.clamp(max=probe.context_length)
+    store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)
+    held = store.lengths[:, 0]
+    is_split = isinstance(probe, PromptProbe) and probe.allocator is not None
+    if int(held.sum()) != int(limits.sum()) or not (is_split or torch.equal(held, limits)):
+        raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
+    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
+
+
+def _filled(probe: TransformersProbe, limits: Tensor) -> RaggedStore:
+    """A store under the window rule that has seen the first sequence."""
+    policy = registry.create("policy", "streaming", {"num_sink_tokens": probe.num_sink_tokens})
+    store = RaggedStore(probe.spec, Fixed(limits), policy)
+
+    def fill(activations: LayerActivations) -> None:
+        query, key, value = activations.queries, activations.keys, activations.values
+        assert query is not None and key is not None and value is not None  # requested below
+        store.keep(activations.layer, query, store.arrive(activations.layer, key, value), Scoring())
+
+    single = TransformersProbe(probe.model, probe.sequences[:1], [probe.sequences[0]])
+    single.observe(fill, frozenset({"queries", "keys", "values"}))
+    return store

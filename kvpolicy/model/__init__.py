@@ -1,0 +1,1 @@
+"""What a model is to kvpolicy: its layers, read from its configuration."""

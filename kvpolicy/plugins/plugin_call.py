@@ -1,0 +1,245 @@
+"""Every question that the core puts to a plugin: the call, and the check of what came back.
+
+Nothing else in the core calls a method of a plugin (`tests/test_architecture.py`), so that a fault in one is, wherever
+it happens, one `PluginError` that names role, plugin, distribution and method.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import KVPolicyError
+from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins.checks import BASES, instance_problems, is_json
+from kvpolicy.plugins.faults import PluginFault, contained, describe, is_plugins, place
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import (
+    BudgetAllocator,
+    DecodeStep,
+    EvictionPolicy,
+    ImportanceEstimator,
+    LayerActivations,
+    ModelProbe,
+    Rotary,
+    Trial,
+)
+
+_Plugin = TypeVar("_Plugin", ImportanceEstimator, BudgetAllocator, EvictionPolicy)
+
+
+def admitted(plugin: _Plugin) -> _Plugin:
+    """A plugin object from outside, if what it says of itself can be. Raises `PluginError`."""
+    role = next(role for role, base in BASES.items() if isinstance(plugin, base))
+    with contained(registry.whose(plugin)):
+        problems = instance_problems(role, plugin)
+    if problems:
+        raise PluginFault(f"{registry.whose(plugin)}: {'; '.join(problems)}")
+    return plugin
+
+
+def with_defaults(plugin: type[_Plugin]) -> _Plugin:
+    """An object of a plugin's class. Raises `PluginError`."""
+    with contained(f"{registry.whose(plugin)}: {plugin.__name__}() with its defaults"):
+        return plugin()
+
+
+def params_of(plugin: ImportanceEstimator | BudgetAllocator | EvictionPolicy) -> dict[str, Any]:
+    """The hyper-parameters, JSON values by name."""
+    params = _ask(plugin, "params")
+    if not isinstance(params, dict) or not is_json(params):
+        _refuse(plugin, "params", params, "a dict of JSON values")
+    return params
+
+
+def lent(source: Any) -> Any:
+    """A copy of a source, for a plugin alone: what it writes there changes nothing of the model's, be it the keys of a
+    prompt, the residual stream or a weight. `module` alone is the model's own.
+    """
+    if isinstance(source, Tensor):
+        return source.detach().clone()
+    if isinstance(source, tuple):
+        return tuple(map(lent, source))
+    if isinstance(source, Rotary):
+        return Rotary(lent(source.first), lent(source.second), lent(source.frequencies))
+    return source
+
+
+# --- estimators
+
+
+def num_forwards(estimator: ImportanceEstimator, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
+    count = _ask(estimator, "num_forwards", spec, prompts=prompts, sequences=sequences)
+    if type(count) is not int or count < 0:
+        _refuse(estimator, "num_forwards", count, "an int >= 0")
+    return count
+
+
+def importance(estimator: ImportanceEstimator, probe: ModelProbe) -> Importance:
+    """Its tensors are on the CPU."""
+    found = _ask(estimator, "estimate", probe)
+    expected = f"an Importance of (budgeted layers, KV heads) = {probe.spec.table_shape}"
+    if not isinstance(found, Importance):
+        _refuse(estimator, "estimate", found, expected)
+    if not _is_real(found.per_head, probe.spec.table_shape):
+        _refuse(estimator, "estimate", found.per_head, expected)
+    with contained(_told(estimator, "estimate")):
+        values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Importance)}
+        there = {name: value.detach().cpu() for name, value in values.items() if value is not None}
+        return dataclasses.replace(found, **there)
+
+
+def token_maps(estimator: ImportanceEstimator, probe: ModelProbe) -> list[Tensor]:
+    """float32 `[L, num_q_heads, n]` of each prompt."""
+    maps, count = _ask(estimator, "token_maps", probe), len(probe.prompts)
+    if not isinstance(maps, list) or len(maps) != count:
+        _refuse(estimator, "token_maps", maps, f"a list of {count} tensors")
+    for prompt, found in zip(probe.prompts, maps, strict=True):
+        shape = (probe.spec.num_budgeted_layers, probe.spec.num_q_heads, len(prompt))
+        if not _is_real(found, shape) or not bool(torch.isfinite(found).all()):
+            _refuse(estimator, "token_maps", found, f"finite numbers of shape {shape}")
+    return [found.detach().cpu() for found in maps]
+
+
+# --- allocators
+
+
+def suggested(allocator: type[BudgetAllocator], trial: Trial) -> BudgetAllocator:
+    made = _ask(allocator, "suggest", trial)
+    if not isinstance(made, BudgetAllocator):
+        _refuse(allocator, "suggest", made, f"a {allocator.__name__}")
+    return admitted(made)
+
+
+def shares(allocator: BudgetAllocator, measured: Importance, budget: Budget) -> Tensor:
+    """`[L, H]` on the CPU, finite, >= 0, not all zero. The allocator gets copies: what it writes to is its own."""
+    found = _ask(allocator, "shares", copy.deepcopy(measured), copy.deepcopy(budget))
+    return checked_shares(allocator, "shares", found, budget.shape)
+
+
+def learned_shares(
+    allocator: BudgetAllocator, probe: ModelProbe, measured: Importance, budget: Budget
+) -> Tensor | None:
+    """As `shares`; None where the allocator does not learn."""
+    found = _ask(allocator, "fit", probe, copy.deepcopy(measured), copy.deepcopy(budget))
+    return None if found is None else checked_shares(allocator, "fit", found, budget.shape)
+
+
+def split_shares(allocator: BudgetAllocator, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+    """`[B, l + 1, H]` on the CPU, finite, >= 0. `scores` are the allocator's: nobody else needs them."""
+    shape, told = (len(scores[0]), *budget.shape), "; scores are inf for entries that stay and -inf for absent ones"
+    return _proportions(allocator, "split", _ask(allocator, "split", scores, copy.deepcopy(budget)), shape, told)
+
+
+def checked_shares(allocator: BudgetAllocator, method: str, found: object, shape: tuple[int, ...]) -> Tensor:
+    """Shares for a plan, as the allocator gave them now, or gave them once. On the CPU."""
+    given = _proportions(allocator, method, found, shape)
+    if not bool((given > 0).any()):
+        _refuse(allocator, method, given, "a share above 0 for at least one KV head", "all of it 0")
+    return given
+
+
+def _proportions(
+    allocator: BudgetAllocator, method: str, found: object, shape: tuple[int, ...], told: str = ""
+) -> Tensor:
+    if not isinstance(found, Tensor) or not _is_real(found, shape):
+        _refuse(allocator, method, found, f"numbers of shape {shape}")
+    given = found.detach().cpu()
+    bad = ~(torch.isfinite(given) & (given >= 0))
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        said = f"{float(given[tuple(at)])} at {at}"
+        _refuse(allocator, method, found, f"shares that are finite and >= 0{told}", said)
+    return given
+
+
+# --- policies
+
+
+def prompt_scores(
+    policy: EvictionPolicy, activations: LayerActivations, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """float32 `[B, H, n]`. Whether there is NaN among them is not asked here: that waits for the device."""
+    return _scores(policy, "score_prompt", _ask(policy, "score_prompt", activations), shape, device)
+
+
+def step_scores(policy: EvictionPolicy, step: DecodeStep) -> Tensor:
+    """float32, one for each entry. Called for each layer and token: costs the host a microsecond or two."""
+    scores = _ask(policy, "score_step", step)
+    return _scores(policy, "score_step", scores, step.scores.shape, step.scores.device)
+
+
+def refuse_nan(policy: EvictionPolicy, method: str) -> NoReturn:
+    """For scores that were found to hold NaN."""
+    _refuse(policy, method, None, "numbers", "NaN: absent entries (position -1) must be masked out")
+
+
+def _scores(
+    policy: EvictionPolicy, method: str, scores: object, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    if (
+        isinstance(scores, Tensor)
+        and scores.dtype is torch.float32
+        and scores.layout is torch.strided
+        and not scores.is_nested
+        and scores.shape == shape
+        and scores.device == device
+    ):
+        return scores.detach() if scores.requires_grad else scores
+    said = None
+    if isinstance(scores, Tensor) and _is_plain(scores) and scores.device != device:
+        said = f"scores on {scores.device}"
+    where = "" if said is None else f" on {device}, where what it was given lies"
+    _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}{where}", said)
+
+
+# --- the door
+
+
+def _ask(plugin: object, method: str, *args: Any, **kwargs: Any) -> Any:
+    """What a method of a plugin object, or of its class, returns. Raises `PluginError` for whatever it throws."""
+    try:
+        return getattr(plugin, method)(*args, **kwargs)
+    except BaseException as error:
+        if not is_plugins(error):
+            raise
+        verb, where = ("refuses:", "") if isinstance(error, KVPolicyError) else ("raised", place(error))
+        raise PluginFault(f"{_told(plugin, method)} {verb} {describe(error)}{where}") from error
+
+
+def _told(plugin: object, method: str) -> str:
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    return f"{registry.whose(cls)}: {cls.__name__}.{method}"
+
+
+def _refuse(plugin: object, method: str, came: object, expected: str, said: str | None = None) -> NoReturn:
+    """said: what came, where it is not told by its type"""
+    said = _described(came) if said is None else said
+    raise PluginFault(f"{_told(plugin, method)} returned {said}, expected {expected}")
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    kind = f"{value.dtype} of shape {tuple(value.shape)}"
+    layout = "" if value.layout is torch.strided else f", {value.layout}"
+    return kind + layout + (" without values (meta)" if value.is_meta else "")
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether the tensor holds its numbers, one for each index."""
+    return value.layout is torch.strided and not value.is_nested and not value.is_meta
+
+
+def _is_real(value: object, shape: tuple[int, ...]) -> bool:
+    """Whether it is a tensor of this shape that holds real numbers."""
+    if not isinstance(value, Tensor) or not _is_plain(value) or value.is_quantized:
+        return False
+    return tuple(value.shape) == shape and not value.is_complex() and value.dtype is not torch.bool

@@ -1,0 +1,97 @@
+"""Heat maps in the terminal: coloured cells that carry their numbers, so that they read without colour too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from rich.color import Color
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.style import Style
+from rich.text import Text
+from torch import Tensor
+
+from kvpolicy.budget.plan import BudgetPlan, PlanLevel
+from kvpolicy.report.numbers import percent, relative_budgets
+
+_CELL = 6
+_LESS, _EVEN, _MORE = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+_NOTHING, _MUCH = (255, 255, 255), (0, 90, 50)
+
+
+class Heatmap:
+    """A rich renderable; wide tables are broken into blocks of KV heads that fit the console.
+
+    values: `[L, H]`; layers: their model layer indices; shade: a value to 0 to 1 along the colours
+    """
+
+    def __init__(
+        self,
+        title: str,
+        values: Tensor,
+        layers: Sequence[int],
+        shade: Callable[[float], float],
+        colours: Sequence[tuple[int, int, int]],
+    ) -> None:
+        self._title, self._values, self._layers = title, values, layers
+        self._shade, self._colours = shade, colours
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        label = max(len("layer"), *(len(str(layer)) for layer in self._layers))
+        fitting = max(1, (options.max_width - label) // _CELL)
+        heads = self._values.shape[1]
+        for first in range(0, heads, fitting):
+            block = range(first, min(first + fitting, heads))
+            title = self._title if len(block) == heads else f"{self._title}, KV heads {block[0]} to {block[-1]}"
+            yield Text(title, style="bold")
+            yield Text("layer".rjust(label) + "".join(f"{head:>{_CELL - 1}} " for head in block), style="dim")
+            for row, layer in enumerate(self._layers):
+                line = Text(str(layer).rjust(label), no_wrap=True)
+                for head in block:
+                    line.append_text(self._cell(float(self._values[row, head])))
+                yield line
+            yield Text()
+
+    def _cell(self, value: float) -> Text:
+        red, green, blue = _blend(self._colours, min(1.0, max(0.0, self._shade(value))))
+        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 140
+        style = Style(
+            color=Color.from_rgb(0, 0, 0) if bright else Color.from_rgb(255, 255, 255),
+            bgcolor=Color.from_rgb(red, green, blue),
+        )
+        return Text(_short(value).rjust(_CELL - 1) + " ", style=style)
+
+
+def budget_heatmap(plan: BudgetPlan, level: PlanLevel) -> Heatmap:
+    """Budgets of one level as multiples of uniform: blue is less, red is more, four times either way is full colour."""
+    title = f"{percent(level.retention)} kept: budget as a multiple of uniform"
+    return Heatmap(title, relative_budgets(level), plan.model.budgeted_layers, _diverging, (_LESS, _EVEN, _MORE))
+
+
+def importance_heatmap(per_head: Tensor, layers: Sequence[int]) -> Heatmap:
+    """Importance `[L, H]` as multiples of its mean, from none (white) to the largest (green)."""
+    relative = per_head / (float(per_head.mean()) or 1.0)
+    peak = float(relative.max()) or 1.0
+    title = "importance as a multiple of its mean"
+    return Heatmap(title, relative, layers, lambda value: value / peak, (_NOTHING, _MUCH))
+
+
+def _diverging(value: float) -> float:
+    return 0.5 + 0.25 * math.log2(value) if value > 0 else 0.0
+
+
+def _blend(colours: Sequence[tuple[int, int, int]], place: float) -> tuple[int, int, int]:
+    steps = len(colours) - 1
+    index = min(int(place * steps), steps - 1)
+    weight = place * steps - index
+    low, high = colours[index], colours[index + 1]
+    red, green, blue = (round(a + weight * (b - a)) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def _short(value: float) -> str:
+    """A number of at most five characters."""
+    for text in (f"{value:.2f}", f"{value:.3g}", f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")):
+        if len(text) <= _CELL - 1 and (value == 0 or float(text) != 0):
+            return text
+    return f"{value:.0e}"[: _CELL - 1]

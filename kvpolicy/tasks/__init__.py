@@ -1,0 +1,1 @@
+"""Prompts whose answers are known: questions and needles."""

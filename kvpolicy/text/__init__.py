@@ -1,0 +1,1 @@
+"""Text, split for the search and for what it must not see."""
