@@ -3,8 +3,9 @@
 import optuna
 import pytest
 import torch
+from torch import Tensor
 
-from kvpolicy import Budget, Importance, ModelError, PluginError, registry
+from kvpolicy import Budget, EvictionPolicy, Importance, LayerActivations, ModelError, PluginError, registry
 from kvpolicy.cache.schedule import from_allocator
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.faults import PluginFault, contained
@@ -145,3 +146,22 @@ def test_an_allocator_that_writes_into_its_arguments_writes_into_its_own(monkeyp
     monkeypatch.setattr(Allocator, "shares", shares)
     plugin_call.shares(Allocator(), importance, budget)
     assert bool((importance.per_head == 1).all()) and bool((floor == 2).all())
+
+
+def test_a_source_that_is_not_listed_cannot_be_read() -> None:
+    keys = torch.ones(1, 1, 2, 4)
+    activations = LayerActivations(layer=0, keys=keys)
+    assert activations.keys is keys and repr(activations) == "LayerActivations(layer, keys)"
+    with pytest.raises(PluginError, match="nobody supplied 'values': list it in `requires`"):
+        activations.values  # noqa: B018
+    changed = activations.replace(values=2 * keys)
+    assert changed.supplied() == {"layer": 0, "keys": keys, "values": changed.values}
+
+
+def test_a_policy_that_reads_what_it_did_not_list_is_named() -> None:
+    class Forgetful(EvictionPolicy):
+        def score_prompt(self, activations: LayerActivations) -> Tensor:
+            return activations.keys.norm(dim=-1)
+
+    with pytest.raises(PluginError, match=r"Forgetful\.score_prompt refuses: nobody supplied 'keys': list it in"):
+        plugin_call.prompt_scores(Forgetful(), LayerActivations(layer=0), (1, 1, 2), torch.device("cpu"))

@@ -50,7 +50,7 @@ def test_probe_supplies_every_source_that_needs_no_cache() -> None:
 
     def visit(activations: LayerActivations) -> None:
         seen.append(activations.layer)
-        assert all(getattr(activations, name) is not None for name in supplied)
+        assert activations.supplied().keys() == supplied | {"layer"}
 
     supplied = SOURCES - {"scores", "repeat_attention", "decode_attention"}
     SyntheticProbe(lengths=(9, 12)).observe(visit, supplied)
@@ -74,10 +74,10 @@ def test_probe_fields_fit_each_other() -> None:
 
 def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
     first, second = (SyntheticProbe(seed=3).activations(0, requires=frozenset({"keys"})) for _ in range(2))
-    assert first.keys is not None and second.keys is not None and first.values is None
+    assert first.supplied().keys() == second.supplied().keys() == {"layer", "keys"}
     torch.testing.assert_close(first.keys, second.keys, rtol=0, atol=0)
     other = SyntheticProbe(seed=4).activations(0, requires=frozenset({"keys"})).keys
-    assert other is not None and not torch.equal(first.keys, other)
+    assert not torch.equal(first.keys, other)
 
 
 @pytest.mark.parametrize("source", ["scores", "repeat_attention", "decode_attention"])
@@ -90,8 +90,6 @@ def test_probe_runs_prompts_of_an_estimator() -> None:
     probe, seen = SyntheticProbe(), []
 
     def visit(activations: LayerActivations) -> None:
-        assert activations.keys is not None and activations.window_attention is not None
-        assert activations.values is not None
         seen.append((activations.values[0, :, :, 0].clone(), activations.window_attention.sum()))
 
     ids = probe.tokenize("the same words the same")
@@ -113,7 +111,6 @@ def test_probe_runs_its_calibration_prompts_unless_it_is_given_others() -> None:
     for run, prompts in zip(runs, (None, probe.prompts), strict=True):
 
         def visit(activations: LayerActivations, run: list[Tensor] = run) -> None:
-            assert activations.keys is not None
             run.append(activations.keys.clone())
 
         probe.observe(visit, frozenset({"keys"}), prompts=prompts)
@@ -192,7 +189,6 @@ class KeyEstimator(ImportanceEstimator):
         return self.result(torch.stack([rows[layer] for layer in sorted(rows)]))
 
     def reduce(self, activations: LayerActivations) -> Tensor:
-        assert activations.keys is not None
         return activations.keys.abs().mean((0, 2, 3))
 
     def result(self, table: Tensor) -> Any:
@@ -210,12 +206,10 @@ def estimator(reduce: Any = KeyEstimator.reduce, result: Any = KeyEstimator.resu
 
 
 def _kept_reference(self: object, activations: LayerActivations) -> Tensor:
-    assert activations.keys is not None
     return activations.keys[0, :, 0, 0]
 
 
 def _in_place(self: object, activations: LayerActivations) -> Tensor:
-    assert activations.keys is not None
     return activations.keys.abs_().mean((0, 2, 3))
 
 
@@ -224,7 +218,7 @@ def _in_place(self: object, activations: LayerActivations) -> Tensor:
     [
         (estimator(reduce=_in_place), "`keys` of layer 0 was changed in place"),
         (estimator(reduce=_kept_reference), "must be finite"),
-        (estimator(reduce=lambda s, a: a.values.mean()), "`requires` (here ['keys']) does not list is None"),
+        (estimator(reduce=lambda s, a: a.values.mean()), "nobody supplied 'values': list it in `requires`"),
         (estimator(reduce=lambda s, a: torch.rand(a.keys.shape[1])), "same for the same arguments"),
         (estimator(reduce=lambda s, a: a.keys.abs().mean((0, 2, 3)).double()), "float32"),
         (estimator(result=lambda s, t: t), "returns an Importance"),
@@ -429,7 +423,6 @@ class RecentPolicy(EvictionPolicy):
     num_sink_tokens: int = 4
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.positions is not None
         return activations.positions.to(torch.float32)
 
 
@@ -443,13 +436,11 @@ class KeyPolicy(EvictionPolicy):
     num_sink_tokens: int = 0
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.positions is not None and activations.keys is not None
         present = (activations.positions >= 0)[..., None]
         mean = (activations.keys * present).sum(2, keepdim=True) / present.sum(2, keepdim=True)
         return (activations.keys - mean).norm(dim=-1)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.attention is not None and step.keys is not None
         return step.scores + step.attention
 
 
@@ -488,12 +479,12 @@ def _recency_by_index(a: Any) -> Tensor:
         (prompt(lambda a: a.positions.float().log()), "score_prompt is finite"),
         (prompt(lambda a: torch.rand(a.positions.shape)), "same for the same arguments"),
         (prompt(lambda a: a.keys.mul_(2).norm(dim=-1)), "changed `LayerActivations.keys`"),
-        (prompt(lambda a: a.values.norm(dim=-1)), "score_prompt raised AttributeError"),
+        (prompt(lambda a: a.values.norm(dim=-1)), "score_prompt refuses: nobody supplied 'values'"),
         (
             prompt(lambda a: a.keys.norm(dim=-1) + a.scores),
             "score_prompt is finite",
         ),  # decoded entries have infinite ones
-        (prompt(lambda a: a.query_attention.sum(2)), "score_prompt raised AttributeError"),
+        (prompt(lambda a: a.query_attention.sum(2)), "score_prompt refuses: nobody supplied 'query_attention'"),
         (prompt(_mean_of_all), "absent entries (position -1) do not change the order"),
         (prompt(lambda a: -a.positions.float(), RecentPolicy), "keeps the most recent"),
         (prompt(_recency_by_index, RecentPolicy), "keeps the most recent"),
@@ -519,7 +510,11 @@ def test_wrong_policy_is_caught(wrong: type[EvictionPolicy], law: str) -> None:
 
 
 def test_failed_assert_of_a_plugin_is_explained() -> None:
-    wrong = policy(requires=frozenset({"keys"}))
+    def asserted(activations: LayerActivations) -> Tensor:
+        assert activations.keys.ndim == 3
+        return activations.keys
+
+    wrong = prompt(asserted)
     assert "score_prompt raised AssertionError" in message(lambda: check_eviction_policy(wrong))
 
 
@@ -541,7 +536,6 @@ def test_kit_needs_neither_pytest_nor_transformers() -> None:
 @pytest.mark.parametrize("source", sorted(SOURCES - {"decode_attention", "scale"}))
 def test_a_policy_that_writes_into_any_source_is_caught(source: str) -> None:
     def written(activations: LayerActivations) -> Tensor:
-        assert activations.positions is not None
         scores = torch.zeros(activations.positions.shape)
         for name, tensor in tensors_of(activations):
             if name.partition(".")[0] == source:

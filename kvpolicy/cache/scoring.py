@@ -133,18 +133,19 @@ def score_step(
         return
     segment, column = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
     rows = (arena.start[segment] + column).to(arena.device)
-    attention = None
+    given = {}
+    if "keys" in policy.requires:
+        given["keys"] = arena.keys[rows]
     if "decode_attention" in policy.requires:
         mass = column_scores(query, arena.keys, arena.start, arena.length, power=policy.attention_power, **options)
-        attention = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
+        given["attention"] = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
     step = DecodeStep(
         layer=layer,
         num_kv_heads=len(arena.start) // query.shape[0],
         scores=arena.scores[rows],
         positions=arena.positions[rows],
         indptr=torch.cat([arena.length.new_zeros(1), arena.length.cumsum(0)]).to(arena.device, torch.int32),
-        keys=arena.keys[rows] if "keys" in policy.requires else None,
-        attention=attention,
+        **given,
     )
     scores = plugin_call.step_scores(policy, step)
     wrong.add(scores)

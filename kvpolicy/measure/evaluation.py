@@ -81,7 +81,6 @@ def _filled(probe: TransformersProbe, limits: Tensor) -> RaggedStore:
 
     def fill(activations: LayerActivations) -> None:
         query, key, value = activations.queries, activations.keys, activations.values
-        assert query is not None and key is not None and value is not None  # requested below
         store.keep(activations.layer, query, store.arrive(activations.layer, key, value), Scoring())
 
     single = TransformersProbe(probe.model, probe.sequences[:1], [probe.sequences[0]])

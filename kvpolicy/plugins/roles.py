@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,38 @@ class Rotary:
         return out
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerActivations:
-    """One budgeted layer over one batch. A field that nobody asked for is None.
+_ABSENT: Any = None  # so that a source has the type of its values, and not `| None`
+
+
+class _Sources:
+    """Fields that nobody supplied cannot be read: what a policy or an estimator uses, it has to list in `requires`."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # a checker would take this for a leave to read any name
+
+        def __getattribute__(self, name: str) -> Any:
+            value = object.__getattribute__(self, name)
+            if value is None and name in type(self).__dataclass_fields__:
+                raise PluginError(f"nobody supplied '{name}': list it in `requires`")
+            return value
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, such as for a policy inside a policy. `dataclasses.replace` reads every field."""
+        return type(self)(**self.supplied() | changes)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.supplied())})"
+
+    def supplied(self) -> dict[str, Any]:
+        """The fields that have a value, by name."""
+        values = {field.name: object.__getattribute__(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LayerActivations(_Sources):
+    """One budgeted layer over one batch. A field that `requires` does not list raises `PluginError`.
 
     layer:            index among the budgeted layers, from 0
     queries:          [B, num_q_heads, n, key_dim], after RoPE; for a later chunk of a prompt, those of the chunk
@@ -108,28 +137,28 @@ class LayerActivations:
     """
 
     layer: int
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    output: Tensor | None = None
-    hidden_before: Tensor | None = None
-    attention_input: Tensor | None = None
-    hidden_after: Tensor | None = None
-    output_weight: Tensor | None = None
-    positions: Tensor | None = None
-    scores: Tensor | None = None
-    query_attention: Tensor | None = None
-    window_attention: Tensor | None = None
-    full_attention: Tensor | None = None
-    repeat_attention: Tensor | None = None
-    rope: tuple[Tensor, Tensor] | None = None
-    rotary: Rotary | None = None
-    scale: float | None = None
-    module: nn.Module | None = None
+    queries: Tensor = _ABSENT
+    keys: Tensor = _ABSENT
+    values: Tensor = _ABSENT
+    output: Tensor = _ABSENT
+    hidden_before: Tensor = _ABSENT
+    attention_input: Tensor = _ABSENT
+    hidden_after: Tensor = _ABSENT
+    output_weight: Tensor = _ABSENT
+    positions: Tensor = _ABSENT
+    scores: Tensor = _ABSENT
+    query_attention: Tensor = _ABSENT
+    window_attention: Tensor = _ABSENT
+    full_attention: Tensor = _ABSENT
+    repeat_attention: Tensor = _ABSENT
+    rope: tuple[Tensor, Tensor] = _ABSENT
+    rotary: Rotary = _ABSENT
+    scale: float = _ABSENT
+    module: nn.Module = _ABSENT
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeStep:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DecodeStep(_Sources):
     """The entries of one layer after one decoding step.
 
     Segment i belongs to sequence `i // num_kv_heads` and KV head `i % num_kv_heads` and spans
@@ -137,8 +166,8 @@ class DecodeStep:
 
     num_kv_heads: KV heads of the layer; under tensor parallelism those of this rank
     scores, positions: [num_entries];  indptr: [B * num_kv_heads + 1] int32
-    keys:      [num_entries, key_dim], or None unless "keys" is required
-    attention: [num_entries] mass of this step summed over the query group, or None unless "decode_attention" is
+    keys:      [num_entries, key_dim]; raises `PluginError` unless "keys" is required
+    attention: [num_entries] mass of this step summed over the query group; as keys, for "decode_attention"
     """
 
     layer: int
@@ -146,8 +175,8 @@ class DecodeStep:
     scores: Tensor
     positions: Tensor
     indptr: Tensor
-    keys: Tensor | None = None
-    attention: Tensor | None = None
+    keys: Tensor = _ABSENT
+    attention: Tensor = _ABSENT
 
     @property
     def segment(self) -> Tensor:

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.plugins.checks import build, class_problems, instance_problems
 from kvpolicy.plugins.faults import describe
 from kvpolicy.plugins.hookspecs import Role
+from kvpolicy.plugins.roles import DecodeStep, LayerActivations
 
 _T = TypeVar("_T")
 
@@ -71,16 +73,21 @@ def call(plugin: object, what: str, given: str, function: Callable[..., _T], *ar
         raise
     except Exception as error:
         requires = sorted(getattr(plugin, "requires", ()))
+        verb = "refuses:" if isinstance(error, KVPolicyError) else "raised"
         raise LawError(
-            f"{name_of(plugin)}: {what} raised {describe(error)}\n  given: {given}\n"
-            f"  to do: see the traceback above; a field that `requires` (here {requires}) does not list is None"
+            f"{name_of(plugin)}: {what} {verb} {describe(error)}\n  given: {given}\n"
+            f"  to do: see the traceback above; `requires` is {requires}, and no other field can be read"
         ) from error
 
 
 def tensors_of(record: object) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a dataclass such as `LayerActivations` or `Importance`, by name: "keys", "rope.0", "module.w"."""
-    for field in fields(record):  # type: ignore[arg-type]  # callers give dataclasses
-        yield from _named_tensors(field.name, getattr(record, field.name))
+    if isinstance(record, LayerActivations | DecodeStep):
+        values = record.supplied()
+    else:
+        values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        yield from _named_tensors(name, value)
 
 
 def _named_tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:

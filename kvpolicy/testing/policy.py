@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,19 +57,18 @@ def _later_chunk(prompt: LayerActivations, policy: EvictionPolicy, garbage: floa
     positions = _later_positions(SyntheticProbe().spec.num_kv_heads)
     absent = positions < 0
     changed: dict[str, Any] = {}
-    if prompt.positions is not None:
-        changed["positions"] = positions
-    for name in ("window_attention", "full_attention", "repeat_attention"):
-        if (mass := getattr(prompt, name)) is not None:
-            changed[name] = mass.masked_fill(absent, 0.0)
-    if prompt.query_attention is not None:
-        changed["query_attention"] = prompt.query_attention.masked_fill(absent[:, :, None], 0.0)
-    if prompt.scores is not None:
-        changed["scores"] = _held_scores(positions, policy.new_entry_score)
-    for name in ("keys", "values"):
-        if (states := getattr(prompt, name)) is not None:
-            changed[name] = states.masked_fill(absent[..., None], garbage)
-    return replace(prompt, **changed)
+    for name, given in prompt.supplied().items():
+        if name == "positions":
+            changed[name] = positions
+        elif name == "scores":
+            changed[name] = _held_scores(positions, policy.new_entry_score)
+        elif name in ("window_attention", "full_attention", "repeat_attention"):
+            changed[name] = given.masked_fill(absent, 0.0)
+        elif name == "query_attention":
+            changed[name] = given.masked_fill(absent[:, :, None], 0.0)
+        elif name in ("keys", "values"):
+            changed[name] = given.masked_fill(absent[..., None], garbage)
+    return prompt.replace(**changed)
 
 
 def _later_positions(num_kv_heads: int) -> Tensor:
@@ -162,12 +160,16 @@ def _step(policy: EvictionPolicy) -> DecodeStep:
     total, spec = sum(_SEGMENTS), SyntheticProbe().spec
     positions = torch.cat([torch.randperm(40, generator=generator)[:length] for length in _SEGMENTS])
     random = torch.rand(total, generator=generator)
+    sources = {
+        "keys": torch.randn(total, spec.head_dim, generator=generator),
+        "attention": torch.rand(total, generator=generator),
+    }
+    required = {"attention": "decode_attention"}
     return DecodeStep(
         layer=1,
         num_kv_heads=spec.num_kv_heads,
         scores=positions.to(torch.float32) if policy.window_rule else random,
         positions=positions,
         indptr=torch.tensor([0, *_SEGMENTS]).cumsum(0).to(torch.int32),
-        keys=torch.randn(total, spec.head_dim, generator=generator) if "keys" in policy.requires else None,
-        attention=torch.rand(total, generator=generator) if "decode_attention" in policy.requires else None,
+        **{name: given for name, given in sources.items() if required.get(name, name) in policy.requires},
     )

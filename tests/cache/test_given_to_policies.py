@@ -55,17 +55,13 @@ def test_a_first_prompt():
     for got, expected in ((seen.queries, query), (seen.keys, key), (seen.values, value)):
         assert torch.equal(got, expected)
     assert seen.scale == query.shape[-1] ** -0.5
-    for name in (
-        "output",
-        "hidden_before",
-        "attention_input",
-        "hidden_after",
-        "output_weight",
-        "rope",
-        "rotary",
-        "module",
-    ):
-        assert getattr(seen, name) is None
+    without_a_model = {"positions", "keys", "values", "queries", "scale", "scores"}
+    assert seen.supplied().keys() == without_a_model | {
+        "layer",
+        "query_attention",
+        "window_attention",
+        "full_attention",
+    }
     weights = causal_weights(query, key)
     torch.testing.assert_close(seen.full_attention, weights.sum((2, 3)), **TOLERANCE)
     torch.testing.assert_close(seen.window_attention, weights[:, :, :, -4:].sum((2, 3)), **TOLERANCE)
@@ -209,7 +205,7 @@ def test_a_decoding_step_of_a_batch():
     assert int(newest) == 5
 
 
-def test_a_field_that_nobody_asked_for_is_none():
+def test_a_field_that_nobody_asked_for_is_not_there():
     @dataclass(frozen=True, slots=True)
     class Frugal(Recording):
         requires: ClassVar[frozenset[str]] = frozenset({"positions"})
@@ -217,9 +213,8 @@ def test_a_field_that_nobody_asked_for_is_none():
     store = store_of(Frugal(), [5, 6])
     store.prefill(0, *tensors(9))
     store.decode(0, *tensors(1))
-    for name in SOURCES - {"positions", "decode_attention"}:
-        assert getattr(Recording.prompts[0], name) is None
-    assert Recording.steps[0].keys is None and Recording.steps[0].attention is None
+    assert Recording.prompts[0].supplied().keys() == {"layer", "positions"}
+    assert not Recording.steps[0].supplied().keys() & {"keys", "attention"}
 
 
 def test_a_policy_without_score_step_is_not_asked():

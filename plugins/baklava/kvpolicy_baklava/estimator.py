@@ -102,14 +102,11 @@ class CosineEstimator(ImportanceEstimator):
     def _pairs(self, activations: LayerActivations) -> tuple[Tensor, Tensor]:
         """(input, output) of every query head, each `[B, num_q_heads, n, dim]`."""
         output = activations.output
-        assert output is not None  # requested in `estimate`
         num_q_heads, dim = output.shape[1], output.shape[-1]
         if self.head_input == "value":
-            assert activations.values is not None
             return activations.values.repeat_interleave(num_q_heads // activations.values.shape[1], 1), output
         if self.head_input == "slice":
             given = activations.attention_input
-            assert given is not None
             if given.shape[-1] != num_q_heads * dim:
                 raise PluginError(
                     f"cosine: head_input 'slice' needs hidden_size = query heads x head dim, this model has "
@@ -117,7 +114,6 @@ class CosineEstimator(ImportanceEstimator):
                 )
             return given.reshape(*given.shape[:2], num_q_heads, dim).transpose(1, 2), output
         residual, weight = activations.hidden_before, activations.output_weight
-        assert residual is not None and weight is not None
         projected = torch.einsum("bhnd,ohd->bhno", output, weight.reshape(-1, num_q_heads, dim).to(output.dtype))
         inputs = residual[:, None].expand_as(projected)
         return inputs, projected + inputs if self.head_input == "proj_residual" else projected
@@ -126,5 +122,4 @@ class CosineEstimator(ImportanceEstimator):
 def _layer_score(activations: LayerActivations) -> Tensor:
     """1 - mean cosine of the residual stream before and after attention, a scalar on the CPU."""
     before, after = activations.hidden_before, activations.hidden_after
-    assert before is not None and after is not None
     return 1 - F.cosine_similarity(before[:, 1:].float(), after[:, 1:].float(), dim=-1).mean().cpu()

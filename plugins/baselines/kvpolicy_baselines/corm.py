@@ -47,9 +47,6 @@ class CORMPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         mass, positions, scores = activations.query_attention, activations.positions, activations.scores
-        assert mass is not None  # `requires` lists all three
-        assert positions is not None
-        assert scores is not None
         asking = positions[:, :, -mass.shape[2] :, None]  # [B, H, w, 1]
         seen = (positions[:, :, None] >= 0) & (positions[:, :, None] <= asking)
         share = mass.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
@@ -57,7 +54,6 @@ class CORMPolicy(EvictionPolicy):
         return torch.maximum(scores, ((asking + 1) * marked).amax(2).float())
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.attention is not None
         lengths, segment = step.indptr.diff(), step.segment
         zeros = step.attention.new_zeros(len(lengths))
         share = zeros.index_add(0, segment, step.attention) / lengths.clamp(min=1)

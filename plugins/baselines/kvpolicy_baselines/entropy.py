@@ -46,7 +46,6 @@ class EntropyEstimator(ImportanceEstimator):
         counts: list[list[Tensor]] = [[] for _ in range(probe.spec.num_budgeted_layers)]
 
         def visit(activations: LayerActivations) -> None:
-            assert activations.window_attention is not None  # `requires` lists it
             counts[activations.layer].append(self._entries(activations.window_attention))
 
         probe.observe(visit, self.requires, observation_window=self.observation_window)

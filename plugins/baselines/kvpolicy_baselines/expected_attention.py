@@ -57,12 +57,6 @@ class ExpectedAttentionPolicy(EvictionPolicy):
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         queries, keys, values = activations.queries, activations.keys, activations.values
         positions, rotary, scale = activations.positions, activations.rotary, activations.scale
-        assert queries is not None  # `requires` lists all six
-        assert keys is not None
-        assert values is not None
-        assert positions is not None
-        assert rotary is not None
-        assert scale is not None
         place = positions[:, 0, -queries.shape[2] :].to(queries.device)
         cos, sin = self._to_come(place, rotary.frequencies.to(queries.device))
         counts = self._counting(place)

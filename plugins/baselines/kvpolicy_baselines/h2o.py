@@ -37,10 +37,7 @@ class H2OPolicy(EvictionPolicy):
     recent_window: int = 32
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.scores is not None  # `requires` lists both
-        assert activations.full_attention is not None
         return activations.scores + activations.full_attention
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.attention is not None
         return step.scores + step.attention

@@ -33,15 +33,12 @@ class KeyDiffPolicy(EvictionPolicy):
     recent_window: int = 0
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.keys is not None  # `requires` lists both
-        assert activations.positions is not None
         absent = (activations.positions < 0)[..., None]
         keys = activations.keys.float().masked_fill(absent, 0.0)  # before any product: they may hold NaN
         anchor = normalize(keys, dim=-1).sum(2, keepdim=True)  # a cosine does not see that it is no mean
         return -cosine_similarity(keys, anchor, dim=-1)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.keys is not None
         keys, segment = step.keys.float(), step.segment
         anchors = keys.new_zeros(len(step.indptr) - 1, keys.shape[1]).index_add(0, segment, normalize(keys, dim=-1))
         return -cosine_similarity(keys, anchors[segment], dim=-1)

@@ -55,12 +55,9 @@ class KVCompressPolicy(EvictionPolicy):
             raise PluginError(f"kv_compress: observation_window must be at least 1, got {self.observation_window}")
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.window_attention is not None  # `requires` lists both
-        assert activations.positions is not None
         return pooled(activations.window_attention.float(), activations.positions.long(), self.kernel_size, "max")
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.attention is not None
         return step.scores + step.attention
 
 

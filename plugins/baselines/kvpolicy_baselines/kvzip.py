@@ -38,5 +38,4 @@ class KVzipPolicy(EvictionPolicy):
             raise PluginError(f"kvzip: repeat_chunk must be at least 1, got {self.repeat_chunk}")
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.repeat_attention is not None  # `requires` lists it
         return activations.repeat_attention.float()

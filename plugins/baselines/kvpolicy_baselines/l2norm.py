@@ -41,15 +41,12 @@ class L2NormPolicy(EvictionPolicy):
             raise PluginError(f"l2norm: num_skipped_layers must be at least 0, got {self.num_skipped_layers}")
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.keys is not None  # `requires` lists both
-        assert activations.positions is not None
         if activations.layer < self.num_skipped_layers:
             return activations.positions.float()
         absent = activations.positions < 0  # their keys may hold anything, NaN too
         return _score(activations.keys).masked_fill(absent, 0.0)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.keys is not None
         if step.layer < self.num_skipped_layers:
             return step.positions.float()
         return _score(step.keys)

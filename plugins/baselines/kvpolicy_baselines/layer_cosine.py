@@ -34,8 +34,6 @@ class LayerCosineEstimator(ImportanceEstimator):
 
         def visit(activations: LayerActivations) -> None:
             before, after = activations.hidden_before, activations.hidden_after
-            assert before is not None  # `requires` lists both
-            assert after is not None
             changes[activations.layer].append(1 - cosine_similarity(before.float(), after.float(), dim=-1).mean().cpu())
 
         probe.observe(visit, self.requires)

@@ -64,9 +64,6 @@ class RKVPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         mass, positions, keys = activations.window_attention, activations.positions, activations.keys
-        assert mass is not None  # `requires` lists all three
-        assert positions is not None
-        assert keys is not None
         positions, absent = positions.long(), positions < 0
         window = positions > positions.amax((1, 2), keepdim=True) - self.observation_window
         front = mass.float().masked_fill(window | absent, 0.0)
@@ -79,8 +76,6 @@ class RKVPolicy(EvictionPolicy):
         return self._mixed(importance, redundancy, count).masked_fill(window & ~absent, _UNSCORED)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.keys is not None
-        assert step.attention is not None
         segment, count = step.segment, step.indptr.diff()
         newest = step.positions.new_zeros(len(count)).scatter_reduce(0, segment, step.positions, "amax")
         window = step.positions > newest[segment] - self.observation_window

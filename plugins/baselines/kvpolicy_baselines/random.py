@@ -33,7 +33,6 @@ class RandomPolicy(EvictionPolicy):
     recent_window: int = 0
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.positions is not None  # `requires` lists it
         heads = torch.arange(activations.positions.shape[1], device=activations.positions.device)
         return self._lots(activations.layer, heads[:, None], activations.positions)
 

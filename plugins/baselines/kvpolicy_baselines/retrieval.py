@@ -64,7 +64,6 @@ class RetrievalEstimator(ImportanceEstimator):
         for prompt in prompts:
 
             def visit(activations: LayerActivations, prompt: _Prompt = prompt) -> None:
-                assert activations.window_attention is not None  # `requires` lists it
                 on_answer = activations.window_attention[..., prompt.answer].sum(-1).mean(0)
                 per_head[activations.layer] += on_answer.cpu() / (prompt.queries * group)
 

@@ -54,8 +54,6 @@ class SnapKVPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         mass, positions = activations.window_attention, activations.positions
-        assert mass is not None  # `requires` lists both
-        assert positions is not None
         seen = positions.amax((1, 2), keepdim=True) + 1  # [B, 1, 1]
         window = positions >= seen - self.observation_window
         scores = pooled(mass.float().masked_fill(window, 0.0), positions.long(), self.kernel_size, self.pooling)

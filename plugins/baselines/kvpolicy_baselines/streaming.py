@@ -25,5 +25,4 @@ class StreamingPolicy(EvictionPolicy):
     num_sink_tokens: int = 4
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.positions is not None  # our own contract: `requires` names it
         return activations.positions.to(torch.float32)

@@ -38,13 +38,10 @@ class TOVAPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         mass, positions = activations.window_attention, activations.positions
-        assert mass is not None  # `requires` lists both
-        assert positions is not None
         sequence = torch.arange(len(mass), device=mass.device)[:, None, None]
         return _summed(mass.float(), sequence, positions, len(mass)) / mass.shape[1]
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.attention is not None
         sequence, batch = step.segment // step.num_kv_heads, (len(step.indptr) - 1) // step.num_kv_heads
         return _summed(step.attention, sequence, step.positions, batch) / step.num_kv_heads
 

@@ -27,7 +27,6 @@ def test_key_norm_keeps_the_laws() -> None:
 def test_value_norm_is_the_mean_norm() -> None:
     probe = SyntheticProbe(lengths=(12,))
     values = probe.activations(1, requires=frozenset({"values"}), length=12).values
-    assert values is not None
     expected = values[0].norm(dim=-1).mean(-1)
     torch.testing.assert_close(ValueNormEstimator().estimate(probe).per_head[1], expected)
 

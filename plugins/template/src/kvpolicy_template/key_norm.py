@@ -26,11 +26,9 @@ class KeyNormPolicy(EvictionPolicy):
     num_sink_tokens: int = 4
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        assert activations.keys is not None  # `requires` lists it
         return _score(activations.keys)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        assert step.keys is not None
         return _score(step.keys)
 
 

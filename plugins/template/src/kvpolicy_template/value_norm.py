@@ -21,7 +21,6 @@ class ValueNormEstimator(ImportanceEstimator):
         tokens = torch.zeros(probe.spec.num_budgeted_layers, 1)
 
         def add(activations: LayerActivations) -> None:
-            assert activations.values is not None  # `requires` lists it
             norms = activations.values.float().norm(dim=-1)  # [B, H, n]
             total[activations.layer] += norms.sum((0, 2)).cpu()
             tokens[activations.layer] += norms.shape[0] * norms.shape[2]
