@@ -20,7 +20,12 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # laid over the environment, so that torch is not installed twice
 WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
 
-.PHONY: demo test test-oldest test-newest test-all lint docs clean
+.PHONY: dev demo test test-oldest test-newest test-all lint docs clean
+
+# all that a contributor needs; commits are checked from then on
+dev: $(VENV)/.model $(VENV)/.tools
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type commit-msg
+	@echo 'now: . $(BIN)/activate'
 
 # more for the search, as in: make demo DEMO="--context 256 --trials 2"
 DEMO ?=
