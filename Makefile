@@ -61,6 +61,7 @@ lint: $(VENV)/.tools
 docs: $(VENV)/.tools
 	$(BIN)/python docs/make_cli_reference.py --check
 	$(BIN)/python docs/make_architecture.py --check
+	$(BIN)/python docs/make_methods.py --check
 	$(BIN)/mkdocs build --strict
 
 clean:
