@@ -1,4 +1,4 @@
-"""Reading of plan JSON: every complaint names the field, what came and what was expected. Values only, no code."""
+"""Reading JSON: every complaint names the field, what came and what was expected. Values only, no code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError, PlanError
-from kvpolicy.files import regular as files
+from kvpolicy.files import regular
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def describe(value: object) -> str:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's content. Raises `PlanError` with the reason where it cannot be read or is no plan by its size."""
     try:
-        return files.read_bytes(path, MAX_BYTES)
+        return regular.read_bytes(path, MAX_BYTES)
     except KVPolicyError as error:
         raise PlanError(f"cannot be read: {error}") from None
 
