@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import ModelError
+from kvpolicy.cache.arena import LayerArena
 from tests.tiny import over, tiny_ids, tiny_model
 
 # peft 0.21 still asks for the old name
@@ -249,6 +250,32 @@ def test_a_forward_that_broke_off_is_named_at_the_next_use(llama, tmp_path, plac
         fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
         logits = [llama(tiny_ids(60), **over(each)).logits for each in (cache, fresh)]
     assert torch.equal(*logits) and torch.equal(cache.lengths, fresh.lengths)
+
+
+@pytest.mark.parametrize(("method", "count"), [("replace", 5), ("append", 1), ("reserve", 1)])
+@pytest.mark.parametrize("policy", ["snapkv", "streaming"])
+def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method):
+    cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
+    work, calls = getattr(LayerArena, method), []
+
+    def exhausted(arena, *args, **kwargs):
+        calls.append(method)
+        if len(calls) == 2:  # in the second layer
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(arena, *args, **kwargs)
+
+    with torch.no_grad():
+        llama(tiny_ids(60), **over(cache))
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerArena, method, exhausted)
+            with pytest.raises(torch.OutOfMemoryError):
+                llama(tiny_ids(count), **over(cache))
+        with pytest.raises(ModelError, match="a forward broke off"):
+            llama(tiny_ids(1), **over(cache))
+        cache.reset()
+        fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
+        logits = [llama(tiny_ids(60), **over(each)).logits for each in (cache, fresh)]
+    assert torch.equal(*logits)
 
 
 def test_a_forward_that_broke_off_between_linear_layers_is_named():
