@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 import warnings
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+# A shell ignores Ctrl-C in what it runs in the background, and processes hand that down to those they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
