@@ -130,7 +130,7 @@ WRONG = {
     "gone.json": "gone.json",
     "quantized/int3": "no method 'quantized/int3'; there is: quantized/fp8, quantized/int4, quantized/int2",
     "tova --part search": "--part must be heldout or whole, got 'search'",
-    "tova --context 6000": "give a longer --text or a smaller --context",
+    "tova --context 6000": "give a longer text or a shorter context",
 }
 
 

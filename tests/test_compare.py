@@ -212,7 +212,7 @@ def test_other_settings_are_refused(tmp_path):
     out, methods = tmp_path / "c.json", read_methods([])
     compare(task_of(), methods, [0.5], out, settings={"dtype": "float32"})
     before = out.read_bytes()
-    with pytest.raises(KVPolicyError, match=r"settings \(dtype was float32, now bfloat16\): choose another --out"):
+    with pytest.raises(KVPolicyError, match=r"settings \(dtype was float32, now bfloat16\): choose another file"):
         compare(task_of(), methods, [0.5], out, settings={"dtype": "bfloat16"})
     with pytest.raises(KVPolicyError, match=r"seed was 0, now 1"):
         compare(task_of(), methods, [0.5], out, seed=1, settings={"dtype": "float32"})

@@ -127,7 +127,7 @@ def load_comparison(path: Path) -> Comparison:
         if len({row.key for row in rows}) < len(rows):
             raise PlanError("rows has one method twice at one retention")
     except PlanError as error:
-        raise KVPolicyError(f"{path} cannot be read as a comparison: {error}; choose another --out") from None
+        raise KVPolicyError(f"{path} cannot be read as a comparison: {error}; choose another file") from None
     return Comparison(settings, fields.mapping("about"), {row.key: row for row in rows})
 
 

@@ -76,7 +76,7 @@ def _begun(out: Path, asked: dict[str, Any]) -> dict[tuple[str, float], Row]:
     other = [name for name in names if earlier.settings.get(name) != asked.get(name)]
     if other:
         told = ", ".join(f"{name} was {earlier.settings.get(name)}, now {asked.get(name)}" for name in other)
-        raise KVPolicyError(f"{out} was made under other settings ({told}): choose another --out")
+        raise KVPolicyError(f"{out} was made under other settings ({told}): choose another file")
     return dict(earlier.rows)
 
 

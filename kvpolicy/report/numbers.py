@@ -100,7 +100,7 @@ def vetoed(level: PlanLevel) -> str:
     figure = f" by {worse:.4f} nats a token" if isinstance(worse, int | float) else ""
     return (
         f"at {percent(level.retention)} kept the budgets found are worse than uniform on held-out text{figure}: the "
-        "plan stores uniform. More --trials, --sequences or text may find better ones"
+        "plan stores uniform. More trials, sequences or text may find better ones"
     )
 
 

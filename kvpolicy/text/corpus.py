@@ -69,7 +69,7 @@ class Corpus:
         if count * body > len(ids):
             raise TextError(
                 f"the {part} part of {self.name} has {len(ids)} tokens, but {count} sequences of {length} need "
-                f"{count * body}: give a longer --text or a smaller --context"
+                f"{count * body}: give a longer text or a shorter context"
             )
         stride = len(ids) // count
         rows = [
