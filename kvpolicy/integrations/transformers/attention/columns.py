@@ -31,17 +31,22 @@ class Reading:
     filled: Tensor | None = None
 
 
-def read_mask(mask: Tensor | None, count: int, before: int, seen: Tensor, filled: Tensor | None) -> Reading:
+def read_mask(
+    mask: Tensor | None, count: int, before: int, seen: Tensor, filled: Tensor | None, may_be_cut: bool = False
+) -> Reading:
     """mask: bool or 0 and 1, [B, columns]; None hides nothing.
 
     count, before: new tokens, and columns before them
     seen, filled:  int64 [B], tokens among the columns before; which of these they are, as in `Reading`
 
+    may_be_cut:    a mask of fewer columns that hides none of them hides nothing: assisted generation of transformers
+                   5.17 cuts its mask to the text of this turn
+
     Raises `ModelError` for a mask of fewer columns, and for one that shows what was padding when it came.
     """
-    if mask is None:
-        return Reading(filled=None if filled is None else torch.nn.functional.pad(filled, (0, count), value=True))
     end, padding = before + count, before - seen
+    if mask is None or (may_be_cut and mask.shape[1] < end and bool(mask.all())):
+        return Reading(filled=None if filled is None else torch.nn.functional.pad(filled, (0, count), value=True))
     if mask.shape[1] < end:
         raise ModelError(
             f"attention_mask has {mask.shape[1]} columns, expected {end}: one for each of {before} columns that "

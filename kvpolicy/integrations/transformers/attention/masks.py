@@ -62,11 +62,12 @@ class LazyMask:
             self._newest[count] = mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
         return self._newest[count] if self.device is None else self._newest[count].to(self.device)
 
-    def read(self, before: int, seen: Tensor, filled: Tensor | None) -> Reading:
+    def read(self, before: int, seen: Tensor, filled: Tensor | None, may_be_cut: bool) -> Reading:
         """What the 2-D mask says of new and of earlier tokens, as in `read_mask`."""
         if before not in self._readings:
             count = int(self.given["q_length"])
-            self._readings[before] = read_mask(self.given.get("attention_mask"), count, before, seen, filled)
+            mask = self.given.get("attention_mask")
+            self._readings[before] = read_mask(mask, count, before, seen, filled, may_be_cut)
         return self._readings[before]
 
     def to(self, device: Any, *_: Any, **__: Any) -> LazyMask:

@@ -128,7 +128,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """What the model's mask says of `count` new tokens and of those before."""
         before, seen = self.columns - count, seen_by(self.cache.opened(), self.row)
         if isinstance(mask, LazyMask):
-            return mask.read(before, seen, self.filled)
+            return mask.read(before, seen, self.filled, may_be_cut=self.cache.recording)
         return read_mask(None, count, before, seen, self.filled)
 
     def _follow(
