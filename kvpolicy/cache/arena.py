@@ -172,7 +172,7 @@ class LayerArena:
         chunk: Chunk | None = None,
         scores: Tensor | None = None,
     ) -> None:
-        """Builds the arena again from some of its entries and of a chunk's tokens.
+        """Rebuilds the arena from some of its entries and of a chunk's tokens.
 
         columns: int64 [S, most] on the device; a column below `width` is an entry, `width + t` token t of the chunk
         counts, allocated: int64 [S], entries and rows of each segment

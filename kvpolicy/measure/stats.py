@@ -67,7 +67,7 @@ def excess_share(a: Tensor, b: Tensor, full: Tensor, seed: int = 0) -> ExcessSha
 
     a, b, full: `[n]`, the mean losses of the same n sequences, nats per token
 
-    Percentile bootstrap: sequences are drawn again, both excesses are computed again, and their quotient is taken. A
+    Percentile bootstrap: sequences are drawn with replacement, both excesses computed, and their quotient is taken. A
     draw in which b costs nothing counts as an infinite share. None where the 95 % interval of b's own excess is not
     above 0: of nothing there is no part.
     """
