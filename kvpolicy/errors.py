@@ -59,10 +59,10 @@ class GraphWarning(UserWarning):
 
 
 @contextmanager
-def foreign(said: str, kind: type[KVPolicyError]) -> Iterator[None]:
+def foreign(attempt: str, kind: type[KVPolicyError]) -> Iterator[None]:
     """Around a call into a library that reads what is somebody's: whatever is raised there becomes one line of `kind`.
 
-    said: what was tried with whose file, such as "cannot load the model 'x' from the directory x"
+    attempt: what was tried with whose file, such as "cannot load the model 'x' from the directory x"
 
     Our own code stays outside: an error in it is a bug and is to be seen as one.
     """
@@ -71,14 +71,14 @@ def foreign(said: str, kind: type[KVPolicyError]) -> Iterator[None]:
     except (KVPolicyError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # an exit, and a panic in Rust, are no `Exception`
-        raise kind(f"{said}: {first_line(error)}") from error
+        raise kind(f"{attempt}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, without the paragraphs behind it; with its type unless it was said to users."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
-    said = " ".join(lines[: last + 1])
-    if isinstance(error, OSError | ValueError | RuntimeError) and said:
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = " ".join(lines[: last + 1])
+    if isinstance(error, OSError | ValueError | RuntimeError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -292,7 +292,9 @@ def test_a_text_shorter_than_needed(refused, tiny_checkpoint, tmp_path, verb):
     plan = ["full"] if verb == "eval" else []
     out = ["--out", tmp_path / "plan.json"] if verb == "tune" else []
     line = refused(verb, *plan, "--model", tiny_checkpoint, "--text", text, "--context", "400", *out)
-    advice = "give a longer --text or a smaller --context" if verb == "tune" else "give a longer text or a shorter context"
+    advice = (
+        "give a longer --text or a smaller --context" if verb == "tune" else "give a longer text or a shorter context"
+    )
     assert "short.txt" in line and advice in line
     assert list(tmp_path.iterdir()) == [text]
 

@@ -118,7 +118,7 @@ def _layer_types(text: Any, model_type: str) -> list[str]:
     """One type per layer, by transformers' own rules for configurations that do not list them."""
     count = _whole(text, "num_hidden_layers", model_type)
     names = ("layer_types", "layers_block_type", "attention_layers")
-    listed = next((found for name in names if (found := getattr(text, name, None)) is not None), None)
+    listed = next((value for name in names if (value := getattr(text, name, None)) is not None), None)
     if listed is None:
         windowed = [name for name in ("sliding_attention", "chunked_attention") if _window(text, name) is not None]
         listed = [*windowed, "full_attention"][:1] * count

@@ -15,21 +15,20 @@ from kvpolicy.report.canvas import canvas, png
 _CELL = 0.47  # inches
 
 
-def agreement_png(found: Agreement, title: str) -> bytes:
+def agreement_png(agreement: Agreement, title: str) -> bytes:
     """Three matrices: estimators on one text, then the first estimator on single prompts and on several texts."""
-    first = found.estimators[0]
+    first = agreement.estimators[0]
     panels = [
-        ("across estimators", found.estimators, found.estimator),
-        (f"across prompts, {first}", found.prompts, found.prompt[0]),
-        (f"across texts, {first}", found.texts, found.text[0]),
+        ("across estimators", agreement.estimators, agreement.estimator),
+        (f"across prompts, {first}", agreement.prompts, agreement.prompt[0]),
+        (f"across texts, {first}", agreement.texts, agreement.text[0]),
     ]
     names = [[textwrap.fill(name, 26) for name in names] for _, names, _ in panels]
     widths = [0.1 * _widest(column) + _CELL * max(2.5, len(column)) for column in names]
     height = 0.9 + _CELL * max(len(column) for column in names)
-    chance = (
-        f"{found.num_heads} KV heads; unrelated rankings stay within {chance_correlation(found.num_heads):.2f} of 0"
-    )
-    figure = canvas(sum(widths) + 1.4, height, f"{title}\n{chance} in 95 % of cases")
+    chance = chance_correlation(agreement.num_heads)
+    heads = f"{agreement.num_heads} KV heads; unrelated rankings stay within {chance:.2f} of 0 in 95 % of cases"
+    figure = canvas(sum(widths) + 1.4, height, f"{title}\n{heads}")
     axes = figure.subplots(1, len(panels), width_ratios=[len(column) for column in names])
     for place, (heading, _, matrix), column in zip(axes, panels, names, strict=True):
         image = _panel(place, heading, column, matrix)
@@ -42,8 +41,8 @@ def _panel(axes: Any, heading: str, names: list[str], matrix: Tensor) -> Any:
     image = axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     for i, row in enumerate(matrix.tolist()):
         for j, value in enumerate(row):
-            said = "none" if math.isnan(value) else f"{value:.2f}"
-            axes.text(j, i, said, ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
+            label = "none" if math.isnan(value) else f"{value:.2f}"
+            axes.text(j, i, label, ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
     numbers = range(len(names))
     axes.set_xticks(numbers, [str(number + 1) for number in numbers], fontsize=8)
     axes.set_yticks(

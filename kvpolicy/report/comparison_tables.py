@@ -50,13 +50,13 @@ def markdown(comparison: Comparison) -> str:
 
 def _devices(comparison: Comparison) -> str:
     """Where the rows were measured: one device, and behind others the methods that they measured."""
-    found: dict[str, list[str]] = {}
+    by_device: dict[str, list[str]] = {}
     for row in comparison.rows.values():
-        methods = found.setdefault(row.device or "not recorded", [])
+        methods = by_device.setdefault(row.device or "not recorded", [])
         if row.method not in methods:
             methods.append(row.method)
-    first, *others = found
-    return "; ".join([first, *(f"{name} for {', '.join(found[name])}" for name in others)])
+    first, *others = by_device
+    return "; ".join([first, *(f"{name} for {', '.join(by_device[name])}" for name in others)])
 
 
 def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
@@ -122,12 +122,12 @@ def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
     """How equal the bytes of a level are, and whether its task tells anything."""
     spread = max((row.excess_bytes for row in rows), default=0.0)
     if spread <= BYTE_SPREAD:
-        said = [f"The bytes of this level differ by at most {spread:.2%}."]
+        remarks = [f"The bytes of this level differ by at most {spread:.2%}."]
     else:
-        said = [f"The bytes of this level are not equal: they differ by {spread:.2%}, more than {BYTE_SPREAD:.0%}."]
+        remarks = [f"The bytes of this level are not equal: they differ by {spread:.2%}, more than {BYTE_SPREAD:.0%}."]
     if comparison.is_retrieval and any(row.method == FULL and row.quality == 0 for row in rows):
-        said.append("Nothing was found with the full cache: this task tells nothing about this model.")
-    return said
+        remarks.append("Nothing was found with the full cache: this task tells nothing about this model.")
+    return remarks
 
 
 def _calibration(row: Figures) -> str:

@@ -53,7 +53,7 @@ def _shown(value: object) -> str:
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(said)}</td></tr>\n" for name, said in rows)
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n" for name, value in rows)
     return f'<table class="facts">\n{body}</table>'
 
 
@@ -77,8 +77,8 @@ def _budgets(plan: BudgetPlan) -> Iterable[str]:
             [str(layer), *(f"{value:.3f}" for value in row)]
             for layer, row in zip(plan.model.budgeted_layers, relative_budgets(level).tolist(), strict=True)
         ]
-        found = ", ".join(f"{name} = {_shown(value)}" for name, value in level.allocator_params.items())
+        parameters = ", ".join(f"{name} = {_shown(value)}" for name, value in level.allocator_params.items())
         yield (
             f"<details><summary>Budgets at {escape(percent(level.retention))} kept, as multiples of uniform"
-            f"{escape(f' ({found})' if found else '')}</summary>\n{_grid(heads, rows)}</details>"
+            f"{escape(f' ({parameters})' if parameters else '')}</summary>\n{_grid(heads, rows)}</details>"
         )

@@ -21,10 +21,10 @@ def layers_png(importance: Importance, measured: LayerAblation, layers: Sequence
 
     layers: the model's numbers of the budgeted layers
     """
-    said = layer_importance(importance)
+    measures = layer_importance(importance)
     increase = measured.increase
-    figure = canvas(4.6 * max(2, len(said)), 7.0, title)
-    grid = figure.add_gridspec(2, len(said), height_ratios=[3, 4])
+    figure = canvas(4.6 * max(2, len(measures)), 7.0, title)
+    grid = figure.add_gridspec(2, len(measures), height_ratios=[3, 4])
     bars = figure.add_subplot(grid[0, :])
     bars.bar(range(len(layers)), increase.tolist(), color="#0072b2")
     bars.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
@@ -33,7 +33,7 @@ def layers_png(importance: Importance, measured: LayerAblation, layers: Sequence
     part = f"{measured.capacity} of {measured.context} entries"
     bars.set_title(f"one layer at {part}, all others whole; {len(measured.full)} sequences", fontsize=10)
     bars.axhline(0.0, color="black", linewidth=0.8)
-    for column, (name, values) in enumerate(said.items()):
+    for column, (name, values) in enumerate(measures.items()):
         _scatter(figure.add_subplot(grid[1, column]), values, increase, layers, _SAID[name])
     return png(figure)
 
@@ -42,8 +42,8 @@ def _scatter(axes: Any, values: Tensor, increase: Tensor, layers: Sequence[int],
     axes.scatter(values.tolist(), increase.tolist(), s=14, color="#0072b2")
     for x, y, layer in zip(values.tolist(), increase.tolist(), layers, strict=True):
         axes.annotate(str(layer), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
-    found = rank_correlation(values, increase)
-    ranks = "no ranking" if found != found else f"rank correlation {found:+.2f}"
+    correlation = rank_correlation(values, increase)
+    ranks = "no ranking" if correlation != correlation else f"rank correlation {correlation:+.2f}"
     axes.set_title(f"{ranks}, {len(layers)} layers", fontsize=10)
     is_uneven = float(values.min()) > 0 and float(values.max()) > _UNEVEN * float(values.median())
     axes.set_xscale("log" if is_uneven else "linear")

@@ -85,10 +85,10 @@ def interval(level: PlanLevel) -> str:
 
 def passkeys(level: PlanLevel) -> str:
     """Part of held-out pass keys that is found, and with the full cache: `85 of 95 %`; '' if not measured."""
-    found = level.retrieval.get("passkey") or {}
-    if found.get("score") is None or found.get("full") is None:
+    passkey = level.retrieval.get("passkey") or {}
+    if passkey.get("score") is None or passkey.get("full") is None:
         return ""
-    return f"{100 * found['score']:.0f} of {100 * found['full']:.0f} %"
+    return f"{100 * passkey['score']:.0f} of {100 * passkey['full']:.0f} %"
 
 
 def vetoed(level: PlanLevel) -> str:
@@ -106,8 +106,8 @@ def vetoed(level: PlanLevel) -> str:
 
 def lost_facts(level: PlanLevel) -> str:
     """A warning, where more than 5 points fewer pass keys are found than with the full cache; else ''."""
-    found = level.retrieval.get("passkey") or {}
-    score, full = found.get("score"), found.get("full")
+    passkey = level.retrieval.get("passkey") or {}
+    score, full = passkey.get("score"), passkey.get("full")
     if score is None or full is None or full - score <= LOST_FACTS + 1e-9:
         return ""
     return (

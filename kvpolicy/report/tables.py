@@ -80,8 +80,8 @@ def summary_table(plan: BudgetPlan) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, said in summary_rows(plan):
-        table.add_row(name, Text(said))
+    for name, value in summary_rows(plan):
+        table.add_row(name, Text(value))
     return table
 
 
@@ -110,4 +110,4 @@ def _table_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Table:
 def warnings_of(plan: BudgetPlan) -> list[str]:
     """What a reader of the levels should know, a line each, smallest retention first."""
     levels = sorted_levels(plan)
-    return [f"warning: {said}" for each in (vetoed, lost_facts) for said in map(each, levels) if said]
+    return [f"warning: {warning}" for check in (vetoed, lost_facts) for warning in map(check, levels) if warning]

@@ -45,8 +45,8 @@ def token_maps_png(maps: Sequence[Tensor], per_head: Tensor, spec: ModelSpec, me
         row[0].set_ylabel("token (means of neighbours)" if averaged else "token", fontsize=9)
     figure.colorbar(image, ax=rows, label=measure, aspect=40, pad=0.02)
     most, least = (Rectangle((0, 0), 1, 1, **_style(color)) for color in (_MOST, _LEAST))
-    said = ["most important KV head of the layer", "least important"]
-    figure.legend([most, least], said, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    labels = ["most important KV head of the layer", "least important"]
+    figure.legend([most, least], labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return png(figure)
 
 

@@ -46,7 +46,7 @@ def make_needles(tokenizer: Any, count: int, length: int, seed: int, without: Co
 
 def answer_of(tokenizer: Any, question: Question) -> Tensor:
     """The tokens of the answer behind its prompt, int64 `[n]`."""
-    return torch.tensor(answer_ids(tokenizer, question.asked, question.answer))
+    return torch.tensor(answer_ids(tokenizer, question.ending, question.answer))
 
 
 def equal_answers(tokenizer: Any, seed: int, without: Collection[str] = ()) -> Fits:

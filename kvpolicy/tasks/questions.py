@@ -34,14 +34,14 @@ class Question:
     answer: the number that is asked for
     depth:  where it stands, 0 first and 1 last
     answer_tokens: to generate, enough for the number
-    asked:  the text at the end of the prompt, which a space and the number follow
+    ending: the text at the end of the prompt, which a space and the number follow
     """
 
     ids: Tensor
     answer: str
     depth: float
     answer_tokens: int
-    asked: str = ""
+    ending: str = ""
 
 
 Fits = Callable[[Question], bool]
@@ -84,8 +84,8 @@ def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0, fits
         begin = _start(tokenizer) + _ids(tokenizer, "Each item of this list has a number. Remember all of them.")
         names = draw.sample(range(1_000, 10_000), 9_000)
         ending = f" Which number has item {names[0]}? Item {names[0]} has number"
-        asked = _ids(tokenizer, ending)
-        room = _room(length, len(begin) + len(asked), least=2 * len(_item(tokenizer, names[0], "10000")))
+        end = _ids(tokenizer, ending)
+        room = _room(length, len(begin) + len(end), least=2 * len(_item(tokenizer, names[0], "10000")))
         items: list[tuple[int, str, list[int]]] = []
         for name in names:
             number = _number(draw)
@@ -98,17 +98,17 @@ def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0, fits
         items.insert(place, items.pop(0))  # the first one drawn is asked for
         around = (_ids(tokenizer, FILLER) * length)[:room]
         body = [token for _, _, line in items for token in line]
-        return _question(tokenizer, begin + around + body + asked, items[place][1], depth, ending)
+        return _question(tokenizer, begin + around + body + end, items[place][1], depth, ending)
 
     return _spread(make, count, seed, fits)
 
 
-def answer_ids(tokenizer: Any, asked: str, answer: str) -> list[int]:
+def answer_ids(tokenizer: Any, ending: str, answer: str) -> list[int]:
     """The tokens of a number as they follow the end of its prompt, a space included.
 
     Raises `TextError` for a tokenizer that makes one token of the prompt's end and the number.
     """
-    before, whole = _ids(tokenizer, asked), _ids(tokenizer, f"{asked} {answer}")
+    before, whole = _ids(tokenizer, ending), _ids(tokenizer, f"{ending} {answer}")
     if whole[: len(before)] != before or len(whole) == len(before):
         raise TextError(
             f"this tokenizer joins the number {answer} to the end of its prompt, so that its tokens cannot be told "
@@ -119,8 +119,8 @@ def answer_ids(tokenizer: Any, asked: str, answer: str) -> list[int]:
 
 def recalled(text: str) -> str:
     """The first number in an answer, '' if there is none."""
-    found = re.search(r"\d+", text)
-    return found[0] if found else ""
+    number = re.search(r"\d+", text)
+    return number[0] if number else ""
 
 
 def _spread(
@@ -144,8 +144,8 @@ def _fitting(make: Callable[[], Question], fits: Fits | None) -> Question:
     )
 
 
-def _question(tokenizer: Any, ids: list[int], answer: str, depth: float, asked: str) -> Question:
-    return Question(torch.tensor(ids), answer, depth, len(_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS, asked)
+def _question(tokenizer: Any, ids: list[int], answer: str, depth: float, ending: str) -> Question:
+    return Question(torch.tensor(ids), answer, depth, len(_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS, ending)
 
 
 def _number(draw: random.Random) -> str:
@@ -170,5 +170,5 @@ def _start(tokenizer: Any) -> list[int]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read {text[:40]!r}", ModelError):
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return found
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids

@@ -165,9 +165,9 @@ def _end(paragraph: str, begin: int) -> int:
     """Where a piece of a quarter to half of `_LONGEST` characters ends best."""
     least, most = begin + _LONGEST // 4, begin + _LONGEST // 2
     for marks in _ENDS:
-        found = max(paragraph.rfind(mark, least, most) + len(mark) for mark in marks)
-        if found > least:
-            return found
+        end = max(paragraph.rfind(mark, least, most) + len(mark) for mark in marks)
+        if end > least:
+            return end
     return most
 
 

@@ -24,11 +24,9 @@ def check_filled(model: PreTrainedModel, info: dict[str, Any], origin: str) -> N
         "has in another shape": set(reshaped.values()),
         "has beyond its configuration": _of_its_modules(model, info["unexpected_keys"]),
     }
-    said = [f"{how} {_some(names)}" for how, names in wrong.items() if names]
-    if said or info["error_msgs"]:
-        raise ModelError(
-            f"{origin} does not hold the model of its configuration: it {'; it '.join(said or info['error_msgs'][:1])}"
-        )
+    reasons = [f"{how} {_some(names)}" for how, names in wrong.items() if names] or info["error_msgs"][:1]
+    if reasons:
+        raise ModelError(f"{origin} does not hold the model of its configuration: it {'; it '.join(reasons)}")
 
 
 def _of_its_modules(model: PreTrainedModel, names: set[str]) -> set[str]:

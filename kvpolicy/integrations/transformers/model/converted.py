@@ -47,8 +47,8 @@ def converted(gguf: Path) -> Path:
         sums = {file.name: _sha256(file) for file in staging.iterdir()}
         (staging / SUMS).write_text(json.dumps(sums, indent=1))
     if damage is not None:
-        said = f"the converted copy of {gguf.name} in {target} was damaged ({damage}): it was made again"
-        warnings.warn(said, ModelWarning, stacklevel=3)
+        message = f"the converted copy of {gguf.name} in {target} was damaged ({damage}): it was made again"
+        warnings.warn(message, ModelWarning, stacklevel=3)
     return target
 
 

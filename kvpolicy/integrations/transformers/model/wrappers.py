@@ -28,8 +28,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
                 f"({adapter.peft_type.value.lower()}), and a cache cannot tell them from the prompt's own: use an "
                 "adapter that changes weights, such as LoRA, or the base model"
             )
-        found = (getattr(inner, "_modules", {}).get(name) for name in _INSIDE)
-        inside = next((module for module in found if module is not None), None)
+        modules = (getattr(inner, "_modules", {}).get(name) for name in _INSIDE)
+        inside = next((module for module in modules if module is not None), None)
         if inside is None:
             raise ModelError(
                 f"got a {type(model).__name__}, expected a model of transformers, or one inside torch.compile, peft or "
