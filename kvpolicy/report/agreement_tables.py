@@ -40,8 +40,8 @@ def tables(agreement: Agreement) -> Iterator[Table | Text]:
     yield pairs
     yield Text(
         f"Spearman's rank correlation of {agreement.num_heads} KV heads; unrelated rankings stay within "
-        f"{chance_correlation(agreement.num_heads):.2f} of 0 in 95 % of cases. Estimators with each other, and prompts: "
-        f"on {agreement.texts[0]}. Texts: {'; '.join(agreement.texts)}."
+        f"{chance_correlation(agreement.num_heads):.2f} of 0 in 95 % of cases. Estimators with each other, and "
+        f"prompts: on {agreement.texts[0]}. Texts: {'; '.join(agreement.texts)}."
     )
     for where, reason in agreement.failures.items():
         yield Text(f"no ranking: {where}: {reason}")
