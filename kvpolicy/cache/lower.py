@@ -25,7 +25,7 @@ def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None =
     """
     if tuple(table.shape) != store.spec.table_shape:
         raise BudgetError(f"the table has shape {tuple(table.shape)}, the model has {store.spec.table_shape}")
-    floor = store.policy.num_sink_tokens + 1
+    floor = store.policy.least_capacity
     store.schedule = Fixed(table).with_floor(floor)
     store.split = None if allocator is None else RuntimeSplit(allocator, store.schedule, floor)
     store.rows = RowTables(store.schedule, store.split, store.batch_size)

@@ -200,7 +200,7 @@ def from_allocator(
     shape = spec.table_shape
     if retention == 1:
         return unlimited(shape)
-    floor, groups = policy.num_sink_tokens + 1, rank_groups(*shape, tp_size)
+    floor, groups = policy.least_capacity, rank_groups(*shape, tp_size)
 
     def shares(kept: float, context: int) -> Tensor:
         total = round(kept * context * shape[0] * shape[1])

@@ -190,7 +190,7 @@ def _check_counts(store: RaggedStore, held: StoreLayer, prefix: str) -> None:
     _check(arena.start, start, start, f"{prefix}.start")
     behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
     _check(arena.cursor, 0, behind, f"{prefix}.cursor")
-    floor = store.protection.num_sink_tokens + 1 if bool(settled.any()) else 0
+    floor = store.policy.least_capacity if bool(settled.any()) else 0
     _check(held.table, floor, UNLIMITED, f"{prefix}.table")
     if store.decode_mode == "evict":
         _check(arena.length, 0, held.capacity, f"{prefix}.length")

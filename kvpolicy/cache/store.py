@@ -80,7 +80,7 @@ class RaggedStore:
                 f"{type(split.allocator).__name__} splits the budget at run time by comparing all KV heads, of which a "
                 "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
             )
-        floor = policy.num_sink_tokens + 1
+        floor = policy.least_capacity
         self.spec, self.policy, self.decode_mode = spec, policy, decode
         self.batch_size = positive("batch_size", batch_size)
         self.split = None if split is None else split.with_floor(floor)

@@ -153,7 +153,7 @@ def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retenti
         return torch.full(spec.table_shape, context)
     if plan is not None and name != "uniform":
         return plan.capacities(context_length=context, retention=retention)
-    floor = probe.num_sink_tokens + 1
+    floor = probe.least_capacity
     total = max(spec.total_entries(retention, context), floor * spec.num_budgeted_layers * spec.num_kv_heads)
     return apportion(torch.ones(spec.table_shape), Budget(total, spec.table_shape, floor, context))
 

@@ -124,7 +124,7 @@ class Method:
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
         table = self._asked(spec, context, retention)
-        floor = min(self.policy.num_sink_tokens + 1, context)
+        floor = min(self.policy.least_capacity, context)
         total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
         table = apportion(table, Budget(total, spec.table_shape, floor, context))
         return _shuffled(table, seed) if self.shuffled else table

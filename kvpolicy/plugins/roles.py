@@ -416,6 +416,11 @@ class EvictionPolicy(_Role):
     attention_power: float = 1.0
     repeat_chunk: int = 2048
 
+    @property
+    def least_capacity(self) -> int:
+        """The fewest entries that a KV head may be given: the sink tokens and one more."""
+        return self.num_sink_tokens + 1
+
     @abc.abstractmethod
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         """Returns `[B, H, n]` float32 over [entries kept so far ; this chunk]. Called after each prefill chunk."""

@@ -57,7 +57,7 @@ class PasskeyCheck:
 
         A model that finds fewer than `ABLE` with the full cache has no scores under tables.
         """
-        whole = torch.full(tables[0].shape, max(self.length, self._policy.num_sink_tokens + 1))
+        whole = torch.full(tables[0].shape, max(self.length, self._policy.least_capacity))
         names = [self._name(table) for table in (whole, *tables)]
         attributes = self._study.user_attrs
         known = [attributes[name] for name in names if name in attributes]

@@ -94,7 +94,7 @@ def cache_of(
     rank, size = rank_and_size(model, spec)
     schedule, split, policy = fixed or _schedule(recipe, spec, size), None, recipe.policy
     if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
-        split = RuntimeSplit(recipe.allocator, schedule, policy.num_sink_tokens + 1)
+        split = RuntimeSplit(recipe.allocator, schedule, policy.least_capacity)
 
     def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
         if heads[1] * size != spec.num_kv_heads:

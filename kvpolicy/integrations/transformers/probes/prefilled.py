@@ -64,7 +64,7 @@ class Prompts:
     def whole(self) -> Tensor:
         """Capacities that leave a prompt whole, int64 [L, H]; its entries are scored all the same."""
         shape = ModelSpec.from_config(self.model.config).table_shape
-        return torch.full(shape, max(self.length, self.policy.num_sink_tokens + 1))
+        return torch.full(shape, max(self.length, self.policy.least_capacity))
 
     @property
     def nbytes(self) -> int:

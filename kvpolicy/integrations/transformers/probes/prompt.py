@@ -147,7 +147,7 @@ class PromptProbe(TransformersProbe):
 
     def seconds(self) -> float:
         """What a sequence takes with half of its prompt kept, once the prompts that can be kept have been run."""
-        table = torch.full(self.spec.table_shape, max(self.prefill_length // 2, self.num_sink_tokens + 1))
+        table = torch.full(self.spec.table_shape, max(self.prefill_length // 2, self.least_capacity))
         for _ in range(2):
             begun = time.perf_counter()
             self.loss(table)
