@@ -41,18 +41,11 @@ if TYPE_CHECKING:
     )
     from kvpolicy.model.layer_spec import LayerSpec
     from kvpolicy.model.spec import Budget, Importance, ModelSpec
+    from kvpolicy.plugins.activations import LayerActivations, Rotary
+    from kvpolicy.plugins.decode_step import DecodeStep
     from kvpolicy.plugins.hookspecs import Register, hookimpl
     from kvpolicy.plugins.registry import registry
-    from kvpolicy.plugins.roles import (
-        BudgetAllocator,
-        DecodeStep,
-        EvictionPolicy,
-        ImportanceEstimator,
-        LayerActivations,
-        ModelProbe,
-        Rotary,
-        Trial,
-    )
+    from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
     from kvpolicy.tuning import TuneSettings, tune
 
 __version__ = "0.1.0"
@@ -63,13 +56,13 @@ _LAZY = {
     "BudgetError": "kvpolicy.errors",
     "BudgetPlan": "kvpolicy.budget.plan",
     "DecodeRunner": "kvpolicy.integrations.transformers",
-    "DecodeStep": "kvpolicy.plugins.roles",
+    "DecodeStep": "kvpolicy.plugins.decode_step",
     "EvictionPolicy": "kvpolicy.plugins.roles",
     "GraphWarning": "kvpolicy.errors",
     "Importance": "kvpolicy.model.spec",
     "ImportanceEstimator": "kvpolicy.plugins.roles",
     "KVPolicyError": "kvpolicy.errors",
-    "LayerActivations": "kvpolicy.plugins.roles",
+    "LayerActivations": "kvpolicy.plugins.activations",
     "LayerSpec": "kvpolicy.model.layer_spec",
     "ModelError": "kvpolicy.errors",
     "ModelProbe": "kvpolicy.plugins.roles",
@@ -84,7 +77,7 @@ _LAZY = {
     "RaggedCache": "kvpolicy.integrations.transformers",
     "RaggedStore": "kvpolicy.cache",
     "Register": "kvpolicy.plugins.hookspecs",
-    "Rotary": "kvpolicy.plugins.roles",
+    "Rotary": "kvpolicy.plugins.activations",
     "StaticStore": "kvpolicy.cache",
     "StudyError": "kvpolicy.errors",
     "TextError": "kvpolicy.errors",

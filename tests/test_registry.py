@@ -19,9 +19,10 @@ from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import unlimited
 from kvpolicy.errors import PluginConflictError, PluginError, PluginWarning
 from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.hookspecs import Register, hookimpl
 from kvpolicy.plugins.registry import PluginRow, Registry
-from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, LayerActivations
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from tests.cache.play import spec_of
 
 

@@ -14,16 +14,10 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.model.spec import Budget, Importance
-from kvpolicy.plugins.roles import (
-    SOURCES,
-    BudgetAllocator,
-    DecodeStep,
-    EvictionPolicy,
-    ImportanceEstimator,
-    LayerActivations,
-    ModelProbe,
-    Trial,
-)
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.decode_step import DecodeStep
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
+from kvpolicy.plugins.source_table import SOURCES
 from kvpolicy.testing import (
     LawError,
     RecordingTrial,

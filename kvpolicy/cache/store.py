@@ -14,12 +14,13 @@ from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.cache.scoring import NotANumber, check_sources, chunk_mask, score_chunk, score_step
+from kvpolicy.cache.scoring import NotANumber, check_sources, score_chunk, score_step
 from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import holds_scores

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from kvpolicy.model.spec import ModelSpec
-from kvpolicy.plugins.roles import LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
 
 

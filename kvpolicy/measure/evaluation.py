@@ -15,8 +15,9 @@ from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
+from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.registry import registry
-from kvpolicy.plugins.roles import EvictionPolicy, LayerActivations
+from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.text.corpus import Tokenize
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from kvpolicy.measure.delegate import DelegateProbe
 from kvpolicy.model.spec import Importance
 from kvpolicy.plugins import plugin_call
-from kvpolicy.plugins.roles import ImportanceEstimator, LayerActivations, ModelProbe
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.roles import ImportanceEstimator, ModelProbe
 from kvpolicy.progress import Progress
 
 

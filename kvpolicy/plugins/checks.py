@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kvpolicy.errors import PluginError
 from kvpolicy.plugins.faults import contained, describe
 from kvpolicy.plugins.hookspecs import Role
-from kvpolicy.plugins.roles import SOURCES, BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
+from kvpolicy.plugins.source_table import SOURCES
 
 BASES: dict[Role, type] = {
     "estimator": ImportanceEstimator,

@@ -16,19 +16,12 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins.activations import LayerActivations, Rotary
 from kvpolicy.plugins.checks import BASES, instance_problems, is_json
+from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.faults import PluginFault, contained, describe, is_plugins, place
 from kvpolicy.plugins.registry import registry
-from kvpolicy.plugins.roles import (
-    BudgetAllocator,
-    DecodeStep,
-    EvictionPolicy,
-    ImportanceEstimator,
-    LayerActivations,
-    ModelProbe,
-    Rotary,
-    Trial,
-)
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
 
 _Plugin = TypeVar("_Plugin", ImportanceEstimator, BudgetAllocator, EvictionPolicy)
 

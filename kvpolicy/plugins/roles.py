@@ -1,4 +1,4 @@
-"""The three roles a plugin can fill, and the values they are given.
+"""The three roles a plugin can fill.
 
 A plugin object is a frozen dataclass whose fields are JSON-able hyper-parameters with defaults. It keeps no
 state between calls. Selection, movement, rounding, sink protection are the core's.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, Protocol, Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.progress import Progress
 
 SplitScope = Literal["none", "layer", "model"]
@@ -27,163 +28,6 @@ ScoreBias = Callable[[int, Tensor], Tensor]
 The rank of an entry is how many others that may be evicted outlive it, and -1 where it is never evicted: a KV head of
 capacity c keeps what ranks below c less the sink tokens. Under the window rule the rank is the distance from the query.
 """
-
-SOURCES = frozenset(
-    {
-        "positions",
-        "scores",
-        "keys",
-        "values",
-        "queries",
-        "query_attention",
-        "window_attention",
-        "full_attention",
-        "repeat_attention",
-        "decode_attention",
-        "hidden_before",
-        "hidden_after",
-        "attention_input",
-        "output",
-        "rope",
-        "rotary",
-        "scale",
-        "output_weight",
-        "module",
-    }
-)
-"""What a plugin may list in `requires`; each but `decode_attention` is a field of `LayerActivations`.
-
-Only a cache has `scores`, `repeat_attention` and `decode_attention`: a probe refuses them.
-"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rotary:
-    """How a layer turns its queries and keys by position (RoPE): what other positions than a forward's need.
-
-    At position p each pair of dimensions (first[i], second[i]) is turned by the angle p * frequencies[i]. The other
-    dimensions stay as they are, and in a layer without RoPE all do. Only differences of positions matter.
-
-    first, second: int64 [P];  frequencies: float32 [P], radians per position
-    """
-
-    first: Tensor
-    second: Tensor
-    frequencies: Tensor
-
-    def turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """A copy of states [..., D], each pair turned by the angle with this cosine and sine, both [..., P]."""
-        one, two = states[..., self.first], states[..., self.second]
-        out = states.clone()
-        out[..., self.first] = one * cos - two * sin
-        out[..., self.second] = two * cos + one * sin
-        return out
-
-
-_ABSENT: Any = None  # so that a source has the type of its values, and not `| None`
-
-
-class _Sources:
-    """Fields that nobody supplied cannot be read: what a policy or an estimator uses, it has to list in `requires`."""
-
-    __slots__ = ()
-
-    if not TYPE_CHECKING:  # a checker would take this for a leave to read any name
-
-        def __getattribute__(self, name: str) -> Any:
-            value = object.__getattribute__(self, name)
-            if value is None and name in type(self).__dataclass_fields__:
-                raise PluginError(f"nobody supplied '{name}': list it in `requires`")
-            return value
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values, such as for a policy inside a policy. `dataclasses.replace` reads every field."""
-        return type(self)(**self.supplied() | changes)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.supplied())})"
-
-    def supplied(self) -> dict[str, Any]:
-        """The fields that have a value, by name."""
-        values = {field.name: object.__getattribute__(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class LayerActivations(_Sources):
-    """One budgeted layer over one batch. A field that `requires` does not list raises `PluginError`.
-
-    layer:            index among the budgeted layers, from 0
-    queries:          [B, num_q_heads, n, key_dim], after RoPE; for a later chunk of a prompt, those of the chunk
-    keys, values:     [B, num_kv_heads, n, dim], keys after RoPE
-    output:           [B, num_q_heads, n, value_dim], each head's attention output before the output projection
-    hidden_before:    [B, n, hidden_size], residual stream before attention (before its norm)
-    attention_input:  [B, n, hidden_size], what the attention module is given (after its norm)
-    hidden_after:     [B, n, hidden_size], residual stream after attention was added
-    output_weight:    [hidden_size, num_q_heads * value_dim], the output projection
-    positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
-    scores:           [B, num_kv_heads, n] float32, those of the entries so far: what the policy last returned, or
-                      `new_entry_score` for a decoded one since; 0 for this chunk and for absent entries
-    query_attention:  [B, num_kv_heads, w, n], attention of each query of the observation window, summed over its
-                      query group; the w queries are the last w of n, and those of padding are 0
-    window_attention: [B, num_kv_heads, n], the same, summed over the queries too
-    full_attention:   [B, num_kv_heads, n], attention of all queries, summed
-    repeat_attention: [B, num_kv_heads, n], the largest attention that any query of the group gives the entry while the
-                      model repeats its context; the context is held whole until it has
-    rope:             (cos, sin) of the layer, for the tokens of this forward, as the model computed them
-    rotary:           the layer's rotation by position
-    scale:            what the layer multiplies products of queries and keys by
-    module:           the attention module
-    """
-
-    layer: int
-    queries: Tensor = _ABSENT
-    keys: Tensor = _ABSENT
-    values: Tensor = _ABSENT
-    output: Tensor = _ABSENT
-    hidden_before: Tensor = _ABSENT
-    attention_input: Tensor = _ABSENT
-    hidden_after: Tensor = _ABSENT
-    output_weight: Tensor = _ABSENT
-    positions: Tensor = _ABSENT
-    scores: Tensor = _ABSENT
-    query_attention: Tensor = _ABSENT
-    window_attention: Tensor = _ABSENT
-    full_attention: Tensor = _ABSENT
-    repeat_attention: Tensor = _ABSENT
-    rope: tuple[Tensor, Tensor] = _ABSENT
-    rotary: Rotary = _ABSENT
-    scale: float = _ABSENT
-    module: nn.Module = _ABSENT
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class DecodeStep(_Sources):
-    """The entries of one layer after one decoding step.
-
-    Segment i belongs to sequence `i // num_kv_heads` and KV head `i % num_kv_heads` and spans
-    `indptr[i]` to `indptr[i + 1]`.
-
-    num_kv_heads: KV heads of the layer; under tensor parallelism those of this rank
-    scores, positions: [num_entries];  indptr: [B * num_kv_heads + 1] int32
-    keys:      [num_entries, key_dim]; raises `PluginError` unless "keys" is required
-    attention: [num_entries] mass of this step summed over the query group; as keys, for "decode_attention"
-    """
-
-    layer: int
-    num_kv_heads: int
-    scores: Tensor
-    positions: Tensor
-    indptr: Tensor
-    keys: Tensor = _ABSENT
-    attention: Tensor = _ABSENT
-
-    @property
-    def segment(self) -> Tensor:
-        """int64 [num_entries], the segment of each entry."""
-        lengths = self.indptr.diff()
-        segments = torch.arange(len(lengths), device=lengths.device)
-        return segments.repeat_interleave(lengths, output_size=len(self.scores))
 
 
 class Trial(Protocol):
@@ -392,7 +236,7 @@ class EvictionPolicy(_Role):
     Sink tokens and the recent window are protected by the cache, whatever the score.
 
     window_rule: True for a policy that keeps exactly the sink tokens and the most recent; it requires "positions"
-    requires:    which of `SOURCES` the policy is given
+    requires:    what the policy is given, of `kvpolicy.plugins.source_table`
     new_entry_score: score of an entry that was decoded, until `score_step` changes it; the default keeps decoded
         tokens before any scored one and gives up the oldest of them first. A policy whose `score_step` adds up
         starts from 0.

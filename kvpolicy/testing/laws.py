@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.checks import build, class_problems, instance_problems
+from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.faults import describe
 from kvpolicy.plugins.hookspecs import Role
-from kvpolicy.plugins.roles import DecodeStep, LayerActivations
 
 _T = TypeVar("_T")
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.plugins.roles import DecodeStep, EvictionPolicy, LayerActivations
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.decode_step import DecodeStep
+from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.testing.laws import (
     call,
     hold,

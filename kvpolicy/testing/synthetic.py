@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.model.spec import ModelSpec
-from kvpolicy.plugins.roles import SOURCES, LayerActivations, ModelProbe, Rotary, ScoreBias, SoftTarget
+from kvpolicy.plugins.activations import LayerActivations, Rotary
+from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.plugins.source_table import NEED_CACHE, SOURCES
 from kvpolicy.testing.laws import LawError, snapshot, tensors_of
 
 _OBSERVATION_WINDOW = 8
@@ -84,7 +86,7 @@ class SyntheticProbe(ModelProbe):
 
         Raises `PluginError` for what only a cache has: nothing is scored, repeated or decoded here.
         """
-        supplied = SOURCES - {"scores", "repeat_attention", "decode_attention"}
+        supplied = SOURCES - NEED_CACHE
         if missing := sorted(requires - supplied):
             raise PluginError(f"the synthetic probe cannot supply {missing}; it supplies {sorted(supplied)}")
         if observation_window < 1:

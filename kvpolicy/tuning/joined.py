@@ -10,7 +10,8 @@ from torch import Tensor
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.model.spec import ModelSpec
-from kvpolicy.plugins.roles import LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
 
 

@@ -23,26 +23,10 @@ from kvpolicy.integrations.transformers.attention.intercept import Stock
 from kvpolicy.integrations.transformers.attention.rotary import rotary_of
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
-from kvpolicy.plugins.roles import LayerActivations
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.source_table import supplied_by
 
-SUPPLIED = frozenset(
-    {
-        "queries",
-        "keys",
-        "values",
-        "output",
-        "hidden_before",
-        "attention_input",
-        "hidden_after",
-        "output_weight",
-        "window_attention",
-        "full_attention",
-        "rope",
-        "rotary",
-        "scale",
-        "module",
-    }
-)
+SUPPLIED = supplied_by("probe")
 _HIDDEN = {"hidden_before", "attention_input", "hidden_after", "rope"}
 _OUTLIVE_THE_LAYER = {"rope", "rotary", "output_weight"}  # later layers, or later forwards, use them
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.model.versions import with_cache
-from kvpolicy.plugins.roles import Rotary
+from kvpolicy.plugins.activations import Rotary
 
 _BUFFERS = ("inv_freq", "full_attention_inv_freq")  # budgeted layers are those of full attention
 _FOUND: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, nn.Module, str]] = WeakKeyDictionary()

@@ -16,9 +16,10 @@ from kvpolicy.integrations.transformers.attention.intercept import attention_mod
 from kvpolicy.integrations.transformers.attention.observe import hidden_of, output_weight
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.source_table import supplied_by
 
 _HOOKED = frozenset({"hidden_before", "attention_input", "rope"})
-RUN_SOURCES = _HOOKED | {"module", "output_weight", "rotary", "repeat_attention"}
+RUN_SOURCES = supplied_by("model")
 """What a transformers model can hand to a policy while it runs, besides what the store supplies."""
 
 _NOW = threading.local()  # inputs of the layer that runs now, in this thread

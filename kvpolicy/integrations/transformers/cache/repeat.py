@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpolicy.cache.scoring import Scoring, attention_mass
+from kvpolicy.cache.attention_mass import attention_mass
+from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.waiting import Waiting

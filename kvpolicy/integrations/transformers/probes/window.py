@@ -26,7 +26,9 @@ from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.probes.teacher import Teacher, divergence
 from kvpolicy.model.spec import ModelSpec
-from kvpolicy.plugins.roles import LayerActivations, ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
+from kvpolicy.plugins.source_table import listed
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Tokenize
 
@@ -143,10 +145,7 @@ class TransformersProbe(ModelProbe):
     ) -> None:
         missing = requires - SUPPLIED
         if missing:
-            raise PluginError(
-                f"the profiling run cannot supply {', '.join(sorted(missing))}; it supplies "
-                f"{', '.join(sorted(SUPPLIED))}"
-            )
+            raise PluginError(f"the profiling run cannot supply {listed(missing)}; it supplies {listed(SUPPLIED)}")
         if observation_window < 1:
             raise PluginError(f"observation_window must be at least 1, got {observation_window}")
         if "rotary" in requires:

@@ -1,0 +1,56 @@
+"""The attention that entries get from a chunk's queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kvpolicy_kernels.column_scores import Reduction, column_scores
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpolicy.cache.arena import Chunk, LayerArena
+
+
+def attention_mass(
+    arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any], reduction: Reduction = "sum"
+) -> Tensor:
+    """Attention that [entries held ; chunk] get from these queries: the sum, or the largest, over queries and group.
+
+    query: [B, num_q_heads, n, D] of the chunk's last n tokens. Returns float32 [B, H, width + len(chunk)].
+    """
+    num_queries = query.shape[2]
+    mask = query_mask = None
+    if bool((chunk.positions < 0).any()):
+        mask = chunk_mask(chunk, num_queries)
+        query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
+    return column_scores(
+        query,
+        arena.keys,
+        arena.start,
+        arena.length,
+        chunk_key=chunk.key,
+        chunk_mask=mask,
+        query_mask=query_mask,
+        reduction=reduction,
+        **options,
+    )
+
+
+def attention_of_each(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
+    """`attention_mass` of one query after the other, float32 [B, H, n, width + len(chunk)]."""
+    num_queries, rows = query.shape[2], []
+    for index in range(num_queries):
+        later = num_queries - 1 - index  # tokens of the chunk that this query does not see
+        seen = chunk.part(slice(0, len(chunk) - later))
+        rows.append(pad(attention_mass(arena, query[:, :, index : index + 1], seen, options), (0, later)))
+    return torch.stack(rows, 2)
+
+
+def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
+    """What the chunk's last n tokens see of it: causal, padding excluded. Returns bool [B, 1, n, m]."""
+    length = len(chunk)
+    query = torch.arange(length - num_queries, length)[:, None]
+    causal = torch.arange(length)[None] <= query
+    return (causal[None] & (chunk.positions >= 0)[:, None]).unsqueeze(1).to(chunk.key.device)

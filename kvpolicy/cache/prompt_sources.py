@@ -1,0 +1,88 @@
+"""What a store hands to a policy with a prompt or a chunk of one: for each source the function that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.attention_mass import attention_mass, attention_of_each
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The entries of a layer and the tokens of a chunk, which a policy is to score together.
+
+    query:   [B, num_q_heads, n, D] of the chunk's last n tokens
+    options: scale, softcap, sink_logits, power
+    """
+
+    policy: EvictionPolicy
+    arena: LayerArena
+    query: Tensor
+    chunk: Chunk
+    options: Mapping[str, Any]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [S, width]: the row of each entry, -1 where there is none."""
+        return self.arena.padded_rows()
+
+    @property
+    def last_queries(self) -> Tensor:
+        """Those of the observation window."""
+        return self.query[:, :, -self.policy.observation_window :]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, H, width + n)."""
+        batch, heads = self.chunk.key.shape[:2]
+        return batch, heads, self.rows.shape[1] + len(self.chunk)
+
+    def supplied(self) -> dict[str, Any]:
+        """What the policy requires of a store, by name."""
+        return {name: SUPPLIERS[name](self) for name in self.policy.requires & SUPPLIERS.keys()}
+
+    def with_chunk(self, entries: Tensor, fresh: Tensor) -> Tensor:
+        """A copy, [B, H, width + n, dim]; zeros where an entry is absent."""
+        if not self.rows.shape[1]:
+            return fresh.detach().clone()
+        own = entries[self.rows.clamp(min=0)].masked_fill((self.rows < 0)[..., None], 0)
+        return torch.cat([own.view(*fresh.shape[:2], *own.shape[1:]), fresh], 2)
+
+
+def _positions(of: Candidates) -> Tensor:
+    batch, heads, _ = of.shape
+    return torch.cat([of.arena.padded_positions().view(batch, heads, -1), of.chunk.positions_on(of.arena.device)], 2)
+
+
+def _scores(of: Candidates) -> Tensor:
+    assert of.arena.scores is not None  # the store asks only where entries are scored
+    fresh = torch.zeros(*of.chunk.key.shape[:3], 1, device=of.arena.device)
+    return of.with_chunk(of.arena.scores[:, None], fresh)[..., 0]
+
+
+def _scale(of: Candidates) -> float:
+    scale: float | None = of.options.get("scale")
+    return of.query.shape[-1] ** -0.5 if scale is None else scale
+
+
+SUPPLIERS: dict[str, Callable[[Candidates], Any]] = {
+    "positions": _positions,
+    "scores": _scores,
+    "keys": lambda of: of.with_chunk(of.arena.keys, of.chunk.key),
+    "values": lambda of: of.with_chunk(of.arena.values, of.chunk.value),
+    "queries": lambda of: plugin_call.lent(of.query),
+    "scale": _scale,
+    "query_attention": lambda of: attention_of_each(of.arena, of.last_queries, of.chunk, of.options),
+    "window_attention": lambda of: attention_mass(of.arena, of.last_queries, of.chunk, of.options),
+    "full_attention": lambda of: attention_mass(of.arena, of.query, of.chunk, of.options),
+}
+"""Of each source that the table of sources says a store supplies with a prompt."""
