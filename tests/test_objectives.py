@@ -34,6 +34,7 @@ from kvpolicy.tuning import TuneSettings, search, tune
 from kvpolicy.tuning.joined import JoinedProbe
 from kvpolicy.tuning.passkey import PasskeyCheck
 from kvpolicy.tuning.storage import open_storage
+from kvpolicy.tuning.study_notes import StudyNotes
 from tests.test_tune import make_corpus, make_settings, run, the_study
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_checkpoint import text_of, tiny_tokenizer
@@ -434,7 +435,7 @@ def test_a_passkey_score_is_that_of_greedy_generation(smollm2):
     rule = registry.create("policy", "streaming")
     tables = [torch.full((30, 3), 60)]
     task = RetrievalTask("passkey", model, tokenizer, questions)
-    found = PasskeyCheck(model, tokenizer, questions, rule, optuna.create_study()).scores(tables)
+    found = PasskeyCheck(model, tokenizer, questions, rule, StudyNotes(optuna.create_study())).scores(tables)
     expected = [1 - float(task.measure(Method("plan", "streaming", rule), table).losses.mean()) for table in tables]
     assert found[0] == 1.0 and found[1] == pytest.approx(expected)
     assert min(found[1]) < 1, "this model loses some"

@@ -11,7 +11,8 @@ from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.faults import PluginFault, contained
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
-from kvpolicy.tuning.fit import fitted_shares, keep_fitted
+from kvpolicy.tuning.fit import fitted_shares
+from kvpolicy.tuning.study_notes import StudyNotes
 from tests.cache.play import spec_of, store_of, tensors
 from tests.faulty_plugin import FAULTS, Allocator, Estimator, Learning, Policy, offer
 
@@ -124,14 +125,14 @@ def test_what_is_no_plugins_fault_keeps_its_name():
 
 @pytest.mark.parametrize("stored", [float("nan"), float("inf"), -1.0, 0.0])
 def test_what_was_learned_before_is_checked_as_what_is_learned_now(stored):
-    study = optuna.create_study()
+    notes = StudyNotes(optuna.create_study())
     kept = [[0.5, 0.5]] * 3
     for shares in (kept, [[stored, stored], *kept[1:]] if stored else [[0.0, 0.0]] * 3):
-        keep_fitted(study, torch.tensor(shares))
+        notes.keep_fitted_shares(torch.tensor(shares))
         if shares == kept:
-            assert fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, study, Progress()).tolist() == kept
+            assert fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, notes, Progress()).tolist() == kept
     with pytest.raises(PluginError, match=r"Learning.fit returned .*, expected .*shares? "):
-        fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, study, Progress())
+        fitted_shares(Learning(), SyntheticProbe(), ONES, BUDGET, notes, Progress())
 
 
 def test_an_allocator_that_writes_into_its_arguments_writes_into_its_own(monkeypatch):

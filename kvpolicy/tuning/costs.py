@@ -1,18 +1,14 @@
-"""What a search really ran, added up over the runs of a study."""
+"""What a search really ran."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import optuna
 from torch import Tensor, nn
-
-from kvpolicy.tuning.storage import settings_digest
 
 
 @dataclass(slots=True)
@@ -31,14 +27,19 @@ class Cost:
         self.forwards += forwards
         self.seconds += seconds
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a plan's provenance: time to the millisecond."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
 
 @contextmanager
-def metered(model: nn.Module, study: optuna.Study, what: str) -> Iterator[None]:
-    """Counts what the model runs meanwhile and keeps it in the study as one entry of `what`, also when interrupted."""
-    cost, begun = Cost(), time.monotonic()
+def metered(model: nn.Module, keep: Callable[[Cost], None]) -> Iterator[None]:
+    """Counts what the model runs meanwhile, and has it kept at the end, also when interrupted."""
+    cost, start = Cost(), time.monotonic()
 
-    def count(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids: Tensor = named["input_ids"] if "input_ids" in named else given[0]
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cost.add(tokens=ids.numel(), forwards=len(ids))
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
@@ -46,18 +47,5 @@ def metered(model: nn.Module, study: optuna.Study, what: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        cost.add(seconds=time.monotonic() - begun)
-        study.set_user_attr(f"{_prefix(study, what)}{uuid.uuid4().hex}", asdict(cost))
-
-
-def known_cost(study: optuna.Study, what: str) -> dict[str, Any]:
-    """The sum of the entries of `what`, of all runs that went into the study under its settings."""
-    prefix, total = _prefix(study, what), Cost()
-    for name, entry in study.user_attrs.items():
-        if name.startswith(prefix):
-            total.add(entry["tokens"], entry["forwards"], entry["seconds"])
-    return asdict(total) | {"seconds": round(total.seconds, 3)}
-
-
-def _prefix(study: optuna.Study, what: str) -> str:
-    return f"kvpolicy_cost:{what}:{settings_digest(study)}:"
+        cost.add(seconds=time.monotonic() - start)
+        keep(cost)

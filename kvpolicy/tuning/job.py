@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -25,8 +26,8 @@ from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEs
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.announce import Work, announce
-from kvpolicy.tuning.costs import known_cost, metered
-from kvpolicy.tuning.known import known_losses
+from kvpolicy.tuning.costs import metered
+from kvpolicy.tuning.known_losses import known_losses
 from kvpolicy.tuning.level import Job, fitting, learns
 from kvpolicy.tuning.levels import check_passkeys, limit_figures, search_levels
 from kvpolicy.tuning.losses import LossJournal
@@ -34,10 +35,10 @@ from kvpolicy.tuning.passkey import PasskeyCheck, passkey_questions
 from kvpolicy.tuning.probes import Losses, Probes, make_probes
 from kvpolicy.tuning.search import search_space
 from kvpolicy.tuning.settings import LEAST_TRIALS, MOST_TRIALS, SEARCH_SECONDS, TuneSettings
-from kvpolicy.tuning.storage import find_studies, open_storage, open_study, storage_errors, study_settings
+from kvpolicy.tuning.storage import find_studies, open_storage, open_study, storage_errors
 from kvpolicy.tuning.storage_url import shown
+from kvpolicy.tuning.study_notes import StudyNotes
 
-_TRIALS = "kvpolicy_trials"
 _OF_LOSSES = (
     "model",
     "weights",
@@ -96,22 +97,22 @@ def _tune(
     pace = _pace(model, search.text.sequences[0], settings, _earlier(settings, storage, common))
     common["dtype"] = str(pace.dtype)
     studies = _open_studies(settings, storage, common, progress)
-    first = next(iter(studies.values()))  # keeps what all levels share
+    notes = StudyNotes(next(iter(studies.values())))  # of the first level, which keep what all of them share
     known = LossJournal(settings.losses, {name: common[name] for name in _OF_LOSSES}, resume=settings.resume)
-    passkeys = _passkeys(model, corpus, settings, policy, first, asked)
+    passkeys = _passkeys(model, corpus, settings, policy, notes, asked)
     prompts, sequences = len(search.text.prompts), search.target.num_sequences
     profiling = plugin_call.num_forwards(estimator, spec, prompts=prompts, sequences=sequences)
-    with metered(model, first, "shared"):
+    with metered(model, partial(notes.keep_cost, "shared")):
         seconds = search.seconds(pace.seconds)
         trials = _trial_count(settings, allocator, seconds * sequences, studies)
         for study in studies.values():
-            study.set_user_attr(_TRIALS, trials)
+            StudyNotes(study).keep_trials(trials)
         checked = 0 if isinstance(passkeys, str) else passkeys.count
         announce(
             progress, settings, search, heldout, Work(trials, profiling, checked, pace, seconds, learns(allocator))
         )
         importance = profile(estimator, search.target, profiling, progress, known)
-    full = _full_losses(heldout, first, progress)
+    full = _full_losses(heldout, notes, progress)
     job = Job(settings, spec, allocator, importance, search, heldout, full, trials, progress)
     described = PlanModel.from_spec(spec, model_id, revision)
     method = PlanMethod(
@@ -158,9 +159,9 @@ def _check_allocator(settings: TuneSettings, allocator: type[BudgetAllocator]) -
         )
 
 
-def _full_losses(heldout: Probes, study: optuna.Study, progress: Progress) -> Losses:
+def _full_losses(heldout: Probes, notes: StudyNotes, progress: Progress) -> Losses:
     progress.begin("held-out text, full cache", 1)
-    full = known_losses(study, "heldout", heldout, heldout.full_table)
+    full = known_losses(notes, "heldout", heldout, heldout.full_table)
     answers = "" if full.answers is None else f", answer loss {float(full.answers.mean()):.4f}"
     progress.advance(f"perplexity {perplexity(full.text):.3f}{answers}")
     progress.end()
@@ -172,7 +173,7 @@ def _passkeys(
     corpus: Corpus,
     settings: TuneSettings,
     policy: EvictionPolicy,
-    study: optuna.Study,
+    notes: StudyNotes,
     asked: frozenset[str],
 ) -> PasskeyCheck | str:
     """The check, or why there is none. asked: numbers of the search's prompts"""
@@ -180,14 +181,15 @@ def _passkeys(
         questions = passkey_questions(corpus, settings, asked)
     except TextError as error:
         return str(error)
-    return PasskeyCheck(model, corpus.tokenizer, questions, policy, study, settings.batch_size)
+    return PasskeyCheck(model, corpus.tokenizer, questions, policy, notes, settings.batch_size)
 
 
 def _calibration(studies: dict[float, optuna.Study], searched: int) -> list[dict[str, Any]]:
     """What was run: for all levels, with retention None, and for each of the levels that were searched."""
-    shared = {"retention": None} | known_cost(next(iter(studies.values())), "shared")
-    begun = list(studies.items())[:searched]
-    return [shared, *({"retention": retention} | known_cost(study, "search") for retention, study in begun)]
+    notes = {retention: StudyNotes(study) for retention, study in studies.items()}
+    shared = {"retention": None} | next(iter(notes.values())).cost("shared").facts
+    begun = list(notes.items())[:searched]
+    return [shared, *({"retention": retention} | level.cost("search").facts for retention, level in begun)]
 
 
 def _trial_count(
@@ -206,15 +208,15 @@ def _trial_count(
     if not search_space(allocator):
         return 1
     for study in studies.values():
-        if _TRIALS in study.user_attrs:
-            return int(study.user_attrs[_TRIALS])
+        if (kept := StudyNotes(study).trials) is not None:
+            return kept
     fitting = SEARCH_SECONDS / (len(settings.retentions) * seconds)
     return int(min(max(fitting, LEAST_TRIALS), MOST_TRIALS))
 
 
 def _pace(model: Any, sequence: Tensor, settings: TuneSettings, earlier: list[optuna.Study]) -> Pace:
     """A study that is resumed goes on in its dtype: which one is faster may come out otherwise today."""
-    dtypes = {str(study_settings(study).get("dtype")) for study in earlier}
+    dtypes = {str(StudyNotes(study).settings.get("dtype")) for study in earlier}
     if not (settings.choose_dtype and dtypes & {"torch.float32", "torch.bfloat16"}):
         return set_pace(model, sequence, choose_dtype=settings.choose_dtype)
     if model.device.type == "cpu" and "torch.bfloat16" in dtypes:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import optuna
@@ -26,12 +26,12 @@ from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.costs import metered
-from kvpolicy.tuning.fit import fitted_shares, keep_fitted
-from kvpolicy.tuning.known import known_losses
+from kvpolicy.tuning.fit import fitted_shares
+from kvpolicy.tuning.known_losses import known_losses
 from kvpolicy.tuning.probes import Losses, Probes
 from kvpolicy.tuning.search import CHUNKS, chunk_parts, run_trials, stopped_trials
 from kvpolicy.tuning.settings import TuneSettings
-from kvpolicy.tuning.storage import settings_digest
+from kvpolicy.tuning.study_notes import StudyNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Job:
 
 def search_level(job: Job, study: optuna.Study, retention: float) -> PlanLevel:
     """Searches one level and checks what was found on the held-out text."""
-    with metered(job.search.text.model, study, "search"):
+    notes = StudyNotes(study)
+    with metered(job.search.text.model, partial(notes.keep_cost, "search")):
         found = _found(job, study, retention)
     return _checked(job, study, retention, found)
 
@@ -80,16 +81,16 @@ class _Chosen:
 
 def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     """The best of the trials, or uniform."""
-    target, uniform = job.search.target, torch.ones(job.spec.table_shape)
+    target, uniform, notes = job.search.target, torch.ones(job.spec.table_shape), StudyNotes(study)
     budget = job.budget(retention, target.context_length)
-    learned = fitted_shares(fitting(job.settings), target, job.importance, budget, study, job.progress)
+    learned = fitted_shares(fitting(job.settings), target, job.importance, budget, notes, job.progress)
     trials = job.trials if learned is None else 1
     job.progress.begin(f"search {retention:.0%}", trials)
     study.pruner = _pruner()
 
     @cache  # not needed where all trials are done
     def reference() -> list[Tensor]:
-        return _uniform_parts(job, study, _table(uniform, budget))
+        return _uniform_parts(job, notes, _table(uniform, budget))
 
     def shares_of(candidate: BudgetAllocator) -> Tensor:
         return plugin_call.shares(candidate, job.importance, budget) if learned is None else learned
@@ -111,10 +112,10 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     finally:
         job.progress.end()
     if learned is not None:
-        keep_fitted(study, learned)
-    if (name := _uniform_name(study)) not in study.user_attrs:
-        reference()
-    loss = float(study.user_attrs[name])
+        notes.keep_fitted_shares(learned)
+    loss = notes.uniform_loss
+    if loss is None:
+        loss = _mean_loss(reference())
     if found is None or found.excess >= 0:
         return _Chosen(uniform, None, loss, loss)
     params = found.params if learned is None else plugin_call.params_of(fitting(job.settings))
@@ -122,20 +123,20 @@ def _found(job: Job, study: optuna.Study, retention: float) -> _Chosen:
     return _Chosen(shares_of(chosen), params, loss + found.excess, loss)
 
 
-def _uniform_parts(job: Job, study: optuna.Study, table: Tensor) -> list[Tensor]:
+def _uniform_parts(job: Job, notes: StudyNotes, table: Tensor) -> list[Tensor]:
     """`chunk_parts` of the uniform table on the search's sequences. The study keeps their mean loss."""
     parts = list(chunk_parts(job.search.target.token_losses(table)))
-    loss = float(torch.cat([each.sum(1) for each in parts]).mean())
+    loss = _mean_loss(parts)
     if not math.isfinite(loss):
         raise ModelError(
             f"the model's loss on the search text is not finite in {job.search.text.model.dtype}: try another dtype="
         )
-    study.set_user_attr(_uniform_name(study), loss)
+    notes.keep_uniform_loss(loss)
     return parts
 
 
-def _uniform_name(study: optuna.Study) -> str:
-    return f"kvpolicy_uniform:{settings_digest(study)}"
+def _mean_loss(parts: list[Tensor]) -> float:
+    return float(torch.cat([part.sum(1) for part in parts]).mean())
 
 
 def learns(allocator: type[BudgetAllocator]) -> bool:
@@ -151,12 +152,12 @@ def fitting(settings: TuneSettings) -> BudgetAllocator:
 
 def _checked(job: Job, study: optuna.Study, retention: float, found: _Chosen) -> PlanLevel:
     """The level with its held-out figures."""
-    progress, full = job.progress, job.heldout_full
+    progress, full, notes = job.progress, job.heldout_full, StudyNotes(study)
     beats = found.params is not None
     progress.begin(f"held-out text {retention:.0%}", 2)
-    uniform = _losses(job, study, "heldout", torch.ones(job.spec.table_shape), retention)
+    uniform = _losses(job, notes, "heldout", torch.ones(job.spec.table_shape), retention)
     progress.advance()
-    losses = _losses(job, study, "heldout", found.shares, retention) if beats else uniform
+    losses = _losses(job, notes, "heldout", found.shares, retention) if beats else uniform
     progress.advance()
     progress.end()
     difference = paired_difference(losses.target, uniform.target, job.settings.seed)
@@ -166,7 +167,7 @@ def _checked(job: Job, study: optuna.Study, retention: float, found: _Chosen) ->
         kept, veto = "uniform kept: the held-out text vetoed the search", {"veto": _figures(difference)}
         found, losses, beats = found.as_uniform(), uniform, False
         difference = paired_difference(losses.target, uniform.target, job.settings.seed)
-    search = _search_losses(job, study, retention, found)
+    search = _search_losses(job, notes, retention, found)
     return PlanLevel(
         retention=retention,
         shares=kept_fractions(found.shares, retention),
@@ -196,19 +197,19 @@ def _figures(difference: PairedDifference) -> dict[str, Any]:
     }
 
 
-def _search_losses(job: Job, study: optuna.Study, retention: float, found: _Chosen) -> Losses:
+def _search_losses(job: Job, notes: StudyNotes, retention: float, found: _Chosen) -> Losses:
     """Text and answers apart; the objective "perplexity" has measured the one that there is."""
     if job.settings.objective == "perplexity":
         loss = torch.tensor([found.loss], dtype=torch.float64)
         return Losses(loss, None, loss)
-    return _losses(job, study, "search", found.shares, retention)
+    return _losses(job, notes, "search", found.shares, retention)
 
 
 def _losses(
-    job: Job, study: optuna.Study, part: Literal["search", "heldout"], shares: Tensor, retention: float
+    job: Job, notes: StudyNotes, part: Literal["search", "heldout"], shares: Tensor, retention: float
 ) -> Losses:
     probes = job.search if part == "search" else job.heldout
-    return known_losses(study, part, probes, lambda context: job.table(shares, retention, context))
+    return known_losses(notes, part, probes, lambda context: job.table(shares, retention, context))
 
 
 def _answers(search: Losses, losses: Losses, full: Losses, uniform: Losses) -> dict[str, Any]:

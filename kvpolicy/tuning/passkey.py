@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import optuna
 import torch
 from torch import Tensor
 
@@ -19,7 +16,7 @@ from kvpolicy.tasks.questions import Question, make_passkeys, recalled
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.probes import needle_seed
 from kvpolicy.tuning.settings import TuneSettings
-from kvpolicy.tuning.storage import settings_digest
+from kvpolicy.tuning.study_notes import StudyNotes
 
 PROMPTS = 20
 ABLE = 0.8
@@ -41,10 +38,10 @@ class PasskeyCheck:
         tokenizer: Any,
         questions: Sequence[Question],
         policy: EvictionPolicy,
-        study: optuna.Study,
+        notes: StudyNotes,
         batch_size: int = 1,
     ) -> None:
-        self._model, self._tokenizer, self._policy, self._study = model, tokenizer, policy, study
+        self._model, self._tokenizer, self._policy, self._notes = model, tokenizer, policy, notes
         self._questions = list(questions)
         self.count, self.length = len(questions), len(questions[0].ids)
         self._answers = torch.stack([answer_of(tokenizer, each) for each in questions])
@@ -58,14 +55,13 @@ class PasskeyCheck:
         A model that finds fewer than `ABLE` with the full cache has no scores under tables.
         """
         whole = torch.full(tables[0].shape, max(self.length, self._policy.least_capacity))
-        names = [self._name(table) for table in (whole, *tables)]
-        attributes = self._study.user_attrs
-        known = [attributes[name] for name in names if name in attributes]
-        if len(known) < len(names) and not (names[0] in attributes and known[0] < ABLE):
-            known = self._measured(whole, tables)
-            for name, score in zip(names, known, strict=False):
-                self._study.set_user_attr(name, score)
-        return known[0], known[1:] if known[0] >= ABLE else []
+        full = self._notes.passkey_score(whole)
+        scores = [score for table in tables if (score := self._notes.passkey_score(table)) is not None]
+        if full is None or (full >= ABLE and len(scores) < len(tables)):
+            full, *scores = self._measured(whole, tables)
+            for table, score in zip((whole, *tables), (full, *scores), strict=False):
+                self._notes.keep_passkey_score(table, score)
+        return full, scores if full >= ABLE else []
 
     def _measured(self, whole: Tensor, tables: Sequence[Tensor]) -> list[float]:
         """The full cache's score, and those under the tables as long as the task may still be one for this model."""
@@ -94,10 +90,6 @@ class PasskeyCheck:
         same = (said[:, :-1] == answers).all(1).tolist()
         pairs = zip(same, texts, self._questions[batch], strict=True)
         return sum(is_same and recalled(text) == each.answer for is_same, text, each in pairs)
-
-    def _name(self, table: Tensor) -> str:
-        digest = hashlib.sha256(json.dumps(table.tolist()).encode()).hexdigest()[:16]
-        return f"kvpolicy_passkey:{settings_digest(self._study)}:{digest}"
 
 
 def passkey_questions(corpus: Corpus, settings: TuneSettings, without: Collection[str]) -> list[Question]:

@@ -17,13 +17,13 @@ from kvpolicy.errors import ModelError
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.progress import Progress
+from kvpolicy.tuning.study_notes import TrialNotes
 from kvpolicy.tuning.trials import abandon, begin, close_zombies, taken
 
 Sampler = Literal["tpe", "gp"]
 CHUNKS = 4
 """Text chunks a sequence's scored tokens are cut into; each is one pair for the Wilcoxon pruner."""
 _CHUNK_TOKENS = 8  # fewer say little: a shorter sequence, such as an answer, is one pair
-_STOPPED = "kvpolicy_stopped"
 
 Evaluate = Callable[[BudgetAllocator], Iterable[Tensor]]
 
@@ -97,7 +97,7 @@ def _run(
             trial.report(value, step=len(excess))
             excess.append(value)
         if done < sequences and trial.should_prune():
-            trial.set_user_attr(_STOPPED, True)
+            TrialNotes(trial).keep_stopped()
             break
     study.tell(trial, sum(excess) / done)
 
@@ -115,13 +115,13 @@ def make_sampler(name: Sampler, seed: int, number: int, trials: int) -> BaseSamp
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The best trial that was not stopped early."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    whole = [trial for trial in complete if not trial.user_attrs.get(_STOPPED)]
+    whole = [trial for trial in complete if not TrialNotes(trial).is_stopped]
     return min(whole, key=lambda trial: (trial.value, trial.number), default=None)
 
 
 def stopped_trials(study: optuna.Study) -> int:
     """How many trials the pruner stopped early."""
-    return sum(bool(trial.user_attrs.get(_STOPPED)) for trial in study.get_trials(deepcopy=False))
+    return sum(TrialNotes(trial).is_stopped for trial in study.get_trials(deepcopy=False))
 
 
 def _begun(study: optuna.Study) -> int:

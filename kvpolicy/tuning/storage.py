@@ -21,13 +21,13 @@ from optuna.storages.journal import JournalFileBackend
 
 from kvpolicy.errors import StudyError, first_line
 from kvpolicy.tuning.storage_url import hidden, shown
+from kvpolicy.tuning.study_notes import StudyNotes
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-_SETTINGS = "kvpolicy_settings"
 _CHOSEN = "dtype"
 """The setting that a resumed study has for itself, where nobody says otherwise."""
 
@@ -150,9 +150,9 @@ def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | 
     pattern = re.compile(rf"{re.escape(name)}-{digest}(-(\d+))?")
     found = []
     for known in storage.get_all_studies():
-        if (match := pattern.fullmatch(known.study_name)) and _SETTINGS in known.user_attrs:
+        if match := pattern.fullmatch(known.study_name):
             study = optuna.load_study(study_name=known.study_name, storage=storage)
-            if study.get_trials(deepcopy=False):
+            if StudyNotes(study).are_ours and study.get_trials(deepcopy=False):
                 found.append((int(match[2] or 1), known._study_id, study))
     return [study for *_, study in sorted(found, key=lambda each: each[:2])]
 
@@ -179,13 +179,13 @@ def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, 
         except Exception as error:  # each backend raises its own family
             raise StudyError(f"cannot open the study '{full}': {first_line(error)}") from None
         if resume or not study.get_trials(deepcopy=False):  # nothing would be lost
-            study.set_user_attr(_SETTINGS, asked)
+            StudyNotes(study).keep_settings(asked)
             return study
         number += 1
 
 
 def _check_same(study: optuna.Study, asked: Mapping[str, Any]) -> None:
-    stored = study_settings(study)
+    stored = StudyNotes(study).settings
     different = [key for key in sorted(stored.keys() | asked.keys()) if stored.get(key) != asked.get(key)]
     if different:
         lines = ", ".join(f"{key} was {_brief(stored.get(key))}, now {_brief(asked.get(key))}" for key in different)
@@ -193,18 +193,6 @@ def _check_same(study: optuna.Study, asked: Mapping[str, Any]) -> None:
             f"the study '{study.study_name}' was made with other settings ({lines}): give those again, or leave "
             "out resume=True to begin a new search beside it"
         )
-
-
-def study_settings(study: optuna.Study) -> Mapping[str, Any]:
-    """The settings a study was made with; empty for a study that is not ours."""
-    stored: Mapping[str, Any] = study.user_attrs.get(_SETTINGS, {})
-    return stored
-
-
-def settings_digest(study: optuna.Study) -> str:
-    """Of the settings a study is for now: what was kept in it under others, before its first trial, is not its own."""
-    text = json.dumps(study.user_attrs.get(_SETTINGS), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

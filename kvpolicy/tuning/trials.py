@@ -12,9 +12,8 @@ import optuna
 import psutil
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-_OWNER = "kvpolicy_owner"
-_POINT = "kvpolicy_point"  # whose point the trial runs: the number of the trial that was cut off, or `_FIRST`
-_SURPLUS = "kvpolicy_surplus"  # given back: another process had taken its place
+from kvpolicy.tuning.study_notes import TrialNotes
+
 _FIRST = -1
 _OWNERLESS_SECONDS = 60.0  # a trial that another program has begun, and that for so long says nothing, is nobody's
 
@@ -32,15 +31,15 @@ def begin(study: optuna.Study, first: Mapping[str, Any], limit: int) -> optuna.T
     owner = here() | {"token": uuid.uuid4().hex}
     fixed = {"fixed_params": dict(point)} if point else {}
     study.add_trial(
-        create_trial(state=TrialState.RUNNING, user_attrs={_OWNER: owner, _POINT: point_of}, system_attrs=fixed)
+        create_trial(state=TrialState.RUNNING, user_attrs=TrialNotes.claim(owner, point_of), system_attrs=fixed)
     )
     trials = study.get_trials(deepcopy=False)
-    mine = next(trial for trial in reversed(trials) if trial.user_attrs.get(_OWNER) == owner)
+    mine = next(trial for trial in reversed(trials) if TrialNotes(trial).owner == owner)
     before = [trial for trial in trials[: mine.number] if is_taken(trial)]
     trial = optuna.Trial(study, mine._trial_id)
-    if len(before) < limit and all(point_of is None or each.user_attrs.get(_POINT) != point_of for each in before):
+    if len(before) < limit and all(point_of is None or TrialNotes(each).point != point_of for each in before):
         return trial
-    trial.set_user_attr(_SURPLUS, True)
+    TrialNotes(trial).keep_surplus()
     study.tell(trial, state=TrialState.FAIL)
     return None
 
@@ -52,9 +51,10 @@ def taken(study: optuna.Study) -> int:
 
 def is_taken(trial: FrozenTrial) -> bool:
     """Whether the trial is one of those that were asked for."""
-    if _SURPLUS in trial.user_attrs:
+    notes = TrialNotes(trial)
+    if notes.is_surplus:
         return False
-    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.RUNNING and _OWNER in trial.user_attrs)
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.RUNNING and notes.owner is not None)
 
 
 def close_zombies(study: optuna.Study) -> int:
@@ -82,8 +82,8 @@ def here() -> dict[str, Any]:
 
 def _owed(study: optuna.Study, first: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Points that are yet to be run: the first one, and those of trials that were cut off."""
-    trials = [trial for trial in study.get_trials(deepcopy=False) if _SURPLUS not in trial.user_attrs]
-    asked = {trial.user_attrs.get(_POINT) for trial in trials}
+    trials = [trial for trial in study.get_trials(deepcopy=False) if not TrialNotes(trial).is_surplus]
+    asked = {TrialNotes(trial).point for trial in trials}
     if _FIRST not in asked:
         yield _FIRST, first
     for trial in trials:
@@ -93,7 +93,7 @@ def _owed(study: optuna.Study, first: Mapping[str, Any]) -> Iterator[tuple[int, 
 
 
 def _is_zombie(trial: FrozenTrial) -> bool:
-    owner = trial.user_attrs.get(_OWNER)
+    owner = TrialNotes(trial).owner
     if owner is None:
         begun = trial.datetime_start
         return begun is None or time.time() - begun.timestamp() > _OWNERLESS_SECONDS
