@@ -7,6 +7,7 @@ alone, so keeping them needs no word from the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,11 @@ from kvpolicy_kernels.append import append
 from kvpolicy_kernels.compact import compact
 from torch import Tensor
 
+from kvpolicy.cache.copies import copy_with
+
 LEAST_GROWTH = 16  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
+_ENTRIES = ("keys", "values", "positions", "scores")
 
 
 @dataclass(slots=True, eq=False)
@@ -153,8 +157,31 @@ class LayerArena:
         """
         slot = torch.where(full, self.num_pinned + self.cursor, self.length)
         self.cursor = torch.where(full, (self.cursor + 1) % (self.length - self.num_pinned).clamp(min=1), self.cursor)
-        self.length = self.length + ~full
+        self.count(~full)
         return slot
+
+    def count(self, growing: Tensor) -> None:
+        """Counts the entry that is written behind the others of these segments. growing: bool [S]."""
+        self.length = self.length + growing
+
+    def resume(self, tables: Mapping[str, Tensor]) -> None:
+        """Goes on with tables that were packed, by name; `fill` brings the entries."""
+        for name in _TABLES:
+            setattr(self, name, tables[name])
+
+    def fill(self, entries: Mapping[str, Tensor]) -> None:
+        """Makes its rows again. entries: those of all segments, one behind the other, by name."""
+        rows = self.padded_rows()
+        rows = rows[rows >= 0]
+        for name, values in entries.items():
+            free: Tensor = getattr(self, name)
+            setattr(self, name, free.new_zeros(int(self.allocated.sum()), *free.shape[1:]))
+            getattr(self, name)[rows] = values.to(self.device)
+
+    def fork(self) -> LayerArena:
+        """A copy: entries in memory of their own, tables shared, as nobody writes into one."""
+        entries = {name: tensor for name in _ENTRIES if (tensor := getattr(self, name)) is not None}
+        return copy_with(self, **{name: tensor.clone() for name, tensor in entries.items()})
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""

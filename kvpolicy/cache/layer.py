@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena, on_device
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
@@ -165,6 +168,29 @@ class StoreLayer:
         rank = (rank - pinned.sum(1, keepdim=True)).masked_fill(pinned, -1)
         return torch.empty_like(rank).scatter_(1, positions, rank)
 
+    def allow(self, table: Tensor) -> None:
+        """Sets the capacities. table: int64 [B, H]; `shrink` evicts down to them where they are lower."""
+        self.table = table
+
+    def count_step(self) -> int:
+        """Counts a single token. Returns how many have come since the last longer forward."""
+        self.decoded += 1
+        return self.decoded
+
+    def withdraw(self) -> None:
+        """Forgets tokens that arrived and are not to be kept: the forward that brought them was only a look."""
+        self.seen = self.settled if self.pending is None else self.settled + self.pending.count
+
+    def fork(self) -> StoreLayer:
+        """A copy. Counts and pending tokens are shared: nobody writes into them."""
+        return copy_with(self, arena=self.arena.fork())
+
+    def resume(self, counts: Mapping[str, Tensor], pending: Chunk | None, *, decoded: int, is_ring: bool) -> None:
+        """Goes on with what was packed. counts: `seen`, `evicted_at` and `table`."""
+        self.seen, self.evicted_at, self.table = (counts[name] for name in ("seen", "evicted_at", "table"))
+        self.pending, self.decoded, self.is_ring = pending, decoded, is_ring
+        self.settled = self.seen if pending is None else self.seen - pending.count
+
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order. rows: int64 [B'] on the CPU."""
         self.arena.take((rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten())
@@ -232,7 +258,7 @@ class StoreLayer:
             settled = self._settled_on_device()
             worst = evictable(ranking(arena.padded_scores(), arena.padded_positions(), settled, self.protection))
             slot = torch.where(full.to(arena.device), worst, slot.to(arena.device))
-        arena.length = arena.length + ~full
+        arena.count(~full)
         return slot
 
     def _note_eviction(self, segments: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.split import RuntimeSplit
@@ -68,6 +69,10 @@ class RowTables:
         """int64 [B, H], the capacities of one layer."""
         return torch.stack([self._table(row)[layer] for row in range(len(self.tables))])
 
+    def fork(self) -> RowTables:
+        """A copy. Tables are shared: nobody writes into one."""
+        return copy_with(self, tables=list(self.tables), seen=list(self.seen))
+
     def take(self, rows: Sequence[int]) -> None:
         """Keeps these sequences, in this order."""
         self.tables = [self.tables[row] for row in rows]
@@ -94,13 +99,13 @@ def split_layers(
     scores, chunk: float32 [S, width + n], of tokens that come in now; None splits by what is held
     """
     assert rows.split is not None
-    *earlier, held = layers
-    device = held.arena.device  # layers may lie on several
-    compared = [held.compared(scores, chunk)]
+    *earlier, last = layers
+    device = last.arena.device  # layers may lie on several
+    compared = [last.compared(scores, chunk)]
     if not rows.split.split_is_per_layer:
-        compared = [*(each.compared().to(device) for each in earlier), *compared]
-    tables = rows.split_layer(len(earlier), compared, held.settled.tolist())
-    for each, table in zip(layers, tables, strict=True):
-        each.table = table
-    for each in earlier:
-        each.shrink()
+        compared = [*(layer.compared().to(device) for layer in earlier), *compared]
+    tables = rows.split_layer(len(earlier), compared, last.settled.tolist())
+    for layer, table in zip(layers, tables, strict=True):
+        layer.allow(table)
+    for layer in earlier:
+        layer.shrink()

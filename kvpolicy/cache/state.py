@@ -87,9 +87,7 @@ def unpack(
         if value is None:
             continue
         own = Fields(value, fields.path(f"layers[{index}]"))
-        held = store._make(index, dtype, device)
-        held.decoded, held.is_ring = own.read("decoded", whole, 0), own.read("is_ring", flag)
-        _fill(store, held, given, f"layers.{index}")
+        _fill(store, store.open(index, dtype, device), given, own, f"layers.{index}")
     counts = [held.seen for held in store.layers if held is not None]
     if any(not torch.equal(counts[0], count) for count in counts[1:]):
         raise KVPolicyError("its layers have seen different numbers of tokens")
@@ -144,22 +142,23 @@ def _fill_rows(store: RaggedStore, given: Given, fields: Fields) -> None:
         store.rows.seen[row] = whole(count, fields.path(f"seen[{row}]"), 0)
 
 
-def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str) -> None:
-    arena, dtype, shape = held.arena, held.arena.keys.dtype, store.spec.attention
+def _fill(store: RaggedStore, layer: StoreLayer, given: Given, fields: Fields, prefix: str) -> None:
+    arena, dtype, shape = layer.arena, layer.arena.keys.dtype, store.spec.attention
     batch, num_heads = store.batch_size, store.num_heads
+    counts, pending = {}, None
     for name in _COUNTS:
         sizes = (batch, num_heads) if name == "table" else (batch,)
-        setattr(held, name, given.take(f"{prefix}.{name}", torch.int64, sizes).clone())
-    for name in _TABLES:
-        setattr(arena, name, given.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone())
+        counts[name] = given.take(f"{prefix}.{name}", torch.int64, sizes).clone()
+    tables = {name: given.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone() for name in _TABLES}
     if f"{prefix}.pending.key" in given:
         key = given.take(f"{prefix}.pending.key", dtype, (batch, num_heads, None, shape.key_dim))
         value = given.take(f"{prefix}.pending.value", dtype, (batch, num_heads, key.shape[2], shape.value_dim))
         positions = given.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
         device = arena.device
-        held.pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
-    held.settled = held.seen - (0 if held.pending is None else held.pending.count)
-    _check_counts(store, held, prefix)
+        pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
+    arena.resume(tables)
+    layer.resume(counts, pending, decoded=fields.read("decoded", whole, 0), is_ring=fields.read("is_ring", flag))
+    _check_counts(store, layer, prefix)
     total = int(arena.length.sum())
     entries = {
         "keys": given.take(f"{prefix}.keys", dtype, (total, shape.key_dim)),
@@ -168,13 +167,8 @@ def _fill(store: RaggedStore, held: StoreLayer, given: Given, prefix: str) -> No
     }
     if arena.scores is not None:
         entries["scores"] = given.take(f"{prefix}.scores", torch.float32, (total,))
-    _check_entries(held, entries, prefix)
-    rows = arena.padded_rows()
-    rows = rows[rows >= 0]
-    for name, values in entries.items():
-        free: Tensor = getattr(arena, name)
-        setattr(arena, name, free.new_zeros(int(arena.allocated.sum()), *free.shape[1:]))
-        getattr(arena, name)[rows] = values.to(arena.device)
+    _check_entries(layer, entries, prefix)
+    arena.fill(entries)
 
 
 def _check_counts(store: RaggedStore, held: StoreLayer, prefix: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,8 +14,10 @@ from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
+from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.cache.attention_mass import chunk_mask
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
@@ -39,7 +42,7 @@ ROLLBACK = 64
 """Last tokens that stay above the capacity while they may be taken back (speculative decoding)."""
 
 
-class RaggedStore:
+class RaggedStore(Accounts):
     """Keys and values of every budgeted layer, a segment per (sequence, KV head).
 
     spec:       the model's layers and heads
@@ -84,12 +87,12 @@ class RaggedStore:
         floor = policy.least_capacity
         self.spec, self.policy, self.decode_mode = spec, policy, decode
         self.batch_size = positive("batch_size", batch_size)
-        self.split = None if split is None else split.with_floor(floor)
-        self.schedule = schedule if split is not None else schedule.with_floor(floor)
+        split = None if split is None else split.with_floor(floor)
+        schedule = schedule if split is not None else schedule.with_floor(floor)
         self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
         self.first_head, self.num_heads = first, count
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
-        self.rows = RowTables(self.schedule, self.split, batch_size)
+        self.rows = RowTables(schedule, split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
         self._wrong, self._finite = NotANumber(), Finiteness()
 
@@ -127,7 +130,7 @@ class RaggedStore:
         store = cls(spec, schedule, policy_of(plan), batch_size=batch_size, protected=protected, decode=decode)
         where = inputs.place(dtype, device)
         for layer in range(spec.num_budgeted_layers):
-            store._make(layer, dtype, where)
+            store.open(layer, dtype, where)
         return store
 
     # --- what a decoding loop calls
@@ -220,8 +223,7 @@ class RaggedStore:
         self._check_turn(layer, held.seen + 1)
         if key.device.type == "cpu":
             self._finite.add(layer, keys=key, values=value)
-        held.decoded += 1
-        if held.decoded % GROWTH_INTERVAL == 0:
+        if held.count_step() % GROWTH_INTERVAL == 0:
             self._grow(layer, held, held.seen + 1)
         held.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
 
@@ -341,48 +343,55 @@ class RaggedStore:
         for held in self._opened():
             held.crop(count)
 
-    # --- accounting
+    # --- what becomes of all of it
 
-    @property
-    def seen(self) -> Tensor:
-        """int64 [B], tokens of each sequence so far, padding excluded."""
+    def rebudget(self, schedule: Schedule, split: RuntimeSplit | None) -> None:
+        """Other budgets for what is held: evicts down to them by the scores that the entries have.
+
+        Behind a prompt that was scored and nothing of which was evicted, it then holds what it would have held under
+        these budgets from the first token on: selection looks at scores and positions alone.
+        """
+        self.rows, layers = RowTables(schedule, split, self.batch_size), self._opened()
+        for index, held in enumerate(layers):
+            if split is None:
+                self._grow(held.index, held, self.seen)
+            else:
+                split_layers(self.rows, layers[: index + 1])
+            held.shrink()
+
+    def withdraw(self) -> None:
+        """Forgets tokens that arrived and are not to be kept."""
         for held in self._opened():
-            return held.seen
-        return torch.zeros(self.batch_size, dtype=torch.int64)
+            held.withdraw()
 
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [L, B, H], entries held now; pending tokens included."""
-        return self._tabulate(lambda held: held.num_held)
-
-    @property
-    def capacities(self) -> Tensor:
-        """int64 [L, B, H], entries allowed now, protected spans included; `UNLIMITED` where nothing is evicted."""
-        return self._tabulate(lambda held: held.capacity)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every tensor held, tables included; memory that several tensors share counts once."""
-        held = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
-        storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
-        return sum(storages.values())
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that keeping every token seen would take, padding excluded."""
-        itemsize = next((held.arena.keys.element_size() for held in self._opened()), 0)
-        return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
+    def fork(self) -> RaggedStore:
+        """A copy that goes its own way."""
+        return copy_with(
+            self,
+            rows=self.rows.fork(),
+            layers=[None if held is None else held.fork() for held in self.layers],
+            _wrong=copy.copy(self._wrong),
+            _finite=copy.copy(self._finite),
+        )
 
     def report(self) -> CacheReport:
         """What was kept, what it weighs, and whether anything was evicted at all."""
         return report_of(self)
 
+    @property
+    def schedule(self) -> Schedule:
+        """Capacities over the tokens seen."""
+        return self.rows.schedule
+
+    @property
+    def split(self) -> RuntimeSplit | None:
+        """What splits them at run time."""
+        return self.rows.split
+
     # --- inside
 
-    def _opened(self) -> list[StoreLayer]:
-        return [held for held in self.layers if held is not None]
-
-    def _make(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
+    def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
+        """A layer that holds nothing yet."""
         shape = self._shape
         arena = LayerArena(
             self.batch_size * self.num_heads,
@@ -400,7 +409,7 @@ class RaggedStore:
         """The layer that these new tokens belong to, made if they are the first."""
         layer = inputs.layer_index(layer, len(self.layers))
         inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
-        held = self.layers[layer] or self._make(layer, key.dtype, key.device)
+        held = self.layers[layer] or self.open(layer, key.dtype, key.device)
         inputs.check_agreement(layer, held.arena.keys, key, value)
         return held
 
@@ -435,13 +444,8 @@ class RaggedStore:
     def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
         self.rows.grow(seen.tolist())
-        held.table = self._heads(self.rows.layer(layer))
+        held.allow(self._heads(self.rows.layer(layer)))
 
     def _heads(self, table: Tensor) -> Tensor:
         """The part of [B, all KV heads] that is held here, in memory of its own."""
         return table[:, self.first_head : self.first_head + self.num_heads].clone()
-
-    def _tabulate(self, of: Callable[[StoreLayer], Tensor]) -> Tensor:
-        shape = (self.batch_size, self.num_heads)
-        empty = torch.zeros(shape, dtype=torch.int64)
-        return torch.stack([empty if held is None else of(held).view(shape) for held in self.layers])

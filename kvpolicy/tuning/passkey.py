@@ -81,7 +81,7 @@ class PasskeyCheck:
     def _found(self, prompts: Prompts, table: Tensor, batch: slice) -> int:
         """How many numbers greedy decoding gives behind a batch of prompts."""
         answers, (cache, logits) = self._answers[batch], prompts.compressed(0, table)
-        cache.recording, cache.rollback = True, answers.shape[1]  # as in `PromptProbe`: the answer is on top
+        cache.hold(answers.shape[1])  # as in `PromptProbe`: the answer is on top
         ids = answers.to(self._model.device)
         behind = self._model(ids, **with_cache(self._model, cache), use_cache=True).logits
         said = torch.cat([logits, behind], 1).argmax(-1).cpu()

@@ -211,7 +211,7 @@ class Game:
         if len(self.forks) < 2:
             poison(self.store)
             self.forks.append((self.store, self.copied()))
-            self.store = copy.deepcopy(self.store)
+            self.store = self.store.fork()
             if self.random.random() < 0.5:
                 self.forks[-1], self.store = (self.store, self.forks[-1][1]), self.forks[-1][0]
             self.check()

@@ -295,7 +295,7 @@ class CacheGame:
         """One goes on, the other stays as it is."""
         if len(self.forks) < 2:
             poison_cache(self.cache)
-            other, naive = copy.deepcopy(self.cache), copy.copy(self.naive)
+            other, naive = self.cache.fork(), copy.copy(self.naive)
             naive.rows = copy.deepcopy(self.naive.rows)
             pair = [self.cache, other]
             self.random.shuffle(pair)

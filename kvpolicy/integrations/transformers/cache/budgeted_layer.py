@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.store import RaggedStore, Scoring
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attention.attachment import mark
@@ -25,7 +26,7 @@ from kvpolicy.integrations.transformers.attention.masks import LazyMask, Seen, d
 from kvpolicy.integrations.transformers.attention.sources import layer_sources
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.forwards import check_fed_once
-from kvpolicy.integrations.transformers.cache.waiting import Waiting
+from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
@@ -46,16 +47,27 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         super().__init__()
         self._cache = weakref.ref(cache)  # which holds its layers: what is dropped is free at once
         self.row, self.model_layer, self.followers = row, model_layer, followers
-        self.columns = 0  # tokens seen, padding included
-        self.arrived = 0  # tokens whose attention has not come yet
-        self.waiting: Waiting | None = None
-        self.filled: Tensor | None = None  # bool [B, columns], those that hold a token; as in `Reading`
+        self.resume(LayerState())
 
     @property
     def cache(self) -> RaggedCache:
         cache = self._cache()
         assert cache is not None  # nobody else holds its layers
         return cache
+
+    @property
+    def state(self) -> LayerState:
+        """How far it has come, for `resume`."""
+        return LayerState(self.columns, self.filled, self.arrived, self.waiting)
+
+    def resume(self, state: LayerState) -> None:
+        """Goes on from there."""
+        self.columns, self.filled = state.columns, state.filled
+        self.arrived, self.waiting = state.arrived, state.waiting
+
+    def fork(self, cache: RaggedCache) -> BudgetedLayer:
+        """The same layer of a copy of its cache."""
+        return copy_with(self, _cache=weakref.ref(cache))
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_cache": self.cache}  # so that the layers of a copied cache belong to the copy
@@ -73,7 +85,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         Raises `ModelError` when tokens before these never reached our attention function.
         """
         self.cache.begin(key_states)
-        self._finish()
+        self.finish()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.arrived = key_states.shape[2]
@@ -113,7 +125,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         extra = layer_sources(module, store.spec, store.policy.requires)
         self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
         if not self.followers:
-            self._finish()
+            self.finish()
         return result
 
     def check_follower(self, module: nn.Module) -> None:
@@ -150,9 +162,9 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             result = stock(module, query, key, value, dense_mask(mask), **options)
         else:
             result = as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
-        waiting.left -= 1
-        if not waiting.left:
-            self._finish()
+        waiting.count_reader()
+        if not waiting.readers:
+            self.finish()
         return result
 
     def _over_entries(
@@ -178,7 +190,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return self.filled
         return filled_columns(self.columns, self.columns - seen_by(self.cache.opened(), self.row))
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Lets the store keep its part of a prompt that nobody reads any more."""
         if (waiting := self.waiting) is None:
             return
@@ -190,6 +202,20 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if cache.awaits_repeat:
             hold = len(waiting.chunk)
         cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.resume(LayerState())
+        self.is_initialized = False
+
+    def take_back(self, count: int) -> None:
+        """Forgets the last `count` columns."""
+        self.columns -= count
+        self.filled = None if self.filled is None else self.filled[:, : self.columns]
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order. rows: int64 [B']."""
+        self.filled = None if self.filled is None else self.filled[rows.cpu()]
 
     @untraced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -117,20 +117,20 @@ def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     """What generate goes by: an argument, else the given configuration's, else the model's."""
     if name in options:
         return options[name]
-    given = getattr(options.get("generation_config"), name, None)
-    return getattr(model.generation_config, name, None) if given is None else given
+    value = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if value is None else value
 
 
 def _over_a_cache(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """The options, without what a generation configuration says of caches. Raises `ModelError` where they say it."""
-    found = {}
+    overruled = {}
     for name, needed in (("use_cache", True), ("cache_implementation", None)):
         if _option(model, options, name) in (None, True):
             continue
         if name in options:
             raise ModelError(f"kvpolicy.generate runs over the cache it is given: leave {name}={options[name]!r} out")
-        found[name] = needed
-    return options | found
+        overruled[name] = needed
+    return options | overruled
 
 
 def _check_fed(seen: int, length: int, beams: bool) -> None:
@@ -161,11 +161,11 @@ def _end_tokens(model: PreTrainedModel, options: dict[str, Any]) -> list[int]:
 
 def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[int], beams: bool) -> None:
     """Notes what the next turn has to feed first, or why there cannot be one. ids: [rows, fed + generated]."""
-    cache.ended = None
     if cache.store is None or cache.store.batch_size != ids.shape[0] or beams:
-        cache.ended = "its rows are beams or several samples of one prompt"
+        cache.end_turn(None, "its rows are beams or several samples of one prompt")
         return
-    cache.unfed = ids[:, int(cache.budgeted[0].get_seq_length()) - seen :].clone()
-    ended = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
-    if ids.shape[0] > 1 and bool(ended.any()):
-        cache.ended = "some of its rows ended earlier than others, and fillers stand behind their end"
+    unfed = ids[:, int(cache.budgeted[0].get_seq_length()) - seen :].clone()
+    is_end = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+    apart = ids.shape[0] > 1 and bool(is_end.any())
+    why = "some of its rows ended earlier than others, and fillers stand behind their end"
+    cache.end_turn(unfed, why if apart else None)

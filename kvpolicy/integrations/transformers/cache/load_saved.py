@@ -21,6 +21,7 @@ from kvpolicy.files.fields import Fields, check_json, describe, parse, sequence,
 from kvpolicy.files.regular import check_regular
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.build import cache_of
+from kvpolicy.integrations.transformers.cache.layer_state import LayerState
 from kvpolicy.integrations.transformers.cache.other_layers import unpack_stock
 from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
@@ -96,18 +97,17 @@ def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> Ragge
     recipe = read_recipe(fields.fields("recipe"), plan, needs_plan=fixed is None)
     cache = cache_of(model, recipe, fixed)
     try:
-        cache.store = _read_store(model, cache, given, fields.fields("store"))
-        _read_columns(cache, cache.store, given, fields)
-        _read_stock(model, cache, cache.store, given, fields)
-        if "unfed" in given:
-            cache.unfed = _read_unfed(model, given, cache.store.batch_size)
+        store = _read_store(model, cache, given, fields.fields("store"))
+        cache.resume(
+            store,
+            _read_columns(cache, store, given, fields),
+            recording=fields.read("recording", state.flag),
+            unfed=_read_unfed(model, given, store.batch_size) if "unfed" in given else None,
+            ended=fields.read("ended", text) if fields.has("ended") else None,
+        )
+        _read_stock(model, cache, store, given, fields)
         if "rope_deltas" in given:
-            deltas = given.take("rope_deltas", torch.int64, (None, 1))
-            if not len(deltas) or cache.store.batch_size % len(deltas):
-                raise KVPolicyError(
-                    f"'rope_deltas' is for {len(deltas)} rows, the store holds {cache.store.batch_size}"
-                )
-            cache.state.deltas = deltas.to(model.device, copy=True)
+            cache.state.resume(_read_deltas(given, store.batch_size).to(model.device, copy=True))
         given.done()
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
@@ -159,6 +159,13 @@ def _read_unfed(model: PreTrainedModel, given: Given, batch_size: int) -> Tensor
     return ids.clone()
 
 
+def _read_deltas(given: Given, batch_size: int) -> Tensor:
+    deltas = given.take("rope_deltas", torch.int64, (None, 1))
+    if not len(deltas) or batch_size % len(deltas):
+        raise KVPolicyError(f"'rope_deltas' is for {len(deltas)} rows, the store holds {batch_size}")
+    return deltas
+
+
 def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields: Fields) -> RaggedStore:
     store = cache.make_store(state.batch_size(fields), state.heads(fields))
     devices = layer_devices(model, cache.spec)
@@ -168,9 +175,9 @@ def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields
     return store
 
 
-def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> None:
-    budgeted = [layer for layer in cache.layers if isinstance(layer, BudgetedLayer)]
-    columns, holes = (fields.read(name, sequence, len(budgeted)) for name in ("columns", "has_holes"))
+def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> LayerState:
+    """That of every budgeted layer."""
+    columns, holes = (fields.read(name, sequence, len(cache.budgeted)) for name in ("columns", "has_holes"))
     least = int(store.seen.max())
     columns = [whole(value, f"columns[{row}]", least) for row, value in enumerate(columns)]
     flags = [state.flag(value, f"has_holes[{row}]") for row, value in enumerate(holes)]
@@ -181,11 +188,7 @@ def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: 
         filled = given.take("filled", torch.bool, (store.batch_size, columns[0])).clone()
         if not torch.equal(filled.sum(1), store.seen):
             raise KVPolicyError(f"'filled' tells of {filled.sum(1).tolist()} tokens, seen are {store.seen.tolist()}")
-    for layer in budgeted:
-        layer.columns, layer.filled = columns[0], filled
-        layer.lazy_initialization(torch.empty(0), torch.empty(0))
-    cache.recording = fields.read("recording", state.flag)
-    cache.ended = fields.read("ended", text) if fields.has("ended") else None
+    return LayerState(columns[0], filled)
 
 
 def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> None:

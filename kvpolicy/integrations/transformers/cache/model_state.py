@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.integrations.transformers.cache.forwards import WatchedCache
 
 _NAME = "rope_deltas"
@@ -54,6 +55,15 @@ class ModelState:
         if self.deltas is not None:
             each = self.deltas.repeat_interleave(batch_size // len(self.deltas), dim=0)
             self.deltas = each[rows.to(each.device)]
+
+    def resume(self, deltas: Tensor) -> None:
+        """Goes on with a text whose state was saved. deltas: int64 [rows, 1]."""
+        self.deltas = deltas
+
+    def fork(self) -> ModelState:
+        """A copy, which the model does not have."""
+        self.leave()
+        return copy_with(self)
 
     def forget(self) -> None:
         self.leave()

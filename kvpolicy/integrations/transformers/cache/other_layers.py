@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.state import Given
 from kvpolicy.errors import KVPolicyError, ModelError
 from kvpolicy.files.fields import Fields, describe, sequence, text
@@ -27,6 +28,20 @@ def tensors_of(layer: Any) -> dict[str, Tensor]:
         elif isinstance(value, dict):
             held |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
     return held
+
+
+def copied(state: Any) -> Any:
+    """A stock layer's attributes in memory of their own: some layers write in place."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
+
+
+def copied_layer(layer: Any) -> Any:
+    """The same layer in memory of its own."""
+    return copy_with(layer, **copied(vars(layer)))
 
 
 def pack_stock(layer: Any, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

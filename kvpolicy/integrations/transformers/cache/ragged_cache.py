@@ -8,20 +8,22 @@ never the entries kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.store import ROLLBACK, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
+from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
 from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
-from kvpolicy.integrations.transformers.cache.other_layers import tensors_of
+from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
 from kvpolicy.integrations.transformers.cache.save import save_cache
-from kvpolicy.integrations.transformers.cache.waiting import Waiting
 from kvpolicy.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -127,6 +129,64 @@ class RaggedCache(CarryingCache):
             raise ModelError("this cache is empty: a prompt comes first")
         return self.store
 
+    # --- what others have it do, since what it is made of is its own
+
+    def hold(self, count: int) -> None:
+        """Keeps what comes on top of the capacities, unscored, as long as it is among the last `count` tokens."""
+        self.recording, self.rollback = True, count
+
+    @contextmanager
+    def peek(self, watch: Callable[[int, Waiting], None]) -> Iterator[None]:
+        """Within the context a forward attends to what is here and leaves nothing behind, on an error neither.
+
+        watch: is handed the new tokens of each layer, by index among the budgeted layers, in the store's place
+        """
+        store, layers, others = self.opened(), self.budgeted, self._stock()
+        states, attributes = [layer.state for layer in layers], [copied(vars(layer)) for layer in others]
+        self.watch = watch
+        try:
+            yield
+            for layer in layers:
+                layer.finish()
+            self.check_enforced()
+        finally:
+            self.watch = None
+            store.withdraw()
+            for layer, state in zip(layers, states, strict=True):
+                layer.resume(state)
+            for layer, before in zip(others, attributes, strict=True):
+                vars(layer).clear()
+                vars(layer).update(before)
+
+    def fork(self) -> RaggedCache:
+        """A copy that goes its own way: a document is compressed once, and each question continues a copy.
+
+        Entries are copied, nothing else of any size. Raises `ModelError` in the middle of a forward.
+        """
+        self._settle()
+        other = copy_with(
+            self,
+            store=None if self.store is None else self.store.fork(),
+            state=self.state.fork(),
+            _touched=set(self._touched),
+        )
+        other._own(self.layers)
+        return other
+
+    def end_turn(self, unfed: Tensor | None, ended: str | None) -> None:
+        """Notes what the next turn feeds first, int64 [B, k], or why none can follow."""
+        self.unfed, self.ended = unfed, ended
+
+    def resume(
+        self, store: RaggedStore, state: LayerState, *, recording: bool, unfed: Tensor | None, ended: str | None
+    ) -> None:
+        """Goes on with a store that was saved. state: of each layer."""
+        self.store, self.recording = store, recording
+        for layer in self.budgeted:
+            layer.resume(state)
+            layer.lazy_initialization(torch.empty(0), torch.empty(0))
+        self.end_turn(unfed, ended)
+
     # --- what transformers calls on a cache
 
     @untraced
@@ -168,8 +228,7 @@ class RaggedCache(CarryingCache):
         if self.store is not None and count:
             self._crop_store(-count)
         for layer in self.budgeted:
-            layer.columns += count
-            layer.filled = None if layer.filled is None else layer.filled[:, : layer.columns]
+            layer.take_back(-count)
         for layer in self._stock():
             layer.crop(tokens_to_remove)
 
@@ -192,10 +251,7 @@ class RaggedCache(CarryingCache):
         """Forgets everything."""
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
         self.forget()
-        for layer in self.budgeted:
-            layer.columns, layer.arrived, layer.waiting = 0, 0, None
-            layer.filled, layer.is_initialized = None, False
-        for layer in self._stock():
+        for layer in (*self.budgeted, *self._stock()):
             layer.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -249,15 +305,20 @@ class RaggedCache(CarryingCache):
                 "kvpolicy.generate(model, kvpolicy.new_cache(...), ids, ...) instead of letting attached() supply it"
             ) from None
 
+    def _own(self, layers: Sequence[Any]) -> None:
+        """Takes copies of another cache's layers for its own."""
+        copies = [layer.fork(self) if isinstance(layer, BudgetedLayer) else copied_layer(layer) for layer in layers]
+        self.layers, self.budgeted = copies, [layer for layer in copies if isinstance(layer, BudgetedLayer)]
+
     def _settle(self) -> None:
         self.check_ended()
         for layer in self.budgeted:
-            layer._finish()
+            layer.finish()
 
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
         self._settle()
         for layer in self.budgeted:
-            layer.filled = None if layer.filled is None else layer.filled[rows.cpu()]
+            layer.take(rows)
         if self.store is not None:
             self.state.take(rows.long(), self.store.batch_size)
             self.store.take(rows.long())

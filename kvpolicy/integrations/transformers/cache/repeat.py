@@ -8,7 +8,6 @@ chunk, over that same cache. What is fed in this pass leaves no trace; only then
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvpolicy.cache.attention_mass import attention_mass
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.cache.layer_state import Waiting
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
-from kvpolicy.integrations.transformers.cache.waiting import Waiting
 from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import chat_turn, check_token_ids
 from kvpolicy.integrations.transformers.model.versions import with_cache
@@ -66,11 +65,11 @@ def repeat_context(
     positions = columns if next_position is None else next_position.cpu()
     if positions.shape != columns.shape:
         raise ModelError(f"expected next_position [{len(rows)}], got {list(positions.shape)}")
-    seen = Repetition(cache)
+    repetition = Repetition(cache)
     for pieces in _chunks(rows, cache.opened().policy.repeat_chunk, _instruction(instruction)):
-        with seen.watching():
+        with cache.peek(repetition.note):
             _feed(model, cache, pieces, positions)
-    seen.settle()
+    repetition.settle()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,45 +99,21 @@ class Repetition:
         self.peaks: dict[int, Tensor] = {}
         self.extra: dict[int, Any] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within the context a forward is looked at, and afterwards the cache is as it was before, also on an error."""
-        cache, held = self.cache, self.cache.opened().layers
-        counts = [(layer.columns, layer.filled) for layer in cache.budgeted]
-        tokens = [None if each is None else each.seen for each in held]
-        others = cache._stock()
-        states = [_copied(vars(layer)) for layer in others]
-        cache.watch = self._note
-        try:
-            yield
-            for layer in cache.budgeted:
-                layer._finish()
-            cache.check_enforced()
-        finally:
-            cache.watch = None
-            for layer, (columns, filled) in zip(cache.budgeted, counts, strict=True):
-                layer.columns, layer.filled, layer.arrived, layer.waiting = columns, filled, 0, None
-            for each, seen in zip(held, tokens, strict=True):
-                if each is not None and seen is not None:
-                    each.seen = seen
-            for layer, state in zip(others, states, strict=True):
-                vars(layer).clear()
-                vars(layer).update(state)
-
     def settle(self) -> None:
         """Lets each layer keep its part, in order."""
         store = self.cache.opened()
         for row, peaks in sorted(self.peaks.items()):
-            held = store.layers[row]
-            assert held is not None and held.pending is not None  # the pass attended to it
+            layer = store.layers[row]
+            assert layer is not None and layer.pending is not None  # the pass attended to it
             extra = self.extra[row] | {"repeat_attention": peaks}
-            store.keep(row, held.pending.key[:, :, :0], held.pending, Scoring(), extra=extra)
+            store.keep(row, layer.pending.key[:, :, :0], layer.pending, Scoring(), extra=extra)
 
-    def _note(self, row: int, waiting: Waiting) -> None:
-        held = self.cache.opened().layers[row]
-        assert held is not None
+    def note(self, row: int, waiting: Waiting) -> None:
+        """Takes what one layer has seen in a forward."""
+        layer = self.cache.opened().layers[row]
+        assert layer is not None  # it has just attended
         options, fed = waiting.scoring.options(), waiting.query.shape[2]
-        peaks = attention_mass(held.arena, waiting.query, waiting.chunk, options, "max")[..., :-fed]
+        peaks = attention_mass(layer.arena, waiting.query, waiting.chunk, options, "max")[..., :-fed]
         self.peaks[row] = torch.maximum(self.peaks[row], peaks) if row in self.peaks else peaks
         self.extra[row] = waiting.extra
 
@@ -206,12 +181,3 @@ def _answer(tokenizer: PreTrainedTokenizerBase) -> str:
         return "\n"
     words = "the words of the user"
     return chat_turn(tokenizer, words, enable_thinking=False).rpartition(words)[2]
-
-
-def _copied(state: Any) -> Any:
-    """A layer's attributes in memory of their own: some layers write in place."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state

@@ -59,7 +59,7 @@ def _to_bytes(cache: RaggedCache) -> bytes:
     if any(layer.arrived for layer in budgeted):
         raise ModelError("it is in the middle of a forward")
     for layer in budgeted:
-        layer._finish()
+        layer.finish()
     tensors, held = state.pack(store)
     table = None
     if isinstance(store.schedule, Fixed):

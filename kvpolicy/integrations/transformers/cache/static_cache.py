@@ -112,9 +112,9 @@ class StaticLayer(BudgetedLayer):
         valid = user_mask(mask)[:, 0, -1, -count:].cpu()
         return Reading(valid=None if bool(valid.all()) else valid)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         waiting = self.waiting is not None
-        super()._finish()
+        super().finish()
         if waiting:
             self.cache.settle(self.row)
 
@@ -294,6 +294,9 @@ class StaticRaggedCache(RaggedCache):
 
     def save(self, path: Any) -> None:
         raise self._refusal("save")
+
+    def fork(self) -> RaggedCache:
+        raise self._refusal("fork")
 
     def _take(self, rows: Tensor, on_stock: Any) -> None:
         raise self._refusal("beam search and other changes of the batch")

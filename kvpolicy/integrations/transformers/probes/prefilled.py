@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +87,7 @@ class Prompts:
             kept = self._run(index, self.whole, None)
             if kept[0].nbytes + self.nbytes <= KEPT_BYTES:
                 self._kept[index] = kept
-        cache, logits = copy.deepcopy(kept[0]), kept[1]
+        cache, logits = kept[0].fork(), kept[1]
         lower(cache.opened(), table, allocator)
         return cache, logits
 

@@ -128,8 +128,7 @@ class PromptProbe(TransformersProbe):
             ids = batch.to(self.model.device)
             with torch.no_grad(), attached(self.model):
                 cache, before = self.contexts.compressed(index, capacities, self.allocator)
-                # all of it may still be taken back, so nothing of it is scored or evicted: decode="append"
-                cache.recording, cache.rollback = True, ids.shape[1]
+                cache.hold(ids.shape[1])  # decode="append": nothing of it is scored or evicted
                 logits = self.model(
                     ids[:, self.prefill_length : -1], **with_cache(self.model, cache), use_cache=True
                 ).logits

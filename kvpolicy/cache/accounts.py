@@ -1,0 +1,63 @@
+"""What a store holds and what it weighs, read from its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.rows import RowTables
+from kvpolicy.model.spec import ModelSpec
+
+
+class Accounts:
+    """The accounts of a `RaggedStore`.
+
+    layers: one for each budgeted layer, None where nothing has come
+    """
+
+    spec: ModelSpec
+    batch_size: int
+    num_heads: int
+    rows: RowTables
+    layers: list[StoreLayer | None]
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [B], tokens of each sequence so far, padding excluded."""
+        for held in self._opened():
+            return held.seen
+        return torch.zeros(self.batch_size, dtype=torch.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [L, B, H], entries held now; pending tokens included."""
+        return self._tabulate(lambda held: held.num_held)
+
+    @property
+    def capacities(self) -> Tensor:
+        """int64 [L, B, H], entries allowed now, protected spans included; `UNLIMITED` where nothing is evicted."""
+        return self._tabulate(lambda held: held.capacity)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, tables included; memory that several tensors share counts once."""
+        held = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
+        return sum(storages.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that keeping every token seen would take, padding excluded."""
+        itemsize = next((held.arena.keys.element_size() for held in self._opened()), 0)
+        return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
+
+    def _opened(self) -> list[StoreLayer]:
+        return [held for held in self.layers if held is not None]
+
+    def _tabulate(self, of: Callable[[StoreLayer], Tensor]) -> Tensor:
+        shape = (self.batch_size, self.num_heads)
+        empty = torch.zeros(shape, dtype=torch.int64)
+        return torch.stack([empty if held is None else of(held).view(shape) for held in self.layers])

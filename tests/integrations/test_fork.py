@@ -1,0 +1,85 @@
+"""A fork is the cache as it was, and what becomes of either changes nothing in the other."""
+
+import copy
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.errors import ModelError
+from tests.integrations.ragged_oracle import stepped_logits
+from tests.tiny import over, tiny_ids, tiny_model
+
+BUDGETS = {
+    "streaming": {"retention": 0.5, "min_tokens": 8},
+    "snapkv": {"retention": 0.5, "min_tokens": 8, "policy": "snapkv"},
+    "h2o": {"retention": 0.4, "min_tokens": 8, "policy": "h2o", "context_length": 60},
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3Window", "Gemma3n", "Qwen3Next"])
+@torch.no_grad()
+def test_both_go_on_as_if_alone(architecture, budget):
+    model = tiny_model(architecture)
+    ids, others = tiny_ids(60), tiny_ids(12).flip(1)
+    cache = kvpolicy.new_cache(model, **BUDGETS[budget])
+    stepped_logits(model, ids[:, :40], cache, [40])
+    expected = [copy.deepcopy(cache) for _ in range(2)]
+    expected = stepped_logits(model, ids[:, 40:], expected[0], [20]), stepped_logits(model, others, expected[1], [12])
+    fork = cache.fork()
+    assert torch.equal(stepped_logits(model, others, fork, [12]), expected[1])
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (40, 52)
+    assert torch.equal(stepped_logits(model, ids[:, 40:], cache, [20]), expected[0])
+    assert fork.get_seq_length() == 52 and fork.nbytes > 0
+
+
+@torch.no_grad()
+def test_tokens_decoded_in_turn_do_not_meet():
+    model = tiny_model("Llama")
+    first, second = tiny_ids(20), tiny_ids(20).flip(1)
+    cache = kvpolicy.new_cache(model, **BUDGETS["h2o"])
+    stepped_logits(model, tiny_ids(40), cache, [40])
+    alone = [stepped_logits(model, ids, copy.deepcopy(cache), [1] * 20) for ids in (first, second)]
+    fork = cache.fork()
+    turns = [[], []]
+    for token in range(20):
+        for logits, ids, own in zip(turns, (first, second), (cache, fork), strict=True):
+            logits.append(model(ids[:, token : token + 1], **over(own)).logits)
+    assert all(torch.equal(torch.cat(logits, 1), wanted) for logits, wanted in zip(turns, alone, strict=True))
+
+
+def test_a_conversation_goes_on_in_a_fork():
+    model = tiny_model("Llama")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    cache = kvpolicy.new_cache(model, **BUDGETS["snapkv"])
+    kvpolicy.generate(model, cache, tiny_ids(40), **options)
+    fork = cache.fork()
+    answers = [kvpolicy.generate(model, each, tiny_ids(9), **options) for each in (fork, cache)]
+    assert torch.equal(*answers) and fork.report() == cache.report()
+
+
+def test_an_empty_cache_can_be_forked():
+    model = tiny_model("Llama")
+    fork = kvpolicy.new_cache(model, **BUDGETS["streaming"]).fork()
+    with torch.no_grad():
+        model(tiny_ids(40), **over(fork))
+    assert all(layer.cache is fork for layer in fork.budgeted)
+
+
+def test_what_cannot_be_forked():
+    model = tiny_model("Llama")
+    static = kvpolicy.new_cache(model, retention=0.5, context_length=64, static=True)
+    with pytest.raises(ModelError, match="a static cache does not offer fork"):
+        static.fork()
+    cache = kvpolicy.new_cache(model, **BUDGETS["streaming"])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(stop)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(tiny_ids(40), **over(cache))
+    hook.remove()
+    with pytest.raises(ModelError, match="a forward broke off"):
+        cache.fork()
