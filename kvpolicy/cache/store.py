@@ -201,11 +201,6 @@ class RaggedStore(Accounts):
         held = self._held(layer)
         return held is not None and held.pending is None and bool(held.seen.any())
 
-    def is_empty(self, layer: int) -> bool:
-        """Whether a layer holds nothing at all."""
-        held = self._held(layer)
-        return held is None or (held.pending is None and not held.arena.width)
-
     def positions(self, layer: int) -> list[Tensor]:
         """int64 [length] of each (sequence, KV head): the positions of its entries, in no order."""
         arena = self._layer(layer).arena
