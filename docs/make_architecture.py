@@ -43,6 +43,7 @@ SAYS = {
     "comparison": "methods side by side",
     "tuning": "the search",
     "report": "tables and pictures",
+    "verbs": "eval, compare, ...",
     "cli": "kvpolicy at a shell",
 }
 

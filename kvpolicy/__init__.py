@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     from kvpolicy.plugins.registry import registry
     from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
     from kvpolicy.tuning import TuneSettings, tune
+    from kvpolicy.verbs.bench import bench
+    from kvpolicy.verbs.compare import compare
+    from kvpolicy.verbs.estimate import estimate
+    from kvpolicy.verbs.eval import eval
+    from kvpolicy.verbs.profile import profile
 
 __version__ = "0.1.0"
 
@@ -88,13 +93,18 @@ _LAZY = {
     "apportion": "kvpolicy.budget.apportion",
     "attach": "kvpolicy.integrations.transformers",
     "attached": "kvpolicy.integrations.transformers",
+    "bench": "kvpolicy.verbs.bench",
+    "compare": "kvpolicy.verbs.compare",
     "detach": "kvpolicy.integrations.transformers",
+    "estimate": "kvpolicy.verbs.estimate",
+    "eval": "kvpolicy.verbs.eval",
     "generate": "kvpolicy.integrations.transformers",
     "hookimpl": "kvpolicy.plugins.hookspecs",
     "load_cache": "kvpolicy.integrations.transformers",
     "load_model": "kvpolicy.integrations.transformers",
     "load_plan": "kvpolicy.budget.plan",
     "new_cache": "kvpolicy.integrations.transformers",
+    "profile": "kvpolicy.verbs.profile",
     "read_corpus": "kvpolicy.integrations.transformers",
     "registry": "kvpolicy.plugins.registry",
     "repeat_context": "kvpolicy.integrations.transformers",
@@ -153,13 +163,18 @@ __all__ = [
     "apportion",
     "attach",
     "attached",
+    "bench",
+    "compare",
     "detach",
+    "estimate",
+    "eval",
     "generate",
     "hookimpl",
     "load_cache",
     "load_model",
     "load_plan",
     "new_cache",
+    "profile",
     "read_corpus",
     "registry",
     "repeat_context",

@@ -46,7 +46,7 @@ def fails(monkeypatch, error):
     def raising(name):
         raise error
 
-    monkeypatch.setattr("kvpolicy.cli.options.check_retention", raising)
+    monkeypatch.setattr("kvpolicy.verbs.arguments.check_retention", raising)
     return ["estimate", "-r", "0.5"]
 
 

@@ -165,7 +165,7 @@ def test_eval_takes_the_dtype_that_a_plan_was_tuned_in(kvpolicy, tiny_checkpoint
 
 @pytest.mark.parametrize(("memory", "fits"), [(10**6, False), (10**10, True), (None, None)])
 def test_estimate_says_whether_it_fits(kvpolicy, tiny_checkpoint, monkeypatch, memory, fits):
-    monkeypatch.setattr(sys.modules["kvpolicy.cli.estimate"], "memory_bytes", lambda device: memory)
+    monkeypatch.setattr(sys.modules["kvpolicy.verbs.estimate"], "memory_bytes", lambda device: memory)
     run = ["estimate", "--model", tiny_checkpoint, "--context", "2000", "--batch", "9", "-r", "0.5", "--device", "cpu"]
     row = kvpolicy(*run, "--json").json
     assert row["weights_bytes"] + row["prefill_peak_bytes"] > 10**6

@@ -121,7 +121,7 @@ def test_memory_that_runs_out_is_a_row_that_says_what_to_do(tmp_path, monkeypatc
 
     monkeypatch.setattr(PerplexityTask, "measure", full)
     found = compare(task_of(), read_methods(["tova"]), [0.5], tmp_path / "c.json")
-    assert found.rows["tova/uniform", 0.5].error == "out of memory on the device: try a smaller --batch-size"
+    assert found.rows["tova/uniform", 0.5].error == "out of memory on the device: try a smaller batch"
 
 
 # --- quantized caches

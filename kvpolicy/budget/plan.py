@@ -240,7 +240,7 @@ class BudgetPlan:
             return False
         warnings.warn(
             f"the context of {context_length} tokens is over four times the {searched} that the plan was made on: "
-            "check the quality there with 'kvpolicy eval --context'",
+            f"check the quality there with 'kvpolicy eval' and context={context_length}",
             PlanWarning,
             stacklevel=3,
         )
@@ -261,7 +261,7 @@ class BudgetPlan:
             return False
         warnings.warn(
             f"the plan was tuned for the policy '{tuned.name}' {tuned.params}, but {policy!r} evicts here: the budgets "
-            "may not suit it; 'kvpolicy eval --policy' tells",
+            "may not suit it; 'kvpolicy eval' with policy= tells",
             PlanWarning,
             stacklevel=3,
         )

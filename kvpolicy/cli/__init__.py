@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 import warnings
 from importlib.metadata import version
@@ -14,18 +15,19 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
-from kvpolicy.cli.bench import bench
-from kvpolicy.cli.compare import compare_command
-from kvpolicy.cli.estimate import estimate
-from kvpolicy.cli.eval import evaluate
+from kvpolicy.cli.bench_command import bench_command
+from kvpolicy.cli.compare_command import compare_command
+from kvpolicy.cli.estimate_command import estimate_command
+from kvpolicy.cli.eval_command import eval_command
 from kvpolicy.cli.generate import generate
 from kvpolicy.cli.plugins import plugins
-from kvpolicy.cli.profile import profile
+from kvpolicy.cli.profile_command import profile_command
 from kvpolicy.cli.show import show
 from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
 from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import KVPolicyError, first_line
+from kvpolicy.verbs.cache_choice import AbsentModelError
 
 app = typer.Typer(
     name="kvpolicy",
@@ -35,13 +37,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("tune", cls=Verb)(tune_command)
-app.command(cls=Verb)(profile)
+app.command("profile", cls=Verb)(profile_command)
 app.command(cls=Verb)(show)
-app.command("eval", cls=Verb)(evaluate)
+app.command("eval", cls=Verb)(eval_command)
 app.command("compare", cls=Verb)(compare_command)
 app.command(cls=Verb)(generate)
-app.command(cls=Verb)(bench)
-app.command(cls=Verb)(estimate)
+app.command("bench", cls=Verb)(bench_command)
+app.command("estimate", cls=Verb)(estimate_command)
 app.command(cls=Verb)(plugins)
 
 
@@ -102,6 +104,8 @@ def _said(error: BaseException) -> str | None:
 
     What libraries raise over somebody's file is a `KVPolicyError` by now (`kvpolicy.errors.foreign`).
     """
+    if isinstance(error, AbsentModelError):
+        return error.said(shlex.join(["kvpolicy", *sys.argv[1:], "--model", error.name]))
     if isinstance(error, KVPolicyError):
         return str(error)
     if isinstance(error, OSError):

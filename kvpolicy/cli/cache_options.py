@@ -1,21 +1,10 @@
-"""Which cache a verb that runs a model was asked for: a plan file, `uniform`, or `full`."""
+"""The options that say which cache a model runs over."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from kvpolicy.budget.plan import BudgetPlan, load_plan
-from kvpolicy.cli import options as opt
-from kvpolicy.defaults import MODEL
-from kvpolicy.errors import BudgetError, ModelError, PlanError
-from kvpolicy.plugins.registry import registry
-from kvpolicy.plugins.roles import EvictionPolicy
 
 PlanName = Annotated[str, typer.Argument(help="A plan file, or: uniform, full.", show_default=False)]
 Policy = Annotated[str | None, typer.Option(help="Default: the plan's, or streaming.", show_default=False)]
@@ -24,113 +13,6 @@ Allocator = Annotated[
     typer.Option(help="Splits the budget where there is no plan; default: uniform.", show_default=False),
 ]
 MinTokens = Annotated[int, typer.Option(min=1, help="Least entries of a KV head, on average.")]
-
-
-def chosen_policy(
-    plan: BudgetPlan | None, name: str | None, params: list[str] | None = None
-) -> tuple[str, EvictionPolicy]:
-    """The policy that was asked for, else the plan's with its parameters, else streaming; with these parameters of its
-    own over them. Raises `PluginError`.
-    """
-    own: dict[str, Any] = {}
-    if name is None and plan is not None:
-        name, own = plan.method.policy.name, plan.method.policy.params
-    name = name or "streaming"
-    return name, registry.create("policy", name, own | opt.parse_params(params, "--policy-param"))
-
-
-def check_splits_without_plan(name: str) -> None:
-    """Raises `PluginError` for a name that is not registered, `BudgetError` for an allocator that only plans serve."""
-    allocator = registry.get("allocator", name)
-    if allocator.needs_importance:
-        raise BudgetError(
-            f"the allocator '{name}' needs importance that was measured on a model: run 'kvpolicy tune' with it and "
-            "give the plan"
-        )
-
-
-def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None:
-    """Raises `PlanError` for a retention below the plan's levels. otherwise: what else could be done"""
-    if plan.level_at(retention) is None:
-        known = ", ".join(f"{each:g}" for each in sorted(plan.retentions))
-        raise PlanError(
-            f"retention {retention:g} is below the plan's lowest level; it has {known} and everything up to 1. Tune a "
-            f"plan for this retention{otherwise}"
-        )
-
-
-def load_network(
-    given: str | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
-) -> tuple[str, Any, Any]:
-    """(name, model, tokenizer) of the model that was named, else the plan's, else the built-in one.
-
-    A plan may come from anybody, so its word alone starts no download: that raises `ModelError`, with the command that
-    does.
-    """
-    from kvpolicy.integrations.transformers import load_model
-
-    by_plan = plan.model.id if plan is not None and not given else ""
-    name = given or by_plan or MODEL
-    may_download = not by_plan or name == MODEL
-    try:
-        return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)
-    except ModelError as error:
-        if may_download or os.path.exists(name):
-            raise
-        command = shlex.join(["kvpolicy", *sys.argv[1:], "--model", name])
-        raise ModelError(
-            f"the plan names the model '{name}', which is not on this machine, and a plan alone starts no download. "
-            f"Name another with --model, or if you want this one: {command} ({error})"
-        ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class CacheChoice:
-    """What the caches of a run have in common; the retention comes with each.
-
-    name: "uniform", "full", or the path of the plan
-    """
-
-    name: str
-    plan: BudgetPlan | None
-    policy_name: str
-    policy: EvictionPolicy
-    allocator: str | None
-    min_tokens: int
-
-    @classmethod
-    def of(
-        cls, name: str, policy: str | None, policy_params: list[str] | None, allocator: str | None, min_tokens: int
-    ) -> CacheChoice:
-        """Checks what can be checked before a model is loaded. Raises what `load_plan` and the registry raise."""
-        plan = None if name in ("uniform", "full") else load_plan(name)
-        evicts, evicting = chosen_policy(plan, policy, policy_params)
-        if allocator is not None:
-            if name != "uniform":
-                raise BudgetError(f"--allocator goes with uniform: {name} leaves nothing to be split")
-            check_splits_without_plan(allocator)
-        return cls(name, plan, evicts, evicting, allocator, min_tokens)
-
-    def check(self, retention: float | None, otherwise: str = "") -> None:
-        """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
-        if retention is None:
-            return
-        if self.name == "full":
-            raise PlanError("full keeps everything; leave --retention out, or take uniform")
-        opt.check_retention(retention)
-        if self.plan is not None:
-            check_level(self.plan, retention, otherwise)
-
-    def make(self, model: Any, retention: float | None, **more: Any) -> Any:
-        """A new cache for a loaded model; `more` goes to `new_cache`."""
-        from kvpolicy.integrations.transformers import new_cache
-
-        return new_cache(
-            model,
-            self.plan,
-            retention=1.0 if self.name == "full" else retention,
-            policy=self.policy,
-            allocator=self.allocator,
-            min_tokens=self.min_tokens,
-            **more,
-        )
+ModelOfPlan = Annotated[
+    str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
+]

@@ -19,6 +19,8 @@ from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
 from kvpolicy.files.regular import read_bytes
+from kvpolicy.verbs import arguments
+from kvpolicy.verbs.cache_choice import CacheChoice, load_network
 
 _MOST_BYTES = 64 * 2**20  # of a prompt
 
@@ -56,9 +58,7 @@ def generate(
     allocator: cache_options.Allocator = None,
     min_tokens: cache_options.MinTokens = MIN_TOKENS,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")
-    ] = None,
+    model: cache_options.ModelOfPlan = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
@@ -72,12 +72,12 @@ def generate(
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
     text = _prompt(prompt, prompt_file)
-    choice = cache_options.CacheChoice.of(plan, policy, policy_param, allocator, min_tokens)
+    choice = CacheChoice.of(plan, policy, opt.parse_params(policy_param, "--policy-param"), allocator, min_tokens)
     retention = _retention(choice, retention, tokens)
-    where = opt.pick_device(device)
+    where = arguments.pick_device(device)
 
-    name, network, tokenizer = cache_options.load_network(
-        model, choice.plan, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where)
+    name, network, tokenizer = load_network(
+        model, choice.plan, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where)
     )
     ids, is_chat = _encode(tokenizer, text, no_chat)
     cache = choice.make(network, retention, tokens=tokens)
@@ -99,7 +99,7 @@ def generate(
         _report(plan, figures, min_tokens)
 
 
-def _retention(choice: cache_options.CacheChoice, retention: float | None, tokens: int | None) -> float | None:
+def _retention(choice: CacheChoice, retention: float | None, tokens: int | None) -> float | None:
     """The retention to ask for; None for `full` and with `tokens`."""
     choice.check(retention, ", or give --tokens to scale the lowest level")
     if tokens is not None:
@@ -115,7 +115,7 @@ def _retention(choice: cache_options.CacheChoice, retention: float | None, token
     return choice.plan.retentions[-1]
 
 
-def _warn_of_lost_facts(choice: cache_options.CacheChoice, kept: float | None) -> None:
+def _warn_of_lost_facts(choice: CacheChoice, kept: float | None) -> None:
     """Of the level that is used, or the nearest one below; below the lowest that one's shares are used.
 
     kept: fraction of the tokens, 1 or None for all of them

@@ -10,6 +10,7 @@ import typer
 from kvpolicy.budget.plan import load_plan
 from kvpolicy.cli import options as opt
 from kvpolicy.files.regular import write_bytes
+from kvpolicy.verbs import arguments
 
 
 def show(
@@ -21,8 +22,7 @@ def show(
     """Show what a plan keeps, where, and how it did on text that the search never saw."""
     loaded = load_plan(plan)
     for path in (html, png):
-        if path is not None:
-            opt.check_writable(path)
+        arguments.check_writable(path)
     if html is not None:
         from kvpolicy.report.html import plan_html
 

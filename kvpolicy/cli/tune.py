@@ -11,9 +11,10 @@ import typer
 from kvpolicy.budget.plan import BudgetPlan, save_plan
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
-from kvpolicy.defaults import MODEL, RETENTIONS
+from kvpolicy.defaults import CONTEXT, MODEL, RETENTIONS
 from kvpolicy.errors import StudyError
 from kvpolicy.plugins.registry import registry
+from kvpolicy.verbs import arguments
 
 
 def tune_command(
@@ -36,7 +37,7 @@ def tune_command(
         ),
     ] = None,
     text: opt.Text = None,
-    context: opt.Context = opt.DEFAULT_CONTEXT,
+    context: opt.Context = CONTEXT,
     prefill: Annotated[int | None, opt.prefills("")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Of the text, in each trial.")] = 4,
     trials: Annotated[
@@ -81,8 +82,8 @@ def tune_command(
     registry.get("estimator", estimator)
     registry.get("allocator", allocator)
     registry.get("policy", policy)
-    opt.check_writable(out)
-    opt.check_text(text)
+    arguments.check_writable(out)
+    arguments.check_text(text)
     progress = watcher(quiet)
     progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
     from kvpolicy.integrations.transformers import load_model, read_corpus
@@ -114,8 +115,8 @@ def tune_command(
         choose_dtype=dtype == "auto",
     )
     check_methods(settings)
-    where = opt.pick_device(device)
-    loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=opt.pick_dtype(dtype, where))
+    where = arguments.pick_device(device)
+    loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where))
     progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
     corpus = read_corpus(tokenizer, text)
     try:

@@ -182,9 +182,7 @@ def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill:
         below = [each for each in retentions if method.plan is not None and method.plan.level_at(each) is None]
         if method.plan is not None and below:
             known = ", ".join(f"{each:g}" for each in method.plan.retentions)
-            raise PlanError(
-                f"{method.name} has the levels {known} and nothing below: leave out --retention {below[0]:g}"
-            )
+            raise PlanError(f"{method.name} has the levels {known} and nothing below: leave out retention={below[0]:g}")
         if prefill == 0:
             check_decodes(method)
 
@@ -193,8 +191,8 @@ def check_decodes(method: Method) -> None:
     """Raises `PluginError` for a method whose decoding from the first token on cannot be measured."""
     if not method.is_full and (not method.policy.window_rule or method.runtime_allocator or method.quantized):
         raise PluginError(
-            f"{method.name}: --prefill 0 decodes from the first token on, which is measured under a window rule alone, "
-            "with budgets known up front: give --prefill N, a prompt to compress"
+            f"{method.name}: prefill=0 decodes from the first token on, which is measured under a window rule alone, "
+            "with budgets known up front: give prefill=N, a prompt to compress"
         )
 
 

@@ -95,7 +95,7 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
         table = method.table(task.spec, task.context, retention, seed, task.dtype)
         measured = task.measure(method, table)
         if not bool(torch.isfinite(measured.losses).all()):
-            raise ModelError("the loss is not finite: try another --dtype")
+            raise ModelError("the loss is not finite: try another dtype")
         took = task.decode_ms(method, table) if timing else None
     except Exception as error:  # a plugin may raise anything
         if method.is_full:
@@ -114,7 +114,7 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
 
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):  # whose own message is a page
-        return "out of memory on the device: try a smaller --batch-size"
+        return "out of memory on the device: try a smaller batch"
     return str(error) if isinstance(error, KVPolicyError) else f"{type(error).__name__}: {error}"
 
 

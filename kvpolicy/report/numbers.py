@@ -113,5 +113,5 @@ def lost_facts(level: PlanLevel) -> str:
     return (
         f"at {percent(level.retention)} kept the model finds {100 * score:.0f} % of held-out pass keys, and "
         f"{100 * full:.0f} % with the full cache: perplexity alone hides lost facts. Keep more, or tune with "
-        "--objective mixed"
+        "objective=mixed"
     )

@@ -1,11 +1,9 @@
-"""What `kvpolicy profile` asks about, and what it answers with."""
+"""What a profile is made of: a model, and the length of its sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -33,12 +31,3 @@ class Subject:
         """The head of a picture: what it shows, of which model, on which text."""
         dtype = str(self._network.dtype).removeprefix("torch.")
         return f"{said}\n{self.name}, {text}, context {self.context}, {dtype}"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What was measured: as JSON, as a picture, and as lines and tables for the terminal."""
-
-    document: dict[str, Any]
-    picture: Callable[[], bytes]
-    shown: Callable[[], Iterable[Any]]

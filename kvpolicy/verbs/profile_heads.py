@@ -1,14 +1,13 @@
-"""`kvpolicy profile` without --agreement: the importance of every KV head by one estimator, and its two pictures."""
+"""The importance of every KV head by one estimator, and its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import PluginError
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.measure.ablation import ablate_layers, num_forwards
@@ -18,8 +17,9 @@ from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import ImportanceEstimator
 from kvpolicy.text.corpus import Corpus
+from kvpolicy.verbs.profile_subject import Subject
 
-SEQUENCES = 4  # of the losses of --layers, as many as a search of `tune` takes
+SEQUENCES = 4  # of the losses of `layers`, as many as a search of `tune` takes
 
 
 def check_maps(name: str, estimator: ImportanceEstimator) -> None:
@@ -27,8 +27,26 @@ def check_maps(name: str, estimator: ImportanceEstimator) -> None:
     if not estimator.token_measure:
         able = [other for other in registry.names("estimator") if registry.get("estimator", other).token_measure]
         raise PluginError(
-            f"--token-map: the estimator '{name}' has no value for each token; these have: {', '.join(able) or 'none'}"
+            f"token_map=: the estimator '{name}' has no value for each token; these have: {', '.join(able) or 'none'}"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadProfile:
+    """What `kvpolicy.profile` answers.
+
+    importance:      by the estimator
+    budgeted_layers: the layers of the model that it is of, in order
+    document:        all of it, as JSON values
+    """
+
+    importance: Importance
+    budgeted_layers: tuple[int, ...]
+    document: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `kvpolicy profile --json` prints."""
+        return self.document
 
 
 def measure_heads(
@@ -36,9 +54,12 @@ def measure_heads(
     name: str,
     estimator: ImportanceEstimator,
     text: Path | None,
+    *,
     token_map: Path | None,
     layers: Path | None,
-) -> Answer:
+    png: Path | None,
+) -> HeadProfile:
+    """token_map, layers, png: where pictures are drawn."""
     corpus = subject.corpus(text)
     sequences, prompts = corpus.sequences("search", 1, subject.context), corpus.prompts(subject.context)
     probe = subject.probe(corpus, sequences, prompts)
@@ -61,19 +82,12 @@ def measure_heads(
     if layers is not None:
         document["layers"] = _draw_layers(subject, name, corpus, importance, layers)
 
-    def picture() -> bytes:
+    if png is not None:
         from kvpolicy.report.heatmap import importance_png
 
-        return importance_png(importance.per_head, spec.budgeted_layers, f"{subject.name}\nimportance by {name}")
-
-    def shown() -> Iterator[Any]:
-        from kvpolicy.report.terminal_heatmap import importance_heatmap
-
-        yield importance_heatmap(importance.per_head, spec.budgeted_layers)
-        if layers is not None:
-            yield from _said(document["layers"], len(importance.per_head))
-
-    return Answer(document, picture, shown)
+        title = f"{subject.name}\nimportance by {name}"
+        write_bytes(png, importance_png(importance.per_head, spec.budgeted_layers, title))
+    return HeadProfile(importance, tuple(spec.budgeted_layers), document)
 
 
 def _draw_maps(
@@ -95,7 +109,7 @@ def _draw_layers(subject: Subject, name: str, corpus: Corpus, importance: Import
 
     probe = subject.probe(corpus, corpus.sequences("search", SEQUENCES, subject.context))
     count = num_forwards(probe.spec, SEQUENCES)
-    subject.progress.note(f"--layers runs {count} forwards of {subject.context} tokens")
+    subject.progress.note(f"layers= runs {count} forwards of {subject.context} tokens")
     measured = ablate_layers(probe, subject.progress)
     title = subject.title(f"does the importance of a layer by '{name}' say what shrinking it costs?", corpus.name)
     write_bytes(path, layers_png(importance, measured, probe.spec.budgeted_layers, title))
@@ -104,10 +118,3 @@ def _draw_layers(subject: Subject, name: str, corpus: Corpus, importance: Import
 
 def _listed(values: Tensor | None) -> list[Any] | None:
     return None if values is None else values.tolist()
-
-
-def _said(measured: dict[str, Any], layers: int) -> Iterator[str]:
-    for name, found in measured["correlation"].items():
-        rank = "no ranking, all are alike" if found is None else f"rank correlation {found:+.2f}"
-        yield f"{name} of a layer, and what shrinking it costs: {rank}, {layers} layers"
-    yield f"unrelated rankings stay within {measured['by_chance']:.2f} of 0 in 95 % of cases"

@@ -1,26 +1,46 @@
-"""`kvpolicy profile --agreement`: how alike importance ranks the KV heads."""
+"""How alike importance ranks the KV heads: on prompts, on texts, by several estimators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.cli.profile_subject import Answer, Subject
 from kvpolicy.errors import TextError
-from kvpolicy.measure.agreement import agreement
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.measure.agreement import Agreement, agreement
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import ImportanceEstimator, ModelProbe
+from kvpolicy.verbs.profile_subject import Subject
 
 
-def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstimator], texts: Sequence[Path]) -> Answer:
+@dataclass(frozen=True, slots=True, eq=False)
+class AgreementProfile:
+    """What `kvpolicy.profile` with `agreement=True` answers.
+
+    agreement: the rank correlations
+    document:  all of it, as JSON values
+    """
+
+    agreement: Agreement
+    document: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `kvpolicy profile --agreement --json` prints."""
+        return self.document
+
+
+def measure_agreement(
+    subject: Subject, estimators: Mapping[str, ImportanceEstimator], texts: Sequence[Path], png: Path | None
+) -> AgreementProfile:
     """On the search and the held-out part of each text and of the default one, and on each prompt of the first."""
     by_text: dict[str, ModelProbe] = {}
     by_prompt: dict[str, ModelProbe] = {}
     digests: dict[str, str] = {}
     for corpus in [subject.corpus(path) for path in (*texts, None)]:
         if corpus.name in digests:
-            raise TextError(f"--text: two texts are called {corpus.name}; give each another file name to compare them")
+            raise TextError(f"text=: two texts are called {corpus.name}; give each another file name to compare them")
         digests[corpus.name] = corpus.sha256
         for part in ("search", "heldout"):
             prompts, sequences = corpus.prompts(subject.context, part), corpus.sequences(part, 1, subject.context)
@@ -40,17 +60,10 @@ def measure_agreement(subject: Subject, estimators: Mapping[str, ImportanceEstim
         f"{len(estimators)} rankings run at most {forwards} forwards of up to {subject.context} tokens"
     )
     found = agreement(estimators, by_text, by_prompt, subject.progress)
-    first = next(iter(by_text))
-
-    def picture() -> bytes:
+    if png is not None:
         from kvpolicy.report.agreement_figure import agreement_png
 
-        return agreement_png(found, subject.title("agreement of rankings of the KV heads", first))
-
-    def shown() -> Iterable[Any]:
-        from kvpolicy.report.agreement_tables import tables
-
-        return tables(found)
-
+        title = subject.title("agreement of rankings of the KV heads", next(iter(by_text)))
+        write_bytes(png, agreement_png(found, title))
     document = {"model": subject.name, "context": subject.context, "texts_sha256": digests, **found.document()}
-    return Answer(document, picture, shown)
+    return AgreementProfile(found, document)

@@ -1,0 +1,91 @@
+"""`kvpolicy bench`: what decoding costs on this machine, under a plan and under a stock cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import cache_options
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.defaults import CONTEXT, MIN_TOKENS
+from kvpolicy.verbs.bench import Bench, bench
+
+
+def bench_command(
+    plan: cache_options.PlanName = "uniform",
+    retention: Annotated[list[float] | None, opt.retentions("the plan's levels; 0.5, 0.3, 0.1 for uniform")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = CONTEXT,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each cache; they take turns.")] = 3,
+    text: opt.Text = None,
+    policy: cache_options.Policy = None,
+    policy_param: opt.PolicyParams = None,
+    allocator: cache_options.Allocator = None,
+    min_tokens: cache_options.MinTokens = MIN_TOKENS,
+    model: cache_options.ModelOfPlan = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    batch_size: opt.BatchSize = 1,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Time a prompt and decoding under a plan and under transformers' DynamicCache, and weigh both caches.
+
+    Every cache is fed the same text: --context tokens at once, then --new-tokens one by one. The caches take turns, so
+    that a drift of the machine hits all of them; figures are medians over the repeats. A text that is too short is
+    repeated.
+    """
+    answer = bench(
+        plan,
+        retention=retention,
+        context=context,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        text=text,
+        policy=policy,
+        policy_param=opt.parse_params(policy_param, "--policy-param"),
+        allocator=allocator,
+        min_tokens=min_tokens,
+        model=model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        batch_size=batch_size,
+        progress=watcher(quiet),
+    )
+    if json:
+        opt.print_json(answer.to_json())
+    else:
+        _show(answer)
+
+
+def _show(answer: Bench) -> None:
+    from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
+
+    run = answer.run
+    title = "{model} on {device} in {dtype}: {batch_size} x {context_length} tokens, then {new_tokens}".format(**run)
+    table = Table("cache", "kept", "ms a token", "x", "prompt, s", "x", "MB", "x", title=title)
+    for row in (answer.dense, *answer.caches):
+        table.add_row(
+            row["cache"],
+            f"{row['kept']:.1%}" if "kept" in row else "100.0%",
+            f"{row['ms_per_token']:.2f}",
+            f"{row['token_ratio']:.2f}",
+            f"{row['prefill_seconds']:.2f}",
+            f"{row['prefill_ratio']:.2f}",
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bytes_ratio']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    said = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
+    console.print(said, soft_wrap=True)
+    for row in answer.caches:
+        if not row["evicted"] and row["retention"] is not None:
+            said = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
+            console.print(said, soft_wrap=True)

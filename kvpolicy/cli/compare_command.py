@@ -1,0 +1,113 @@
+"""`kvpolicy compare`: methods side by side at equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.terminal import say
+from kvpolicy.cli.watch import watcher
+from kvpolicy.defaults import MODEL
+from kvpolicy.verbs.compare import LEAST_SEQUENCES, SideBySide, compare
+
+_MORE = "Methods, as for --methods."
+
+
+def compare_command(
+    more: Annotated[list[str] | None, typer.Argument(help=_MORE, show_default=False)] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8); "
+            "more may follow as arguments.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey, key-value.")] = "perplexity",
+    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
+    text: opt.Text = None,
+    context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
+    prefill: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens of the prompt that is compressed; 0: decode from the first token on. Default: half.",
+            show_default=False,
+        ),
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="Of --text: heldout, or whole for a text that no plan was tuned on.")
+    ] = "heldout",
+    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="The rows as JSON; a table beside it as .md. Rows that the file already has are kept.")
+    ] = Path("compare.json"),
+    png: Annotated[
+        Path | None, typer.Option(help="Draw quality over bytes, and a bar for each row.", show_default=False)
+    ] = None,
+    model: opt.Model = MODEL,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    revision: opt.Revision = None,
+    batch_size: opt.BatchSize = 1,
+    no_timing: Annotated[
+        bool, typer.Option("--no-timing", help="Leave out decode time, as where others use the device.")
+    ] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Compare methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
+
+    Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
+    part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
+    token is decoded under the budget, which is for methods under a window rule. The full cache, entries kept at random
+    (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV heads are
+    always there.
+
+    Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
+    that says why, and where it was asked for the exit code is 2.
+    """
+    answer = compare(
+        [*(methods or []), *(more or [])],
+        task=task,
+        retention=retention,
+        text=text,
+        context=context,
+        prefill=prefill,
+        part=part,
+        limit=limit,
+        seed=seed,
+        out=out,
+        png=png,
+        model=model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        batch_size=batch_size,
+        no_timing=no_timing,
+        progress=watcher(quiet),
+    )
+    if json:
+        opt.print_json(answer.to_json())
+    else:
+        _show(answer)
+    if answer.failed:
+        named = ", ".join(f"{row.method} at {row.retention:g}" for row in answer.failed)
+        say(f"error: failed, and their rows say why: {named}")
+    return 2 if answer.failed else 0  # not an error on its way: --json prints what was measured
+
+
+def _show(answer: SideBySide) -> None:
+    from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.comparison_tables import tables
+
+    console = Console()
+    for table, notes in tables(answer.comparison):
+        console.print(table)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+    console.print(f"written to {answer.out} and {answer.page}", soft_wrap=True)

@@ -1,0 +1,73 @@
+"""`kvpolicy estimate`: memory from the configuration alone, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import options as opt
+from kvpolicy.defaults import MODEL
+from kvpolicy.measure.machine import device_name
+from kvpolicy.verbs.estimate import Estimate, estimate
+
+
+def estimate_command(
+    model: opt.Model = MODEL,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 4096,
+    retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
+    policy: Annotated[str, typer.Option(help="Eviction policy; most hold a score beside each entry.")] = "streaming",
+    dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
+    device: opt.Device = "auto",
+    revision: opt.Revision = None,
+    json: opt.Json = False,
+) -> None:
+    """What a cache will weigh, kept and full, computed from the model's configuration, and whether it fits here.
+
+    It fits where weights and caches are less than the memory of --device, also at the end of a prompt, when one layer
+    is whole yet. Activations are not counted.
+    """
+    answer = estimate(
+        model,
+        context=context,
+        retention=retention,
+        batch=batch,
+        policy=policy,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+    )
+    if json:
+        opt.print_json(answer.to_json())
+    else:
+        _show(answer, f"{model}: {batch} x {context} tokens under {policy}, all in {dtype}")
+
+
+def _show(answer: Estimate, asked: str) -> None:
+    from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.numbers import size
+
+    first, memory = answer.rows[0], answer.device_bytes
+    about = "" if answer.weights_note is None else f", {answer.weights_note}"
+    columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
+    title = f"{asked} (weights {size(first.weights_bytes or 0)}{about})"
+    table = Table(*columns, *(["fits"] if memory else []), title=title)
+    for row in answer.rows:
+        figures = (
+            row.cache_bytes,
+            row.table_bytes,
+            row.dynamic_cache_bytes,
+            row.prefill_peak_bytes,
+            row.total_bytes,
+        )
+        fits = {True: ["yes"], False: ["no"], None: []}[answer.fits(row)]
+        table.add_row(f"{100 * row.retention:.4g}%", *(size(figure) for figure in figures), *fits)
+    console = Console()
+    console.print(table)
+    if memory is not None:
+        full = "fits" if first.dynamic_total_bytes <= memory else "does not fit"
+        said = f"{device_name(answer.device)} has {size(memory)}; the full cache {full} beside the weights"
+        console.print(said, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""`kvpolicy eval`: quality under a plan, at measured bytes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvpolicy.cli import cache_options
+from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import watcher
+from kvpolicy.verbs.eval import Evaluation
+from kvpolicy.verbs.eval import eval as evaluate
+
+
+def eval_command(
+    plan: Annotated[str, typer.Argument(help="A plan file, or: uniform, full.", show_default=False)] = "full",
+    task: Annotated[str, typer.Option(help="What to measure: perplexity.")] = "perplexity",
+    retention: Annotated[list[float] | None, opt.retentions("the plan's levels; needed for uniform")] = None,
+    policy: cache_options.Policy = None,
+    policy_param: opt.PolicyParams = None,
+    model: cache_options.ModelOfPlan = None,
+    text: opt.Text = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the plan's, or 1024.")] = None,
+    prefill: Annotated[int | None, opt.prefills("the plan's; without one ")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    device: opt.Device = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16, float16; auto: a plan's own.",
+            rich_help_panel="Model",
+        ),
+    ] = "auto",
+    revision: opt.Revision = None,
+    batch_size: opt.BatchSize = 1,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure quality and bytes on the held-out part of a text (the part that tune never searches).
+
+    Perplexity is exact for token-by-token decoding under the plan's capacities. Under the window rule all tokens are
+    decoded so, and those past the first quarter of each sequence are scored. Under any other policy the first --prefill
+    tokens are a prompt, which is compressed once; what follows is kept on top of the capacities (decode="append") and
+    scored. Bytes are those of one real cache, filled with one sequence or one prompt. The output names the protocol;
+    figures of two protocols cannot be compared. The full cache and uniform budgets are measured beside the plan.
+    """
+    answer = evaluate(
+        plan,
+        task=task,
+        retention=retention,
+        policy=policy,
+        policy_param=opt.parse_params(policy_param, "--policy-param"),
+        model=model,
+        text=text,
+        context=context,
+        prefill=prefill,
+        limit=limit,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        batch_size=batch_size,
+        progress=watcher(quiet),
+    )
+    if json:
+        opt.print_json(answer.to_json())
+    else:
+        _show(answer)
+
+
+def _show(answer: Evaluation) -> None:
+    from rich.table import Table
+
+    from kvpolicy.cli.terminal import Console
+
+    table = Table("plan", "kept", "perplexity", "95 %", "MB", "of full, MB", "n")
+    for row in answer.rows:
+        table.add_row(
+            row["plan"],
+            f"{row['retention']:.4g}",
+            f"{row['perplexity']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["interval"]),
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['dense_bytes'] / 1e6:.2f}",
+            str(row["n"]),
+        )
+    console = Console()
+    console.print(table)
+    first = answer.rows[0]
+    said = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
+    console.print(said, soft_wrap=True)

@@ -1,0 +1,208 @@
+"""Methods side by side at equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpolicy.comparison.results_file import RETRIEVAL, TASKS, Comparison, Row
+from kvpolicy.defaults import MODEL, RETENTIONS
+from kvpolicy.errors import BudgetError, KVPolicyError, TextError
+from kvpolicy.files.regular import write_bytes
+from kvpolicy.progress import Progress
+from kvpolicy.verbs import arguments
+
+if TYPE_CHECKING:
+    from kvpolicy.comparison.methods import Method
+    from kvpolicy.comparison.task import RetrievalTask, Task
+    from kvpolicy.text.corpus import Corpus
+
+PARTS = ("heldout", "whole")
+LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """What was measured.
+
+    comparison: all rows of the file, also those of earlier runs
+    failed:     the rows of the methods asked for that could not be measured; their `error` says why
+    out, page:  where the rows and their table were written
+    """
+
+    comparison: Comparison
+    failed: tuple[Row, ...]
+    out: Path
+    page: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """What `kvpolicy compare --json` prints."""
+        from kvpolicy.comparison.quality import summary
+
+        found = self.comparison
+        return {"settings": found.settings, "about": found.about, "rows": summary(found)}
+
+
+def compare(
+    methods: str | Path | Sequence[str | Path],
+    *,
+    task: str = "perplexity",
+    retention: float | Sequence[float] | None = None,
+    text: str | Path | None = None,
+    context: int = 1024,
+    prefill: int | None = None,
+    part: str = "heldout",
+    limit: int = 8,
+    seed: int = 0,
+    out: str | Path = "compare.json",
+    png: str | Path | None = None,
+    model: str = MODEL,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    batch_size: int = 1,
+    no_timing: bool = False,
+    progress: Progress | None = None,
+) -> SideBySide:
+    """Compares methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
+
+    methods:    "POLICY/ALLOCATOR", "POLICY" (under uniform), a plan file, "POLICY/PLAN", or "quantized/int4" (int2,
+                fp8). The controls are always added: the full cache, random, uniform under each policy, shuffled budgets
+    task:       what to measure: "perplexity", "passkey", "key-value"
+    retention:  kept fractions, each in (0, 1); None for 0.5, 0.3, 0.1
+    text:       a UTF-8 file; None for Python's language reference. Retrieval needs none
+    context:    tokens of one sequence or retrieval prompt
+    prefill:    tokens of the prompt that is compressed; 0 decodes from the first token on, None is half
+    part:       of the text: "heldout", or "whole" for a text that no plan was tuned on
+    limit:      sequences or retrieval prompts at most
+    seed:       of the bootstrap, the shuffled rows and the prompts
+    out:        the rows as JSON; a table beside it as .md. Rows that the file already has are not measured again
+    png:        draw quality over bytes, and a bar for each row
+    model:      a Hub id, a directory, a .gguf file, or the built-in smollm2-135m
+    batch_size: sequences in one forward
+    no_timing:  leave out decode time, as where others use the device
+
+    A method that fails is a row that says why. Raises `BudgetError`, `KVPolicyError` (also for a file that was made
+    under other settings), `ModelError`, `PlanError`, `PluginError`, `TextError`.
+    """
+    names = [str(each) for each in arguments.several(methods)]
+    _check(task, names, context, prefill, part)
+    arguments.check_least(LEAST_SEQUENCES, limit=limit)
+    arguments.check_least(1, batch_size=batch_size)
+    retentions = [_below_one(r) for r in arguments.several(retention) or RETENTIONS]
+    rows, picture, source = Path(out), arguments.optional_path(png), arguments.optional_path(text)
+    page = rows.with_suffix(".md")
+    if page == rows:
+        raise KVPolicyError(f"out= is the JSON file, and {page} its table: give another name than {rows}")
+    for path in (rows, page, picture):
+        arguments.check_writable(path)
+    from kvpolicy.comparison.methods import check_asked, read_asked, read_methods
+
+    asked = read_asked(names)
+    check_asked(asked, retentions, prefill)
+    arguments.check_text(source)
+    where = arguments.pick_device(device)
+    number = arguments.pick_dtype(dtype, where)
+
+    from kvpolicy.comparison import run
+    from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
+
+    chosen, progress = read_methods(names), progress or Progress()
+    network, tokenizer = load_model(model, revision=revision, device=where, dtype=number)
+    number = str(network.dtype).removeprefix("torch.")
+    made: Task
+    about: dict[str, Any] = {}
+    if task in RETRIEVAL:
+        made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
+    else:
+        corpus = _unseen(read_corpus(tokenizer, source), part, chosen)
+        made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)
+    about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
+    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
+    options: dict[str, Any] = {"settings": settings, "about": about, "timing": not no_timing, "progress": progress}
+    try:
+        found = run.compare(made, chosen, retentions, rows, seed=seed, **options)
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; rows that were measured are in {rows}: the same comparison goes on from there")
+        raise
+    _write(found, page, picture)
+    requested = {method.name for method in asked}
+    failed = [row for row in found.rows.values() if row.error is not None and row.method in requested]
+    return SideBySide(found, tuple(failed), rows, page)
+
+
+def _check(task: str, names: list[str], context: int, prefill: int | None, part: str) -> None:
+    if task not in TASKS:
+        raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
+    if not names:
+        raise KVPolicyError("name the methods to compare: methods=POLICY/ALLOCATOR or a plan file, one or several")
+    arguments.check_context(context)
+    arguments.check_least(0, prefill=prefill)
+    if part not in PARTS:
+        raise KVPolicyError(f"part= must be {' or '.join(PARTS)}, got '{part}'")
+    if task in RETRIEVAL and prefill is not None:
+        raise BudgetError(f"prefill= goes with perplexity: the prompts of {task} are compressed whole")
+
+
+def _below_one(retention: float) -> float:
+    if arguments.check_retention(retention) == 1:
+        raise BudgetError("retention=1 keeps everything: the full cache is always compared, give fractions below 1")
+    return retention
+
+
+def _questions(
+    name: str, network: Any, tokenizer: Any, context: int, limit: int, batch_size: int, seed: int
+) -> RetrievalTask:
+    """Raises `TextError` for a context without room."""
+    from kvpolicy.comparison.task import RetrievalTask
+    from kvpolicy.tasks.questions import make_key_values, make_passkeys
+
+    make = make_passkeys if name == "passkey" else make_key_values
+    return RetrievalTask(name, network, tokenizer, make(tokenizer, limit, context, seed), batch_size=batch_size)
+
+
+def _unseen(corpus: Corpus, part: str, methods: Sequence[Method]) -> Corpus:
+    """The corpus itself. Raises `TextError` where the whole of it is asked for and a plan was tuned on it."""
+    tuned_on = {method.plan.provenance.get("text_sha256") for method in methods if method.plan is not None}
+    if part == "whole" and corpus.sha256 in tuned_on:
+        raise TextError(
+            f"part=whole: a plan was tuned on a part of {corpus.name}; leave part= out, or give another text="
+        )
+    return corpus
+
+
+def _text_task(
+    network: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    part: str,
+    context: int,
+    prefill: int | None,
+    limit: int,
+    batch_size: int,
+) -> tuple[Task, dict[str, Any]]:
+    """The task, and what a reader is told about its text. Raises `TextError` and `BudgetError`."""
+    from kvpolicy.comparison.decoding import DecodingTask
+    from kvpolicy.comparison.task import PerplexityTask
+
+    count = max(LEAST_SEQUENCES, min(limit, corpus.room(part, context)))
+    sequences = corpus.sequences(part, count, context)
+    told = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
+    if prefill == 0:
+        return DecodingTask(network, sequences, batch_size=batch_size), told
+    options = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
+    return PerplexityTask(network, sequences, **options), told
+
+
+def _write(found: Comparison, page: Path, png: Path | None) -> None:
+    """The table, and the picture."""
+    from kvpolicy.report.comparison_tables import markdown
+
+    write_bytes(page, markdown(found).encode())
+    if png is not None:
+        from kvpolicy.report.comparison_figure import comparison_png
+
+        write_bytes(png, comparison_png(found))

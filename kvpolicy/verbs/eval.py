@@ -1,0 +1,215 @@
+"""Quality under a plan, at measured bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.plan import BudgetPlan, load_plan
+from kvpolicy.defaults import CONTEXT
+from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
+from kvpolicy.model.spec import Budget
+from kvpolicy.progress import Progress
+from kvpolicy.verbs import arguments
+from kvpolicy.verbs.cache_choice import check_level, chosen_policy, load_network
+
+if TYPE_CHECKING:
+    from kvpolicy.integrations.transformers import TransformersProbe
+    from kvpolicy.measure.evaluation import CacheBytes
+
+TASKS = ("perplexity",)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured.
+
+    plan:      the name that was asked for
+    rows:      the full cache, then at each retention uniform budgets and the plan's, as JSON values
+    described: the protocol, in words
+    """
+
+    plan: str
+    rows: tuple[dict[str, Any], ...]
+    described: str
+
+    def to_json(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """What `kvpolicy eval --json` prints: an object for each retention, alone where there is one. Each has those
+        beside it that it is compared with, the full cache and uniform budgets of its size.
+        """
+        documents = [self._document(row) for row in self.rows if row["plan"] == self.plan]
+        return documents[0] if len(documents) == 1 else documents
+
+    def _document(self, row: dict[str, Any]) -> dict[str, Any]:
+        beside = {"full": 1.0, "uniform": row["retention"]}
+        others = {(each["plan"], each["retention"]): each for each in self.rows if each is not row}
+        return row | {name: others[name, kept] for name, kept in beside.items() if (name, kept) in others}
+
+
+def eval(
+    plan: str | Path = "full",
+    *,
+    task: str = "perplexity",
+    retention: float | Sequence[float] | None = None,
+    policy: str | None = None,
+    policy_param: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    text: str | Path | None = None,
+    context: int | None = None,
+    prefill: int | None = None,
+    limit: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures quality and bytes on the held-out part of a text (the part that `tune` never searches).
+
+    Perplexity is exact for token-by-token decoding under the plan's capacities, and bytes are those of one real cache.
+    The full cache and uniform budgets are measured beside the plan.
+
+    plan:       a plan file, "uniform" or "full"
+    task:       what to measure: "perplexity"
+    retention:  kept fractions, each in (0, 1]; None for the plan's levels. "uniform" needs some
+    policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
+    model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
+    text:       a UTF-8 file; None for Python's language reference
+    context:    tokens of one sequence; None for the plan's, or 1024
+    prefill:    tokens at the start that attend densely; None for the plan's, else none under a window rule, and half of
+                the context under any other policy, which compresses them once
+    limit:      sequences at most
+    seed:       of the bootstrap, which gives the interval
+    dtype:      "auto" is the plan's own
+    batch_size: sequences in one forward
+
+    Raises `BudgetError`, `ModelError`, `PlanError`, `PluginError`, `TextError`.
+    """
+    if task not in TASKS:
+        raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
+    name, source = str(plan), arguments.optional_path(text)
+    loaded = None if name in ("uniform", "full") else load_plan(name)
+    evicting, evicts = chosen_policy(loaded, policy, policy_param)
+    other = loaded is not None and loaded.warn_if_other_policy(evicts)
+    if prefill is None and loaded is not None and not other and context is None:
+        prefill = loaded.provenance.get("prefill_length")
+    context = arguments.check_context(_own_context(loaded) if context is None else context)
+    if prefill is not None and prefill >= context:
+        raise BudgetError(f"prefill= must be below the context of {context} tokens, got {prefill}")
+    arguments.check_least(0, prefill=prefill)
+    arguments.check_least(1, limit=limit, batch_size=batch_size)
+    retentions = _retentions(name, loaded, arguments.several(retention))
+    arguments.check_text(source)
+    where = arguments.pick_device(device)
+    number = arguments.pick_dtype(_own_dtype(loaded) if dtype == "auto" else dtype, where)
+
+    from kvpolicy.integrations.transformers import read_corpus
+    from kvpolicy.measure.evaluation import probe_for
+
+    _, network, tokenizer = load_network(model, loaded, revision=revision, device=where, dtype=number)
+    corpus = read_corpus(tokenizer, source)
+    count = max(1, min(limit, corpus.room("heldout", context)))
+    sequences = corpus.sequences("heldout", count, context)
+    probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size, tokenizer=tokenizer)
+    if loaded is not None:
+        loaded.check_model(probe.spec)
+    facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
+    measured = _measured(probe, name, loaded, retentions, progress or Progress())
+    return Evaluation(name, tuple(_row(probe, each, task, seed) | facts for each in measured), probe.described)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """One table of capacities. losses: float64 `[n]`, one for each sequence"""
+
+    plan: str
+    retention: float
+    losses: Tensor
+    held: CacheBytes
+
+
+def _measured(
+    probe: TransformersProbe, name: str, plan: BudgetPlan | None, retentions: list[float], progress: Progress
+) -> Iterator[_Measured]:
+    """The full cache, and at each retention uniform budgets and the plan's."""
+    from kvpolicy.measure.evaluation import measured_bytes, perplexity
+
+    asked = [("full", 1.0)]
+    if name != "full":
+        asked += [(each, kept) for kept in retentions for each in dict.fromkeys(("uniform", name))]
+    progress.begin("evaluate", len(asked))
+    try:
+        for each, kept in asked:
+            table = _table(each, plan, probe, kept)
+            losses = probe.loss(table)
+            progress.advance(f"{each}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
+            yield _Measured(each, kept, losses, measured_bytes(probe, table))
+    finally:
+        progress.end()
+
+
+def _own_context(plan: BudgetPlan | None) -> int:
+    return int(plan.provenance.get("context_length", CONTEXT)) if plan else CONTEXT
+
+
+def _own_dtype(plan: BudgetPlan | None) -> str:
+    """What a plan was tuned in: perplexities differ with the dtype, and `eval` gives the one that `tune` gave."""
+    return str(plan.provenance.get("dtype", "auto")) if plan else "auto"
+
+
+def _retentions(name: str, plan: BudgetPlan | None, given: list[float]) -> list[float]:
+    """Those to measure. Raises `PlanError` or `BudgetError` for one that there is no table for."""
+    if name == "full":
+        if given:
+            raise PlanError("eval full keeps everything; leave retention= out, or evaluate uniform")
+        return [1.0]
+    if plan is None and not given:
+        raise PlanError("eval uniform needs retention=")
+    if plan is not None and not given:
+        return sorted(plan.retentions, reverse=True)
+    for kept in map(arguments.check_retention, given):
+        if plan is not None:
+            check_level(plan, kept)
+    return given
+
+
+def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retention: float) -> Tensor:
+    """Capacities `[L, H]`."""
+    spec, context = probe.spec, probe.context_length
+    if name == "full":
+        return torch.full(spec.table_shape, context)
+    if plan is not None and name != "uniform":
+        return plan.capacities(context_length=context, retention=retention)
+    floor = probe.least_capacity
+    total = max(spec.total_entries(retention, context), floor * spec.num_budgeted_layers * spec.num_kv_heads)
+    return apportion(torch.ones(spec.table_shape), Budget(total, spec.table_shape, floor, context))
+
+
+def _row(probe: TransformersProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:
+    from kvpolicy.measure.evaluation import perplexity
+    from kvpolicy.measure.stats import mean_interval
+
+    losses, length, held = measured.losses, int(probe.sequences.shape[1]), measured.held
+    return {
+        "task": task,
+        "plan": measured.plan,
+        "retention": measured.retention,
+        "perplexity": perplexity(losses),
+        "interval": [math.exp(bound) for bound in mean_interval(losses, seed)],
+        "loss": float(losses.mean()),
+        "n": len(losses),
+        "scored_tokens": len(losses) * (length - probe.first_scored),
+        "context_length": length,
+        "prefill_length": probe.prefill_length,
+        "bytes": held.bytes,
+        "dense_bytes": held.dense_bytes,
+        "entries": held.entries,
+    }
