@@ -51,7 +51,7 @@ def bench(
     policy_param: Mapping[str, Any] | None = None,
     allocator: str | None = None,
     min_tokens: int = MIN_TOKENS,
-    model: str | None = None,
+    model: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvpolicy.budget.plan import BudgetPlan, load_plan
@@ -67,7 +68,7 @@ def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None
 
 
 def load_network(
-    given: str | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
+    given: str | Path | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
 ) -> tuple[str, Any, Any]:
     """(name, model, tokenizer) of the model that was named, else the plan's, else the built-in one.
 
@@ -76,7 +77,7 @@ def load_network(
     from kvpolicy.integrations.transformers import load_model
 
     by_plan = plan.model.id if plan is not None and not given else ""
-    name = given or by_plan or MODEL
+    name = str(given or by_plan or MODEL)
     may_download = not by_plan or name == MODEL
     try:
         return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)

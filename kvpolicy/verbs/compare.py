@@ -59,7 +59,7 @@ def compare(
     seed: int = 0,
     out: str | Path = "compare.json",
     png: str | Path | None = None,
-    model: str = MODEL,
+    model: str | Path = MODEL,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -111,7 +111,7 @@ def compare(
     from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
 
     chosen, progress = read_methods(names), progress or Progress()
-    network, tokenizer = load_model(model, revision=revision, device=where, dtype=number)
+    network, tokenizer = load_model(str(model), revision=revision, device=where, dtype=number)
     number = str(network.dtype).removeprefix("torch.")
     made: Task
     about: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def compare(
     else:
         corpus = _unseen(read_corpus(tokenizer, source), part, chosen)
         made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)
-    about |= {"model": model, "measured": made.described, "sequences": made.count, "dtype": number}
+    about |= {"model": str(model), "measured": made.described, "sequences": made.count, "dtype": number}
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     options: dict[str, Any] = {"settings": settings, "about": about, "timing": not no_timing, "progress": progress}
     try:

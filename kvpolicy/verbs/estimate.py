@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvpolicy.defaults import MODEL, RETENTIONS
@@ -51,7 +52,7 @@ class Estimate:
 
 
 def estimate(
-    model: str = MODEL,
+    model: str | Path = MODEL,
     *,
     context: int = 4096,
     retention: float | Sequence[float] | None = None,
@@ -83,7 +84,7 @@ def estimate(
 
     from kvpolicy.integrations.transformers import load_config, weights_of
 
-    config = load_config(model, revision=revision)
+    config = load_config(str(model), revision=revision)
     spec, itemsize = ModelSpec.from_config(config), _ITEMSIZE[dtype]
     weights = weights_of(config, itemsize)
     rows = [estimate_memory(spec, context, kept, batch, itemsize, weights.nbytes, evicting) for kept in retentions]

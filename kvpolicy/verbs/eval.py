@@ -60,7 +60,7 @@ def eval(
     retention: float | Sequence[float] | None = None,
     policy: str | None = None,
     policy_param: Mapping[str, Any] | None = None,
-    model: str | None = None,
+    model: str | Path | None = None,
     text: str | Path | None = None,
     context: int | None = None,
     prefill: int | None = None,

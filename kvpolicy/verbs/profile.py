@@ -24,7 +24,7 @@ RANKED = ("cosine", "layer_cosine", "entropy", "retrieval")
 
 
 def profile(
-    model: str = MODEL,
+    model: str | Path = MODEL,
     *,
     estimator: str | Sequence[str] | None = None,
     param: Mapping[str, Any] | None = None,
@@ -77,7 +77,7 @@ def profile(
     name, first = next(iter(estimators.items()))
     if pictures["token_map"] is not None:
         check_maps(name, first)
-    subject = Subject(model, context, progress or Progress(), revision=revision, device=where, dtype=number)
+    subject = Subject(str(model), context, progress or Progress(), revision=revision, device=where, dtype=number)
     answer: HeadProfile | AgreementProfile
     if agreement:
         answer = measure_agreement(subject, estimators, texts, picture)
