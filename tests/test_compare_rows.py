@@ -236,7 +236,7 @@ def test_from_the_first_token_on_rows_are_the_losses_of_the_window_rule(tmp_path
     assert "measured under a window rule alone" in found.rows["random/uniform", 0.5].error
     page = markdown(found)
     assert "| random/uniform | failed |  |" in page
-    assert "| failed: streaming/adakv: --prefill 0 decodes from the first token" in page
+    assert "| failed: streaming/adakv: prefill=0 decodes from the first token" in page
     assert "every token is decoded under the budget" in task.described
 
 
