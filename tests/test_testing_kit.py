@@ -26,6 +26,7 @@ from kvpolicy.testing import (
     check_estimator,
     check_eviction_policy,
 )
+from kvpolicy.testing.later_chunk import LaterChunk, in_slots
 from kvpolicy.testing.laws import tensors_of
 
 
@@ -501,6 +502,72 @@ def _recency_by_index(a: Any) -> Tensor:
 )
 def test_wrong_policy_is_caught(wrong: type[EvictionPolicy], law: str) -> None:
     assert law in message(lambda: check_eviction_policy(wrong))
+
+
+@dataclass(frozen=True, slots=True)
+class LagBySlot(EvictionPolicy):
+    """Wrong: scores a partition by the range of the next one (as LagKV, arXiv:2504.04704), and takes slots for age."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys"})
+    lag_size: int = 128
+    num_sink_tokens: int = 16
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        return self.lagged(activations.keys)
+
+    def lagged(self, states: Tensor) -> Tensor:
+        """`[B, H, n]`, of states `[B, H, n, D]` in order of age. What has no partition behind it stays."""
+        scores = torch.full(states.shape[:3], 1e4)
+        count = (states.shape[2] - self.num_sink_tokens) // self.lag_size
+        if count >= 2:
+            scored = slice(self.num_sink_tokens, self.num_sink_tokens + (count - 1) * self.lag_size)
+            parts = states[:, :, self.num_sink_tokens :][:, :, : count * self.lag_size].unflatten(2, (count, -1))
+            low, high = parts[:, :, 1:].amin(3, keepdim=True), parts[:, :, 1:].amax(3, keepdim=True)
+            spread = (high - low).masked_fill(high == low, 1.0)
+            scores[:, :, scored] = ((parts[:, :, :-1] - low) / spread).std(-1).flatten(2)
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class LagByPosition(LagBySlot):
+    """Right: sorted by position first, absent entries in front, where they are sink tokens."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"keys", "positions"})
+
+    def score_prompt(self, activations: LayerActivations) -> Tensor:
+        order = activations.positions.argsort(2)
+        scores = self.lagged(activations.keys.gather(2, order[..., None].expand(activations.keys.shape)))
+        return torch.empty_like(scores).scatter_(2, order, scores)
+
+
+def test_a_policy_that_takes_slot_order_for_age_is_caught_with_its_defaults() -> None:
+    law = "the order of scores does not depend on the slots that the entries lie in"
+    for wrong in (LagBySlot, LagBySlot(lag_size=8, num_sink_tokens=4)):
+        said = message(lambda wrong=wrong: check_eviction_policy(wrong))
+        assert law in said and "require `positions`, and sort by them" in said
+    check_eviction_policy(LagByPosition)
+
+
+def test_a_later_chunk_brings_queries_of_the_chunk_alone() -> None:
+    later = LaterChunk(length=24, chunk=8)
+    given = later.given(policy(requires=SOURCES)(), layer=0)
+    axes = {"queries": 2, "hidden_before": 1, "attention_input": 1}
+    assert {name: getattr(given, name).shape[axis] for name, axis in axes.items()} == dict.fromkeys(axes, 8)
+    assert [part.shape[1] for part in given.rope] == [8, 8]
+    assert given.keys.shape[2] == given.query_attention.shape[3] == 24
+
+
+def test_entries_in_other_slots_are_the_same_entries() -> None:
+    later = LaterChunk(length=24, chunk=8)
+    given = later.given(policy(requires=SOURCES)(), layer=0)
+    moved = in_slots(given, later.other_slots)
+    for name in ("positions", "scores", "keys", "values", "window_attention", "full_attention", "repeat_attention"):
+        for row, head in ((0, 0), (1, 1)):
+            slots, one, two = later.other_slots[row, head], getattr(given, name), getattr(moved, name)
+            assert torch.equal(two[row, head], one[row, head, slots])
+            assert torch.equal(two[row, head, 16:], one[row, head, 16:]), "the chunk stays last"
+    assert torch.equal(moved.query_attention[0, 1], given.query_attention[0, 1][:, later.other_slots[0, 1]])
+    assert not torch.equal(moved.positions, given.positions)
 
 
 def test_failed_assert_of_a_plugin_is_explained() -> None:

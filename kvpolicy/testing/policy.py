@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.testing.later_chunk import BATCH, LaterChunk, first_prompt, in_slots
 from kvpolicy.testing.laws import (
     call,
     hold,
@@ -22,103 +23,76 @@ from kvpolicy.testing.laws import (
 )
 from kvpolicy.testing.synthetic import SyntheticProbe
 
-_BATCH, _LENGTH, _CHUNK = 2, 24, 8
+_SHORT, _LONG = LaterChunk(24, 8), LaterChunk(600, 300)
 _SEGMENTS = (0, 1, 7, 12)  # entries of each (sequence, KV head) in a decoding step
-_NUM_ABSENT, _NUM_DECODED = 5, 2
-_LATER = f"{_LENGTH} entries, of them {_NUM_ABSENT} absent in one KV head, the last {_CHUNK} a new chunk"
+_ROUNDING = 1e-5  # of the larger score of a pair
+_FEW = 1000  # one pair in so many may flip: a threshold, crossed by rounding
 
 
 def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None:
-    """Checks the laws of `EvictionPolicy`: scores of a prompt, of a later chunk and of a step, absent entries, recency.
+    """Checks the laws of `EvictionPolicy`: scores of prompts, later chunks and a step, absent entries, slots, recency.
 
     Raises `LawError`, an `AssertionError`.
     """
     instance: EvictionPolicy = instance_of("policy", policy)
     for layer in (0, 2):
-        _check_prompt(instance, f"a first prompt of {_LENGTH} tokens, layer {layer}", _prompt(instance, layer))
-        later = _later_chunk(_prompt(instance, layer), instance, garbage=0)
-        _check_prompt(instance, f"{_LATER}, layer {layer}", later)
+        given = f"a first prompt of {_SHORT.length} tokens, layer {layer}"
+        _check_prompt(instance, given, first_prompt(instance, layer, _SHORT.length), _SHORT.length)
+        _check_prompt(instance, f"{_SHORT}, layer {layer}", _SHORT.given(instance, layer), _SHORT.length)
     if "positions" in instance.requires:
         _check_absent(instance)
     if instance.window_rule:
         _check_window_rule(instance)
+    _check_prompt(
+        instance, f"a first prompt of {_LONG.length} tokens", first_prompt(instance, 1, _LONG.length), _LONG.length
+    )
+    _check_slots(instance, _LONG)
     _check_step(instance)
 
 
-def _prompt(policy: EvictionPolicy, layer: int) -> LayerActivations:
-    requires = policy.requires - {"decode_attention"}
-    return SyntheticProbe().activations(layer, requires=requires, batch_size=_BATCH, length=_LENGTH)
-
-
-def _later_chunk(prompt: LayerActivations, policy: EvictionPolicy, garbage: float) -> LayerActivations:
-    """The same entries as after an eviction: in no order, with gaps between positions, some absent in KV head 0.
-
-    policy:  whose `new_entry_score` the entries have that were decoded
-    garbage: what the keys and values of absent entries hold, which is nobody's promise.
-    """
-    positions = _later_positions(SyntheticProbe().spec.num_kv_heads)
-    absent = positions < 0
-    changed: dict[str, Any] = {}
-    for name, given in prompt.supplied().items():
-        if name == "positions":
-            changed[name] = positions
-        elif name == "scores":
-            changed[name] = _held_scores(positions, policy.new_entry_score)
-        elif name in ("window_attention", "full_attention", "repeat_attention"):
-            changed[name] = given.masked_fill(absent, 0.0)
-        elif name == "query_attention":
-            changed[name] = given.masked_fill(absent[:, :, None], 0.0)
-        elif name in ("keys", "values"):
-            changed[name] = given.masked_fill(absent[..., None], garbage)
-    return prompt.replace(**changed)
-
-
-def _later_positions(num_kv_heads: int) -> Tensor:
-    """int64 `[B, H, n]`: kept entries in no order (slots are reused) at positions below 48, then a chunk from 48 on."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randperm(48, generator=generator)[: _LENGTH - _CHUNK] for _ in range(_BATCH * num_kv_heads)]
-    chunk = torch.arange(48, 48 + _CHUNK)
-    positions = torch.stack([torch.cat([row, chunk]) for row in rows]).reshape(_BATCH, num_kv_heads, _LENGTH)
-    positions[:, 0, 2 : 2 + _NUM_ABSENT] = -1
-    return positions
-
-
-def _held_scores(positions: Tensor, new_entry_score: float) -> Tensor:
-    """float32 `[B, H, n]`: those of scored entries, then of decoded ones, 0 for the chunk and for absent entries."""
-    scores = torch.rand(positions.shape, generator=torch.Generator().manual_seed(2))
-    scores[:, :, -_CHUNK - _NUM_DECODED : -_CHUNK] = new_entry_score
-    scores[:, :, -_CHUNK:] = 0.0
-    return scores.masked_fill(positions < 0, 0.0)
-
-
-def _check_prompt(policy: EvictionPolicy, given: str, activations: LayerActivations) -> None:
+def _check_prompt(policy: EvictionPolicy, given: str, activations: LayerActivations, length: int) -> Tensor:
+    """Returns the scores."""
     before = snapshot(activations)
     scores = call(policy, "score_prompt", given, policy.score_prompt, activations)
     hold_unchanged(policy, "score_prompt", given, activations, before)
-    shape = (_BATCH, SyntheticProbe().spec.num_kv_heads, _LENGTH)
+    shape = (BATCH, SyntheticProbe().spec.num_kv_heads, length)
     hold_tensor(policy, "score_prompt", given, scores, shape, "[B, H, n]")
     hold_float32(policy, "score_prompt", given, scores)
     hold_same(policy, "score_prompt", given, scores, policy.score_prompt(activations))
+    return scores
+
+
+def _check_slots(policy: EvictionPolicy, later: LaterChunk) -> None:
+    activations, slots = later.given(policy, 1), later.other_slots
+    scores = _check_prompt(policy, str(later), activations, later.length).gather(2, slots)
+    moved, present = policy.score_prompt(in_slots(activations, slots)), later.positions.gather(2, slots) >= 0
+    flips = sum(_flipped(one[here], two[here]) for one, two, here in _heads(scores, moved, present))
+    pairs = sum(int(here.sum()) ** 2 // 2 for (here,) in _heads(present))
+    law = "the order of scores does not depend on the slots that the entries lie in"
+    got = f"{flips} of {pairs} pairs of entries change order when the kept ones change places"
+    advice = "slots are reused, so the order of entries is not their age: require `positions`, and sort by them"
+    hold(flips <= pairs // _FEW, policy, law, str(later), got, advice)
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of `[B, H, n]`, one KV head of one sequence after the other."""
+    return zip(*(tensor.flatten(0, 1) for tensor in tensors), strict=True)
 
 
 def _check_absent(policy: EvictionPolicy) -> None:
-    positions = _later_positions(SyntheticProbe().spec.num_kv_heads)
-    zero, garbage = (
-        policy.score_prompt(_later_chunk(_prompt(policy, 1), policy, garbage=value)) for value in (0.0, 50.0)
-    )
-    for row in range(_BATCH):
-        present = positions[row, 0] >= 0
-        flips = _flipped(zero[row, 0][present], garbage[row, 0][present])
+    zero, garbage = (policy.score_prompt(_SHORT.given(policy, 1, garbage=value)) for value in (0.0, 50.0))
+    for one, two, present in zip(zero[:, 0], garbage[:, 0], _SHORT.positions[:, 0] >= 0, strict=True):
+        flips = _flipped(one[present], two[present])
         law = "absent entries (position -1) do not change the order of the others"
         got = f"{flips} pairs of present entries change order when absent keys and values go from 0 to 50"
         advice = "mask entries with positions < 0 out of means, sums, pooling and normalisation"
-        hold(flips == 0, policy, law, _LATER, got, advice)
+        hold(flips == 0, policy, law, str(_SHORT), got, advice)
 
 
 def _flipped(first: Tensor, second: Tensor) -> int:
     """Pairs that one tensor orders one way and the other the other way, beyond rounding."""
     one, two = first[:, None] - first, second[:, None] - second
-    slack = 1e-5 * max(float(one.abs().max()), float(two.abs().max()))
+    slack = _ROUNDING * torch.maximum(first[:, None].abs(), first.abs())
     return int(((one > slack) & (two < -slack)).sum())
 
 
@@ -126,9 +100,7 @@ def _check_window_rule(policy: EvictionPolicy) -> None:
     law = "a policy with window_rule = True keeps the most recent entries"
     advice = "score by `positions` (slots are reused, so the order of entries is not their age), or drop window_rule"
     hold("positions" in policy.requires, policy, law, "`requires`", sorted(policy.requires), advice)
-    positions = _later_positions(SyntheticProbe().spec.num_kv_heads).flatten(0, 1)
-    scores = policy.score_prompt(_later_chunk(_prompt(policy, 1), policy, garbage=0.0)).flatten(0, 1)
-    for row_positions, row_scores in zip(positions, scores, strict=True):
+    for row_positions, row_scores in _heads(_SHORT.positions, policy.score_prompt(_SHORT.given(policy, 1))):
         _check_recency(policy, law, advice, row_positions, row_scores)
 
 
