@@ -443,6 +443,8 @@ def test_right_policies_pass() -> None:
     check_eviction_policy(RecentPolicy)
     check_eviction_policy(RecentPolicy(num_sink_tokens=8))
     check_eviction_policy(KeyPolicy)
+    check_eviction_policy(step(lambda s: s.scores - s.at_segment(s.total(s.attention) / s.lengths.clamp(min=1))))
+    check_eviction_policy(step(lambda s: s.scores - s.at_segment(s.largest(s.keys)).amax(1)))
 
 
 def policy(base: type = KeyPolicy, **body: Any) -> type[EvictionPolicy]:
@@ -487,14 +489,20 @@ def _recency_by_index(a: Any) -> Tensor:
             prompt(lambda a: a.keys.norm(dim=-1), window_rule=True, requires=frozenset({"keys"})),
             "keeps the most recent",
         ),
-        (step(lambda s: s.scores[:-1]), "score_step has shape [num_entries]"),
+        (step(lambda s: s.scores[:-1]), "score_step has shape [R]"),
         (step(lambda s: s.scores.double()), "score_step is float32"),
         (step(lambda s: s.scores / 0), "score_step is finite"),
         (step(lambda s: torch.rand(s.scores.shape)), "same for the same arguments"),
         (step(lambda s: s.scores.add_(s.attention)), "changed `DecodeStep.scores`"),
-        (step(lambda s: s.scores.view(-1, s.num_kv_heads)), "score_step has shape [num_entries]"),
+        (step(lambda s: s.scores.view(-1, s.num_kv_heads)), "score_step has shape [R]"),
         (step(lambda s: s.segment), "score_step is float32"),
         (step(lambda s: s.missing), "score_step raised AttributeError"),
+        (step(lambda s: None), "score_step is a tensor"),
+        (step(lambda s: s.scores[s.positions >= 0]), "score_step has shape [R]"),
+        (step(lambda s: s.scores + s.keys.mean()), "free rows (position -1) do not change the scores"),
+        (step(lambda s: s.scores + float(s.attention.sum())), "score_step does not wait for the device"),
+        (step(lambda s: s.scores + s.attention[s.positions >= 0].sum()), "score_step does not wait for the device"),
+        (step(lambda s: s.scores + s.positions.nonzero().sum()), "score_step does not wait for the device"),
         (step(lambda s: -s.scores, RecentPolicy), "after a step too"),
         (policy(requires=frozenset({"attention"})), "`requires` lists 'attention'"),
         (policy(num_sink_tokens=-1, __annotations__={"num_sink_tokens": int}), "`num_sink_tokens` is -1"),

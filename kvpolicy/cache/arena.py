@@ -211,7 +211,7 @@ class LayerArena:
         out_rows = first[segment] + offset
         column = columns[segment, offset]
         old = (self.keys, self.values, self.positions)
-        new = tuple(x.new_empty(int(allocated.sum()), *x.shape[1:]) for x in old)
+        new = tuple(x.new_zeros(int(allocated.sum()), *x.shape[1:]) for x in old)  # free rows are read by policies
         everything: Tensor | slice = slice(None)
         if width:
             stored = everything if chunk is None else (column < width).nonzero()[:, 0]

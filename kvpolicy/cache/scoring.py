@@ -10,7 +10,7 @@ import torch
 from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import Chunk, LayerArena, each_entry, on_device
 from kvpolicy.cache.prompt_sources import Candidates
 from kvpolicy.errors import PluginError
 from kvpolicy.plugins import plugin_call
@@ -82,37 +82,55 @@ def score_step(
     policy: EvictionPolicy,
     layer: int,
     arena: LayerArena,
+    seen: Tensor,
     query: Tensor,
     options: Mapping[str, Any],
     wrong: NotANumber,
 ) -> None:
     """Lets the policy rescore the entries after a decoding step, if it does that at all. query: [B, num_q_heads, 1, D].
 
+    seen:  int64 [B] on the CPU, tokens of each sequence
     wrong: is given the scores, to be checked once for all layers
 
     Raises `PluginError` for scores of another type, shape or device.
     """
     if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
         return
-    segment, column = (torch.arange(arena.width)[None] < arena.length[:, None]).nonzero(as_tuple=True)
-    rows = (arena.start[segment] + column).to(arena.device)
-    given = {}
-    if "keys" in policy.requires:
-        given["keys"] = arena.keys[rows]
+    step = _decode_step(policy, layer, arena, arena.scores, seen, query, options)
+    scores = plugin_call.step_scores(policy, step).where(step.positions >= 0, -torch.inf)
+    wrong.add(scores)
+    arena.scores.copy_(scores)
+
+
+def _decode_step(
+    policy: EvictionPolicy,
+    layer: int,
+    arena: LayerArena,
+    scores: Tensor,
+    seen: Tensor,
+    query: Tensor,
+    options: Mapping[str, Any],
+) -> DecodeStep:
+    """Every row of the arena, the free ones too. Its tensors are the policy's own."""
+    segment, column = each_entry(arena.allocated, arena.device)
+    lengths = on_device(arena.length, arena.device)
+    present = column < lengths[segment]
+    sources = {name: plugin_call.lent(getattr(arena, name)) for name in policy.requires & {"keys", "values"}}
     if "decode_attention" in policy.requires:
         mass = column_scores(query, arena.keys, arena.start, arena.length, power=policy.attention_power, **options)
-        given["attention"] = mass.flatten(0, 1)[segment.to(arena.device), column.to(arena.device)]
-    step = DecodeStep(
+        mass = mass.flatten(0, 1)
+        sources["attention"] = mass[segment, column.clamp(max=mass.shape[1] - 1)].where(present, 0.0)
+    return DecodeStep(
         layer=layer,
-        num_kv_heads=len(arena.start) // query.shape[0],
-        scores=arena.scores[rows],
-        positions=arena.positions[rows],
-        indptr=torch.cat([arena.length.new_zeros(1), arena.length.cumsum(0)]).to(arena.device, torch.int32),
-        **given,
+        num_kv_heads=len(arena.start) // len(seen),
+        segment=segment,
+        scores=scores.where(present, -torch.inf),
+        positions=arena.positions.where(present, -1),
+        lengths=lengths,
+        seen=on_device(seen, arena.device),
+        max_positions=int(seen.max()),
+        **sources,
     )
-    scores = plugin_call.step_scores(policy, step)
-    wrong.add(scores)
-    arena.scores[rows] = scores
 
 
 def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:

@@ -230,9 +230,9 @@ class RaggedStore(Accounts):
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
-        arena = self._layer(layer).arena
-        inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads, 1)
-        score_step(self.policy, layer, arena, query, scoring.options(), self._wrong)
+        held = self._layer(layer)
+        inputs.check_query(query, held.arena.keys, self.batch_size, self._num_q_heads, 1)
+        score_step(self.policy, layer, held.arena, held.seen, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1:  # once a token, since that waits for the device
             self._wrong.check(self.policy, "score_step")
 

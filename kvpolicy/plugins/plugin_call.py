@@ -162,7 +162,7 @@ def prompt_scores(
 
 
 def step_scores(policy: EvictionPolicy, step: DecodeStep) -> Tensor:
-    """float32, one for each entry. Called for each layer and token: costs the host a microsecond or two."""
+    """float32 [R], one for each row. Called for each layer and token: costs the host a microsecond or two."""
     scores = _ask(policy, "score_step", step)
     return _scores(policy, "score_step", scores, step.scores.shape, step.scores.device)
 

@@ -270,5 +270,8 @@ class EvictionPolicy(_Role):
         """Returns `[B, H, n]` float32 over [entries kept so far ; this chunk]. Called after each prefill chunk."""
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        """Returns `[num_entries]` float32. Called after each decoding step; the default keeps the scores."""
+        """Returns `[R]` float32, for each row of the arena; the default keeps the scores.
+
+        Called after each decoding step. May not wait for the device: no `.item()`, no shape that depends on values.
+        """
         return step.scores

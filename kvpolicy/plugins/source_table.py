@@ -42,7 +42,7 @@ TABLE = {
     "positions": Source(_by("store", "step"), outlives_prompt=True),
     "scores": Source(_by("store", "step"), needs_cache=True),
     "keys": Source(_by("probe", "store", "step"), outlives_prompt=True),
-    "values": Source(_by("probe", "store"), outlives_prompt=True),
+    "values": Source(_by("probe", "store", "step"), outlives_prompt=True),
     "queries": Source(_by("probe", "store")),
     "scale": Source(_by("probe", "store")),
     "query_attention": Source(_by("store"), "a pass over the keys for each query of the window"),

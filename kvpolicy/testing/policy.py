@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.decode_step import DecodeStep
@@ -25,6 +27,7 @@ from kvpolicy.testing.synthetic import SyntheticProbe
 
 _SHORT, _LONG = LaterChunk(24, 8), LaterChunk(600, 300)
 _SEGMENTS = (0, 1, 7, 12)  # entries of each (sequence, KV head) in a decoding step
+_ROWS = (2, 1, 9, 16)  # rows of each, the free ones behind the entries
 _ROUNDING = 1e-5  # of the larger score of a pair
 _FEW = 1000  # one pair in so many may flip: a threshold, crossed by rounding
 
@@ -32,6 +35,7 @@ _FEW = 1000  # one pair in so many may flip: a threshold, crossed by rounding
 def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None:
     """Checks the laws of `EvictionPolicy`: scores of prompts, later chunks and a step, absent entries, slots, recency.
 
+    Of a step also that free rows change nothing, and that no number is asked of the device.
     Raises `LawError`, an `AssertionError`.
     """
     instance: EvictionPolicy = instance_of("policy", policy)
@@ -114,36 +118,89 @@ def _check_recency(policy: EvictionPolicy, law: str, advice: str, positions: Ten
 
 def _check_step(policy: EvictionPolicy) -> None:
     step = _step(policy)
-    given = f"a decoding step with {sum(_SEGMENTS)} entries in segments of {_SEGMENTS}"
+    given = f"a decoding step with {sum(_SEGMENTS)} entries in segments of {_SEGMENTS}, in {sum(_ROWS)} rows"
     before = snapshot(step)
     scores = call(policy, "score_step", given, policy.score_step, step)
     hold_unchanged(policy, "score_step", given, step, before)
-    hold_tensor(policy, "score_step", given, scores, (sum(_SEGMENTS),), "[num_entries]")
+    hold(isinstance(scores, Tensor), policy, "score_step is a tensor", given, type(scores).__name__, "return a Tensor")
+    shape, advice = (sum(_ROWS),), "score every row; what is returned for a free one is ignored"
+    hold(tuple(scores.shape) == shape, policy, f"score_step has shape [R] = {list(shape)}", given, scores, advice)
+    present = step.positions >= 0
+    hold_tensor(policy, "score_step", given, scores[present], (sum(_SEGMENTS),), "[entries]")
     hold_float32(policy, "score_step", given, scores)
-    hold_same(policy, "score_step", given, scores, policy.score_step(step))
+    hold_same(policy, "score_step", given, scores[present], policy.score_step(step)[present])
+    _check_free_rows(policy, given, present, scores)
+    _check_host(policy, given, step)
     if policy.window_rule:
         law = "after a step too, a policy with window_rule = True keeps the most recent entries"
         advice = "leave score_step as it is, or score by step.positions"
         for segment in range(len(_SEGMENTS)):
-            part = slice(int(step.indptr[segment]), int(step.indptr[segment + 1]))
+            part = present & (step.segment == segment)
             _check_recency(policy, law, advice, step.positions[part], scores[part])
 
 
-def _step(policy: EvictionPolicy) -> DecodeStep:
+def _check_free_rows(policy: EvictionPolicy, given: str, present: Tensor, scores: Tensor) -> None:
+    other = policy.score_step(_step(policy, garbage=-3e4))
+    law = "free rows (position -1) do not change the scores of entries"
+    advice = "sum with step.total, compare with step.largest: both leave free rows out"
+    hold(torch.equal(scores[present], other[present]), policy, law, given, other[present], advice)
+
+
+def _check_host(policy: EvictionPolicy, given: str, step: DecodeStep) -> None:
+    with _Waits() as waits:
+        policy.score_step(step)
+    law = "score_step does not wait for the device: no number is read from it, no shape depends on what it holds"
+    advice = "use torch.where instead of masks as indices, and step.max_positions instead of positions.max().item()"
+    hold(not waits.names, policy, law, given, ", ".join(waits.names), advice)
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types it not
+    """The operations that would wait for the device, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        indexes = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.repeat_interleave)
+        if indexes:  # by masks, or without the size that comes out
+            by_mask = any(getattr(index, "dtype", None) is torch.bool for arg in args[1:2] for index in arg or ())
+            waits = by_mask if func.overloadpacket is torch.ops.aten.index else kwargs.get("output_size") is None
+        else:
+            waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags))
+        if waits:
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **kwargs)
+
+
+def _step(policy: EvictionPolicy, garbage: float = 0.0) -> DecodeStep:
+    """garbage: what the keys and values of free rows hold."""
     generator = torch.Generator().manual_seed(1)
-    total, spec = sum(_SEGMENTS), SyntheticProbe().spec
-    positions = torch.cat([torch.randperm(40, generator=generator)[:length] for length in _SEGMENTS])
-    random = torch.rand(total, generator=generator)
+    spec, rows = SyntheticProbe().spec, torch.tensor(_ROWS)
+    segment = torch.arange(len(_ROWS)).repeat_interleave(rows)
+    column = torch.arange(len(segment)) - (rows.cumsum(0) - rows)[segment]
+    present = column < torch.tensor(_SEGMENTS)[segment]
+    order = torch.cat([torch.randperm(40, generator=generator)[:count] for count in _ROWS])
+    positions = order.int().where(present, -1)
+    random, mass = (torch.rand(len(segment), generator=generator) for _ in range(2))
     sources = {
-        "keys": torch.randn(total, spec.head_dim, generator=generator),
-        "attention": torch.rand(total, generator=generator),
+        name: torch.randn(len(segment), spec.head_dim, generator=generator).where(present[:, None], garbage)
+        for name in ("keys", "values")
     }
+    sources["attention"] = mass.where(present, 0.0)
     required = {"attention": "decode_attention"}
+    scores = positions.to(torch.float32) if policy.window_rule else random
     return DecodeStep(
         layer=1,
         num_kv_heads=spec.num_kv_heads,
-        scores=positions.to(torch.float32) if policy.window_rule else random,
+        segment=segment,
+        scores=scores.where(present, -torch.inf),
         positions=positions,
-        indptr=torch.tensor([0, *_SEGMENTS]).cumsum(0).to(torch.int32),
+        lengths=torch.tensor(_SEGMENTS),
+        seen=torch.tensor([40, 40]),
+        max_positions=64,
         **{name: given for name, given in sources.items() if required.get(name, name) in policy.requires},
     )

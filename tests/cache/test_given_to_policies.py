@@ -7,9 +7,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kvpolicy import EvictionPolicy, PluginError, Rotary, registry
+from kvpolicy import DecodeStep, EvictionPolicy, PluginError, Rotary, registry
 from kvpolicy.cache.store import Scoring
 from kvpolicy.plugins.checks import class_problems
+from kvpolicy.plugins.decode_step import in_blocks
 from kvpolicy.testing.laws import tensors_of
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
@@ -82,7 +83,9 @@ def test_a_power_of_attention():
     torch.testing.assert_close(seen.full_attention, squares[..., :9, :9].sum((2, 3)), **TOLERANCE)
     torch.testing.assert_close(seen.window_attention, squares[..., 5:9, :9].sum((2, 3)), **TOLERANCE)
     store.decode(0, *parts(given, 9, 10))
-    torch.testing.assert_close(Recording.steps[0].attention, squares[..., 9, :].sum(2).flatten(), **TOLERANCE)
+    (step,) = Recording.steps
+    attention = step.attention[step.positions >= 0]
+    torch.testing.assert_close(attention, squares[..., 9, :].sum(2).flatten(), **TOLERANCE)
 
 
 def causal_weights(query, key):
@@ -177,8 +180,8 @@ def test_a_decoding_step():
         for layer in range(2):
             store.decode(layer, *parts(given, begin, begin + 1))
     _, first, _, second = Recording.steps
-    assert first.layer == 1 and first.indptr.tolist() == [0, 5, 13] and first.indptr.dtype == torch.int32
-    assert second.indptr.tolist() == [0, 5, 13] and second.num_kv_heads == 2
+    assert first.layer == 1 and first.lengths.tolist() == [5, 8] and first.seen.tolist() == [10]
+    assert second.lengths.tolist() == [5, 8] and second.num_kv_heads == 2 and second.max_positions == 11
     assert second.segment.tolist() == [0] * 5 + [1] * 8
     held = torch.cat(store.positions(1))
     assert second.positions.tolist() == held.tolist()
@@ -199,10 +202,53 @@ def test_a_decoding_step_of_a_batch():
     store.prefill(0, *parts(given, 0, 8), num_padding=[0, 3])
     store.decode(0, *parts(given, 8, 9))
     (step,) = Recording.steps
-    assert step.num_kv_heads == 3 and len(step.indptr) == 7
+    assert step.num_kv_heads == 3 and step.lengths.tolist() == [4, 5, 6, 4, 5, 6]
     assert step.segment.tolist() == [s for s, n in enumerate((4, 5, 6, 4, 5, 6)) for _ in range(n)]
     newest = step.positions[(step.segment // step.num_kv_heads == 1)].max()
-    assert int(newest) == 5
+    assert int(newest) == 5 and step.seen.tolist() == [9, 6]
+
+
+def test_free_rows_of_a_step_mean_nothing():
+    """Segments that grow have rows to spare; they are zeroed once, and no score that is returned for them counts."""
+
+    @dataclass(frozen=True, slots=True)
+    class Spoiling(Recording):
+        def score_step(self, step):
+            self.steps.append(step)
+            return (step.scores + 1).where(step.positions >= 0, torch.nan)
+
+    given, store = tensors(12), store_of(Spoiling(), [5, 40])
+    store.prefill(0, *parts(given, 0, 9))
+    for begin in range(9, 12):
+        store.decode(0, *parts(given, begin, begin + 1))
+    *_, step = Recording.steps
+    free = step.positions < 0
+    assert step.lengths.tolist() == [5, 12] and int(free.sum()) == 9 + 16 - 12
+    assert step.segment.tolist() == [0] * 5 + [1] * 25 and len(step.scores) == 30
+    assert bool((step.scores[free] == -torch.inf).all()) and not step.attention[free].any()
+    assert not step.keys[free].any() and not step.values[free].any()
+    # a token of the prompt has minus its position and one for each step; it starts from 7.5 if it was decoded
+    expected = [9.5 if p == 9 else 8.5 if p == 10 else 7.5 if p == 11 else 2.0 - p for p in step.positions.tolist()]
+    assert step.scores[~free].tolist() == [x for x, f in zip(expected, free.tolist(), strict=True) if not f]
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_sums_and_maxima_of_a_step_leave_free_rows_out(shape):
+    lengths, rows = torch.tensor([0, 3, 0, 17]), torch.tensor([2, 3, 0, 20])
+    segment = torch.arange(4).repeat_interleave(rows)
+    column = torch.arange(25) - (rows.cumsum(0) - rows)[segment]
+    present = column < lengths[segment]
+    step = DecodeStep(0, 2, segment, torch.zeros(25), column.where(present, -1).int(), lengths, lengths[::2], 64)
+    x = torch.randn(25, *shape, generator=torch.Generator().manual_seed(0))
+    x[~present] = torch.nan
+    own = [x[present & (segment == index)] for index in range(4)]
+    total = torch.stack([part.sum(0) for part in own])
+    largest = torch.stack([part.amax(0) if len(part) else x.new_full(shape, -torch.inf) for part in own])
+    torch.testing.assert_close(step.total(x), total)
+    assert torch.equal(step.largest(x), largest)
+    assert torch.equal(step.at_segment(largest), largest[segment])
+    for how, free, expected in (("sum", 0.0, total), ("max", -torch.inf, largest)):  # as a GPU does it
+        torch.testing.assert_close(in_blocks(x.where(step._present(x), free), segment, 4, how), expected)
 
 
 def test_a_field_that_nobody_asked_for_is_not_there():
@@ -214,7 +260,7 @@ def test_a_field_that_nobody_asked_for_is_not_there():
     store.prefill(0, *tensors(9))
     store.decode(0, *tensors(1))
     assert Recording.prompts[0].supplied().keys() == {"layer", "positions"}
-    assert not Recording.steps[0].supplied().keys() & {"keys", "attention"}
+    assert not Recording.steps[0].supplied().keys() & {"keys", "values", "attention"}
 
 
 def test_a_policy_without_score_step_is_not_asked():

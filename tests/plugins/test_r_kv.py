@@ -160,9 +160,12 @@ def test_a_step_compares_no_pairs():
     step = DecodeStep(
         layer=0,
         num_kv_heads=2,
+        segment=torch.arange(2).repeat_interleave(count // 2),
         scores=torch.zeros(count),
         positions=torch.arange(count // 2, dtype=torch.int32).repeat(2),
-        indptr=torch.tensor([0, count // 2, count], dtype=torch.int32),
+        lengths=torch.full((2,), count // 2),
+        seen=torch.tensor([count // 2]),
+        max_positions=count,
         keys=torch.randn(count, dim),
         attention=torch.rand(count),
     )

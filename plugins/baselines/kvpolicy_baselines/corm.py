@@ -54,8 +54,6 @@ class CORMPolicy(EvictionPolicy):
         return torch.maximum(scores, ((asking + 1) * marked).amax(2).float())
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        lengths, segment = step.indptr.diff(), step.segment
-        zeros = step.attention.new_zeros(len(lengths))
-        share = zeros.index_add(0, segment, step.attention) / lengths.clamp(min=1)
-        asking = zeros.scatter_reduce(0, segment, step.positions.float(), "amax")  # the newest entry is its own
-        return torch.where(step.attention >= share[segment], asking[segment] + 1, step.scores)
+        share = step.total(step.attention) / step.lengths.clamp(min=1)
+        asking = step.seen[step.segment // step.num_kv_heads]  # one more than its position
+        return torch.where(step.attention >= step.at_segment(share), asking.float(), step.scores)

@@ -39,6 +39,6 @@ class KeyDiffPolicy(EvictionPolicy):
         return -cosine_similarity(keys, anchor, dim=-1)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        keys, segment = step.keys.float(), step.segment
-        anchors = keys.new_zeros(len(step.indptr) - 1, keys.shape[1]).index_add(0, segment, normalize(keys, dim=-1))
-        return -cosine_similarity(keys, anchors[segment], dim=-1)
+        keys = step.keys.float()
+        anchors = step.total(normalize(keys, dim=-1))
+        return -cosine_similarity(keys, step.at_segment(anchors), dim=-1)

@@ -76,14 +76,12 @@ class RKVPolicy(EvictionPolicy):
         return self._mixed(importance, redundancy, count).masked_fill(window & ~absent, _UNSCORED)
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        segment, count = step.segment, step.indptr.diff()
-        newest = step.positions.new_zeros(len(count)).scatter_reduce(0, segment, step.positions, "amax")
-        window = step.positions > newest[segment] - self.observation_window
-        importance = _share(step.attention.masked_fill(window, 0.0), segment, len(count))
+        count, seen = step.at_segment(step.lengths), step.seen[step.segment // step.num_kv_heads]
+        window = step.positions >= seen - self.observation_window
+        importance = _share(step, step.attention.masked_fill(window, 0.0))
         units = normalize(step.keys.float(), dim=-1)
-        total = units.new_zeros(len(count), units.shape[1]).index_add(0, segment, units)
-        likeness = (_with_others(units, total[segment]) / count[segment]).exp()
-        now = self._mixed(importance, _share(likeness, segment, len(count)), count[segment])
+        likeness = (_with_others(units, step.at_segment(step.total(units))) / count).exp()
+        now = self._mixed(importance, _share(step, likeness), count)
         average = step.scores + (now - step.scores) / self.observation_window
         return torch.where(step.scores < _UNSCORED, average, now).masked_fill(window, _UNSCORED)
 
@@ -97,9 +95,9 @@ def _with_others(units: Tensor, total: Tensor) -> Tensor:
     return (units * total).sum(-1) - units.square().sum(-1)
 
 
-def _share(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Each entry's part of its segment's sum. values: float `[num_entries]`."""
-    return values / _or_one(values.new_zeros(num_segments).index_add(0, segment, values))[segment]
+def _share(step: DecodeStep, values: Tensor) -> Tensor:
+    """Each entry's part of its segment's sum. values: float `[R]`."""
+    return values / step.at_segment(_or_one(step.total(values)))
 
 
 def _or_one(total: Tensor) -> Tensor:

@@ -37,18 +37,29 @@ class TOVAPolicy(EvictionPolicy):
     observation_window: int = 1
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        mass, positions = activations.window_attention, activations.positions
-        sequence = torch.arange(len(mass), device=mass.device)[:, None, None]
-        return _summed(mass.float(), sequence, positions, len(mass)) / mass.shape[1]
+        mass, positions = activations.window_attention.float(), activations.positions
+        return _of_tokens(mass.flatten(1), positions.flatten(1), mass.shape[1]).view_as(mass) / mass.shape[1]
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        sequence, batch = step.segment // step.num_kv_heads, (len(step.indptr) - 1) // step.num_kv_heads
-        return _summed(step.attention, sequence, step.positions, batch) / step.num_kv_heads
+        present, count = step.positions >= 0, len(step.lengths) * step.max_positions
+        place = (step.segment * step.max_positions + step.positions).where(present, count)
+        by_position = step.attention.new_zeros(count + 1).scatter(0, place, step.attention)  # each place gets one
+        total = by_position[:-1].view(-1, step.num_kv_heads, step.max_positions).sum(1)
+        return total[step.segment // step.num_kv_heads, step.positions.clamp(min=0)] / step.num_kv_heads
 
 
-def _summed(mass: Tensor, sequence: Tensor, positions: Tensor, batch: int) -> Tensor:
-    """For each entry the mass of its token in all heads of its sequence. positions as mass; sequence broadcasts."""
-    span = int(positions.max()) + 2  # the first place of a sequence is that of absent entries, position -1
-    place = (sequence * span + positions + 1).flatten()
-    total = mass.new_zeros(batch * span).index_add(0, place, mass.flatten())
-    return total[place].view_as(mass)
+def _of_tokens(mass: Tensor, positions: Tensor, num_heads: int) -> Tensor:
+    """For each entry the mass of its token in all heads. Both `[B, N]`, the entries of a sequence in any order.
+
+    In the order of positions a token's entries, at most one a head, lie in a row. So all have the same sum to the bit.
+    """
+    place, order = positions.sort(dim=1, stable=True)
+    begins = torch.ones_like(place, dtype=torch.bool)
+    begins[:, 1:] = place[:, 1:] != place[:, :-1]
+    sorted_mass = mass.gather(1, order)
+    total = sorted_mass.clone()
+    for step in range(1, min(num_heads, place.shape[1])):
+        total[:, :-step] += sorted_mass[:, step:].masked_fill(place[:, step:] != place[:, :-step], 0.0)
+    columns = torch.arange(place.shape[1], device=place.device)
+    first = torch.where(begins, columns, 0).cummax(1).values
+    return torch.empty_like(total).scatter_(1, order, total.gather(1, first))
