@@ -1,7 +1,11 @@
-"""Writes docs/methods/index.md and the methods in mkdocs.yml from the registry; `--check` fails if one differs."""
+"""Writes docs/methods/index.md and the methods in mkdocs.yml and README.md from the registry.
+
+`--check` fails if one differs.
+"""
 
 from __future__ import annotations
 
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -13,7 +17,15 @@ from kvpolicy.plugins.registry import PluginRow
 DOCS = Path(__file__).parent
 INDEX = DOCS / "methods" / "index.md"
 SITE = DOCS.parent / "mkdocs.yml"
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- methods: written by docs/make_methods.py -->\n", "<!-- end of methods -->\n"
 ELSEWHERE = {"baklava": "../explanation/baklava.md", "streaming": "../explanation/what-a-cache-keeps.md"}
+
+TITLES: dict[Role, str] = {
+    "policy": "Eviction policies",
+    "allocator": "Allocators",
+    "estimator": "Importance estimators",
+}
 
 HEAD = """\
 # Methods
@@ -26,24 +38,21 @@ decides what each KV head keeps. `kvpolicy plugins` lists these and whatever els
 """
 
 
+def rows_of(role: Role) -> list[PluginRow]:
+    return [row for row in registry.rows() if (row.distribution, row.role) == (PROJECT, role)]
+
+
 def index() -> str:
     """The page: a table for each role."""
-    rows = [row for row in registry.rows() if row.distribution == PROJECT]
-    return HEAD + "".join(
-        _table(title, needs, role, [row for row in rows if row.role == role])
-        for role, title, needs in (
-            ("policy", "Eviction policies", "needs"),
-            ("allocator", "Allocators", "needs"),
-            ("estimator", "Importance estimators", ""),
-        )
-    )
+    return HEAD + "".join(_table(title, role) for role, title in TITLES.items())
 
 
-def _table(title: str, needs: str, role: Role, rows: list[PluginRow]) -> str:
-    head = ["name", "what it does", "paper", *([needs] if needs else [])]
+def _table(title: str, role: Role) -> str:
+    needs = role != "estimator"
+    head = ["name", "what it does", "when to use it", "paper", *(["needs"] if needs else [])]
     lines = [f"\n## {title}\n", _line(head), "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [f"[`{row.name}`]({page(row.name)})", row.summary, _paper(row.paper)]
+    for row in rows_of(role):
+        cells = [f"[`{row.name}`]({page(row.name)})", row.summary, row.when, _paper(row.paper)]
         lines.append(_line([*cells, *([_needs(role, row.name)] if needs else [])]))
     return "\n".join(lines) + "\n"
 
@@ -78,8 +87,21 @@ def site() -> str:
     return re.sub(r"(  - Methods:\n)(?:      - .*\n)+", lambda match: match[1] + pages, text)
 
 
+def readme() -> str:
+    """README.md with the names of all methods, by role."""
+    lines = ["| role | methods |", "|---|---|"]
+    for role, title in TITLES.items():
+        links = (f"[`{row.name}`]({posixpath.normpath(f'docs/methods/{page(row.name)}')})" for row in rows_of(role))
+        lines.append(_line([title.lower(), ", ".join(links)]))
+    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"README.md lacks the line {(END if begin else BEGIN).strip()}")
+    return before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after
+
+
 def main(check: bool) -> None:
-    for path, text in ((INDEX, index()), (SITE, site())):
+    for path, text in ((INDEX, index()), (SITE, site()), (README, readme())):
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

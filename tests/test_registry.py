@@ -20,8 +20,8 @@ from kvpolicy.cache.schedule import unlimited
 from kvpolicy.errors import PluginConflictError, PluginError, PluginWarning
 from kvpolicy.model.spec import Budget, Importance
 from kvpolicy.plugins.activations import LayerActivations
-from kvpolicy.plugins.hookspecs import Register, hookimpl
-from kvpolicy.plugins.registry import PluginRow, Registry
+from kvpolicy.plugins.hookspecs import PROJECT, Register, hookimpl
+from kvpolicy.plugins.registry import PluginRow, Registry, registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from tests.cache.play import spec_of
 
@@ -107,6 +107,13 @@ def test_rows_hold_what_a_plugin_said() -> None:
     offer = plugin("acme", lambda r: r.allocator("flat", FlatAllocator, summary="All alike.", paper="arXiv:1"))
     expected = PluginRow("allocator", "flat", "acme", "1.2", "ok", None, "All alike.", "arXiv:1")
     assert make(offer).rows() == [expected]
+    more = plugin("acme", lambda r: r.allocator("flat", FlatAllocator, when="For a start."))
+    assert [row.when for row in make(more).rows()] == ["For a start."]
+
+
+def test_every_built_in_method_says_what_it_does_and_when_to_use_it() -> None:
+    built_in = [row for row in registry.rows() if row.distribution == PROJECT]
+    assert len(built_in) > 25 and all(row.summary and row.when.endswith((".", "?")) for row in built_in)
 
 
 def test_unknown_name_lists_close_matches_and_the_command() -> None:

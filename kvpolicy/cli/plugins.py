@@ -11,7 +11,7 @@ from kvpolicy.plugins.registry import registry
 
 
 def plugins(json: opt.Json = False) -> None:
-    """List every estimator, allocator and policy, and what is wrong with those that are broken."""
+    """List every estimator, allocator and policy, when to use it, and what is wrong with those that are broken."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the rows say it
         rows = registry.rows()
@@ -23,8 +23,11 @@ def plugins(json: opt.Json = False) -> None:
 
     from kvpolicy.cli.terminal import Console
 
-    table = Table("role", "name", "from", "status", "what it does")
+    table = Table("role", "name", "from", "status", "what it does, when to use it")
     for row in rows:
         status = Text(row.status, style="" if row.status == "ok" else "red")
-        table.add_row(row.role, row.name, f"{row.distribution} {row.version}", status, row.error or row.summary)
+        about = Text(row.error or row.summary)
+        if row.when and not row.error:
+            about.append(f"\n{row.when}", style="dim")
+        table.add_row(row.role, row.name, f"{row.distribution} {row.version}", status, about)
     Console().print(table)

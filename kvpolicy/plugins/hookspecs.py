@@ -32,6 +32,7 @@ class Registration:
     target: str | type
     summary: str
     paper: str
+    when: str
     replace: bool
 
 
@@ -43,6 +44,7 @@ class Register:
     until then.
 
     summary: one line for `kvpolicy plugins`;  paper: where the method is from ("arXiv:2502.13176")
+    when: one line on when to use it, for whoever has to choose
     replace: True to take over a name that kvpolicy itself offers; without it kvpolicy's own stays
 
     Raises `PluginError` for a malformed name or target, and for a name given twice in one role.
@@ -58,10 +60,11 @@ class Register:
         *,
         summary: str = "",
         paper: str = "",
+        when: str = "",
         replace: bool = False,
     ) -> None:
         """Offers an importance estimator."""
-        self._add(Registration("estimator", name, target, summary, paper, replace))
+        self._add(Registration("estimator", name, target, summary, paper, when, replace))
 
     def allocator(
         self,
@@ -70,10 +73,11 @@ class Register:
         *,
         summary: str = "",
         paper: str = "",
+        when: str = "",
         replace: bool = False,
     ) -> None:
         """Offers a budget allocator."""
-        self._add(Registration("allocator", name, target, summary, paper, replace))
+        self._add(Registration("allocator", name, target, summary, paper, when, replace))
 
     def policy(
         self,
@@ -82,10 +86,11 @@ class Register:
         *,
         summary: str = "",
         paper: str = "",
+        when: str = "",
         replace: bool = False,
     ) -> None:
         """Offers an eviction policy."""
-        self._add(Registration("policy", name, target, summary, paper, replace))
+        self._add(Registration("policy", name, target, summary, paper, when, replace))
 
     def _add(self, offer: Registration) -> None:
         if not isinstance(offer.name, str) or not _NAME.fullmatch(offer.name):

@@ -42,6 +42,7 @@ class PluginRow:
     error: str | None
     summary: str
     paper: str
+    when: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,9 +146,8 @@ class Registry:
         except PluginError as failure:
             status, error = "broken", str(failure)
         offer, plugin = entry.offer, entry.plugin
-        return PluginRow(
-            offer.role, offer.name, plugin.distribution, plugin.version, status, error, offer.summary, offer.paper
-        )
+        about = {"summary": offer.summary, "paper": offer.paper, "when": offer.when}
+        return PluginRow(offer.role, offer.name, plugin.distribution, plugin.version, status, error, **about)
 
     def _discovered(self) -> list[Plugin]:
         with self._lock:
