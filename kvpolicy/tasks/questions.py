@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import ModelError, TextError, foreign
+from kvpolicy.errors import TextError
+from kvpolicy.text.chat_frame import start_ids, token_ids
 
 FILLER = (
     " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -58,11 +59,11 @@ def make_passkeys(tokenizer: Any, count: int, length: int, seed: int = 0, fits: 
 
     def make(draw: random.Random, depth: float) -> Question:
         key = _number(draw)
-        begin = _start(tokenizer) + _ids(
+        begin = start_ids(tokenizer) + token_ids(
             tokenizer, "Somewhere in this text stands a pass key. Find it and remember it."
         )
-        needle = _ids(tokenizer, f" The pass key is {key}. Remember it.")
-        end, filler = _ids(tokenizer, ending), _ids(tokenizer, FILLER)
+        needle = token_ids(tokenizer, f" The pass key is {key}. Remember it.")
+        end, filler = token_ids(tokenizer, ending), token_ids(tokenizer, FILLER)
         room = _room(length, len(begin) + len(needle) + len(end), least=len(filler))
         around = (filler * (room // len(filler) + 1))[:room]
         at = round(depth * room / len(filler)) * len(filler)  # between two rounds of the filler
@@ -81,10 +82,12 @@ def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0, fits
     """
 
     def make(draw: random.Random, depth: float) -> Question:
-        begin = _start(tokenizer) + _ids(tokenizer, "Each item of this list has a number. Remember all of them.")
+        begin = start_ids(tokenizer) + token_ids(
+            tokenizer, "Each item of this list has a number. Remember all of them."
+        )
         names = draw.sample(range(1_000, 10_000), 9_000)
         ending = f" Which number has item {names[0]}? Item {names[0]} has number"
-        end = _ids(tokenizer, ending)
+        end = token_ids(tokenizer, ending)
         room = _room(length, len(begin) + len(end), least=2 * len(_item(tokenizer, names[0], "10000")))
         items: list[tuple[int, str, list[int]]] = []
         for name in names:
@@ -96,7 +99,7 @@ def make_key_values(tokenizer: Any, count: int, length: int, seed: int = 0, fits
             room -= len(line)
         place = min(int(depth * len(items)), len(items) - 1)
         items.insert(place, items.pop(0))  # the first one drawn is asked for
-        around = (_ids(tokenizer, FILLER) * length)[:room]
+        around = (token_ids(tokenizer, FILLER) * length)[:room]
         body = [token for _, _, line in items for token in line]
         return _question(tokenizer, begin + around + body + end, items[place][1], depth, ending)
 
@@ -108,7 +111,7 @@ def answer_ids(tokenizer: Any, ending: str, answer: str) -> list[int]:
 
     Raises `TextError` for a tokenizer that makes one token of the prompt's end and the number.
     """
-    before, whole = _ids(tokenizer, ending), _ids(tokenizer, f"{ending} {answer}")
+    before, whole = token_ids(tokenizer, ending), token_ids(tokenizer, f"{ending} {answer}")
     if whole[: len(before)] != before or len(whole) == len(before):
         raise TextError(
             f"this tokenizer joins the number {answer} to the end of its prompt, so that its tokens cannot be told "
@@ -145,7 +148,7 @@ def _fitting(make: Callable[[], Question], fits: Fits | None) -> Question:
 
 
 def _question(tokenizer: Any, ids: list[int], answer: str, depth: float, ending: str) -> Question:
-    return Question(torch.tensor(ids), answer, depth, len(_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS, ending)
+    return Question(torch.tensor(ids), answer, depth, len(token_ids(tokenizer, f" {answer}")) + _SPARE_TOKENS, ending)
 
 
 def _number(draw: random.Random) -> str:
@@ -153,22 +156,10 @@ def _number(draw: random.Random) -> str:
 
 
 def _item(tokenizer: Any, name: int, number: str) -> list[int]:
-    return _ids(tokenizer, f" Item {name} has number {number}.")
+    return token_ids(tokenizer, f" Item {name} has number {number}.")
 
 
 def _room(length: int, taken: int, least: int) -> int:
     if length - taken < least:
         raise TextError(f"a prompt of {length} tokens is too short for this task: give at least {taken + least}")
     return length - taken
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token of a tokenizer that puts it before every text."""
-    start = list(tokenizer("").input_ids)
-    return start if start == [tokenizer.bos_token_id] else []
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read {text[:40]!r}", ModelError):
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
