@@ -21,7 +21,7 @@ class FileTask(Task):
     """
 
     data: str = ""
-    max_new_tokens: int = 64  # type: ignore[misc]  # a field in place of the property
+    max_new_tokens: int = 64
 
     @property
     def metric(self) -> str:  # type: ignore[override]

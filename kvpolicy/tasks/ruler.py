@@ -1,8 +1,8 @@
 """RULER: 13 tasks of retrieval, tracking and counting.
 
-Source: Hsieh et al., arXiv:2404.06654. Six tasks are made here by its rules, at exact lengths, with words and wording of
-our own: their figures compare methods, and are no RULER scores. Files that RULER's own scripts wrote are read as they
-are.
+Source: Hsieh et al., arXiv:2404.06654. Six tasks are made here by its rules, at exact lengths, with words and wording
+of our own: their figures compare methods, and are no RULER scores. Files that RULER's own scripts wrote are read as
+they are.
 """
 
 from __future__ import annotations
