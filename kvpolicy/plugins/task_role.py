@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
-from kvpolicy.text.chat_frame import ChatFrame, token_ids
+from kvpolicy.model.chat_frame import ChatFrame, token_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks.family import check_member
 from kvpolicy.tasks.metrics import only_label
-from kvpolicy.tasks.rows import Row, data_file, drawn_rows, fitting_sample, read_rows
+from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, fitting_sample, read_rows
 
 _PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 _PEOPLE = ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")

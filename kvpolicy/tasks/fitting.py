@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from kvpolicy.errors import TextError
+from kvpolicy.model.chat_frame import ChatFrame, token_ids
 from kvpolicy.plugins.task_role import Sample, Turn, question_ids
 from kvpolicy.tasks.questions import FILLER
-from kvpolicy.text.chat_frame import ChatFrame, token_ids
 
 
 @dataclass(frozen=True, slots=True)

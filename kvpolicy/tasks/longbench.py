@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvpolicy.errors import PluginError, TextError
+from kvpolicy.model.chat_frame import token_ids
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks import metrics
 from kvpolicy.tasks.family import check_member
-from kvpolicy.tasks.rows import Row, data_file, drawn_rows, read_json, read_rows
-from kvpolicy.text.chat_frame import token_ids
+from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, read_json, read_rows
 
 _PROMPTS = "dataset2prompt.json"
 _MOST = {

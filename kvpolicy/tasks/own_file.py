@@ -9,7 +9,7 @@ from typing import Any
 from kvpolicy.errors import TextError
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks.metrics import f1
-from kvpolicy.tasks.rows import Row, drawn_rows, fitting_sample, read_rows
+from kvpolicy.tasks.row_file import Row, drawn_rows, fitting_sample, read_rows
 
 
 @dataclass(frozen=True, slots=True)

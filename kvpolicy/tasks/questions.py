@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TextError
-from kvpolicy.text.chat_frame import start_ids, token_ids
+from kvpolicy.model.chat_frame import start_ids, token_ids
 
 FILLER = (
     " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -18,7 +18,7 @@ from kvpolicy.tasks.family import check_member
 from kvpolicy.tasks.fitting import drawer
 from kvpolicy.tasks.metrics import contained_part, contains_one
 from kvpolicy.tasks.needle_lines import NEEDLES, needle_sample
-from kvpolicy.tasks.rows import Row, data_file, drawn_rows, fitting_sample, read_rows
+from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, fitting_sample, read_rows
 from kvpolicy.tasks.variables import variables_sample
 from kvpolicy.tasks.word_lists import common_words_sample, frequent_words_sample
 

@@ -16,7 +16,7 @@ from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks.family import check_member
 from kvpolicy.tasks.fitting import drawer
 from kvpolicy.tasks.metrics import contained_part, contains_one, first_number
-from kvpolicy.tasks.rows import Row, data_file, drawn_rows, fitting_sample, read_rows
+from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, fitting_sample, read_rows
 from kvpolicy.tasks.shared_context import key_values_sample, prefix_suffix_sample
 from kvpolicy.tasks.variables import variables_sample
 

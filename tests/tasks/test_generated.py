@@ -7,8 +7,8 @@ import pytest
 
 from kvpolicy import ModelError, PluginError, TextError
 from kvpolicy.tasks.needle_grid import NeedleGridTask
-from kvpolicy.tasks.numbers import KeyValueTask, PasskeyTask
 from kvpolicy.tasks.questions import make_key_values, make_passkeys
+from kvpolicy.tasks.recalled_number import KeyValueTask, PasskeyTask
 from kvpolicy.tasks.ruler import RulerTask
 from kvpolicy.tasks.scbench import SCBenchTask
 from tests.tiny_checkpoint import tiny_tokenizer

@@ -10,7 +10,7 @@ from kvpolicy.plugins.task_role import Turn
 from kvpolicy.tasks.babilong import BABILongTask
 from kvpolicy.tasks.longbench import LongBenchTask
 from kvpolicy.tasks.own_file import FileTask
-from kvpolicy.tasks.rows import read_rows
+from kvpolicy.tasks.row_file import read_rows
 from kvpolicy.tasks.ruler import RulerTask
 from kvpolicy.tasks.scbench import SCBenchTask
 from tests.tiny_checkpoint import tiny_tokenizer
@@ -237,7 +237,7 @@ def test_only_regular_files_of_text_are_read(tmp_path, monkeypatch):
         read_rows(tmp_path / "pipe")
     with pytest.raises(TextError, match="directory"):
         read_rows(tmp_path)
-    monkeypatch.setattr("kvpolicy.tasks.rows.MAX_BYTES", 4)
+    monkeypatch.setattr("kvpolicy.tasks.row_file.MAX_BYTES", 4)
     with pytest.raises(TextError, match="larger than"):
         read_rows(path)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvpolicy.model.chat_frame import token_ids
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks.questions import Question, make_key_values, make_passkeys, recalled
-from kvpolicy.text.chat_frame import token_ids
 
 
 class _NumberTask(Task):
