@@ -17,7 +17,7 @@ from kvpolicy.model.spec import Budget, Importance
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
-from kvpolicy.plugins.source_table import SOURCES
+from kvpolicy.plugins.source_table import NEED_CACHE, SOURCES
 from kvpolicy.testing import (
     LawError,
     RecordingTrial,
@@ -47,7 +47,7 @@ def test_probe_supplies_every_source_that_needs_no_cache() -> None:
         seen.append(activations.layer)
         assert activations.supplied().keys() == supplied | {"layer"}
 
-    supplied = SOURCES - {"scores", "repeat_attention", "decode_attention"}
+    supplied = SOURCES - {"scores", "capacity", "repeat_attention", "decode_attention"}
     SyntheticProbe(lengths=(9, 12)).observe(visit, supplied)
     assert seen == [0, 1, 2, 0, 1, 2]
 
@@ -75,7 +75,7 @@ def test_probe_gives_only_what_is_required_and_the_same_twice() -> None:
     assert not torch.equal(first.keys, other)
 
 
-@pytest.mark.parametrize("source", ["scores", "repeat_attention", "decode_attention"])
+@pytest.mark.parametrize("source", ["scores", "capacity", "repeat_attention", "decode_attention"])
 def test_probe_refuses_what_only_a_cache_has(source: str) -> None:
     with pytest.raises(PluginError, match=f"cannot supply \\['{source}'\\]"):
         SyntheticProbe().observe(lambda _: None, frozenset({source}))
@@ -615,7 +615,7 @@ def test_a_policy_that_writes_into_any_source_is_caught(source: str) -> None:
     assert f"changed `LayerActivations.{source}" in message(lambda: check_eviction_policy(wrong))
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES - {"decode_attention", "repeat_attention", "scores", "scale"}))
+@pytest.mark.parametrize("source", sorted(SOURCES - NEED_CACHE - {"scale"}))
 def test_an_estimator_that_writes_into_any_source_is_caught(source: str) -> None:
     def write(activations: LayerActivations) -> None:
         for _, tensor in tensors_of(activations):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import Chunk, LayerArena, on_device
 from kvpolicy.cache.attention_mass import attention_mass, attention_of_each
+from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import EvictionPolicy
 
@@ -20,15 +21,20 @@ from kvpolicy.plugins.roles import EvictionPolicy
 class Candidates:
     """The entries of a layer and the tokens of a chunk, which a policy is to score together.
 
+    layer:   its table is that of the tokens seen with this chunk
     query:   [B, num_q_heads, n, D] of the chunk's last n tokens
     options: scale, softcap, sink_logits, power
     """
 
     policy: EvictionPolicy
-    arena: LayerArena
+    layer: StoreLayer
     query: Tensor
     chunk: Chunk
     options: Mapping[str, Any]
+
+    @property
+    def arena(self) -> LayerArena:
+        return self.layer.arena
 
     @cached_property
     def rows(self) -> Tensor:
@@ -81,6 +87,7 @@ SUPPLIERS: dict[str, Callable[[Candidates], Any]] = {
     "values": lambda of: of.with_chunk(of.arena.values, of.chunk.value),
     "queries": lambda of: plugin_call.lent(of.query),
     "scale": _scale,
+    "capacity": lambda of: on_device(of.layer.table, of.arena.device).clone(),
     "query_attention": lambda of: attention_of_each(of.arena, of.last_queries, of.chunk, of.options),
     "window_attention": lambda of: attention_mass(of.arena, of.last_queries, of.chunk, of.options),
     "full_attention": lambda of: attention_mass(of.arena, of.query, of.chunk, of.options),

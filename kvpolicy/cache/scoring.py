@@ -11,12 +11,13 @@ from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena, each_entry, on_device
+from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.prompt_sources import Candidates
 from kvpolicy.errors import PluginError
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.decode_step import DecodeStep
-from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from kvpolicy.plugins.source_table import OUTLIVE_PROMPT, listed, supplied_by
 
 STORE_SOURCES = supplied_by("store", "step")
@@ -35,8 +36,12 @@ class Scoring:
         return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sink_logits}
 
 
-def check_sources(policy: EvictionPolicy, supplied: frozenset[str]) -> None:
-    """Raises `PluginError` where a policy requires what it cannot be given. supplied: besides `STORE_SOURCES`."""
+def check_sources(policy: EvictionPolicy, supplied: frozenset[str], allocator: BudgetAllocator | None) -> None:
+    """Raises `PluginError` where a policy requires what it cannot be given.
+
+    supplied:  sources besides `STORE_SOURCES`
+    allocator: one that splits the budget at run time, if there is one
+    """
     name, missing = type(policy).__name__, plugin_call.admitted(policy).requires - STORE_SOURCES - supplied
     if missing:
         raise PluginError(
@@ -49,12 +54,16 @@ def check_sources(policy: EvictionPolicy, supplied: frozenset[str]) -> None:
             f"the policy {name} requires repeat_attention and {listed(gone)}: once the context has been "
             f"repeated, only {listed(OUTLIVE_PROMPT)} are left of its own forward"
         )
+    if allocator is not None and "capacity" in policy.requires:
+        raise PluginError(
+            f"the policy {name} requires capacity, and {type(allocator).__name__} splits the budget at run time, by "
+            "scores, so that no capacity is known before them: take an allocator with fixed shares"
+        )
 
 
 def score_chunk(
     policy: EvictionPolicy,
-    layer: int,
-    arena: LayerArena,
+    layer: StoreLayer,
     query: Tensor,
     chunk: Chunk,
     options: Mapping[str, Any],
@@ -62,56 +71,50 @@ def score_chunk(
 ) -> Tensor:
     """The policy's scores of [entries held ; chunk], float32 [S, width + n].
 
+    layer:   its table is that of the tokens seen with this chunk
     query:   [B, num_q_heads, n, D] of the chunk's last n tokens
     options: scale, softcap, sink_logits;  extra: what the policy requires besides `STORE_SOURCES`
 
     Raises `PluginError` for a source that is missing in `extra`, and for scores of another shape.
     """
     missing = policy.requires - STORE_SOURCES - extra.keys()
-    if missing == {"repeat_attention"} and arena.width:
-        return _unasked(policy, arena, chunk)
+    if missing == {"repeat_attention"} and layer.arena.width:
+        return _unasked(policy, layer.arena, chunk)
     if missing:
         raise PluginError(f"{type(policy).__name__} requires {listed(missing)}: give it as extra= with the prompt")
-    candidates = Candidates(policy, arena, query, chunk, {**options, "power": policy.attention_power})
+    candidates = Candidates(policy, layer, query, chunk, {**options, "power": policy.attention_power})
     outside = {name: plugin_call.lent(extra[name]) for name in policy.requires & extra.keys()}
-    activations = LayerActivations(layer=layer, **outside | candidates.supplied())
-    return plugin_call.prompt_scores(policy, activations, candidates.shape, arena.device).flatten(0, 1)
+    activations = LayerActivations(layer=layer.index, **outside | candidates.supplied())
+    return plugin_call.prompt_scores(policy, activations, candidates.shape, layer.arena.device).flatten(0, 1)
 
 
 def score_step(
     policy: EvictionPolicy,
-    layer: int,
-    arena: LayerArena,
-    seen: Tensor,
+    layer: StoreLayer,
     query: Tensor,
     options: Mapping[str, Any],
     wrong: NotANumber,
 ) -> None:
     """Lets the policy rescore the entries after a decoding step, if it does that at all. query: [B, num_q_heads, 1, D].
 
-    seen:  int64 [B] on the CPU, tokens of each sequence
     wrong: is given the scores, to be checked once for all layers
 
     Raises `PluginError` for scores of another type, shape or device.
     """
+    arena = layer.arena
     if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
         return
-    step = _decode_step(policy, layer, arena, arena.scores, seen, query, options)
+    step = _decode_step(policy, layer, arena.scores, query, options)
     scores = plugin_call.step_scores(policy, step).where(step.positions >= 0, -torch.inf)
     wrong.add(scores)
     arena.scores.copy_(scores)
 
 
 def _decode_step(
-    policy: EvictionPolicy,
-    layer: int,
-    arena: LayerArena,
-    scores: Tensor,
-    seen: Tensor,
-    query: Tensor,
-    options: Mapping[str, Any],
+    policy: EvictionPolicy, layer: StoreLayer, scores: Tensor, query: Tensor, options: Mapping[str, Any]
 ) -> DecodeStep:
     """Every row of the arena, the free ones too. Its tensors are the policy's own."""
+    arena = layer.arena
     segment, column = each_entry(arena.allocated, arena.device)
     lengths = on_device(arena.length, arena.device)
     present = column < lengths[segment]
@@ -121,14 +124,14 @@ def _decode_step(
         mass = mass.flatten(0, 1)
         sources["attention"] = mass[segment, column.clamp(max=mass.shape[1] - 1)].where(present, 0.0)
     return DecodeStep(
-        layer=layer,
-        num_kv_heads=len(arena.start) // len(seen),
+        layer=layer.index,
+        num_kv_heads=layer.num_heads,
         segment=segment,
         scores=scores.where(present, -torch.inf),
         positions=arena.positions.where(present, -1),
         lengths=lengths,
-        seen=on_device(seen, arena.device),
-        max_positions=int(seen.max()),
+        seen=on_device(layer.seen, arena.device),
+        max_positions=int(layer.seen.max()),
         **sources,
     )
 

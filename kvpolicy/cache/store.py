@@ -71,7 +71,7 @@ class RaggedStore(Accounts):
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
     ) -> None:
-        check_sources(policy, supplied)
+        check_sources(policy, supplied, None if split is None else split.allocator)
         if schedule.shape != spec.table_shape:
             raise BudgetError(
                 f"the budget is for (layers, KV heads) = {schedule.shape}, the model has {spec.table_shape}"
@@ -232,7 +232,7 @@ class RaggedStore(Accounts):
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
         held = self._layer(layer)
         inputs.check_query(query, held.arena.keys, self.batch_size, self._num_q_heads, 1)
-        score_step(self.policy, layer, held.arena, held.seen, query, scoring.options(), self._wrong)
+        score_step(self.policy, held, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1:  # once a token, since that waits for the device
             self._wrong.check(self.policy, "score_step")
 
@@ -300,8 +300,10 @@ class RaggedStore(Accounts):
         settling, scores = held.settling(chunk, hold), None
         if is_last:  # else nobody waits for the device here
             self._finite.check()
+        if settling and (self.split is None or held.arena.scores is None):
+            self._grow(layer, held, held.settled + chunk.part(slice(0, settling)).count)
         if settling and held.arena.scores is not None:
-            scores = score_chunk(self.policy, layer, held.arena, query, chunk, scoring.options(), extra or {})
+            scores = score_chunk(self.policy, held, query, chunk, scoring.options(), extra or {})
             scores = scores[:, : held.arena.width + settling]
             self._wrong.add(scores)
             if self.split is not None or is_last:
@@ -309,9 +311,7 @@ class RaggedStore(Accounts):
         settled = held.settle(chunk, settling)
         if not settling:
             return
-        if self.split is None or scores is None:
-            self._grow(layer, held, held.settled)
-        else:
+        if self.split is not None and scores is not None:
             split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled)
         held.fold(settled, scores)
 

@@ -77,6 +77,8 @@ class LayerActivations(Sources):
     positions:        [B, num_kv_heads, n] int, -1 marks an absent entry, whose keys and values mean nothing
     scores:           [B, num_kv_heads, n] float32, those of the entries so far: what the policy last returned, or
                       `new_entry_score` for a decoded one since; 0 for this chunk and for absent entries
+    capacity:         [B, num_kv_heads] int64, entries that each KV head may keep of these, protected spans left out; it
+                      may be more than there are. Not there under an allocator that splits the budget by the scores
     query_attention:  [B, num_kv_heads, w, n], attention of each query of the observation window, summed over its
                       query group; the w queries are the last w of n, and those of padding are 0
     window_attention: [B, num_kv_heads, n], the same, summed over the queries too
@@ -100,6 +102,7 @@ class LayerActivations(Sources):
     output_weight: Tensor = ABSENT
     positions: Tensor = ABSENT
     scores: Tensor = ABSENT
+    capacity: Tensor = ABSENT
     query_attention: Tensor = ABSENT
     window_attention: Tensor = ABSENT
     full_attention: Tensor = ABSENT

@@ -45,6 +45,7 @@ TABLE = {
     "values": Source(_by("probe", "store", "step"), outlives_prompt=True),
     "queries": Source(_by("probe", "store")),
     "scale": Source(_by("probe", "store")),
+    "capacity": Source(_by("store"), "prompts are scored for each budget", needs_cache=True, outlives_prompt=True),
     "query_attention": Source(_by("store"), "a pass over the keys for each query of the window"),
     "window_attention": Source(_by("probe", "store"), _EACH_TIME),
     "full_attention": Source(_by("probe", "store"), "all queries with all keys, as attention itself"),

@@ -205,6 +205,7 @@ class _Attention(nn.Module):
             "output_weight": self.o_proj.weight,
             "positions": torch.arange(length).repeat(batch, self.num_kv_heads, 1),
             "scores": torch.zeros(batch, self.num_kv_heads, length),
+            "capacity": torch.full((batch, self.num_kv_heads), length // 2),
             "query_attention": by_group[:, :, -window:],
             "window_attention": by_group[:, :, -window:].sum(2),
             "full_attention": by_group.sum(2),

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from kvpolicy import DecodeStep, EvictionPolicy, PluginError, Rotary, registry
-from kvpolicy.cache.store import Scoring
+from kvpolicy.cache.schedule import Growing
+from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.cache.store import RaggedStore, Scoring
 from kvpolicy.plugins.checks import class_problems
 from kvpolicy.plugins.decode_step import in_blocks
 from kvpolicy.testing.laws import tensors_of
 from tests.cache.play import GROUP, TOLERANCE, store_of, tensors
 
 ATTENTION = {"query_attention", "window_attention", "full_attention", "decode_attention"}
-SOURCES = {"positions", "scores", "keys", "values", "queries", "scale", *ATTENTION}
+SOURCES = {"positions", "scores", "capacity", "keys", "values", "queries", "scale", *ATTENTION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def test_a_first_prompt():
     for got, expected in ((seen.queries, query), (seen.keys, key), (seen.values, value)):
         assert torch.equal(got, expected)
     assert seen.scale == query.shape[-1] ** -0.5
-    without_a_model = {"positions", "keys", "values", "queries", "scale", "scores"}
+    without_a_model = {"positions", "capacity", "keys", "values", "queries", "scale", "scores"}
     assert seen.supplied().keys() == without_a_model | {
         "layer",
         "query_attention",
@@ -249,6 +251,29 @@ def test_sums_and_maxima_of_a_step_leave_free_rows_out(shape):
     assert torch.equal(step.at_segment(largest), largest[segment])
     for how, free, expected in (("sum", 0.0, total), ("max", -torch.inf, largest)):  # as a GPU does it
         torch.testing.assert_close(in_blocks(x.where(step._present(x), free), segment, 4, how), expected)
+
+
+def test_a_capacity_is_what_a_head_may_keep_behind_the_chunk():
+    store = store_of(Recording(), [5, 8], batch_size=2, protected=[(2, 4)])
+    store.prefill(0, *tensors(9, batch=2), num_padding=[0, 6])
+    (seen,) = Recording.prompts
+    assert seen.capacity.tolist() == [[5, 8]] * 2 and seen.capacity.dtype == torch.int64
+    schedule = Growing((1, 2), lambda *_: torch.ones(1, 2), 0.5, floor=2, min_tokens=2)
+    growing = RaggedStore(store.spec, schedule, Recording())
+    for begin, end in ((0, 8), (8, 20)):
+        growing.prefill(0, *parts(tensors(20), begin, end))
+    assert [seen.capacity.tolist() for seen in Recording.prompts[1:]] == [[[4, 4]], [[10, 10]]]
+
+
+def test_a_capacity_is_refused_where_scores_split_the_budget():
+    @dataclass(frozen=True, slots=True)
+    class Half(Recording):
+        requires: ClassVar[frozenset[str]] = frozenset({"capacity"})
+
+    store = store_of(Recording(), [5, 8])
+    split = RuntimeSplit(registry.create("allocator", "adakv"), store.schedule, 2)
+    with pytest.raises(PluginError, match="policy Half requires capacity, and AdaKVAllocator splits the budget at run"):
+        RaggedStore(store.spec, store.schedule, Half(), split=split)
 
 
 def test_a_field_that_nobody_asked_for_is_not_there():

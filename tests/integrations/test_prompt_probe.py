@@ -1,5 +1,8 @@
 """The loss behind a compressed prompt: equal to a cache that is compressed once and then fed token by token."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ import kvpolicy
 from kvpolicy import (
     BudgetError,
     BudgetPlan,
+    EvictionPolicy,
     ModelSpec,
     PlanWarning,
     PluginError,
@@ -291,6 +295,32 @@ def test_without_a_bias_nothing_diverges_and_gradients_reach_every_head():
         lambda layer, rank: theta[layer][:, None, None] * rank.clamp(min=0) / 50 - rank / 50
     ).sum().backward()
     assert (theta.grad != 0).all()
+
+
+@dataclass(frozen=True, slots=True)
+class Alternating(EvictionPolicy):
+    """Keeps every other token where half of them fit, and the most recent where fewer do."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"capacity", "positions"})
+    num_sink_tokens: int = 4
+
+    def score_prompt(self, activations):
+        places = activations.positions.float()
+        fits = activations.capacity[..., None] * 2 >= places.shape[2]
+        return places + 1000 * (fits & (activations.positions % 2 == 0))
+
+
+def test_a_policy_that_knows_its_capacity_scores_each_table_again():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    probe, alone = (PromptProbe(model, ids, policy=Alternating(), prefill_length=PROMPT) for _ in range(2))
+    small, large = (torch.full(probe.spec.table_shape, size) for size in (20, 40))
+    losses = [probe.loss(table) for table in (large, small, large)]
+    torch.testing.assert_close(losses[1], alone.loss(small), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+    kept = [sorted(probe.filled(table).positions(0)[0].tolist()) for table in (small, large)]
+    assert kept == [[*range(4), *range(64, 80)], sorted({*range(4), *range(8, 80, 2)})]
+    with pytest.raises(PluginError, match="all capacities, and Alternating requires capacity"):
+        probe.soft_loss(hard(uneven(probe.spec), 0))
 
 
 def test_a_split_of_each_prompt_has_no_soft_loss():

@@ -79,8 +79,9 @@ class Prompts:
         table:     int [L, H], entries of the prompt
         allocator: splits the table's total at run time by the scores of each prompt instead
         """
-        table = table.long().clamp(max=self.length)
-        if allocator is not None and self.policy.window_rule:  # which gives no scores to split by later
+        table, policy = table.long().clamp(max=self.length), self.policy
+        # the scores of these are of no use for another table: there are none, or they are those of one capacity
+        if (allocator is not None and policy.window_rule) or "capacity" in policy.requires:
             return self._run(index, table, allocator)
         kept = self._kept.get(index)
         if kept is None:

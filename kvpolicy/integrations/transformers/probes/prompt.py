@@ -103,6 +103,11 @@ class PromptProbe(TransformersProbe):
                 f"soft_loss is that of capacities, and {type(self.allocator).__name__} splits the budget of each "
                 "prompt: learn under a policy alone"
             )
+        if "capacity" in self.policy.requires:
+            raise PluginError(
+                f"soft_loss is that of one order of eviction for all capacities, and {type(self.policy).__name__} "
+                "requires capacity: its order depends on it"
+            )
         if sequence not in self._order:
             self._order[sequence] = self._eviction_ranks(sequence)
         order = self._order[sequence]
