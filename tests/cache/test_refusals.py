@@ -243,7 +243,6 @@ def test_a_layer_that_is_not_there(layer):
         "prefill": (query, key, value),
         "decode": one,
         "can_append": (),
-        "is_empty": (),
         "positions": (),
         "append": one[1:],
         "attend": (query, scoring),
