@@ -219,8 +219,8 @@ FOREIGN_WRITES = {
     "kvpolicy/integrations/transformers/attention/soft_attention.py": 2,
     "kvpolicy/integrations/transformers/model/dtype.py": 3,
     "kvpolicy/integrations/transformers/model/load.py": 1,
-    "kvpolicy/tuning/level.py": 1,
     "kvpolicy/tuning/search.py": 1,
+    "kvpolicy/tuning/search_level.py": 1,
 }
 
 

@@ -17,7 +17,7 @@ from kvpolicy.comparison.results_file import load_comparison
 from kvpolicy.files.fields import MAX_BYTES, parse
 from kvpolicy.files.regular import read_bytes, read_start
 from kvpolicy.text.corpus import read_text
-from kvpolicy.tuning.losses import LossJournal
+from kvpolicy.tuning.loss_journal import LossJournal
 from kvpolicy.tuning.storage import open_storage
 from tests.test_plan import make_plan
 from tests.tiny import tiny_model

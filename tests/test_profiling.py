@@ -13,7 +13,7 @@ from kvpolicy.measure.delegate import DelegateProbe
 from kvpolicy.measure.profiling import ProfilingProbe, profile
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
-from kvpolicy.tuning.losses import LossJournal
+from kvpolicy.tuning.loss_journal import LossJournal
 from tests.test_tune import make_settings, run
 
 TABLE = torch.tensor([[5, 64], [8, 64]])

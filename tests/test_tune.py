@@ -28,12 +28,14 @@ from kvpolicy import (
     load_plan,
     save_plan,
 )
+from kvpolicy.measure.evaluation import perplexity
 from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.report.tables import warnings_of
 from kvpolicy.text.corpus import Corpus
-from kvpolicy.tuning import TuneSettings, job, level, search, storage, trials, tune
-from kvpolicy.tuning.storage import open_storage, open_study, repair_journal
+from kvpolicy.tuning import TuneSettings, search, search_method, storage, trial_count, trials, tune
+from kvpolicy.tuning.storage import open_storage, repair_journal
+from kvpolicy.tuning.studies import open_study
 from tests.tiny import tiny_model
 
 CONTEXT = 64
@@ -146,8 +148,7 @@ def offered(monkeypatch):
         doubles[name] = cls
         return name
 
-    monkeypatch.setattr(job, "registry", Doubled())
-    monkeypatch.setattr(level, "registry", Doubled())
+    monkeypatch.setattr(search_method, "registry", Doubled())
     return offer
 
 
@@ -247,7 +248,7 @@ def test_the_search_figure_of_a_level_is_that_of_its_capacities(tmp_path):
     table = plan.capacities(CONTEXT, retention=0.4)
     for part, count in (("search", 4), ("heldout", 8)):
         probe = TransformersProbe(model, corpus.sequences(part, count, CONTEXT))
-        found = job.perplexity(probe.loss(table))
+        found = perplexity(probe.loss(table))
         assert plan.levels[0].perplexity[part] == pytest.approx(found, rel=1e-6)
 
 
@@ -410,12 +411,12 @@ def test_an_allocator_with_nothing_to_search_gives_one_trial(tmp_path):
 
 
 def test_the_number_of_trials_is_chosen_and_kept_on_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(trial_count, "SEARCH_SECONDS", 0.0)
     settings = make_settings(tmp_path, trials=None)
-    assert run(settings).provenance["trials"] == job.LEAST_TRIALS
-    monkeypatch.setattr(job, "SEARCH_SECONDS", 1e9)
-    assert run(replace(settings, resume=True)).provenance["trials"] == job.LEAST_TRIALS
-    assert len(the_study(settings).trials) == job.LEAST_TRIALS
+    assert run(settings).provenance["trials"] == trial_count.LEAST_TRIALS
+    monkeypatch.setattr(trial_count, "SEARCH_SECONDS", 1e9)
+    assert run(replace(settings, resume=True)).provenance["trials"] == trial_count.LEAST_TRIALS
+    assert len(the_study(settings).trials) == trial_count.LEAST_TRIALS
 
 
 # --- another policy than the window rule
@@ -437,8 +438,8 @@ def test_a_plan_for_a_policy_that_scores_is_searched_behind_compressed_prompts(t
     assert int(table.sum()) == round(0.4 * length * 4), "the budget is the prompt's"
     for part, count in (("search", 4), ("heldout", 8)):
         probe = PromptProbe(model, corpus.sequences(part, count, 96), policy=policy, prefill_length=length)
-        assert level.perplexity[part] == pytest.approx(job.perplexity(probe.loss(table)), rel=1e-6)
-    assert level.perplexity["heldout_full"] == pytest.approx(job.perplexity(probe.full_loss()), rel=1e-6)
+        assert level.perplexity[part] == pytest.approx(perplexity(probe.loss(table)), rel=1e-6)
+    assert level.perplexity["heldout_full"] == pytest.approx(perplexity(probe.full_loss()), rel=1e-6)
 
 
 def test_a_search_says_how_it_measures_and_what_that_costs(tmp_path):
@@ -731,7 +732,7 @@ def test_of_two_workers_that_begin_the_last_trial_at_once_one_gives_way(tmp_path
 
     monkeypatch.setattr(mine, "add_trial", both)
     assert trials.begin(mine, {}, 1) is None
-    assert trials.taken(mine) == 1 and states(mine) == ["RUNNING", "FAIL"]
+    assert trials.places_in_use(mine) == 1 and states(mine) == ["RUNNING", "FAIL"]
     trials.abandon(theirs, 0)
     monkeypatch.undo()
     assert trials.begin(mine, {}, 1) is not None, "its place is free again"

@@ -88,7 +88,7 @@ def tune_command(
     progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
-    from kvpolicy.tuning.job import check_methods
+    from kvpolicy.tuning.search_method import SearchMethod
     from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
     from kvpolicy.tuning.storage_url import shown
 
@@ -114,7 +114,7 @@ def tune_command(
         resume=resume,
         choose_dtype=dtype == "auto",
     )
-    check_methods(settings)
+    SearchMethod.from_settings(settings)  # refuses what it can before a model is loaded
     where = arguments.pick_device(device)
     loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where))
     progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
@@ -140,14 +140,14 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         return
     from kvpolicy.cli.terminal import Console, say
     from kvpolicy.report.tables import facts_table, levels_table, warnings_of
-    from kvpolicy.tuning.levels import limit_said
+    from kvpolicy.tuning.loss_limit import limit_sentence
 
     console = Console()
     console.print(levels_table(plan))
     if (facts := facts_table(plan)) is not None:
         console.print(facts)
     if "max_loss" in plan.provenance:
-        console.print(limit_said(plan.provenance["max_loss"]), soft_wrap=True)
+        console.print(limit_sentence(plan.provenance["max_loss"]), soft_wrap=True)
     for line in warnings_of(plan):
         say(line)
     said = f"plan written to {out}; look at it with: {opt.program()} show {shlex.quote(str(out))}"

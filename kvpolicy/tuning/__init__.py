@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpolicy.tuning.job import tune
+from kvpolicy.tuning.make_plan import tune
 from kvpolicy.tuning.settings import TuneSettings
 
 __all__ = ["TuneSettings", "tune"]

@@ -18,7 +18,7 @@ class Work:
     profiling: forwards of the estimator
     passkeys:  prompts of the passkey check, each run once for all levels
     seconds:   of one sequence in a trial, on average
-    learning:  whether the allocator learns
+    learns:    whether the allocator learns
     """
 
     trials: int
@@ -26,7 +26,7 @@ class Work:
     passkeys: int
     pace: Pace
     seconds: float
-    learning: bool
+    learns: bool
 
 
 def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout: Probes, work: Work) -> None:
@@ -35,26 +35,28 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
         if isinstance(part, PromptProbe):
             progress.note(f"the loss under {settings.policy}: {part.described}")
     levels, pace = len(settings.retentions), work.pace
-    held = sum(each.num_sequences for each in heldout.all)
-    apart = 0 if search.needles is None else sum(each.num_sequences for each in search.all)
-    scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * held) + held
+    in_heldout = sum(probe.num_sequences for probe in heldout.all)
+    # with needle prompts, text and answers are measured once more, each for itself: a level reports both
+    apart = 0 if search.needles is None else sum(probe.num_sequences for probe in search.all)
+    scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * in_heldout) + in_heldout
     passkeys = work.passkeys
-    others = work.profiling + _prompts(search, heldout) + passkeys
-    minutes = max(1, round((scored * work.seconds + others * pace.seconds) / 60))
+    plain = work.profiling + _prompts(search, heldout) + passkeys
+    minutes = max(1, round((scored * work.seconds + plain * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     checks = f", {passkeys} prompts with pass keys" if passkeys else ""
     progress.note(
-        f"{levels} levels x {work.trials} trials x {_named(settings, search)}, {(2 * levels + 1) * held} held-out "
-        f"sequences{checks} and {work.profiling} of '{settings.estimator}': at most {scored + others} forwards, about "
-        f"{minutes} min at {work.seconds:.2f} s each in {dtype} ({pace.reason})"
+        f"{levels} levels x {work.trials} trials x {_trial_contents(settings, search)}, "
+        f"{(2 * levels + 1) * in_heldout} held-out sequences{checks} and {work.profiling} of '{settings.estimator}': "
+        f"at most {scored + plain} forwards, about {minutes} min at {work.seconds:.2f} s each in {dtype} "
+        f"({pace.reason})"
     )
-    if work.learning:
+    if work.learns:
         progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
     elif settings.trials is None:
         progress.note("the number of trials fits this machine; give trials= for the same search elsewhere")
 
 
-def _named(settings: TuneSettings, search: Probes) -> str:
+def _trial_contents(settings: TuneSettings, search: Probes) -> str:
     """The sequences of one trial in words."""
     text = f"{settings.sequences} sequences of {settings.context_length} tokens"
     if search.needles is None:
@@ -65,5 +67,5 @@ def _named(settings: TuneSettings, search: Probes) -> str:
 
 def _prompts(search: Probes, heldout: Probes) -> int:
     """Prompts that are yet to be run before losses behind them can be measured; those of the target have been."""
-    waiting = [each for each in (*search.all, *heldout.all) if each not in search.parts]
-    return sum(each.num_sequences for each in waiting if isinstance(each, PromptProbe))
+    new = [probe for probe in (*search.all, *heldout.all) if probe not in search.parts]
+    return sum(probe.num_sequences for probe in new if isinstance(probe, PromptProbe))

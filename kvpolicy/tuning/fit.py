@@ -23,11 +23,11 @@ def fitted_shares(
     progress: Progress,
 ) -> Tensor | None:
     """What the allocator learns, or learned before in a study that is resumed; None if it does not learn."""
-    if (kept := notes.fitted_shares) is not None:
+    if (shares := notes.fitted_shares) is not None:
         progress.note(f"{notes.study_name}: learned before, in this study")
-        return plugin_call.checked_shares(allocator, "fit", kept, budget.shape)
-    learned = plugin_call.learned_shares(allocator, FittingProbe(probe, notes, progress), importance, budget)
-    return None if learned is None else learned.double()
+        return plugin_call.checked_shares(allocator, "fit", shares, budget.shape)
+    shares = plugin_call.learned_shares(allocator, FittingProbe(probe, notes, progress), importance, budget)
+    return None if shares is None else shares.double()
 
 
 class FittingProbe(DelegateProbe):

@@ -13,8 +13,8 @@ from kvpolicy.tuning.study_notes import StudyNotes
 def known_losses(notes: StudyNotes, part: str, probes: Probes, table: Callable[[int], Tensor]) -> Losses:
     """`probes.losses(table)`, or what the notes have of it. part: whose probes they are, search or heldout"""
     tables = [table(probe.context_length) for probe in probes.all]
-    if (kept := notes.losses(part, tables)) is not None:
-        return probes.scored(*kept)
+    if (text_and_answers := notes.losses(part, tables)) is not None:
+        return probes.scored(*text_and_answers)
     losses = probes.losses(table)
     notes.keep_losses(part, tables, losses.text, losses.answers)
     return losses

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import TextError
 from kvpolicy.integrations.transformers import Prompts, attached, with_cache
 from kvpolicy.plugins.roles import EvictionPolicy
-from kvpolicy.tasks.needles import answer_of, equal_answers
-from kvpolicy.tasks.questions import Question, make_passkeys, recalled
-from kvpolicy.text.corpus import Corpus
-from kvpolicy.tuning.probes import needle_seed
-from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tasks.needles import answer_of
+from kvpolicy.tasks.questions import Question, recalled
 from kvpolicy.tuning.study_notes import StudyNotes
 
-PROMPTS = 20
 ABLE = 0.8
 """A model that finds fewer of the numbers than this with the full cache cannot do the task."""
 
@@ -44,7 +39,7 @@ class PasskeyCheck:
         self._model, self._tokenizer, self._policy, self._notes = model, tokenizer, policy, notes
         self._questions = list(questions)
         self.count, self.length = len(questions), len(questions[0].ids)
-        self._answers = torch.stack([answer_of(tokenizer, each) for each in questions])
+        self._answers = torch.stack([answer_of(tokenizer, question) for question in questions])
         self._batch = batch_size
 
     def scores(self, tables: Sequence[Tensor]) -> tuple[float, list[float]]:
@@ -65,40 +60,29 @@ class PasskeyCheck:
 
     def _measured(self, whole: Tensor, tables: Sequence[Tensor]) -> list[float]:
         """The full cache's score, and those under the tables as long as the task may still be one for this model."""
-        found = [0] * (1 + len(tables))
+        counts = [0] * (1 + len(tables))
         for first in range(0, self.count, self._batch):
             batch = slice(first, first + self._batch)
-            ids = torch.stack([each.ids for each in self._questions[batch]])
+            ids = torch.stack([question.ids for question in self._questions[batch]])
             prompts = Prompts(self._model, [ids], self._policy, self._tokenizer)
             with torch.no_grad(), attached(self._model):
-                found[0] += self._found(prompts, whole, batch)
-                if first + len(ids) - found[0] > self.count - ABLE * self.count:
+                counts[0] += self._count(prompts, whole, batch)
+                # More are lost than a model that can do the task may lose: the tables' answers would not be used.
+                if first + len(ids) - counts[0] > self.count - ABLE * self.count:
                     continue
                 for index, table in enumerate(tables, 1):
-                    found[index] += self._found(prompts, table, batch)
-        return [each / self.count for each in found[: None if found[0] >= ABLE * self.count else 1]]
+                    counts[index] += self._count(prompts, table, batch)
+        return [count / self.count for count in counts[: None if counts[0] >= ABLE * self.count else 1]]
 
-    def _found(self, prompts: Prompts, table: Tensor, batch: slice) -> int:
+    def _count(self, prompts: Prompts, table: Tensor, batch: slice) -> int:
         """How many numbers greedy decoding gives behind a batch of prompts."""
         answers, (cache, logits) = self._answers[batch], prompts.compressed(0, table)
         cache.hold(answers.shape[1])  # as in `PromptProbe`: the answer is on top
         ids = answers.to(self._model.device)
         behind = self._model(ids, **with_cache(self._model, cache), use_cache=True).logits
-        said = torch.cat([logits, behind], 1).argmax(-1).cpu()
+        decoded = torch.cat([logits, behind], 1).argmax(-1).cpu()
         cache.check_enforced()
-        texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)
-        same = (said[:, :-1] == answers).all(1).tolist()
+        texts = self._tokenizer.batch_decode(decoded, skip_special_tokens=True)
+        same = (decoded[:, :-1] == answers).all(1).tolist()
         pairs = zip(same, texts, self._questions[batch], strict=True)
-        return sum(is_same and recalled(text) == each.answer for is_same, text, each in pairs)
-
-
-def passkey_questions(corpus: Corpus, settings: TuneSettings, without: Collection[str]) -> list[Question]:
-    """Prompts of the context's length that ask for none of the numbers in `without`, those of the search.
-
-    Raises `TextError` where there is no tokenizer and where the context is too short.
-    """
-    if corpus.tokenizer is None:
-        raise TextError(f"the text {corpus.name} came without its tokenizer")
-    seed = needle_seed(settings, 2)
-    fits = equal_answers(corpus.tokenizer, seed, without)
-    return make_passkeys(corpus.tokenizer, PROMPTS, settings.context_length, seed, fits)
+        return sum(is_same and recalled(text) == question.answer for is_same, text, question in pairs)

@@ -18,7 +18,7 @@ from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.study_notes import TrialNotes
-from kvpolicy.tuning.trials import abandon, begin, close_zombies, taken
+from kvpolicy.tuning.trials import abandon, begin, close_zombies, places_in_use
 
 Sampler = Literal["tpe", "gp"]
 CHUNKS = 4
@@ -29,7 +29,7 @@ Evaluate = Callable[[BudgetAllocator], Iterable[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Best:
     """The best trial that ran to its end: its parameters, and its mean loss minus uniform's, nats per token."""
 
     params: dict[str, Any]
@@ -57,7 +57,7 @@ def run_trials(
     seed: int,
     sampler: Sampler,
     progress: Progress,
-) -> Found | None:
+) -> Best | None:
     """Runs trials until the study has `trials` finished ones, and returns the best that ran to its end, if any did.
 
     evaluate: allocator -> token losses `[batch, n]` of the search sequences, batch by batch
@@ -65,23 +65,24 @@ def run_trials(
 
     The objective is the mean loss above uniform's. A trial that Wilcoxon's test finds worse than the best stops early;
     it counts as finished with the mean so far and is never the result. Interrupted trials are failed and run again.
+    Trials that other workers still run are not waited for.
     """
     first = plugin_call.params_of(plugin_call.with_defaults(allocator))
-    while (number := _begun(study)) < trials:
+    while (number := _trials_so_far(study)) < trials:
         study.sampler = make_sampler(sampler, seed, len(study.get_trials(deepcopy=False)), trials)
-        reference = uniform()
+        reference = uniform()  # before the trial begins: whoever is interrupted here leaves none behind
         trial = begin(study, first, trials)
-        if trial is None:
+        if trial is None:  # another worker was faster; if it is killed, its place is free again: count once more
             continue
         try:
             _run(study, trial, plugin_call.suggested(allocator, trial), evaluate, reference)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: this process may live on, and its trial would be no zombie
             abandon(study, trial.number)
             raise
         best = best_trial(study)
         progress.advance(f"trial {number + 1}/{trials}, best {best.value:+.4f} against uniform" if best else "")
     best = best_trial(study)
-    return None if best is None or best.value is None else Found(dict(best.params), best.value)
+    return None if best is None or best.value is None else Best(dict(best.params), best.value)
 
 
 def _run(
@@ -96,20 +97,21 @@ def _run(
                 raise ModelError(f"trial {trial.number}: the model's loss is {value}; another dtype= may help")
             trial.report(value, step=len(excess))
             excess.append(value)
-        if done < sequences and trial.should_prune():
+        if done < sequences and trial.should_prune():  # behind the last sequence nothing is saved any more
             TrialNotes(trial).keep_stopped()
             break
+    # Complete, not pruned, also where it was stopped: the sampler learns from the mean so far, and the place is used.
     study.tell(trial, sum(excess) / done)
 
 
 def make_sampler(name: Sampler, seed: int, number: int, trials: int) -> BaseSampler:
     """A sampler for one trial, seeded from (seed, trial number): what it draws does not depend on earlier processes."""
-    state = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    drawn = int(torch.randint(2**31 - 1, (1,), generator=state))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    sampler_seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     startup = max(4, min(10, trials // 3))
     if name == "gp":
-        return GPSampler(seed=drawn, n_startup_trials=startup)
-    return TPESampler(seed=drawn, multivariate=True, n_startup_trials=startup)
+        return GPSampler(seed=sampler_seed, n_startup_trials=startup)
+    return TPESampler(seed=sampler_seed, multivariate=True, n_startup_trials=startup)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
@@ -124,14 +126,7 @@ def stopped_trials(study: optuna.Study) -> int:
     return sum(TrialNotes(trial).is_stopped for trial in study.get_trials(deepcopy=False))
 
 
-def _begun(study: optuna.Study) -> int:
-    """Trials that are done or that somebody runs."""
+def _trials_so_far(study: optuna.Study) -> int:
+    """Those that are done or that somebody runs."""
     close_zombies(study)
-    return taken(study)
-
-
-def search_space(allocator: type[BudgetAllocator]) -> dict[str, str]:
-    """What `suggest` asks for: name -> distribution, as text."""
-    trial = optuna.create_study().ask()
-    plugin_call.suggested(allocator, trial)
-    return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
+    return places_in_use(study)

@@ -18,9 +18,6 @@ NEEDLES_PER_SEQUENCE, HELDOUT_NEEDLES = 4, 32
 """Needle prompts for each search sequence, as many as a sequence has chunks, and held-out ones; half are pass keys."""
 MAX_LOSS_RETENTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """What the command line goes through under `max_loss` where no retentions are given."""
-LEAST_TRIALS, MOST_TRIALS = 8, 40
-SEARCH_SECONDS = 200.0
-"""Time all levels' trials together should fit where `trials` is not given."""
 
 
 @dataclass(frozen=True, slots=True)

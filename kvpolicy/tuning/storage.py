@@ -1,35 +1,28 @@
-"""Where studies are kept, and finding one there: memory, a journal file, a database."""
+"""Where studies are kept: memory, a journal file, a database."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from kvpolicy.errors import StudyError, first_line
 from kvpolicy.tuning.storage_url import hidden, shown
-from kvpolicy.tuning.study_notes import StudyNotes
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
-
-_CHOSEN = "dtype"
-"""The setting that a resumed study has for itself, where nobody says otherwise."""
 
 
 def open_storage(storage: str | Path | None) -> BaseStorage:
@@ -51,8 +44,8 @@ def open_storage(storage: str | Path | None) -> BaseStorage:
             "install grpcio protobuf"
         ) from None
     except Exception as error:  # each backend raises its own family
-        said = f"cannot open the study storage {shown(storage)}: {hidden(first_line(error), storage)}"
-        raise StudyError(said) from None  # what a driver raises may hold the password
+        message = f"cannot open the study storage {shown(storage)}: {hidden(first_line(error), storage)}"
+        raise StudyError(message) from None  # what a driver raises may hold the password
 
 
 def _is_url(storage: str | Path) -> bool:
@@ -139,68 +132,3 @@ def repair_journal(path: Path) -> bool:
         file.truncate(len(whole))
         os.fsync(file.fileno())
         return True
-
-
-def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | None = None) -> list[optuna.Study]:
-    """The studies with trials that were begun under `name`, oldest first; with `settings`, those made for them.
-
-    name: without what `open_study` adds to it
-    """
-    digest = "[0-9a-f]{8}" if settings is None else _digest(settings)
-    pattern = re.compile(rf"{re.escape(name)}-{digest}(-(\d+))?")
-    found = []
-    for known in storage.get_all_studies():
-        if match := pattern.fullmatch(known.study_name):
-            study = optuna.load_study(study_name=known.study_name, storage=storage)
-            if StudyNotes(study).are_ours and study.get_trials(deepcopy=False):
-                found.append((int(match[2] or 1), known._study_id, study))
-    return [study for *_, study in sorted(found, key=lambda each: each[:2])]
-
-
-def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, resume: bool) -> optuna.Study:
-    """With `resume` the newest study with these settings, where there is one; otherwise a new one.
-
-    Its name carries a hash of the settings and, behind the first one, a number, so that what is there stays as it is.
-
-    Raises `StudyError` with `resume` where all that is there was made with other settings.
-    """
-    asked = json.loads(json.dumps(settings))
-    earlier = find_studies(storage, name, settings)
-    if resume and earlier:
-        _check_same(earlier[-1], asked)
-        return earlier[-1]
-    if resume and (others := find_studies(storage, name)):
-        _check_same(others[-1], asked)
-    base, number = f"{name}-{_digest(settings)}", len(earlier) + 1
-    while True:
-        full = base if number == 1 else f"{base}-{number}"
-        try:
-            study = optuna.create_study(storage=storage, study_name=full, direction="minimize", load_if_exists=True)
-        except Exception as error:  # each backend raises its own family
-            raise StudyError(f"cannot open the study '{full}': {first_line(error)}") from None
-        if resume or not study.get_trials(deepcopy=False):  # nothing would be lost
-            StudyNotes(study).keep_settings(asked)
-            return study
-        number += 1
-
-
-def _check_same(study: optuna.Study, asked: Mapping[str, Any]) -> None:
-    stored = StudyNotes(study).settings
-    different = [key for key in sorted(stored.keys() | asked.keys()) if stored.get(key) != asked.get(key)]
-    if different:
-        lines = ", ".join(f"{key} was {_brief(stored.get(key))}, now {_brief(asked.get(key))}" for key in different)
-        raise StudyError(
-            f"the study '{study.study_name}' was made with other settings ({lines}): give those again, or leave "
-            "out resume=True to begin a new search beside it"
-        )
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    """Of what was asked for; a dtype that was chosen is none of it."""
-    asked = {name: value for name, value in settings.items() if name != _CHOSEN}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

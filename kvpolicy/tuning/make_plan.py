@@ -1,0 +1,138 @@
+"""The main job: profile, search each level, check on held-out text, make the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import optuna
+import torch
+from torch import Tensor
+
+from kvpolicy.budget.plan import BudgetPlan, PlanModel
+from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
+from kvpolicy.measure.evaluation import perplexity
+from kvpolicy.measure.profiling import profile
+from kvpolicy.plugins import plugin_call
+from kvpolicy.progress import Progress
+from kvpolicy.text.corpus import Corpus
+from kvpolicy.tuning.announce import Work, announce
+from kvpolicy.tuning.costs import metered
+from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.known_losses import known_losses
+from kvpolicy.tuning.loss_journal import LossJournal
+from kvpolicy.tuning.loss_limit import limit_figures
+from kvpolicy.tuning.passkey_levels import passkey_check, with_passkey_scores
+from kvpolicy.tuning.probes import Losses, Probes, make_probes
+from kvpolicy.tuning.provenance import calibration, provenance
+from kvpolicy.tuning.search_levels import search_levels
+from kvpolicy.tuning.search_method import SearchMethod
+from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.storage import open_storage, storage_errors
+from kvpolicy.tuning.studies import earlier_studies, open_studies, shared_settings
+from kvpolicy.tuning.study_notes import StudyNotes
+from kvpolicy.tuning.trial_count import trial_count
+
+_OF_LOSSES = (
+    "model",
+    "weights",
+    "text",
+    "context_length",
+    "sequences",
+    "objective",
+    "seed",
+    "policy",
+    "prefill_length",
+    "dtype",
+)
+"""The settings that a loss depends on, beside the capacities."""
+
+
+def tune(
+    model: Any,
+    corpus: Corpus,
+    settings: TuneSettings,
+    *,
+    model_id: str = "",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> BudgetPlan:
+    """Searches budgets for one model on one text and returns the plan; saving it is the caller's.
+
+    model: a transformers causal language model; while it is searched on, it may run in bf16 (`choose_dtype`)
+
+    Raises `PluginError`, `ModelError`, `TextError`, `BudgetError` (also where no retention keeps within `max_loss`),
+    `StudyError`; after a `KeyboardInterrupt` `resume=True` goes on with what is in `settings.storage`.
+    """
+    with storage_errors(settings.storage), _quiet_optuna(), own_parameters(model):
+        return _tune(model, corpus, settings, model_id, revision, progress or Progress())
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """What optuna says of each trial is said by `progress`; its level is the caller's again afterwards."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def _tune(
+    model: Any, corpus: Corpus, settings: TuneSettings, model_id: str, revision: str | None, progress: Progress
+) -> BudgetPlan:
+    method = SearchMethod.from_settings(settings)
+    search, heldout, numbers = make_probes(model, corpus, settings, method.policy)
+    storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
+    spec = search.text.spec
+    shared = shared_settings(settings, corpus, spec, method)
+    shared["weights"] = weights_sha256(model)  # before the dtype may change
+    pace = _pace(model, search.text.sequences[0], settings, earlier_studies(settings, storage, shared))
+    shared["dtype"] = str(pace.dtype)
+    studies = open_studies(settings, storage, shared, progress)
+    notes = StudyNotes(next(iter(studies.values())))  # of the first level: what all levels share is kept there
+    journal = LossJournal(settings.losses, {name: shared[name] for name in _OF_LOSSES}, resume=settings.resume)
+    check = passkey_check(model, corpus, settings, method.policy, notes, numbers)
+    prompts, sequences = len(search.text.prompts), search.target.num_sequences
+    profiling = plugin_call.num_forwards(method.estimator, spec, prompts=prompts, sequences=sequences)
+    with metered(model, partial(notes.keep_cost, "shared")):
+        seconds = search.seconds(pace.seconds)
+        trials = trial_count(settings, method, seconds * sequences, studies.values())
+        for study in studies.values():
+            StudyNotes(study).keep_trials(trials)
+        passkeys = 0 if isinstance(check, str) else check.count
+        work = Work(trials, profiling, passkeys, pace, seconds, learns=method.learner is not None)
+        announce(progress, settings, search, heldout, work)
+        importance = profile(method.estimator, search.target, profiling, progress, journal)
+    full = _full_losses(heldout, notes, progress)
+    job = Job(settings, spec, method, importance, search, heldout, full, trials, progress)
+    levels, failed = search_levels(job, studies)
+    levels, passkey_facts = with_passkey_scores(job, check, levels)
+    origin = provenance(corpus, job, pace)
+    origin["calibration"] = calibration(studies, len(levels) + (failed is not None))
+    origin["passkey"] = passkey_facts
+    if settings.max_loss is not None:
+        origin["max_loss"] = limit_figures(settings.max_loss, levels, failed)
+    return BudgetPlan(PlanModel.from_spec(spec, model_id, revision), method.choices, importance, levels, origin)
+
+
+def _full_losses(heldout: Probes, notes: StudyNotes, progress: Progress) -> Losses:
+    progress.begin("held-out text, full cache", 1)
+    full = known_losses(notes, "heldout", heldout, heldout.full_table)
+    answers = "" if full.answers is None else f", answer loss {float(full.answers.mean()):.4f}"
+    progress.advance(f"perplexity {perplexity(full.text):.3f}{answers}")
+    progress.end()
+    return full
+
+
+def _pace(model: Any, sequence: Tensor, settings: TuneSettings, earlier: list[optuna.Study]) -> Pace:
+    """A study that is resumed goes on in its dtype: which one is faster may come out otherwise today."""
+    dtypes = {str(StudyNotes(study).settings.get("dtype")) for study in earlier}
+    if not (settings.choose_dtype and dtypes & {"torch.float32", "torch.bfloat16"}):
+        return set_pace(model, sequence, choose_dtype=settings.choose_dtype)
+    if model.device.type == "cpu" and "torch.bfloat16" in dtypes:
+        cast_parameters(model, torch.bfloat16)
+    return set_pace(model, sequence, choose_dtype=False)

@@ -1,0 +1,57 @@
+"""Where a plan comes from: what was searched with, on what, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import optuna
+
+from kvpolicy.integrations.transformers import Pace
+from kvpolicy.text.corpus import Corpus
+from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.study_notes import StudyNotes
+
+_PACKAGES = ("torch", "transformers", "optuna")
+
+
+def provenance(corpus: Corpus, job: Job, pace: Pace) -> dict[str, Any]:
+    """All that was known before the search."""
+    settings, text = job.settings, job.search.text
+    return {
+        "kvpolicy": version("kvpolicy"),
+        "seed": settings.seed,
+        "context_length": settings.context_length,
+        "objective": settings.objective,
+        "protocol": text.protocol,
+        "prefill_length": text.prefill_length,
+        "text": corpus.name,
+        "text_sha256": corpus.sha256,
+        "trials": job.trials,
+        "sampler": settings.sampler,
+        "search_sequences": settings.sequences,
+        "heldout_sequences": job.heldout.text.num_sequences,
+        **_needles(job),
+        "device": str(text.model.device),
+        "dtype": str(pace.dtype).removeprefix("torch."),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def calibration(studies: Mapping[float, optuna.Study], searched: int) -> list[dict[str, Any]]:
+    """What was run: for all levels, with retention None, and for each of the first levels, those that were searched."""
+    notes = {retention: StudyNotes(study) for retention, study in studies.items()}
+    shared = {"retention": None} | next(iter(notes.values())).cost("shared").facts
+    levels = list(notes.items())[:searched]
+    return [shared, *({"retention": retention} | level.cost("search").facts for retention, level in levels)]
+
+
+def _needles(job: Job) -> dict[str, Any]:
+    search, heldout = job.search.needles, job.heldout.needles
+    if search is None or heldout is None:
+        return {}
+    counts = {"search": search.num_sequences, "heldout": heldout.num_sequences}
+    return {"needles": counts | {"length": search.prefill_length}}

@@ -1,0 +1,31 @@
+"""Level after level, largest retention first, down to a limit on the loss."""
+
+from __future__ import annotations
+
+import optuna
+
+from kvpolicy.budget.plan import PlanLevel
+from kvpolicy.tuning.heldout_check import checked_level
+from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.loss_limit import fails, limit_figures, limit_sentence, no_level_error
+from kvpolicy.tuning.search_level import search_level
+
+
+def search_levels(job: Job, studies: dict[float, optuna.Study]) -> tuple[tuple[PlanLevel, ...], PlanLevel | None]:
+    """The levels, and under `max_loss` the first one that fails it, where the search ends.
+
+    Raises `BudgetError` where the first level fails.
+    """
+    levels: list[PlanLevel] = []
+    limit, failed = job.settings.max_loss, None
+    for retention, study in studies.items():
+        level = checked_level(job, study, retention, search_level(job, study, retention))
+        if limit is not None and fails(level, limit):
+            failed = level
+            break
+        levels.append(level)
+    if failed is not None and not levels:
+        raise no_level_error(job.settings, failed)
+    if limit is not None:
+        job.progress.note(limit_sentence(limit_figures(limit, tuple(levels), failed)))
+    return tuple(levels), failed

@@ -1,0 +1,75 @@
+"""The three plugins of a search: who measures, who splits, who evicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from kvpolicy.budget.plan import PlanChoice, PlanMethod
+from kvpolicy.errors import PluginError
+from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
+from kvpolicy.tuning.settings import TuneSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchMethod:
+    """Names and what they mean, looked up once.
+
+    allocator: a class, as its objects are what a search proposes
+    learner:   an object of it, where it learns shares from the model instead of being searched; else None
+    """
+
+    estimator_name: str
+    estimator: ImportanceEstimator
+    allocator_name: str
+    allocator: type[BudgetAllocator]
+    learner: BudgetAllocator | None
+    policy_name: str
+    policy: EvictionPolicy
+
+    @classmethod
+    def from_settings(cls, settings: TuneSettings) -> SearchMethod:
+        """Raises `PluginError` for all that can be refused without a model."""
+        estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
+        allocator = registry.get("allocator", settings.allocator)
+        policy = registry.create("policy", settings.policy, settings.policy_params)
+        learner = _learner(allocator, settings)
+        return cls(settings.estimator, estimator, settings.allocator, allocator, learner, settings.policy, policy)
+
+    def allocator_with(self, params: dict[str, Any]) -> BudgetAllocator:
+        return registry.create("allocator", self.allocator_name, params)
+
+    def search_space(self) -> dict[str, str]:
+        """What the allocator's `suggest` asks for: name -> distribution, as text."""
+        trial = optuna.create_study().ask()
+        plugin_call.suggested(self.allocator, trial)
+        return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
+
+    @property
+    def choices(self) -> PlanMethod:
+        """As a plan records it. The allocator's parameters differ from level to level and stand there."""
+        return PlanMethod(
+            estimator=PlanChoice(self.estimator_name, plugin_call.params_of(self.estimator)),
+            allocator=PlanChoice(self.allocator_name),
+            policy=PlanChoice(self.policy_name, plugin_call.params_of(self.policy)),
+        )
+
+
+def _learner(allocator: type[BudgetAllocator], settings: TuneSettings) -> BudgetAllocator | None:
+    if allocator.split_scope != "none":
+        raise PluginError(
+            f"the allocator '{settings.allocator}' splits the budget at run time, prompt by prompt: there is no plan "
+            "to search for it"
+        )
+    if allocator.fit is not BudgetAllocator.fit:
+        return registry.create("allocator", settings.allocator, settings.allocator_params)
+    if settings.allocator_params:
+        raise PluginError(
+            f"the parameters of the allocator '{settings.allocator}' are searched, not given; got "
+            f"{', '.join(settings.allocator_params)}"
+        )
+    return None
