@@ -95,9 +95,9 @@ class JoinedProbe(ModelProbe):
         """As in `ModelProbe`, weighted like the other losses."""
         if sequence is not None and not 0 <= sequence < self.num_sequences:
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
-        chosen = self._order if sequence is None else [self._order[sequence]]
+        places = self._order if sequence is None else [self._order[sequence]]
         return torch.cat(
-            [self.parts[part].soft_loss(bias, target, sequence=index) * self._weights[part] for part, index in chosen]
+            [self.parts[part].soft_loss(bias, target, sequence=index) * self._weights[part] for part, index in places]
         )
 
 

@@ -85,8 +85,11 @@ class Probes:
 
         forward: seconds of one forward of a whole sequence
         """
-        each = [(x.seconds() if isinstance(x, PromptProbe) else forward) * x.num_sequences for x in self.parts]
-        return sum(each) / self.target.num_sequences
+        seconds = [
+            (probe.seconds() if isinstance(probe, PromptProbe) else forward) * probe.num_sequences
+            for probe in self.parts
+        ]
+        return sum(seconds) / self.target.num_sequences
 
 
 def make_probes(
@@ -97,8 +100,8 @@ def make_probes(
     Raises `TextError` for a text that is too short, and where needle prompts cannot be made.
     """
     length = settings.context_length
-    held, least = min(HELDOUT_SEQUENCES, corpus.room("heldout", length)), max(_PROMPTS, settings.sequences)
-    if held < LEAST_HELDOUT or corpus.room("search", length) < least:
+    count, least = min(HELDOUT_SEQUENCES, corpus.room("heldout", length)), max(_PROMPTS, settings.sequences)
+    if count < LEAST_HELDOUT or corpus.room("search", length) < least:
         raise TextError(
             f"{corpus.name} is too short: after repetitions are dropped it has {len(corpus.search)} tokens to search "
             f"on and {len(corpus.heldout)} to report on, a context of {length} with {settings.sequences} search "
@@ -110,15 +113,19 @@ def make_probes(
     prefill: dict[str, Any] = {"prefill_length": settings.prefill_length}
     sequences = corpus.sequences("search", settings.sequences, length)
     text = probe_for(policy, model, sequences, **profiling, **prefill, **options)
-    heldout = probe_for(policy, model, corpus.sequences("heldout", held, length), **prefill, **options)
+    heldout = probe_for(policy, model, corpus.sequences("heldout", count, length), **prefill, **options)
     if settings.objective == "perplexity":
         return Probes(text, None, text), Probes(heldout, None, heldout), frozenset()
     prompt = length if settings.objective == "retrieval" else text.context_length
-    made, others = _needles(corpus, settings, prompt)
+    needles, heldout_needles = _needles(corpus, settings, prompt)
     options |= {"policy": policy, "prefill_length": prompt}
-    search = PromptProbe(model, made.sequences, **profiling, **options)
-    check = PromptProbe(model, others.sequences, **options)
-    return _joined(settings.objective, text, search), _joined(settings.objective, heldout, check), made.answers
+    answers = PromptProbe(model, needles.sequences, **profiling, **options)
+    heldout_answers = PromptProbe(model, heldout_needles.sequences, **options)
+    return (
+        _joined(settings.objective, text, answers),
+        _joined(settings.objective, heldout, heldout_answers),
+        needles.answers,
+    )
 
 
 def _joined(objective: Objective, text: TransformersProbe, needles: PromptProbe) -> Probes:

@@ -40,5 +40,4 @@ def _secrets(text: str) -> set[str]:
         return set()
     password = rest.rpartition("@")[0].partition(":")[2]
     values = [pair.partition("=")[2] for pair in rest.partition("?")[2].split("&")]
-    found = {password, unquote(password), *values, *map(unquote, values)}
-    return {each for each in found if each}
+    return {password, unquote(password), *values, *map(unquote, values)} - {""}
