@@ -33,7 +33,7 @@ class LossJournal:
         self._path = path
         self._settings = json.loads(json.dumps(settings))
         self._losses: dict[str, list[float]] = {}
-        self._begun = False
+        self._has_settings = False
         if resume and path is not None:
             self._read(path)
 
@@ -49,15 +49,15 @@ class LossJournal:
         if self._path is None:
             return
         try:
-            if not self._begun:
+            if not self._has_settings:
                 repair_journal(self._path)
             with self._path.open("a", encoding="utf-8") as file:
-                if not self._begun:
+                if not self._has_settings:
                     file.write(json.dumps(self._settings) + "\n")
                 file.write(json.dumps({key: self._losses[key]}) + "\n")
         except OSError as error:
             raise StudyError(f"cannot write the losses of profiling to {self._path}: {error.strerror}") from error
-        self._begun = True
+        self._has_settings = True
 
     def _read(self, path: Path) -> None:
         """Takes what was kept under these settings."""
