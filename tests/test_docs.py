@@ -22,7 +22,12 @@ FENCE = re.compile(r"^```python *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 RUN = DOCS / "how-to" / "run-a-plan.md"
 # the pages use the name that every supported release of transformers takes, and say so
 RENAMED = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
-PAGES = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "how-to").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    DOCS / "index.md",
+    DOCS / "reference" / "kernels.md",
+    *sorted((DOCS / "how-to").glob("*.md")),
+]
 
 
 def blocks(needs_model: bool, pages: list[Path] = PAGES) -> list:

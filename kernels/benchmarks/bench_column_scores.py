@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from harness import cold_time, copies_needed, machine, read_limit, write_csv
 from kvpolicy_kernels.backend import Backend
 from kvpolicy_kernels.column_scores import column_scores
+from kvpolicy_kernels.segments import Chunk, Segments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,16 +33,17 @@ def inputs(queries: int, keys: int) -> tuple[Tensor, Tensor]:
     return query, torch.randn(1, KV_HEADS, keys, DIM, dtype=torch.bfloat16, device="cuda")
 
 
-def scores(query: Tensor, chunk: Tensor, backend: Backend = "triton") -> Tensor:
+def scores(query: Tensor, key: Tensor, backend: Backend = "triton") -> Tensor:
     """A prompt: nothing is in the arena yet."""
-    return column_scores(query, chunk.new_empty(0, DIM), *tables(), chunk_key=chunk, backend=backend)
+    return column_scores(query, no_entries(), Chunk(key, key), backend=backend)
 
 
 @cache
-def tables() -> tuple[Tensor, Tensor]:
-    """Pinned, so that a CUDA graph can copy them."""
+def no_entries() -> Segments:
+    """Tables are pinned, so that a CUDA graph can copy them."""
+    rows = torch.empty(0, DIM, dtype=torch.bfloat16, device="cuda")
     zeros = torch.zeros(KV_HEADS, dtype=torch.int64).pin_memory()
-    return zeros, zeros
+    return Segments(rows, rows, zeros, zeros)
 
 
 def plain(query: Tensor, key: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from harness import cold_time, copies_needed, copy_limit, machine, read_limit, write_csv
-from kvpolicy_kernels.decode_attention import decode_attention, plan_work
+from kvpolicy_kernels.attention import decode_attention, plan_work
+from kvpolicy_kernels.segments import Chunk, Segments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CELLS = ((1, 32768), (8, 8192), (1, 131072), (64, 2048), (32, 8192))  # batch, mean entries of a KV head
@@ -63,12 +64,8 @@ class Case:
         self.plan = plan_work(self.on_device, head_dim=dim)
 
     def ours(self, **options: object) -> list[Callable[[], object]]:
-        return [
-            functools.partial(
-                decode_attention, self.query, self.keys, self.values, start, self.on_device, plan=self.plan, **options
-            )
-            for start in self.starts
-        ]
+        segments = [Segments(self.keys, self.values, start, self.on_device) for start in self.starts]
+        return [functools.partial(decode_attention, self.query, x, plan=self.plan, **options) for x in segments]
 
     def time(self, **options: object) -> float:
         return cold_time(self.ours(**options))[0]
@@ -234,9 +231,8 @@ def parts(pool: tuple[torch.Tensor, torch.Tensor], limits: dict[str, float]) -> 
     add("8 x 8192, with mass", base.time(with_mass=True), base.nbytes)
     for n in (2, 4, 8, 16):
         case = Case(pool, torch.full((64,), 8192), 8, GROUP, DIM, n)
-        chunk = {name: torch.randn(8, NUM_KV_HEADS, n, DIM, device="cuda").bfloat16() for name in
-                 ("chunk_key", "chunk_value")}  # fmt: skip
-        add(f"8 x 8192, {n} queries and their chunk", case.time(**chunk), case.nbytes)
+        chunk = Chunk(*(torch.randn(8, NUM_KV_HEADS, n, DIM, device="cuda").bfloat16() for _ in range(2)))
+        add(f"8 x 8192, {n} queries and their chunk", case.time(chunk=chunk), case.nbytes)
     for dim in (64, 80, 96, 256):
         case = Case(pool, torch.full((64,), 8192 * DIM // dim), 8, GROUP, dim)
         add(f"268 MB of head dim {dim}", case.time(), case.nbytes)

@@ -28,11 +28,10 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
         raise ValueError(f"{op}: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "torch":
         return False
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     why = unsupported
     if not _has_triton():
         why = "triton is not installed"
-    elif not tensor.is_cuda and not (interpreted and backend == "triton"):
+    elif not tensor.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         why = f"Triton runs on CUDA tensors, got {tensor.device}"
     if why is not None and backend == "triton":
         raise ValueError(f"{op}: backend='triton' cannot do this: {why}. Use backend='auto' or 'torch'")

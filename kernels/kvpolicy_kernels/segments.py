@@ -1,93 +1,98 @@
-"""What the ops over an arena share: the checks of their arguments."""
+"""What the ops over an arena are given: entries in ragged segments, and the tokens of this forward."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-MAX_QUERIES = 16
-"""Queries of one call that the Triton kernel of `decode_attention` takes."""
 
-MAX_ROWS = 128
-"""Queries times query heads of a group, likewise."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Entries of one layer in an arena, a segment for each KV head of each sequence.
+
+    Segment i holds the entries of sequence `i // num_kv_heads` and KV head `i % num_kv_heads`: the rows `starts[i]` to
+    `starts[i] + lengths[i] - 1` of every column. Rows outside every segment may hold anything.
+
+    keys: [R, D];  values: [R, Dv]; a row is contiguous, and rows are any number of elements apart, so that keys and
+        values may be parts of one arena's rows
+    starts, lengths: int64 [B * num_kv_heads], on the device or the CPU; a length may be 0
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.starts.shape[0]
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """(start, length) of every segment. Waits for the device where the tables lie there.
+
+        Raises `ValueError` for a segment that leaves the arena.
+        """
+        num_rows = self.keys.shape[0]
+        found = list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
+        for i, (start, length) in enumerate(found):
+            if start < 0 or length < 0 or start + length > num_rows:
+                raise ValueError(f"segment {i} of {length} rows from row {start} leaves the arena of {num_rows} rows")
+        return found
 
 
-MAX_DIM = 256
-"""The larger of its key and value dims."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The tokens of this forward, which are not in the arena yet.
+
+    key: [B, num_kv_heads, m, D];  value: [B, num_kv_heads, m, Dv], with any strides
+    mask: bool [B or 1, 1, n, m], True is visible; None: query i of n sees token j iff `j <= i + m - n`
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.key.shape[2]
 
 
-def beyond_kernel(query: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int) -> str | None:
-    """What of these arguments is beyond that kernel, None if nothing is. query: [B, num_q_heads, n, D]."""
-    n, group = query.shape[2], query.shape[1] // num_kv_heads
-    if n > MAX_QUERIES or n * group > MAX_ROWS:
-        return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
-    if max(keys.shape[1], values.shape[1]) > MAX_DIM:
-        return f"head dims {keys.shape[1]} and {values.shape[1]}, where {MAX_DIM} is the most"
-    dtypes = {query.dtype, keys.dtype, values.dtype}
-    if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"queries, keys and values of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
-    return None
-
-
-def check_segments(
-    op: str, query: Tensor, keys: Tensor, starts: Tensor, lengths: Tensor, sink_logits: Tensor | None
-) -> int:
-    """Returns the number of KV heads; raises `ValueError` for shapes that do not fit."""
+def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | None, sink_logits: Tensor | None) -> int:
+    """Returns the number of KV heads; raises `ValueError` for shapes and strides that do not fit."""
     batch, num_q_heads, _, dim = query.shape
-    if keys.dim() != 2 or keys.shape[1] != dim or not keys.is_contiguous():
+    keys, values, starts, lengths = segments.keys, segments.values, segments.starts, segments.lengths
+    if keys.dim() != 2 or keys.shape[1] != dim or keys.stride(1) != 1:
         raise ValueError(
-            f"{op}: query {list(query.shape)} needs contiguous keys [R, {dim}], got {list(keys.shape)} "
+            f"{op}: query {list(query.shape)} needs keys [R, {dim}] with contiguous rows, got {list(keys.shape)} "
             f"with strides {list(keys.stride())}"
         )
-    segments = starts.shape[0]
-    if starts.shape != lengths.shape or segments == 0 or segments % batch or num_q_heads % (segments // batch):
+    if values.dim() != 2 or values.shape[0] != keys.shape[0] or values.stride(1) != 1:
+        raise ValueError(
+            f"{op}: expected values [{keys.shape[0]}, Dv] with contiguous rows, got {list(values.shape)} "
+            f"with strides {list(values.stride())}"
+        )
+    count = len(segments)
+    if starts.shape != lengths.shape or count == 0 or count % batch or num_q_heads % (count // batch):
         raise ValueError(
             f"{op}: starts and lengths must be [{batch} * num_kv_heads], with a num_kv_heads that divides "
             f"{num_q_heads}, got {list(starts.shape)} and {list(lengths.shape)}"
         )
     if sink_logits is not None and sink_logits.shape != (num_q_heads,):
         raise ValueError(f"{op}: expected sink_logits [{num_q_heads}], got {list(sink_logits.shape)}")
-    return segments // batch
+    if chunk is not None:
+        _check_chunk(op, query, chunk, count // batch, values.shape[1])
+    return count // batch
 
 
-def check_chunk(op: str, query: Tensor, num_kv_heads: int, chunk_key: Tensor | None, chunk_mask: Tensor | None) -> None:
-    """Raises `ValueError` for shapes that do not fit."""
+def _check_chunk(op: str, query: Tensor, chunk: Chunk, num_kv_heads: int, value_dim: int) -> None:
     batch, _, n, dim = query.shape
-    if chunk_key is None:
-        if chunk_mask is not None:
-            raise ValueError(f"{op}: chunk_mask needs a chunk, got none")
-        return
-    m = chunk_key.shape[2]
-    if chunk_key.shape != (batch, num_kv_heads, m, dim):
-        raise ValueError(f"{op}: expected chunk_key {[batch, num_kv_heads, 'm', dim]}, got {list(chunk_key.shape)}")
-    if chunk_mask is not None and (chunk_mask.shape[0] not in (1, batch) or chunk_mask.shape[1:] != (1, n, m)):
-        raise ValueError(f"{op}: expected chunk_mask [1 or {batch}, 1, {n}, {m}], got {list(chunk_mask.shape)}")
-
-
-def check_attention(
-    op: str,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    sink_logits: Tensor | None,
-    chunk_key: Tensor | None,
-    chunk_value: Tensor | None,
-    chunk_mask: Tensor | None,
-) -> int:
-    """Returns the number of KV heads; raises `ValueError` for shapes and strides that do not fit."""
-    num_kv_heads = check_segments(op, query, keys, starts, lengths, sink_logits)
-    if values.dim() != 2 or values.shape[0] != keys.shape[0] or not values.is_contiguous():
+    m, mask = len(chunk), chunk.mask
+    if chunk.key.shape != (batch, num_kv_heads, m, dim):
         raise ValueError(
-            f"{op}: expected contiguous values [{keys.shape[0]}, Dv], got {list(values.shape)} "
-            f"with strides {list(values.stride())}"
+            f"{op}: expected the chunk's key {[batch, num_kv_heads, 'm', dim]}, got {list(chunk.key.shape)}"
         )
-    if (chunk_key is None) != (chunk_value is None):
-        raise ValueError(f"{op}: chunk_key and chunk_value come together, got one of them")
-    check_chunk(op, query, num_kv_heads, chunk_key, chunk_mask)
-    if chunk_key is not None and chunk_value is not None:
-        expected = (*chunk_key.shape[:3], values.shape[1])
-        if chunk_value.shape != expected:
-            raise ValueError(f"{op}: expected chunk_value {list(expected)}, got {list(chunk_value.shape)}")
-    return num_kv_heads
+    if chunk.value.shape != (batch, num_kv_heads, m, value_dim):
+        raise ValueError(
+            f"{op}: expected the chunk's value {[batch, num_kv_heads, m, value_dim]}, got {list(chunk.value.shape)}"
+        )
+    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, n, m)):
+        raise ValueError(f"{op}: expected the chunk's mask [1 or {batch}, 1, {n}, {m}], got {list(mask.shape)}")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.segments import Chunk as MaskedChunk
+from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
@@ -44,6 +46,10 @@ class Chunk:
     def part(self, columns: slice) -> Chunk:
         """Some of its columns, as views."""
         return Chunk(self.key[:, :, columns], self.value[:, :, columns], self.positions[:, columns])
+
+    def masked(self, mask: Tensor | None) -> MaskedChunk:
+        """As the ops take it. mask: bool [B or 1, 1, n, len(self)], None is causal."""
+        return MaskedChunk(self.key, self.value, mask)
 
     def positions_on(self, device: torch.device) -> Tensor:
         """int64 [B, H, n], the same for every KV head."""
@@ -92,6 +98,11 @@ class LayerArena:
         """Every tensor held, by name."""
         names = ("keys", "values", "positions", "scores", *_TABLES)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def segments(self) -> Segments:
+        """As the ops take them."""
+        return Segments(self.keys, self.values, self.start, self.length)
 
     @property
     def width(self) -> int:

@@ -26,15 +26,7 @@ def attention_mass(
         mask = chunk_mask(chunk, num_queries)
         query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
     return column_scores(
-        query,
-        arena.keys,
-        arena.start,
-        arena.length,
-        chunk_key=chunk.key,
-        chunk_mask=mask,
-        query_mask=query_mask,
-        reduction=reduction,
-        **options,
+        query, arena.segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options
     )
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from kvpolicy_kernels.append import append_next
+from kvpolicy_kernels.attention import WorkPlan, decode_attention, plan_work
 from kvpolicy_kernels.compact import compact
-from kvpolicy_kernels.decode_attention import WorkPlan, decode_attention, plan_work
+from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 
 from kvpolicy.cache.arena import each_entry, on_device
@@ -61,6 +62,7 @@ class StaticStore:
 
     keys [R, D];  values [R, Dv];  positions int32 [R]
     starts, lengths, capacities, cursors: int64 [L, S]; starts in rows of the arena
+    segments: of each layer, as the ops take them
     position: int32 [S], of the token decoded last
     due:      layer whose token comes next, counted on the host; None before a prompt, and where an `append` broke off
     decoded:  tokens since the prompt, counted on the host
@@ -77,14 +79,18 @@ class StaticStore:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape, segments = spec.attention, batch_size * num_heads
+        shape, count = spec.attention, batch_size * num_heads
         self.spec, self.batch_size, self.num_heads, self.num_pinned = spec, batch_size, num_heads, num_pinned
         self.keys = torch.empty(rows, shape.key_dim, dtype=dtype, device=device)
         self.values = torch.empty(rows, shape.value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(rows, dtype=torch.int32, device=device)
-        tables = torch.zeros(4, spec.num_budgeted_layers, segments, dtype=torch.int64, device=device)
+        tables = torch.zeros(4, spec.num_budgeted_layers, count, dtype=torch.int64, device=device)
         self.starts, self.lengths, self.capacities, self.cursors = tables
-        self.position = torch.zeros(segments, dtype=torch.int32, device=device)
+        self.segments = [
+            Segments(self.keys, self.values, starts, lengths)
+            for starts, lengths in zip(self.starts, self.lengths, strict=True)
+        ]
+        self.position = torch.zeros(count, dtype=torch.int32, device=device)
         self.plan = self._make_plan()
         self.clear()
 
@@ -257,8 +263,8 @@ class StaticStore:
         append_next(
             (self.keys, self.values, self.positions),
             (key, value, self.position),
-            self.starts[layer],
-            self.lengths[layer],
+            self.segments[layer].starts,
+            self.segments[layer].lengths,
             self.capacities[layer],
             self.cursors[layer],
             self.num_pinned,
@@ -281,15 +287,7 @@ class StaticStore:
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
-        return decode_attention(
-            query,
-            self.keys,
-            self.values,
-            self.starts[layer],
-            self.lengths[layer],
-            plan=self.plan.layer(layer),
-            **scoring.options(),
-        ).out
+        return decode_attention(query, self.segments[layer], plan=self.plan.layer(layer), **scoring.options()).out
 
     def _make_plan(self) -> WorkPlan:
         return plan_work(self.lengths, head_dim=max(self.keys.shape[1], self.values.shape[1]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from kvpolicy_kernels.ragged_attention import ragged_attention
+from kvpolicy_kernels.attention import ragged_attention
 from torch import Tensor
 
 from kvpolicy.budget.plan import BudgetPlan, policy_of
@@ -226,7 +226,7 @@ class RaggedStore(Accounts):
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
         arena = self._layer(layer).arena
         inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads)
-        return ragged_attention(query, arena.keys, arena.values, arena.start, arena.length, **scoring.options())
+        return ragged_attention(query, arena.segments, **scoring.options())
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
@@ -265,18 +265,7 @@ class RaggedStore(Accounts):
         inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
         if mask is None and bool((chunk.positions < 0).any()):
             mask = chunk_mask(chunk, query.shape[2])
-        return ragged_attention(
-            query,
-            arena.keys,
-            arena.values,
-            arena.start,
-            arena.length,
-            chunk_key=chunk.key,
-            chunk_value=chunk.value,
-            chunk_mask=mask,
-            entry_mask=entry_mask,
-            **scoring.options(),
-        )
+        return ragged_attention(query, arena.segments, chunk.masked(mask), entry_mask=entry_mask, **scoring.options())
 
     def keep(
         self,

@@ -1,8 +1,10 @@
 """Segments in an arena with garbage around them, and their attention computed in another way."""
 
 import math
+from dataclasses import replace
 
 import torch
+from kvpolicy_kernels.segments import Chunk, Segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -15,7 +17,7 @@ def options(variant, num_q_heads):
 
 
 def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2, backwards=True):
-    """keys, values, starts, lengths, with rows of NaN before, between and after the segments."""
+    """Segments with rows of NaN before, between and after them."""
     rows = sum(lengths) + gap * (len(lengths) + 1)
     keys, values = torch.full((rows, dim), NAN), torch.full((rows, value_dim), NAN)
     starts, row = [0] * len(lengths), gap
@@ -25,29 +27,35 @@ def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2, backwards=True):
         keys[row : row + lengths[i]] = torch.randn(lengths[i], dim)
         values[row : row + lengths[i]] = torch.randn(lengths[i], value_dim)
         row += lengths[i] + gap
-    return keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths)
+    return Segments(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths))
 
 
-def oracle(query, keys, values, starts, lengths, *, scale=None, softcap=None, sink_logits=None,
-           chunk_key=None, chunk_value=None, chunk_mask=None, entry_mask=None):  # fmt: skip
+def interleaved(segments):
+    """The same entries where each row of one arena holds a key, something else, and a value."""
+    keys, values = segments.keys, segments.values
+    rows = torch.cat([keys, torch.full_like(keys, NAN), values], 1)
+    return replace(segments, keys=rows[:, : keys.shape[1]], values=rows[:, 2 * keys.shape[1] :])
+
+
+def oracle(query, segments, chunk=None, *, scale=None, softcap=None, sink_logits=None, entry_mask=None):
     """Dense exponentials in fp64, times a mask of what is seen, one segment at a time.
 
     Returns the attention, the log-sum-exps [B, num_q_heads, n], and the mass of each row of the arena.
     """
-    (batch, num_q_heads, n, dim), num_segments = query.shape, len(starts)
+    (batch, num_q_heads, n, dim), num_segments = query.shape, len(segments)
     num_kv_heads = num_segments // batch
     grouped = query.double().reshape(num_segments, -1, n, dim)
     sinks = torch.full((num_q_heads,), -math.inf) if sink_logits is None else sink_logits
-    out, lse, mass = [], [], torch.zeros(len(keys), dtype=torch.float64, device=DEVICE)
-    for s, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    out, lse, mass = [], [], torch.zeros(len(segments.keys), dtype=torch.float64, device=DEVICE)
+    for s, (start, length) in enumerate(zip(segments.starts.tolist(), segments.lengths.tolist(), strict=True)):
         b, h = divmod(s, num_kv_heads)
-        k, v = (x[start : start + length].double() for x in (keys, values))
+        k, v = (x[start : start + length].double() for x in (segments.keys, segments.values))
         seen = torch.ones(n, length, device=DEVICE) if entry_mask is None else entry_mask[s]
-        if chunk_key is not None:
-            m = chunk_key.shape[2]
-            k, v = torch.cat([k, chunk_key[b, h].double()]), torch.cat([v, chunk_value[b, h].double()])
+        if chunk is not None:
+            m, mask = chunk.key.shape[2], chunk.mask
+            k, v = torch.cat([k, chunk.key[b, h].double()]), torch.cat([v, chunk.value[b, h].double()])
             causal = torch.tensor([[j <= i + m - n for j in range(m)] for i in range(n)], device=DEVICE)
-            seen = torch.cat([seen, causal if chunk_mask is None else chunk_mask[b % len(chunk_mask), 0]], 1)
+            seen = torch.cat([seen, causal if mask is None else mask[b % len(mask), 0]], 1)
         x = grouped[s] @ k.T * (dim**-0.5 if scale is None else scale)
         weights = (x if softcap is None else softcap * (x / softcap).tanh()).exp() * seen
         total = weights.sum(-1, keepdim=True) + sinks.view(num_kv_heads, -1, 1, 1)[h].double().exp().to(DEVICE)
@@ -60,9 +68,7 @@ def oracle(query, keys, values, starts, lengths, *, scale=None, softcap=None, si
 
 
 def chunked(batch, num_q_heads, lengths, n, m, value_dim, dim=8):
+    """Queries, segments and a chunk of m tokens."""
     num_kv_heads = len(lengths) // batch
-    chunk = {
-        "chunk_key": torch.randn(batch, num_kv_heads, m, dim, device=DEVICE),
-        "chunk_value": torch.randn(batch, num_kv_heads, m, value_dim, device=DEVICE),
-    }
-    return (torch.randn(batch, num_q_heads, n, dim, device=DEVICE), *arena(lengths, dim, value_dim)), chunk
+    key, value = (torch.randn(batch, num_kv_heads, m, x, device=DEVICE) for x in (dim, value_dim))
+    return torch.randn(batch, num_q_heads, n, dim, device=DEVICE), arena(lengths, dim, value_dim), Chunk(key, value)

@@ -1,11 +1,15 @@
 import itertools
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from kvpolicy_kernels.attention import reference
 from kvpolicy_kernels.column_scores import column_scores
-from kvpolicy_kernels.ragged_attention import reference
+from kvpolicy_kernels.segments import Chunk, Segments
+
+from tests.kernels.segments import interleaved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,7 +25,7 @@ def small_blocks(monkeypatch):
 
 
 def arena(lengths, dim=8, dtype=torch.float32):
-    """keys, starts, lengths: segments in reverse order; before, between and after them a row of NaN and infinity."""
+    """Segments in reverse order; before, between and after them a row of NaN and infinity. All values are NaN."""
     keys = torch.full((sum(lengths) + len(lengths) + 1, dim), NAN)
     keys[:, ::2] = float("inf")
     starts, row = [0] * len(lengths), 1
@@ -29,25 +33,31 @@ def arena(lengths, dim=8, dtype=torch.float32):
         starts[i] = row
         keys[row : row + lengths[i]] = torch.randn(lengths[i], dim)
         row += lengths[i] + 1
-    return keys.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths)
+    return of_keys(keys.to(DEVICE, dtype), starts, lengths)
 
 
-def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logits=None, chunk_key=None,
-           chunk_mask=None, query_mask=None, power=1.0, reduction="sum"):  # fmt: skip
+def of_keys(keys, starts, lengths):
+    """Segments whose values are NaN: nobody looks at them."""
+    return Segments(keys, torch.full_like(keys, NAN), torch.tensor(starts), torch.tensor(lengths))
+
+
+def oracle(query, segments, chunk=None, *, scale=None, softcap=None, sink_logits=None, query_mask=None, power=1.0,
+           reduction="sum"):  # fmt: skip
     """One query at a time in fp64; every visible column gets its weight."""
     batch, num_q_heads, n, dim = query.shape
-    num_kv_heads = len(starts) // batch
-    m, longest = 0 if chunk_key is None else chunk_key.shape[2], int(max(lengths))
+    num_kv_heads = len(segments) // batch
+    m, longest = 0 if chunk is None else chunk.key.shape[2], int(max(segments.lengths))
+    mask = None if chunk is None else chunk.mask
     out = torch.zeros(batch, num_kv_heads, longest + m, dtype=torch.float64)
     for b, hq, i in itertools.product(range(batch), range(num_q_heads), range(n)):
         if query_mask is not None and not query_mask[b, i]:
             continue
         h = hq // (num_q_heads // num_kv_heads)
-        start, length = (int(x[b * num_kv_heads + h]) for x in (starts, lengths))
-        row = [j <= i + m - n for j in range(m)] if chunk_mask is None else chunk_mask[b % len(chunk_mask), 0, i]
+        start, length = (int(x[b * num_kv_heads + h]) for x in (segments.starts, segments.lengths))
+        row = [j <= i + m - n for j in range(m)] if mask is None else mask[b % len(mask), 0, i]
         tokens = [j for j in range(m) if row[j]]
-        k = keys[start : start + length]
-        k = k if chunk_key is None else torch.cat([k, chunk_key[b, h, tokens]])
+        k = segments.keys[start : start + length]
+        k = k if chunk is None else torch.cat([k, chunk.key[b, h, tokens]])
         x = k.cpu().double() @ query[b, hq, i].cpu().double() * (dim**-0.5 if scale is None else scale)
         x = x if softcap is None else softcap * (x / softcap).tanh()
         total = x.exp().sum() + (0 if sink_logits is None else math.exp(sink_logits[hq]))
@@ -59,11 +69,11 @@ def oracle(query, keys, starts, lengths, *, scale=None, softcap=None, sink_logit
     return out
 
 
-def check(query, keys, starts, lengths, backend="torch", **kwargs):
+def check(query, segments, chunk=None, backend="torch", **kwargs):
     """The error is at most twice torch's, and nothing stands where nothing belongs."""
-    out = column_scores(query, keys, starts, lengths, **kwargs, backend=backend).cpu()
-    plain = column_scores(query, keys, starts, lengths, **kwargs, backend="torch").cpu()
-    exact = oracle(query, keys, starts, lengths, **kwargs)
+    out = column_scores(query, segments, chunk, **kwargs, backend=backend).cpu()
+    plain = column_scores(query, segments, chunk, **kwargs, backend="torch").cpu()
+    exact = oracle(query, segments, chunk, **kwargs)
     assert out.dtype == torch.float32
     torch.testing.assert_close(plain.double(), exact, atol=2e-5, rtol=1e-5)
     assert (out[exact == 0] == 0).all(), "an absent or invisible column got mass"
@@ -92,9 +102,11 @@ def inputs(case, variant, dtype=torch.float32):
     kwargs = {name: x for name, x in variant.items() if name != "sinks"}
     if "sinks" in variant:
         kwargs["sink_logits"] = torch.linspace(-1, 2, num_q_heads, device=DEVICE)
+    chunk = None
     if m is not None:
-        kwargs["chunk_key"] = torch.randn(batch, len(lengths) // batch, m, dim).to(DEVICE, dtype)
-    return (query, *arena(lengths, dim, dtype)), kwargs
+        key = torch.randn(batch, len(lengths) // batch, m, dim).to(DEVICE, dtype)
+        chunk = Chunk(key, torch.full_like(key, NAN))
+    return (query, arena(lengths, dim, dtype), chunk), kwargs
 
 
 def masked(case, arguments, shared=False):
@@ -103,8 +115,9 @@ def masked(case, arguments, shared=False):
     mask = torch.rand(1 if shared else batch, 1, n, m) < 0.5
     mask[:, :, 0] = False
     counts = torch.rand(batch, n) < 0.5
-    arguments[0][~counts.to(DEVICE)[:, None].expand(arguments[0].shape[:3])] = NAN
-    return {"chunk_mask": mask.to(DEVICE), "query_mask": counts.to(DEVICE)}
+    query, segments, chunk = arguments
+    query[~counts.to(DEVICE)[:, None].expand(query.shape[:3])] = NAN
+    return (query, segments, replace(chunk, mask=mask.to(DEVICE))), {"query_mask": counts.to(DEVICE)}
 
 
 def skip_what_the_interpreter_cannot(dtype):
@@ -135,7 +148,8 @@ def test_triton_matches_the_definition(case, variant, dtype, poisoned):
 @pytest.mark.parametrize("case", [c for c in CASES if c[4]], ids=str)
 def test_torch_masks(case, shared, variant):
     arguments, kwargs = inputs(case, variant)
-    check(*arguments, **kwargs, **masked(case, arguments, shared))
+    arguments, mask = masked(case, arguments, shared)
+    check(*arguments, **kwargs, **mask)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -144,7 +158,8 @@ def test_the_largest_weight_instead_of_the_sum(case, variant):
     arguments, kwargs = inputs(case, variant)
     check(*arguments, **kwargs, reduction="max")
     if case[4]:
-        check(*arguments, **kwargs, **masked(case, arguments), reduction="max")
+        arguments, mask = masked(case, arguments)
+        check(*arguments, **kwargs, **mask, reduction="max")
 
 
 @needs_triton
@@ -154,7 +169,8 @@ def test_the_largest_weight_instead_of_the_sum(case, variant):
 @pytest.mark.parametrize("case", [c for c in CASES if c[4]], ids=str)
 def test_triton_masks(case, shared, variant, poisoned):
     arguments, kwargs = inputs(case, variant)
-    check(*arguments, "triton", **kwargs, **masked(case, arguments, shared))
+    arguments, mask = masked(case, arguments, shared)
+    check(*arguments, "triton", **kwargs, **mask)
 
 
 # edges of the tiles and one past: 64 and 32 in fp32 up to head dim 64, 32 up to 128, 16 above; 128 and 64 in 16 bits
@@ -187,12 +203,12 @@ def test_triton_tile_edges(case, dtype, programs, poisoned, monkeypatch):
 def test_triton_a_long_prompt_with_padding(poisoned):
     """Several blocks of rows, tiles of columns and sequences under an explicit causal mask."""
     case = (2, 4, [0, 0, 0, 0], 70, 100, 16)
-    (query, *tables), kwargs = inputs(case, {})
+    (query, segments, chunk), _ = inputs(case, {})
     padding = torch.arange(100)[None] < torch.tensor([[37], [0]])  # tokens on the left
     mask = (torch.ones(70, 100).tril(30).bool() & ~padding[:, None])[:, None]
     counts = ~padding[:, 30:]
-    query[0, :, :7], kwargs["chunk_key"][0, :, :37] = NAN, NAN
-    check(query, *tables, "triton", **kwargs, chunk_mask=mask.to(DEVICE), query_mask=counts.to(DEVICE))
+    query[0, :, :7], chunk.key[0, :, :37] = NAN, NAN
+    check(query, segments, replace(chunk, mask=mask.to(DEVICE)), "triton", query_mask=counts.to(DEVICE))
 
 
 @needs_triton
@@ -201,9 +217,8 @@ def test_triton_a_long_prompt_with_padding(poisoned):
 def test_triton_inputs_that_are_not_contiguous(inner, poisoned):
     """Every argument but the arena is a view with strides of its own; the last dimension is strided too, or not."""
     case = (2, 6, [40, 0, 9, 64], 5, 35, 24)
-    arguments, kwargs = inputs(case, {})
-    kwargs |= masked(case, arguments)
-    expected = column_scores(*arguments, **kwargs, backend="triton")
+    (query, segments, chunk), mask = masked(case, inputs(case, {})[0])
+    expected = column_scores(query, segments, chunk, **mask, backend="triton")
 
     def strided(x, inner=1):
         wide = torch.full((*x.transpose(0, -2).shape[:-1], 2 * inner * x.shape[-1]), 7).to(x.device, x.dtype)
@@ -211,27 +226,37 @@ def test_triton_inputs_that_are_not_contiguous(inner, poisoned):
         assert not view.is_contiguous()
         return view.copy_(x)
 
-    views = {name: strided(x, inner if x.is_floating_point() else 1) for name, x in kwargs.items()}
-    out = column_scores(strided(arguments[0], inner), *arguments[1:], **views, backend="triton")
+    chunk = Chunk(strided(chunk.key, inner), chunk.value, strided(chunk.mask))
+    query_mask = strided(mask["query_mask"])
+    out = column_scores(strided(query, inner), segments, chunk, query_mask=query_mask, backend="triton")
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_keys_and_values_of_one_arena(backend, case, poisoned):
+    """Rows that are longer than a key."""
+    (query, segments, chunk), kwargs = inputs(case, {"sinks": True})
+    check(query, interleaved(segments), chunk, backend, **kwargs)
 
 
 @needs_triton
 def test_triton_gives_equal_bits(poisoned):
     """Twice, and from tables on the device."""
-    (query, keys, starts, lengths), kwargs = inputs((1, 8, [300, 20], 20, 40, 64), {}, torch.float16)
-    first = column_scores(query, keys, starts, lengths, **kwargs, backend="triton")
-    for tables in ((starts, lengths), (starts.to(DEVICE), lengths.to(DEVICE))):
-        assert torch.equal(column_scores(query, keys, *tables, **kwargs, backend="triton"), first)
+    (query, segments, chunk), _ = inputs((1, 8, [300, 20], 20, 40, 64), {}, torch.float16)
+    first = column_scores(query, segments, chunk, backend="triton")
+    there = replace(segments, starts=segments.starts.to(DEVICE), lengths=segments.lengths.to(DEVICE))
+    for tables in (segments, there):
+        assert torch.equal(column_scores(query, tables, chunk, backend="triton"), first)
 
 
 @needs_triton
 def test_triton_empty_shapes():
     """An arena without rows beside a chunk, as a prompt finds it; no queries; no columns."""
-    query, keys, tables = torch.randn(1, 2, 3, 8).to(DEVICE), torch.empty(0, 8, device=DEVICE), (torch.tensor([0]),) * 2
-    check(query, keys, *tables, "triton", chunk_key=torch.randn(1, 1, 3, 8).to(DEVICE))
-    assert column_scores(query, keys, *tables, backend="triton").shape == (1, 1, 0)
-    none = column_scores(query[:, :, :0], keys, *tables, chunk_key=query[:, :1], backend="triton")
+    query, segments = torch.randn(1, 2, 3, 8).to(DEVICE), of_keys(torch.empty(0, 8, device=DEVICE), [0], [0])
+    check(query, segments, Chunk(*torch.randn(2, 1, 1, 3, 8).to(DEVICE)), "triton")
+    assert column_scores(query, segments, backend="triton").shape == (1, 1, 0)
+    none = column_scores(query[:, :, :0], segments, Chunk(query[:, :1], query[:, :1]), backend="triton")
     assert torch.equal(none.cpu(), torch.zeros(1, 1, 3))
 
 
@@ -242,15 +267,14 @@ def test_triton_beyond_two_to_the_31_elements():
     dim, rows, length = 128, 2**24 + 400, 300
     keys = torch.full((rows, dim), NAN, dtype=torch.float16, device=DEVICE)
     keys[-length:] = torch.randn(length, dim)
-    chunk = keys[:: 2**24 + 50][None, None]
-    chunk[0, 0] = torch.randn(2, dim)
+    key = keys[:: 2**24 + 50][None, None]
+    key[0, 0] = torch.randn(2, dim)
     query = torch.randn(1, 4, 2, dim, dtype=torch.float16, device=DEVICE)
-    tables = (torch.tensor([rows - length]), torch.tensor([length]))
-    out = column_scores(query, keys, *tables, chunk_key=chunk, backend="triton")
-    near = (keys[-length:].clone(), torch.tensor([0]), tables[1])
-    expected = column_scores(query, *near, chunk_key=chunk.contiguous(), backend="triton")
-    assert torch.equal(out, expected)
-    check(query, *near, "triton", chunk_key=chunk.contiguous())
+    far = Segments(keys, keys, torch.tensor([rows - length]), torch.tensor([length]))
+    out = column_scores(query, far, Chunk(key, key), backend="triton")
+    near, chunk = of_keys(keys[-length:].clone(), [0], [length]), Chunk(key.contiguous(), key)
+    assert torch.equal(out, column_scores(query, near, chunk, backend="triton"))
+    check(query, near, chunk, "triton")
 
 
 @needs_triton
@@ -258,31 +282,38 @@ def test_triton_beyond_two_to_the_31_elements():
     ("change", "message"),
     [
         ({"lengths": torch.tensor([9])}, "segment 0 of 9 rows from row 0 leaves the arena of 8 rows"),
-        ({"chunk_key": torch.zeros(1, 1, 2, 8, dtype=torch.float16)}, "got torch.float16, torch.float32"),
+        ({"key": torch.zeros(1, 1, 2, 8, dtype=torch.float16)}, "got torch.float16, torch.float32"),
         ({"query": torch.zeros(1, 1, 2, 512), "keys": torch.zeros(8, 512)}, "head dim 512 is above 256"),
         ({"reduction": "max"}, "reduction='max'"),
     ],
     ids=["segment", "dtypes", "head dim", "reduction"],
 )
 def test_triton_refuses(change, message):
-    arguments = {"query": torch.zeros(1, 1, 2, 8), "keys": torch.zeros(8, 8)} | change
-    arguments = {n: x.to(DEVICE) if n != "reduction" and x.is_floating_point() else x for n, x in arguments.items()}
-    tables = {"starts": torch.tensor([0]), "lengths": torch.tensor([8])}
+    given = {
+        "query": torch.zeros(1, 1, 2, 8),
+        "keys": torch.zeros(8, 8),
+        "lengths": torch.tensor([8]),
+        "key": None,
+        "reduction": "sum",
+    } | change
+    given = {n: x.to(DEVICE) if torch.is_tensor(x) and x.is_floating_point() else x for n, x in given.items()}
+    segments = Segments(given["keys"], given["keys"], torch.tensor([0]), given["lengths"])
+    chunk = None if given["key"] is None else Chunk(given["key"], given["key"])
     with pytest.raises(ValueError, match=message):
-        column_scores(**tables | arguments, backend="triton")
+        column_scores(given["query"], segments, chunk, reduction=given["reduction"], backend="triton")
 
 
 def test_hand_written_answer():
     """Zero scores share a query's mass evenly: over two entries and one token, then over two entries and two tokens."""
     zeros, keys = torch.zeros(1, 1, 2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
-    out = column_scores(zeros, keys, torch.tensor([0]), torch.tensor([2]), chunk_key=zeros)
+    out = column_scores(zeros, of_keys(keys, [0], [2]), Chunk(zeros, zeros))
     torch.testing.assert_close(out.flatten().cpu(), torch.tensor([7 / 12, 7 / 12, 7 / 12, 1 / 4]))
 
 
 def test_hand_written_squares():
     """As above: two queries, thirds, then quarters."""
     zeros, keys = torch.zeros(1, 1, 2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
-    out = column_scores(zeros, keys, torch.tensor([0]), torch.tensor([2]), chunk_key=zeros, power=2)
+    out = column_scores(zeros, of_keys(keys, [0], [2]), Chunk(zeros, zeros), power=2)
     torch.testing.assert_close(out.flatten().cpu(), torch.tensor([25 / 144, 25 / 144, 25 / 144, 1 / 16]))
 
 
@@ -292,13 +323,13 @@ def test_hand_written_squares():
         (
             "keys",
             torch.zeros(9, 5),
-            r"column_scores: query \[2, 4, 3, 8\] needs contiguous keys \[R, 8\], got \[9, 5\]",
+            r"column_scores: query \[2, 4, 3, 8\] needs keys \[R, 8\] with contiguous rows, got \[9, 5\]",
         ),
         ("starts", torch.tensor([0, 4, 6]), r"column_scores: starts and lengths must be .* got \[3\] and \[2\]"),
         ("lengths", torch.tensor([3, 9]), "segment 1 of 9 rows from row 4 leaves the arena of 9 rows"),
         ("sink_logits", torch.zeros(2), r"expected sink_logits \[4\], got \[2\]"),
-        ("chunk_key", torch.zeros(2, 2, 3, 8), r"column_scores: expected chunk_key .* got \[2, 2, 3, 8\]"),
-        ("chunk_mask", torch.ones(1, 1, 2, 3).bool(), r"chunk_mask \[1 or 2, 1, 3, 3\], got \[1, 1, 2, 3\]"),
+        ("key", torch.zeros(2, 2, 3, 8), r"column_scores: expected the chunk's key .* got \[2, 2, 3, 8\]"),
+        ("mask", torch.ones(1, 1, 2, 3).bool(), r"the chunk's mask \[1 or 2, 1, 3, 3\], got \[1, 1, 2, 3\]"),
         ("reduction", "mean", "column_scores: expected reduction 'sum' or 'max', got 'mean'"),
         ("query_mask", torch.ones(1, 3).bool(), r"expected query_mask \[2, 3\], got \[1, 3\]"),
         ("power", 0, "column_scores: expected a finite power above 0, got 0"),
@@ -306,12 +337,13 @@ def test_hand_written_squares():
     ],
 )
 def test_what_does_not_fit_is_refused(name, value, message):
-    arguments = {
-        "query": torch.zeros(2, 4, 3, 8),
-        "keys": torch.zeros(9, 8),
-        "starts": torch.tensor([0, 4]),
-        "lengths": torch.tensor([3, 4]),
-        "chunk_key": torch.zeros(2, 1, 3, 8),
-    }
+    segments = Segments(torch.zeros(9, 8), torch.zeros(9, 8), torch.tensor([0, 4]), torch.tensor([3, 4]))
+    chunk, kwargs = Chunk(torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8)), {}
+    if hasattr(segments, name):
+        segments = replace(segments, **{name: value})
+    elif hasattr(chunk, name):
+        chunk = replace(chunk, **{name: value})
+    else:
+        kwargs[name] = value
     with pytest.raises(ValueError, match=message):
-        column_scores(**arguments | {name: value})
+        column_scores(torch.zeros(2, 4, 3, 8), segments, chunk, **kwargs)

@@ -14,12 +14,14 @@ PROMPT = 2**20  # rows
 TYPES = {"mask_ptr": "*i1", "start_ptr": "*i64", "length_ptr": "*i64"}
 
 
-def compile_column_scores(which, dtype, dim, group, num_rows, arch, softcap=False, mask=False):
+def compile_column_scores(which, dtype, dim, group, num_rows, arch, softcap=False, mask=False, row=None):
+    """row: elements from one key to the next, where keys and values lie in one arena."""
     function, config = KERNELS[which], kernel.launch_config(dtype, dim, num_rows)[which]
     constants = {
         "NUM_KV_HEADS": 2,
         "GROUP": group,
         "D": dim,
+        "K_ROW": row or dim,
         "BLOCK_M": config["BLOCK_M"],
         "BLOCK_N": config["BLOCK_N"],
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
@@ -55,6 +57,7 @@ def compile_column_scores(which, dtype, dim, group, num_rows, arch, softcap=Fals
         (torch.float16, 256, 5, PROMPT, 80, {}),
         (torch.float16, 80, 3, 3, 90, {"softcap": True}),
         (torch.float32, 128, 7, PROMPT, 80, {}),
+        (torch.bfloat16, 128, 4, PROMPT, 90, {"row": 256}),
     ],
     ids=str,
 )

@@ -1,35 +1,38 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpolicy_kernels.decode_attention import decode_attention, plan_work
-from kvpolicy_kernels.decode_attention.plan import reference_plan, unit_of
-from kvpolicy_kernels.ragged_attention import ragged_attention
+from kvpolicy_kernels.attention import decode_attention, plan_work, ragged_attention
+from kvpolicy_kernels.attention.plan import reference_plan, unit_of
+from kvpolicy_kernels.segments import Chunk, Segments
 
-from tests.kernels.segments import DEVICE, VARIANTS, arena, chunked, options, oracle
+from tests.kernels.segments import DEVICE, VARIANTS, arena, chunked, interleaved, options, oracle
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
 
 
-def check(backend, query, keys, values, starts, lengths, tolerance=1e-5, num_programs=7, head_dim=None, **kwargs):
+def check(backend, query, segments, chunk=None, tolerance=1e-5, num_programs=7, head_dim=None, **kwargs):
     """Attention, log-sum-exps and mass; with few programs, so that segments are cut and programs hold several."""
     if backend == "triton":
-        dim = head_dim or max(keys.shape[1], values.shape[1])
-        kwargs["plan"] = plan_work(lengths.to(DEVICE), head_dim=dim, num_programs=num_programs, backend="triton")
-    found = decode_attention(
-        query, keys, values, starts, lengths, backend=backend, with_lse=True, with_mass=True, **kwargs
-    )
+        dim = head_dim or max(segments.keys.shape[1], segments.values.shape[1])
+        kwargs["plan"] = plan_work(
+            segments.lengths.to(DEVICE), head_dim=dim, num_programs=num_programs, backend="triton"
+        )
+    found = decode_attention(query, segments, chunk, backend=backend, with_lse=True, with_mass=True, **kwargs)
     kwargs.pop("plan", None)
-    expected = oracle(query, keys, values, starts, lengths, **kwargs)
+    expected = oracle(query, segments, chunk, **kwargs)
     assert found.out.dtype == query.dtype
     assert found.lse.dtype == found.mass.dtype == torch.float32
     for name, got, right in zip(found._fields, found, expected, strict=True):
         same = got.double() == right  # -inf in both
         error = (got.double() - right).abs().masked_fill(same, 0.0).max()
-        scale = max(1.0, float(query.shape[2] * query.shape[1] / (len(starts) // len(query)))) if name == "mass" else 1
+        scale = (
+            max(1.0, float(query.shape[2] * query.shape[1] / (len(segments) // len(query)))) if name == "mass" else 1
+        )
         assert error <= tolerance * scale, f"{name}: error {error:.2e}"
 
 
@@ -51,7 +54,7 @@ CASES = [
 def inputs(case, dtype=torch.float32):
     batch, num_q_heads, lengths, n, dim, value_dim = case
     query = torch.randn(batch, num_q_heads, n, dim, device=DEVICE).to(dtype)
-    return query, *arena(lengths, dim, value_dim, dtype)
+    return query, arena(lengths, dim, value_dim, dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -85,22 +88,34 @@ CHUNKS = [
 def test_chunk(backend, case, masked, variant, poisoned):
     """The causal rule, and a random mask under which the first query sees no token of the chunk."""
     batch, num_q_heads, _, n, m, _ = case
-    given, chunk = chunked(*case)
+    query, segments, chunk = chunked(*case)
     if masked:
-        chunk["chunk_mask"] = (torch.rand(batch, 1, n, m) < 0.5).to(DEVICE)
-        chunk["chunk_mask"][:, :, 0] = False
-    check(backend, *given, **chunk, **options(variant, num_q_heads))
+        mask = (torch.rand(batch, 1, n, m) < 0.5).to(DEVICE)
+        mask[:, :, 0] = False
+        chunk = replace(chunk, mask=mask)
+    check(backend, query, segments, chunk, **options(variant, num_q_heads))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[::2], ids=str)
+@pytest.mark.parametrize("case", CHUNKS, ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_keys_and_values_of_one_arena(backend, case, variant, poisoned):
+    """Rows that are longer than a key or a value; without a chunk, and with one."""
+    query, segments, chunk = chunked(*case)
+    for arriving in (None, chunk):
+        check(backend, query, interleaved(segments), arriving, **options(variant, case[1]))
 
 
 @needs_triton
 @pytest.mark.parametrize("shared", [False, True])
 def test_triton_strides(shared):
     """Queries and chunks that are not contiguous, an arena inside a larger one, a mask that rows share."""
-    keys, values, starts, lengths = arena([200, 5, 3, 0], 16, 16)
+    whole = arena([200, 5, 3, 0], 16, 16)
+    segments = Segments(whole.keys[1:], whole.values[1:], whole.starts - 1, whole.lengths)
     query = torch.randn(2, 3, 4, 16, device=DEVICE).transpose(1, 2)
-    chunk = {name: torch.randn(2, 6, 2, 16, device=DEVICE).transpose(1, 2) for name in ("chunk_key", "chunk_value")}
+    key, value = (torch.randn(2, 6, 2, 16, device=DEVICE).transpose(1, 2) for _ in range(2))
     mask = torch.rand(1 if shared else 2, 1, 6, 3, device=DEVICE) < 0.7
-    check("triton", query, keys[1:], values[1:], starts - 1, lengths, chunk_mask=mask.transpose(2, 3), **chunk)
+    check("triton", query, segments, Chunk(key, value, mask.transpose(2, 3)))
 
 
 @needs_triton
@@ -114,18 +129,20 @@ def test_triton_any_number_of_programs_and_any_unit(num_programs, head_dim, pois
 @pytest.mark.parametrize("planned", [[600, 128, 1, 0], [0, 0, 0, 0], [1, 2000, 500, 128]], ids=str)
 def test_triton_plan_of_other_lengths(planned, poisoned):
     """A plan is about balance alone: lengths may have grown or fallen since."""
-    query, keys, values, starts, lengths = inputs((2, 4, [610, 129, 300, 0], 1, 16, 16))
+    query, segments = inputs((2, 4, [610, 129, 300, 0], 1, 16, 16))
     plan = plan_work(torch.tensor(planned, device=DEVICE), num_programs=5, backend="triton")
-    found = decode_attention(query, keys, values, starts, lengths, plan=plan, backend="triton")
-    torch.testing.assert_close(found.out.double(), oracle(query, keys, values, starts, lengths)[0], atol=1e-5, rtol=0)
+    found = decode_attention(query, segments, plan=plan, backend="triton")
+    torch.testing.assert_close(found.out.double(), oracle(query, segments)[0], atol=1e-5, rtol=0)
     assert (found.lse, found.mass) == (None, None)
 
 
 @needs_triton
 def test_triton_repeats_bit_by_bit():
-    given = inputs((2, 8, [700, 3, 260, 0], 2, 64, 64))
-    plan = plan_work(given[4].to(DEVICE), num_programs=6, backend="triton")
-    run = lambda: decode_attention(*given, plan=plan, with_lse=True, with_mass=True, backend="triton")  # noqa: E731
+    query, segments = inputs((2, 8, [700, 3, 260, 0], 2, 64, 64))
+    plan = plan_work(segments.lengths.to(DEVICE), num_programs=6, backend="triton")
+    run = lambda: decode_attention(  # noqa: E731
+        query, segments, plan=plan, with_lse=True, with_mass=True, backend="triton"
+    )
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
@@ -154,9 +171,9 @@ def test_triton_16_bit(dim, dtype, variant, poisoned):
 def test_triton_several_queries(dtype, dim, poisoned):
     for group, n in ((1, 1), (1, 16), (4, 2), (4, 5), (8, 2), (8, 16)):
         given = inputs((2, 2 * group, [1500, 130, 0, 128], n, dim, dim), dtype)
-        chunk = {name: torch.randn(2, 2, n, dim, device=DEVICE).to(dtype) for name in ("chunk_key", "chunk_value")}
-        exact = oracle(*given, **chunk)[0]
-        plain, found = (decode_attention(*given, **chunk, backend=name).out.double() for name in ("torch", "triton"))
+        chunk = Chunk(*(torch.randn(2, 2, n, dim, device=DEVICE).to(dtype) for _ in range(2)))
+        exact = oracle(*given, chunk)[0]
+        plain, found = (decode_attention(*given, chunk, backend=name).out.double() for name in ("torch", "triton"))
         error, allowed = (found - exact).abs().max(), (plain - exact).abs().max()
         assert error <= 2 * allowed + 1e-6, f"group {group}, {n} queries: error {error:.2e}, torch {allowed:.2e}"
 
@@ -171,9 +188,9 @@ def test_offsets_beyond_two_to_the_31():
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         keys[start : start + length].normal_()
         values[start : start + length].normal_()
-    query = torch.randn(1, 8, 1, 64, device="cuda").bfloat16()
-    found = decode_attention(query, keys, values, starts, lengths, with_mass=True)
-    exact = oracle(query, keys, values, starts, lengths)
+    query, segments = torch.randn(1, 8, 1, 64, device="cuda").bfloat16(), Segments(keys, values, starts, lengths)
+    found = decode_attention(query, segments, with_mass=True)
+    exact = oracle(query, segments)
     assert (found.out.double() - exact[0]).abs().max() <= 1e-2
     assert (found.mass.double() - exact[2]).abs().max() <= 1e-4
 
@@ -217,9 +234,9 @@ def test_triton_plan(shape, num_programs, head_dim):
 
 @needs_triton
 def test_triton_from_ragged_attention(poisoned):
-    given, chunk = chunked(2, 4, [200, 3, 0, 6], 2, 3, 8)
-    out = ragged_attention(*given, **chunk, backend="triton")
-    torch.testing.assert_close(out.double(), oracle(*given, **chunk)[0], atol=1e-5, rtol=0)
+    given = chunked(2, 4, [200, 3, 0, 6], 2, 3, 8)
+    out = ragged_attention(*given, backend="triton")
+    torch.testing.assert_close(out.double(), oracle(*given)[0], atol=1e-5, rtol=0)
 
 
 @needs_triton
@@ -231,11 +248,11 @@ def test_triton_from_ragged_attention(poisoned):
 def test_triton_refuses_many_queries(shape, message):
     segments = arena([4, 5], 16, 16)
     with pytest.raises(ValueError, match=f"backend='triton' cannot do this: {message}, where 16 queries and 128 rows"):
-        decode_attention(torch.zeros(shape, device=DEVICE), *segments, backend="triton")
+        decode_attention(torch.zeros(shape, device=DEVICE), segments, backend="triton")
     with pytest.raises(ValueError, match="cannot do this: an entry_mask"):
         mask = [torch.ones(1, 4).bool(), torch.ones(1, 5).bool()]
-        ragged_attention(torch.zeros(1, 2, 1, 16, device=DEVICE), *segments, entry_mask=mask, backend="triton")
-    assert decode_attention(torch.zeros(shape, device=DEVICE), *segments).out.shape == shape
+        ragged_attention(torch.zeros(1, 2, 1, 16, device=DEVICE), segments, entry_mask=mask, backend="triton")
+    assert decode_attention(torch.zeros(shape, device=DEVICE), segments).out.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -270,8 +287,8 @@ def test_a_plan_of_other_segments_is_refused():
 
 
 def test_what_does_not_fit_is_refused():
-    query, keys, values, starts, lengths = inputs((1, 2, [4, 5], 1, 16, 16))
-    with pytest.raises(ValueError, match=r"decode_attention: expected contiguous values \[15, Dv\], got \[14, 16\]"):
-        decode_attention(query, keys, values[1:], starts, lengths)
+    query, segments = inputs((1, 2, [4, 5], 1, 16, 16))
+    with pytest.raises(ValueError, match=r"decode_attention: expected values \[15, Dv\] .* got \[14, 16\]"):
+        decode_attention(query, replace(segments, values=segments.values[1:]))
     with pytest.raises(ValueError, match="leaves the arena"):
-        decode_attention(query, keys, values, starts + 20, lengths)
+        decode_attention(query, replace(segments, starts=segments.starts + 20))

@@ -7,24 +7,25 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency")
 
-from kvpolicy_kernels.decode_attention import kernel as kernels  # noqa: E402
-from kvpolicy_kernels.decode_attention.plan import unit_of  # noqa: E402
+from kvpolicy_kernels.attention import kernel as kernels  # noqa: E402
+from kvpolicy_kernels.attention.plan import unit_of  # noqa: E402
 
 from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
 
-OPTIONAL = ("lse_ptr", "logits_ptr", "sink_ptr", "chunk_k_ptr", "chunk_v_ptr", "chunk_mask_ptr")
+WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of 16 bytes
 
 
 def compile_attend(dtype, dim, group, n, arch, *variants):
-    """variants: names of what the launch has besides, such as "CHUNK"."""
+    """variants: names of what the launch has besides, such as "CHUNK"; "INTERLEAVED": keys and values in one arena."""
+    row = 2 * dim if "INTERLEAVED" in variants else dim
     plain = not {"SOFTCAP", "MASK", "LOGITS"} & set(variants)
     config = kernels.launch_config(dtype, dim, group * n, plain)
     warps = config.pop("num_warps")
     block = max(16, triton.next_power_of_2(dim))
     has = {f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "LOGITS", "LSE")}
     constants = {
-        "D": dim, "DV": dim, "UNIT": unit_of(dim), "BLOCK_D": block, "BLOCK_DV": block, "EARLY": arch >= 90,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config, **has,
+        "D": dim, "DV": dim, "K_ROW": row, "V_ROW": row, "UNIT": unit_of(dim), "BLOCK_D": block, "BLOCK_DV": block,
+        "EARLY": arch >= 90, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config, **has,
     }  # fmt: skip
     belongs = {
         "sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS", "chunk_k_ptr": "CHUNK", "chunk_v_ptr": "CHUNK",
@@ -69,7 +70,7 @@ def test_attention_compiles(dtype, dim, group, n, arch):
     assert len(kernel.cubin) > 0
     assert "mma" in ptx, "the products must run on tensor cores"
     assert kernel.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
-    assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10", ptx), "loads of 16 bytes"
+    assert re.search(WIDE_LOAD, ptx)
     assert ("griddepcontrol.launch_dependents" in ptx) == (arch >= 90)
     if dtype != torch.float32 or dim <= 64:  # see launch_config
         assert kernel.spilled == 0
@@ -82,6 +83,14 @@ def test_attention_compiles(dtype, dim, group, n, arch):
 def test_variants_compile(variants, n):
     kernel = compile_attend(torch.bfloat16, 128, 4, n, 90, *variants)
     assert kernel.shared <= SHARED_MEMORY[90] // 2
+    assert kernel.spilled == 0
+
+
+@pytest.mark.parametrize("dim", [80, 128])
+def test_keys_and_values_of_one_arena_compile(dim):
+    """Rows that are further apart are loaded as widely, and cost no register more than there is."""
+    kernel = compile_attend(torch.bfloat16, dim, 4, 1, 90, "INTERLEAVED")
+    assert re.search(WIDE_LOAD, kernel.ptx)
     assert kernel.spilled == 0
 
 

@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.base2 import LOG2E
+from kvpolicy_kernels.segments import Chunk, Segments
 
-LOG2E = 1.4426950408889634
+TO_BASE_2 = tl.constexpr(LOG2E)
 PROGRAMS = 528  # that share the walks over the keys, where there are fewer blocks: two on each of 132 SMs, twice
 NO_BOUND = tl.constexpr(2**30)  # more than there are queries or tokens
 COUNTS = ("num_rows", "num_tokens", "token_shift")  # change from call to call and must not compile again
@@ -47,7 +49,7 @@ def _query_tile(
 @triton.jit
 def _key_tile(
     tile, entry_tiles, k_base, c_base, length, num_tokens, token_shift, stride_cn, stride_cd,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, K_ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Keys [BLOCK_N, BLOCK_D], their columns, whether these are tokens of the chunk, and who sees them.
 
@@ -59,7 +61,7 @@ def _key_tile(
     o_n = (tile - tl.where(in_chunk, entry_tiles, 0)) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     base = tl.where(in_chunk, c_base, k_base)
-    stride_n, stride_d = tl.where(in_chunk, stride_cn, D), tl.where(in_chunk, stride_cd, 1)
+    stride_n, stride_d = tl.where(in_chunk, stride_cn, K_ROW), tl.where(in_chunk, stride_cd, 1)
     # [BLOCK_N, BLOCK_D]
     b_k = tl.load(
         base + o_n[:, None].to(tl.int64) * stride_n + o_d[None, :] * stride_d,
@@ -102,7 +104,7 @@ def _row_lse_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd, stride_cb, stride_ch, stride_cn, stride_cd,
     stride_mb, stride_mi, stride_mn,
     num_rows, num_tokens, token_shift, scale_log2, softcap_log2, tanh_scale,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,8 +128,8 @@ def _row_lse_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for tile in range(i_part * part, tl.minimum((i_part + 1) * part, tiles)):
         b_k, o_n, in_chunk, limit, shift = _key_tile(
-            tile, entry_tiles, k_ptr + start * D, c_ptr + i_b * stride_cb + i_h * stride_ch,
-            length, num_tokens, token_shift, stride_cn, stride_cd, D, BLOCK_N, BLOCK_D,
+            tile, entry_tiles, k_ptr + start * K_ROW, c_ptr + i_b * stride_cb + i_h * stride_ch,
+            length, num_tokens, token_shift, stride_cn, stride_cd, D, K_ROW, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         scores = _scores(
             b_q, b_k, o_i[:, None], o_n[None, :], in_chunk, limit, shift,
@@ -168,7 +170,7 @@ def _merge_kernel(
     top = tl.max(b_part, 0)
     if HAS_SINK:
         # [BLOCK_M]; every row has a head, also those past the end
-        sink = tl.load(sink_ptr + (i_s % NUM_KV_HEADS) * GROUP + o_m % GROUP).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sink_ptr + (i_s % NUM_KV_HEADS) * GROUP + o_m % GROUP).to(tl.float32) * TO_BASE_2
         top = tl.maximum(top, sink)
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(b_part - safe[None, :]), 0)
@@ -192,7 +194,7 @@ def _column_mass_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd, stride_cb, stride_ch, stride_cn, stride_cd,
     stride_mb, stride_mi, stride_mn,
     num_rows, num_tokens, token_shift, scale_log2, softcap_log2, tanh_scale, power,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +202,8 @@ def _column_mass_kernel(
     i_b, i_h = i_s // NUM_KV_HEADS, i_s % NUM_KV_HEADS
     start, length = tl.load(start_ptr + i_s), tl.load(length_ptr + i_s).to(tl.int32)
     b_k, o_n, in_chunk, limit, shift = _key_tile(
-        tl.program_id(0), tl.cdiv(longest, BLOCK_N), k_ptr + start * D, c_ptr + i_b * stride_cb + i_h * stride_ch,
-        length, num_tokens, token_shift, stride_cn, stride_cd, D, BLOCK_N, BLOCK_D,
+        tl.program_id(0), tl.cdiv(longest, BLOCK_N), k_ptr + start * K_ROW, c_ptr + i_b * stride_cb + i_h * stride_ch,
+        length, num_tokens, token_shift, stride_cn, stride_cd, D, K_ROW, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     q_base = q_ptr + i_b * stride_qb + i_h * GROUP * stride_qh
     # from the first query that sees the tile's first column; no row sees a tile behind its segment
@@ -256,24 +258,21 @@ def launch_config(dtype: torch.dtype, dim: int, num_rows: int) -> tuple[dict[str
 
 def triton_column_scores(
     query: Tensor,
-    keys: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    segments: Segments,
     longest: int,
+    chunk: Chunk | None,
     scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-    chunk_key: Tensor | None,
-    chunk_mask: Tensor | None,
-    query_mask: Tensor | None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    query_mask: Tensor | None = None,
     power: float = 1.0,
 ) -> Tensor:
-    """Shapes as in `column_scores`; starts and lengths on the device, longest: lengths.max()."""
+    """Shapes as in `column_scores`; the tables of the segments on the device, longest: lengths.max()."""
     batch, num_q_heads, n, dim = query.shape
-    num_segments = len(starts)
+    keys, num_segments = segments.keys, len(segments)
     num_kv_heads = num_segments // batch
     group = num_q_heads // num_kv_heads
-    m = 0 if chunk_key is None else chunk_key.shape[2]
+    m, mask = (0, None) if chunk is None else (len(chunk), chunk.mask)
     num_rows = n * group
     out = query.new_empty((batch, num_kv_heads, longest + m), dtype=torch.float32)
     if num_rows == 0 or out.numel() == 0:
@@ -288,12 +287,12 @@ def triton_column_scores(
     parts = out.new_empty(num_segments, num_parts, num_rows)
     lse = out.new_empty(num_segments, num_rows)
     # without a chunk no tile lies in one, and any pointer will do
-    chunk, chunk_strides = (keys, (0, 0, 0, 1)) if chunk_key is None else (chunk_key, chunk_key.stride())
+    chunk_key, chunk_strides = (keys, (0, 0, 0, 1)) if chunk is None else (chunk.key, chunk.key.stride())
     mask_strides, token_shift = (0, 0, 0), m - n
-    if chunk_mask is not None:
-        mask_strides = (chunk_mask.stride(0) if len(chunk_mask) > 1 else 0, *chunk_mask.stride()[2:])
+    if mask is not None:
+        mask_strides = (mask.stride(0) if len(mask) > 1 else 0, *mask.stride()[2:])
         token_shift = NO_BOUND.value
-    inputs = (query, keys, chunk, chunk_mask, starts, lengths)
+    inputs = (query, keys, chunk_key, mask, segments.starts, segments.lengths)
     numbers = (
         *query.stride(), *chunk_strides, *mask_strides, num_rows, m, token_shift,
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
@@ -301,9 +300,10 @@ def triton_column_scores(
     heads = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group}
     constants = heads | {
         "D": dim,
+        "K_ROW": keys.stride(0),
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "HAS_SOFTCAP": softcap is not None,
-        "HAS_MASK": chunk_mask is not None,
+        "HAS_MASK": mask is not None,
         # plain tf32 would lose three digits of an fp32 model
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }

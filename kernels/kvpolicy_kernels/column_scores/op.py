@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -10,23 +11,19 @@ from torch import Tensor
 
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.column_scores.reference import reference_column_scores
-from kvpolicy_kernels.ragged_attention.reference import segment_list
-from kvpolicy_kernels.segments import check_chunk, check_segments
+from kvpolicy_kernels.segments import Chunk, Segments, check_segments
 
 Reduction = Literal["sum", "max"]
 
 
 def column_scores(
     query: Tensor,
-    keys: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    segments: Segments,
+    chunk: Chunk | None = None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    chunk_key: Tensor | None = None,
-    chunk_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     reduction: Reduction = "sum",
     power: float = 1.0,
@@ -43,7 +40,7 @@ def column_scores(
     power: > 0; each weight is raised to it first
     backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere; "max" is
         torch everywhere
-    The other arguments are those of `ragged_attention`. `chunk_key` may have any strides.
+    The other arguments are those of `ragged_attention`; values are not read.
 
     Returns float32 [B, num_kv_heads, N] with N = lengths.max() + m: column j below the segment's length is its entry
     j, column lengths.max() + j is token j of the chunk, and all others are exactly 0. A learned sink takes its share
@@ -55,8 +52,7 @@ def column_scores(
     Raises `ValueError` for shapes that do not fit, for a power that is not above 0, for segments that leave the arena,
     and for a backend that cannot run here.
     """
-    num_kv_heads = check_segments("column_scores", query, keys, starts, lengths, sink_logits)
-    check_chunk("column_scores", query, num_kv_heads, chunk_key, chunk_mask)
+    check_segments("column_scores", query, segments, chunk, sink_logits)
     if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[2]):
         raise ValueError(
             f"column_scores: expected query_mask {[query.shape[0], query.shape[2]]}, got {list(query_mask.shape)}"
@@ -66,45 +62,30 @@ def column_scores(
     if not 0 < power < math.inf:
         raise ValueError(f"column_scores: expected a finite power above 0, got {power}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = "reduction='max'" if reduction == "max" else _unsupported(query, keys, chunk_key)
+    unsupported = "reduction='max'" if reduction == "max" else _unsupported(query, segments, chunk)
     if uses_triton("column_scores", backend, query, unsupported):
         from kvpolicy_kernels.column_scores.kernel import triton_column_scores
 
-        if lengths.device.type == "cpu" and starts.device.type == "cpu":
-            segment_list(starts, lengths, len(keys))  # raises for a segment that leaves the arena
+        longest = int(segments.lengths.max())
         out: Tensor = triton_column_scores(
-            query,
-            keys,
-            starts.to(query.device, non_blocking=True),
-            lengths.to(query.device, non_blocking=True),
-            int(lengths.max()),
-            scale,
-            softcap,
-            sink_logits,
-            chunk_key,
-            chunk_mask,
-            query_mask,
-            power,
+            query, _on_device(segments, query.device), longest, chunk, scale, softcap, sink_logits, query_mask, power
         )
         return out
     return reference_column_scores(
-        query,
-        keys,
-        starts,
-        lengths,
-        scale,
-        softcap,
-        sink_logits,
-        chunk_key,
-        chunk_mask,
-        query_mask,
-        power=power,
-        largest=reduction == "max",
+        query, segments, chunk, scale, softcap, sink_logits, query_mask, power=power, largest=reduction == "max"
     )
 
 
-def _unsupported(query: Tensor, keys: Tensor, chunk_key: Tensor | None) -> str | None:
-    dtypes = {x.dtype for x in (query, keys, chunk_key) if x is not None}
+def _unsupported(query: Tensor, segments: Segments, chunk: Chunk | None) -> str | None:
+    dtypes = {query.dtype, segments.keys.dtype} | ({chunk.key.dtype} if chunk is not None else set())
     if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"query and keys must both be float32, bfloat16 or float16, got {', '.join(sorted(map(str, dtypes)))}"
     return f"head dim {query.shape[-1]} is above 256" if query.shape[-1] > 256 else None
+
+
+def _on_device(segments: Segments, device: torch.device) -> Segments:
+    """Tables of the CPU are checked; pinned ones can be copied inside a CUDA graph, so each goes by itself."""
+    if segments.lengths.device.type == "cpu" and segments.starts.device.type == "cpu":
+        segments.bounds()
+    starts, lengths = (table.to(device, non_blocking=True) for table in (segments.starts, segments.lengths))
+    return replace(segments, starts=starts, lengths=lengths)

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
+from kvpolicy_kernels.base2 import LOG2E
 
-LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
+TO_BASE_2 = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _window_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_SINK:
-        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(sink_ptr + i_h).to(tl.float32) * 1.4426950408889634
+        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(sink_ptr + i_h).to(tl.float32) * TO_BASE_2
         row_sum += 1.0
     oldest = tl.maximum(first - window + 1, 0)
     if first < prefill:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy_kernels.backend import Backend, uses_triton
-from kvpolicy_kernels.window_attention.blocked import blocked_window_attention
+from kvpolicy_kernels.window_attention.cpu import blocked_window_attention
 
 
 def window_attention(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from kvpolicy_kernels.column_scores import column_scores
+from kvpolicy_kernels.segments import Chunk, Segments
 from torch import Tensor, nn
 
 from kvpolicy.errors import ModelError
@@ -62,9 +63,9 @@ class LayerObserver:
         scale = options.get("scaling")
         self.seen["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
         if "window_attention" in self.requires:
-            self.seen["window_attention"] = _mass(query[:, :, -self.observation_window :], key, options)
+            self.seen["window_attention"] = _mass(query[:, :, -self.observation_window :], key, value, options)
         if "full_attention" in self.requires:
-            self.seen["full_attention"] = _mass(query, key, options)
+            self.seen["full_attention"] = _mass(query, key, value, options)
         return result
 
     @contextmanager
@@ -128,18 +129,17 @@ class LayerObserver:
         self.visit(LayerActivations(layer=self.layer, **given))
 
 
-def _mass(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+def _mass(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     """Causal attention that each of n tokens gets from the last queries, summed over queries and group: [B, H, n]."""
-    nothing = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64)  # no entries besides these tokens
+    empty = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64)  # no entries besides these tokens
+    nothing = Segments(key.new_empty(0, key.shape[-1]), value.new_empty(0, value.shape[-1]), empty, empty)
     return column_scores(
         query,
-        key.new_empty(0, key.shape[-1]),
         nothing,
-        nothing,
+        Chunk(key, value),
         scale=options.get("scaling"),
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
-        chunk_key=key,
     )
 
 

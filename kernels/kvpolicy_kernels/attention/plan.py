@@ -64,7 +64,7 @@ def plan_work(
     unit = unit_of(head_dim)
     if not uses_triton("plan_work", backend, lengths):
         return reference_plan(lengths, count, unit)
-    from kvpolicy_kernels.decode_attention.kernel import triton_plan
+    from kvpolicy_kernels.attention.kernel import triton_plan
 
     plan: WorkPlan = triton_plan(lengths, count, unit)
     return plan

@@ -5,16 +5,19 @@ The queries of a group are the rows of one tile, so that an entry is read once. 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy_kernels.attention.plan import WorkPlan, default_programs, unit_of
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
-from kvpolicy_kernels.decode_attention.plan import WorkPlan, default_programs, unit_of
-from kvpolicy_kernels.ragged_attention.reference import segment_list
+from kvpolicy_kernels.base2 import LN2, LOG2E
+from kvpolicy_kernels.segments import Chunk, Segments
 
-LOG2E = 1.4426950408889634  # softmax runs in base 2; the host folds the factor into the scales
+TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 
 
 @triton.jit
@@ -111,12 +114,26 @@ def _attend_kernel(
     chunk_k_ptr, chunk_v_ptr, chunk_mask_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr, programs_ptr,
     stride_qb, stride_qh, stride_qn, stride_ckb, stride_ckh, stride_ckm, stride_cvb, stride_cvh, stride_cvm,
     stride_mb, stride_mn, num_segments, num_kv_heads, group, n, m, scale_log2, softcap_log2, tanh_scale,
-    D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Program (i_m, i_c) takes BLOCK_M of the queries through the segments that the plan gives to its program i_c.
+
+    A segment has `group * n` query rows: row r is query `r % n` of the group's head `r // n`. What a program finds for
+    a whole segment it stores in `out` and `lse`, what it finds for a piece of one in `part` and `part_lse`, for the
+    merge. Scores and `part_lse` are in base 2, `lse` is not. A pointer to what is absent is None.
+
+    q:      [B, num_q_heads, n, D];  out: [B, num_q_heads, n, DV];  lse: float32 [B, num_q_heads, n]
+    k:      [R, D], rows K_ROW elements apart;  v: [R, DV], V_ROW apart;  starts, lengths: int64 [num_segments]
+    part:   float32 [num_pieces, group * n, DV];  part_lse: float32 [num_pieces, group * n]
+    logits: float32 [R, group * n], the scores, where the mass of entries is asked for;  sink: [num_q_heads]
+    chunk_k: [B, num_kv_heads, m, D];  chunk_v: [B, num_kv_heads, m, DV];  chunk_mask: uint8 [B or 1, 1, n, m]
+    units, quantum, programs: a `WorkPlan` of one layer, and UNIT its unit
+    scale_log2, softcap_log2: times log2(e);  tanh_scale: 2 / softcap
+    """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     i_c = tl.program_id(1)
@@ -155,10 +172,10 @@ def _attend_kernel(
         if HAS_SINK:  # it takes part once, in the first piece of a segment
             # [BLOCK_M]
             sink = tl.load(sink_ptr + i_h * group + o_m // n, mask=m_m, other=0.0).to(tl.float32)
-            row_max = tl.where(unit == 0, sink * 1.4426950408889634, float("-inf"))
+            row_max = tl.where(unit == 0, sink * TO_BASE_2, float("-inf"))
             row_sum += tl.where(unit == 0, 1.0, 0.0)
-        k_ptrs = k_ptr + (start + begin) * D + o_n[:, None] * D + o_d[None, :]
-        v_ptrs = v_ptr + (start + begin) * DV + o_n[:, None] * DV + o_dv[None, :]
+        k_ptrs = k_ptr + (start + begin) * K_ROW + o_n[:, None] * K_ROW + o_d[None, :]
+        v_ptrs = v_ptr + (start + begin) * V_ROW + o_n[:, None] * V_ROW + o_dv[None, :]
         logits_ptrs = k_ptrs  # not used
         if HAS_LOGITS:
             logits_ptrs = logits_ptr + (start + begin) * num_rows + o_n[None, :] * num_rows + o_m[:, None]
@@ -170,8 +187,8 @@ def _attend_kernel(
                 acc, row_max, row_sum, b_q, b_k, b_v, m_m[:, None], scale_log2, softcap_log2, tanh_scale,
                 logits_ptrs, m_m[:, None], False, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
             )  # fmt: skip
-            k_ptrs += BLOCK_N * D
-            v_ptrs += BLOCK_N * DV
+            k_ptrs += BLOCK_N * K_ROW
+            v_ptrs += BLOCK_N * V_ROW
             if HAS_LOGITS:
                 logits_ptrs += BLOCK_N * num_rows
         if full < end:
@@ -225,7 +242,7 @@ def _attend_kernel(
             rows = i_s.to(tl.int64) * num_rows + o_m
             tl.store(out_ptr + rows[:, None] * DV + o_dv[None, :], b_out.to(out_ptr.dtype.element_ty), mask=m_out)
             if HAS_LSE:
-                tl.store(lse_ptr + rows, b_lse * 0.6931471805599453, mask=m_m)
+                tl.store(lse_ptr + rows, b_lse * TO_BASE_E, mask=m_m)
         else:
             rows = (i_c + i_s).to(tl.int64) * num_rows + o_m
             tl.store(part_ptr + rows[:, None] * DV + o_dv[None, :], b_out, mask=m_out)
@@ -280,7 +297,7 @@ def _merge_kernel(
         tl.store(out_ptr + row * DV + o_dv, result.to(out_ptr.dtype.element_ty), mask=m_dv)
         if HAS_LSE:
             b_lse = tl.where(norm == 0.0, float("-inf"), safe + tl.log2(safe_norm))
-            tl.store(lse_ptr + row, b_lse * 0.6931471805599453)  # the programs of a row store the same
+            tl.store(lse_ptr + row, b_lse * TO_BASE_E)  # the programs of a row store the same
 
 
 @triton.jit
@@ -295,7 +312,7 @@ def _mass_kernel(
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < num_rows
     # [BLOCK_M]
-    b_lse = tl.load(lse_ptr + i_s.to(tl.int64) * num_rows + o_m, mask=m_m, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(lse_ptr + i_s.to(tl.int64) * num_rows + o_m, mask=m_m, other=0.0) * TO_BASE_2
     for first in range(tl.program_id(1) * BLOCK_N, length, tl.num_programs(1) * BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
         m_n = o_n < length
@@ -345,38 +362,33 @@ def merge_config(num_segments: int, num_programs: int, rows: int, value_dim: int
     return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p // 32, block_dv // 128)}
 
 
-def triton_decode_attention(
+def triton_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    segments: Segments,
+    chunk: Chunk | None,
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    chunk_key: Tensor | None = None,
-    chunk_value: Tensor | None = None,
-    chunk_mask: Tensor | None = None,
     plan: WorkPlan | None = None,
     with_lse: bool = False,
     with_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Shapes as in `decode_attention`."""
-    if lengths.device != query.device:
-        segment_list(starts, lengths, keys.shape[0])
-        starts, lengths = torch.stack([starts, lengths]).to(query.device, non_blocking=True)
+    segments = _on_device(segments, query.device)
+    keys, values, starts, lengths = segments.keys, segments.values, segments.starts, segments.lengths
     batch, num_q_heads, n, dim = query.shape
-    num_segments, value_dim = len(starts), values.shape[1]
+    num_segments, value_dim = len(segments), values.shape[1]
     num_kv_heads = num_segments // batch
     group = num_q_heads // num_kv_heads
     rows = group * n
     if plan is None:
         plan = triton_plan(lengths, default_programs(lengths.device), unit_of(max(dim, value_dim)))
     num_programs = plan.programs.shape[0]
+    chunk_key, chunk_value, mask = (None,) * 3 if chunk is None else (chunk.key, chunk.value, chunk.mask)
     query, chunk_key, chunk_value = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, chunk_key, chunk_value)
     )
-    mask = None if chunk_mask is None else chunk_mask.contiguous().view(torch.uint8)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
     out = query.new_empty(batch, num_q_heads, n, value_dim)
     single = torch.float32
     lse = query.new_empty(batch, num_q_heads, n, dtype=single) if with_lse or with_mass else None
@@ -392,11 +404,11 @@ def triton_decode_attention(
         starts, lengths, plan.units, plan.quantum, plan.programs,
         *query.stride()[:3], *_strides(chunk_key), *_strides(chunk_value),
         0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
-        num_segments, num_kv_heads, group, n, 0 if chunk_key is None else chunk_key.shape[2],
+        num_segments, num_kv_heads, group, n, 0 if chunk is None else len(chunk),
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
-        D=dim, DV=value_dim, UNIT=plan.unit,
+        D=dim, DV=value_dim, K_ROW=keys.stride(0), V_ROW=values.stride(0), UNIT=plan.unit,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
-        HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk_key is not None, HAS_MASK=mask is not None,
+        HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk is not None, HAS_MASK=mask is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
@@ -414,6 +426,15 @@ def triton_decode_attention(
         mass, logits, lse, starts, lengths, rows, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH
     )
     return out, lse if with_lse else None, mass
+
+
+def _on_device(segments: Segments, device: torch.device) -> Segments:
+    """Tables of the CPU are checked, and copied in one transfer."""
+    if segments.lengths.device == device:
+        return segments
+    segments.bounds()
+    starts, lengths = torch.stack([segments.starts, segments.lengths]).to(device, non_blocking=True)
+    return replace(segments, starts=starts, lengths=lengths)
 
 
 def _strides(chunk: Tensor | None) -> tuple[int, ...]:

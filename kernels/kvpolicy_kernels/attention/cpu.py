@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpolicy_kernels.ragged_attention.reference import segment_list
+from kvpolicy_kernels.segments import Segments
 
 SHORTEST_PART = 512  # entries; below it a second thread gains no more than the merge costs
 
@@ -30,38 +30,31 @@ class _Run(NamedTuple):
     length: int
 
 
-def decode_ragged_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    scale: float,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
+def cpu_attention(query: Tensor, segments: Segments, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Shapes as in `ragged_attention`, with Dv = D."""
     batch, num_q_heads, n, dim = query.shape
-    segments = segment_list(starts, lengths, keys.shape[0])
-    runs = list(_runs(segments))
+    bounds = segments.bounds()
+    runs = list(_runs(bounds))
     parts = _num_parts(runs)
-    q = query.reshape(len(segments), 1, -1, dim)  # [segments, 1, group * n, D]
-    o, lse = zip(*(_attend(q[run.first : run.end], keys, values, run, parts, scale) for run in runs), strict=True)
+    q = query.reshape(len(bounds), 1, -1, dim)  # [segments, 1, group * n, D]
+    o, lse = zip(*(_attend(q[run.first : run.end], segments, run, parts, scale) for run in runs), strict=True)
     out = torch.cat(o)
     if sink_logits is not None:
-        sinks = sink_logits[None, :, None].expand(batch, num_q_heads, n).reshape(len(segments), 1, -1)
+        sinks = sink_logits[None, :, None].expand(batch, num_q_heads, n).reshape(len(bounds), 1, -1)
         out = _merge(out, torch.cat([torch.cat(lse), sinks.to(lse[0].dtype)], 1))
     elif parts > 1:
         out = _merge(out, torch.cat(lse))
     return out.view(batch, num_q_heads, n, dim)
 
 
-def _runs(segments: Sequence[tuple[int, int]]) -> Iterator[_Run]:
+def _runs(bounds: Sequence[tuple[int, int]]) -> Iterator[_Run]:
+    """bounds: (start, length) of every segment."""
     first = 0
-    while first < len(segments):
-        start, length = segments[first]
+    while first < len(bounds):
+        start, length = bounds[first]
         end = first + 1
-        step = max(segments[end][0] - start, 0) if end < len(segments) else 0
-        while end < len(segments) and segments[end] == (start + (end - first) * step, length):
+        step = max(bounds[end][0] - start, 0) if end < len(bounds) else 0
+        while end < len(bounds) and bounds[end] == (start + (end - first) * step, length):
             end += 1
         yield _Run(first, end, start, step, length)
         first = end
@@ -74,7 +67,7 @@ def _num_parts(runs: Sequence[_Run]) -> int:
     return max(1, min(wanted, max(run.length for run in runs) // SHORTEST_PART))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, parts: int, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, segments: Segments, run: _Run, parts: int, scale: float) -> tuple[Tensor, Tensor]:
     """q: [segments, 1, rows, D]. Returns each part's attention, [segments, parts, rows, D], and log-sum-exp."""
     count, _, rows, dim = q.shape
     if run.length == 0:
@@ -82,7 +75,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, parts: int, scal
     used = min(parts, run.length)
     # equal distances, so each part but the first begins with the last `overlap` rows of the one before
     cut, overlap = divmod(run.length, used)
-    size, stride = (count, used, cut + overlap, dim), (run.step * dim, cut * dim, dim, 1)
+    size = (count, used, cut + overlap, dim)
     mask = None
     if overlap:
         mask = q.new_zeros(1, used, 1, cut + overlap)
@@ -90,14 +83,20 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, run: _Run, parts: int, scal
         mask = mask.expand(count, -1, rows, -1)
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         q.expand(-1, used, -1, -1),
-        keys.as_strided(size, stride, keys.storage_offset() + run.start * dim),
-        values.as_strided(size, stride, values.storage_offset() + run.start * dim),
+        _view(segments.keys, run, cut, size),
+        _view(segments.values, run, cut, size),
         attn_mask=mask,
         scale=scale,
     )
     if used < parts:
         o, lse = F.pad(o, (0, 0, 0, 0, 0, parts - used)), F.pad(lse, (0, 0, 0, parts - used), value=float("-inf"))
     return o, lse
+
+
+def _view(column: Tensor, run: _Run, cut: int, size: tuple[int, ...]) -> Tensor:
+    """The rows of a run's segments, in parts that begin `cut` rows apart. column: [R, D], of keys or of values."""
+    row = column.stride(0)
+    return column.as_strided(size, (run.step * row, cut * row, row, 1), column.storage_offset() + run.start * row)
 
 
 def _merge(o: Tensor, lse: Tensor) -> Tensor:

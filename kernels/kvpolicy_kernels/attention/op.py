@@ -1,0 +1,149 @@
+"""Checks the arguments and picks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpolicy_kernels.attention.cpu import cpu_attention
+from kvpolicy_kernels.attention.plan import WorkPlan
+from kvpolicy_kernels.attention.reference import reference_decode_attention, reference_ragged_attention
+from kvpolicy_kernels.backend import Backend, uses_triton
+from kvpolicy_kernels.segments import Chunk, Segments, check_segments
+
+MAX_QUERIES = 16
+"""Queries of one call that the Triton kernel takes."""
+
+MAX_ROWS = 128
+"""Queries times query heads of a group, likewise."""
+
+MAX_DIM = 256
+"""The larger of its key and value dims."""
+
+
+class Attended(NamedTuple):
+    """What `decode_attention` returns.
+
+    out:  [B, num_q_heads, n, Dv]
+    lse:  float32 [B, num_q_heads, n], log of the sum over all that a query sees, its sink included; -inf for nothing
+    mass: float32 [R], for each row of the arena its attention summed over queries and query group; 0 outside segments
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    mass: Tensor | None
+
+
+def ragged_attention(
+    query: Tensor,
+    segments: Segments,
+    chunk: Chunk | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    entry_mask: Sequence[Tensor] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of each sequence's queries over the cache entries of its KV heads, and over a chunk of new tokens.
+
+    Every query sees all entries of its segment, and the tokens of the chunk under its mask. A query that sees nothing
+    returns zeros.
+
+    query: [B, num_q_heads, n, D]
+    scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
+    sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
+    entry_mask: one bool [n, lengths[i]] per segment, True is visible; default: all are
+    backend: "auto" is the Triton kernel on CUDA for the few queries that it takes, without an entry_mask, and torch for
+        the rest
+
+    Returns [B, num_q_heads, n, Dv]. Memory beside the result is O(n + lengths.max()) for a block of queries.
+    Raises `ValueError` for shapes or strides that do not fit, segments that leave the arena (where the tables lie on
+    the CPU), and a backend that cannot do this.
+    """
+    num_kv_heads = check_segments("ragged_attention", query, segments, chunk, sink_logits)
+    if entry_mask is not None and len(entry_mask) != len(segments):
+        raise ValueError(f"ragged_attention: {len(segments)} segments need as many masks, got {len(entry_mask)}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    unsupported = _beyond_kernel(query, segments, num_kv_heads) if entry_mask is None else "an entry_mask"
+    if uses_triton("ragged_attention", backend, query, unsupported):
+        from kvpolicy_kernels.attention.kernel import triton_attention
+
+        out: Tensor = triton_attention(query, segments, chunk, scale, softcap, sink_logits)[0]
+        return out
+    if softcap is None and segments.values.shape[1] == segments.keys.shape[1]:  # what torch's flash attention can do
+        if chunk is None:
+            if entry_mask is None and query.device.type == "cpu":
+                return cpu_attention(query, segments, scale, sink_logits)
+        elif chunk.mask is None and sink_logits is None and _is_whole_prompt(query, segments, chunk):
+            return F.scaled_dot_product_attention(
+                query, chunk.key, chunk.value, is_causal=True, scale=scale, enable_gqa=True
+            )
+    return reference_ragged_attention(query, segments, chunk, scale, softcap, sink_logits, entry_mask)
+
+
+def decode_attention(
+    query: Tensor,
+    segments: Segments,
+    chunk: Chunk | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    with_lse: bool = False,
+    with_mass: bool = False,
+    backend: Backend = "auto",
+) -> Attended:
+    """`ragged_attention` for the few queries of a decoding step, a rejected draft, or a short turn.
+
+    The arguments up to `sink_logits` are those of `ragged_attention`. The tables of the segments may lie on the device,
+    and then nothing is read back. Segments that leave the arena are noticed on the CPU only.
+
+    plan: of `plan_work` for these segments, to be used again from step to step; None makes one
+    with_lse, with_mass: what to return besides; `mass` covers entries, not the chunk
+    backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes 16 queries at most, and 128 together with the
+        query heads of a group, head dims up to 256, and tensors of one dtype: float32, bfloat16 or float16
+
+    On CUDA the key and value of an entry are read once, for all queries of its group, and equal work goes to every
+    multiprocessor whatever the lengths: split-K as in Flash-Decoding (Dao et al., 2023) under the schedule of
+    `WorkPlan`. The result is the same, bit by bit, for the same plan and lengths.
+    Raises `ValueError` for shapes that do not fit and for a backend that cannot do this.
+    """
+    num_kv_heads = check_segments("decode_attention", query, segments, chunk, sink_logits)
+    if plan is not None and plan.pieces.shape != (len(segments), 2):
+        raise ValueError(
+            f"decode_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
+            f"{list(plan.pieces.shape)}; a plan of several layers is taken layer by layer: plan.layer(i)"
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if uses_triton("decode_attention", backend, query, _beyond_kernel(query, segments, num_kv_heads)):
+        from kvpolicy_kernels.attention.kernel import triton_attention
+
+        return Attended(
+            *triton_attention(query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass)
+        )
+    out, lse, mass = reference_decode_attention(query, segments, chunk, scale, softcap, sink_logits)
+    return Attended(out, lse if with_lse else None, mass if with_mass else None)
+
+
+def _beyond_kernel(query: Tensor, segments: Segments, num_kv_heads: int) -> str | None:
+    """What of these arguments is beyond the Triton kernel, None if nothing is."""
+    n, group = query.shape[2], query.shape[1] // num_kv_heads
+    key_dim, value_dim = segments.keys.shape[1], segments.values.shape[1]
+    if n > MAX_QUERIES or n * group > MAX_ROWS:
+        return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
+    if max(key_dim, value_dim) > MAX_DIM:
+        return f"head dims {key_dim} and {value_dim}, where {MAX_DIM} is the most"
+    dtypes = {query.dtype, segments.keys.dtype, segments.values.dtype}
+    if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"queries, keys and values of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
+    return None
+
+
+def _is_whole_prompt(query: Tensor, segments: Segments, chunk: Chunk) -> bool:
+    return len(chunk) == query.shape[2] and not bool(segments.lengths.any())
