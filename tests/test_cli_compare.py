@@ -121,6 +121,7 @@ def test_the_whole_of_a_text_is_for_plans_that_have_not_seen_it(kvpolicy, refuse
 WRONG = {
     "": "name the methods to compare",
     "snapkw": "there is no policy named 'snapkw' (did you mean 'snapkv'?)",
+    "snapkv(kernel_size=4)": "kernel_size must be odd",
     "tova --task rouge": "no task named 'rouge'; there is: perplexity, passkey, key-value",
     "tova -r 1": "--retention 1 keeps everything",
     "tova -r 0": "in (0, 1]; got 0",

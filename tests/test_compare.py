@@ -67,9 +67,41 @@ def test_a_plan_brings_its_policy_uniform_and_shuffled(tmp_path):
     assert not torch.equal(shuffled[0], own)
 
 
+def test_parameters_stand_behind_a_name():
+    small, pooled = "snapkv(kernel_size=3, pooling=max)", "snapkv(kernel_size=3)/pyramid(beta=5)"
+    methods = {method.name: method for method in read_methods([small, pooled, "snapkv(kernel_size=5)"])}
+    shuffled = f"{pooled} shuffled"
+    assert list(methods) == [
+        *CONTROLS,
+        f"{small}/uniform",
+        "snapkv(kernel_size=3)/uniform",
+        pooled,
+        shuffled,
+        "snapkv/uniform",
+    ]
+    assert (methods[f"{small}/uniform"].policy.kernel_size, methods[f"{small}/uniform"].policy.pooling) == (3, "max")
+    assert methods[pooled].allocator.beta == 5 and methods[pooled].uniform_name == "snapkv(kernel_size=3)/uniform"
+    assert methods["snapkv/uniform"].identity != methods[f"{small}/uniform"].identity
+    assert names(*list(methods)[2:5], "snapkv/uniform") == list(methods), "names that are printed are read"
+
+
+def test_a_plan_under_a_policy_with_parameters(tmp_path):
+    spec = ModelSpec.from_config(tiny_model("Llama").config)
+    path = tmp_path / "plan.json"
+    save_plan(BudgetPlan.from_capacities(spec, torch.full((3, 2), 40), PROMPT), path)
+    method = read_methods([f"snapkv(kernel_size=3)/{path}"])[3]
+    assert (method.policy_name, method.policy.kernel_size, method.plan.method.policy.name) == ("snapkv", 3, "streaming")
+    assert method.uniform_name == "snapkv(kernel_size=3)/uniform"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("snapkv(kernel=3)", "there is no parameter 'kernel' (did you mean 'kernel_size'?)"),
+        ("snapkv(kernel_size=three)", "'kernel_size' is 'three', expected int"),
+        ("snapkv(3)", "'snapkv(3)' expects NAME=VALUE, got '3'"),
+        ("snapkv(kernel_size=3", "written as NAME(PARAMETER=VALUE, ...), got 'snapkv(kernel_size=3'"),
+        ("snapkv/pyramid(alpha=3)", "there is no parameter 'alpha'"),
         ("snapkw", "no policy named 'snapkw'"),
         ("snapkv/pyramyd", "no allocator named 'pyramyd'"),
         ("snapkv/", "POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got 'snapkv/'"),
@@ -78,7 +110,7 @@ def test_a_plan_brings_its_policy_uniform_and_shuffled(tmp_path):
     ],
 )
 def test_a_name_that_means_nothing_is_refused(name, expected):
-    with pytest.raises(PluginError, match=expected.replace("(", r"\(")):
+    with pytest.raises(PluginError, match=re.escape(expected)):
         read_methods([name])
 
 

@@ -10,6 +10,7 @@ from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MIN_TOKENS
+from kvpolicy.plugins.params import parse_params
 from kvpolicy.verbs.bench import Bench, bench
 
 
@@ -46,7 +47,7 @@ def bench_command(
         repeats=repeats,
         text=text,
         policy=policy,
-        policy_param=opt.parse_params(policy_param, "--policy-param"),
+        policy_param=parse_params(policy_param, "--policy-param"),
         allocator=allocator,
         min_tokens=min_tokens,
         model=model,

@@ -22,7 +22,7 @@ def compare_command(
         list[str] | None,
         typer.Option(
             help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8); "
-            "more may follow as arguments.",
+            "with parameters, in quotes: 'POLICY(NAME=JSON, ...)'. More may follow as arguments.",
             show_default=False,
         ),
     ] = None,

@@ -9,6 +9,7 @@ import typer
 from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
+from kvpolicy.plugins.params import parse_params
 from kvpolicy.verbs.eval import Evaluation
 from kvpolicy.verbs.eval import eval as evaluate
 
@@ -51,7 +52,7 @@ def eval_command(
         task=task,
         retention=retention,
         policy=policy,
-        policy_param=opt.parse_params(policy_param, "--policy-param"),
+        policy_param=parse_params(policy_param, "--policy-param"),
         model=model,
         text=text,
         context=context,

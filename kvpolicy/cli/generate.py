@@ -19,6 +19,7 @@ from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
 from kvpolicy.files.regular import read_bytes
+from kvpolicy.plugins.params import parse_params
 from kvpolicy.verbs import arguments
 from kvpolicy.verbs.cache_choice import CacheChoice, load_network
 
@@ -72,7 +73,7 @@ def generate(
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
     text = _prompt(prompt, prompt_file)
-    choice = CacheChoice.of(plan, policy, opt.parse_params(policy_param, "--policy-param"), allocator, min_tokens)
+    choice = CacheChoice.of(plan, policy, parse_params(policy_param, "--policy-param"), allocator, min_tokens)
     retention = _retention(choice, retention, tokens)
     where = arguments.pick_device(device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -13,7 +12,6 @@ import typer
 
 from kvpolicy.cli import document
 from kvpolicy.cli.document import print_json as print_json
-from kvpolicy.errors import PluginError
 
 Model = Annotated[
     str, typer.Option(help="Hub id, directory, .gguf file, or the built-in smollm2-135m.", rich_help_panel="Model")
@@ -69,19 +67,3 @@ def program() -> str:
     if started.stem != "kvpolicy" or not started.exists() or (found and started.samefile(found)):
         return "kvpolicy"
     return shlex.quote(str(started))
-
-
-def parse_params(pairs: list[str] | None, option: str = "--param") -> dict[str, Any]:
-    """NAME=JSON pairs; a value that is no JSON is taken as text. Raises `PluginError` for a pair without '='."""
-    params = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise PluginError(f"{option} expects NAME=VALUE, got '{pair}'")
-        try:
-            params[name] = json.loads(value)
-        except RecursionError:
-            raise PluginError(f"{option} {name}: nested too deeply for a parameter") from None
-        except ValueError:
-            params[name] = value
-    return params

@@ -11,6 +11,7 @@ import typer
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL
+from kvpolicy.plugins.params import parse_params
 from kvpolicy.verbs.profile import profile
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def profile_command(
     answer = profile(
         model,
         estimator=estimator,
-        param=opt.parse_params(param),
+        param=parse_params(param),
         text=text,
         context=context,
         agreement=agreement,

@@ -13,6 +13,7 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL, RETENTIONS
 from kvpolicy.errors import StudyError
+from kvpolicy.plugins.params import parse_params
 from kvpolicy.plugins.registry import registry
 from kvpolicy.verbs import arguments
 
@@ -94,11 +95,11 @@ def tune_command(
 
     settings = TuneSettings(
         estimator=estimator,
-        estimator_params=opt.parse_params(param),
+        estimator_params=parse_params(param),
         allocator=allocator,
-        allocator_params=opt.parse_params(allocator_param, "--allocator-param"),
+        allocator_params=parse_params(allocator_param, "--allocator-param"),
         policy=policy,
-        policy_params=opt.parse_params(policy_param, "--policy-param"),
+        policy_params=parse_params(policy_param, "--policy-param"),
         retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else RETENTIONS)),
         objective=objective,  # type: ignore[arg-type]  # checked by the settings
         max_loss=max_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,15 @@ from kvpolicy.comparison.calibration import calibration_of
 from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
 from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.hookspecs import Role
+from kvpolicy.plugins.params import label_of, parse_named
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 
 UNIFORM, RANDOM, FULL = "uniform", "random", "full"
 QUANTIZED = ("fp8", "int4", "int2")
 """What transformers' `QuantizedCache` may hold the entries in: methods of their own, such as quantized/int4."""
+_PARTS = re.compile(r"([^/(]*(?:\(.*?\))?)(?:/(.*))?", re.DOTALL)
 _LOTS = 16  # of four KV heads with two capacities, a lot leaves the table as it is one time in three
 
 
@@ -71,10 +75,7 @@ class Method:
         """The policy's name, with those of its parameters that are not the defaults."""
         if self.evicts_nothing:
             return FULL
-        default = plugin_call.params_of(registry.create("policy", self.policy_name))
-        params = plugin_call.params_of(self.policy)
-        others = [f"{name}={value}" for name, value in params.items() if default.get(name) != value]
-        return f"{self.policy_name}({', '.join(others)})" if others else self.policy_name
+        return _label("policy", self.policy_name, self.policy)
 
     @property
     def uniform_name(self) -> str:
@@ -151,9 +152,10 @@ def read_methods(names: Sequence[str]) -> list[Method]:
     that is not uniform shuffled. Each once; methods of one policy stand together.
 
     names: POLICY/ALLOCATOR, POLICY (under `uniform`), a plan file (a name that ends in .json, or that is a file),
-        POLICY/PLAN (a plan's budgets under another policy), or quantized/ and one of `QUANTIZED`
+        POLICY/PLAN (a plan's budgets under another policy), or quantized/ and one of `QUANTIZED`. A policy and an
+        allocator may have parameters, as in `snapkv(kernel_size=7)`
 
-    Raises `PluginError` for a name that is not registered, `PlanError` for a plan that cannot be read.
+    Raises `PluginError` for a name or a parameter that there is none of, `PlanError` for a plan that cannot be read.
     """
     methods = [_full(), _of(RANDOM, UNIFORM)]
     for method in read_asked(names):
@@ -197,18 +199,24 @@ def check_decodes(method: Method) -> None:
 
 
 def _read(name: str) -> Method:
-    policy, slash, budgets = name.partition("/")
+    policy, budgets = _parts(name)
     if Path(name).is_file():
         return _of_plan(name, name)
     if policy == "quantized":
-        return _quantized(name, budgets)
-    if _is_plan(budgets) and policy in registry.names("policy"):
+        return _quantized(name, budgets or "")
+    if budgets and _is_plan(budgets) and parse_named(policy)[0] in registry.names("policy"):
         return _of_plan(name, budgets, policy)
     if _is_plan(name):
         return _of_plan(name, name)  # which says why it cannot be read
-    if not policy or (slash and not budgets):
+    if not policy or budgets == "":
         raise PluginError(f"a method is POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got '{name}'")
     return _of(policy, budgets or UNIFORM)
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """What stands in front of the first slash that is not inside parentheses, and behind it; None without a slash."""
+    match = _PARTS.fullmatch(name)
+    return (name, None) if match is None else (match[1], match[2])
 
 
 def _is_plan(name: str) -> bool:
@@ -218,7 +226,9 @@ def _is_plan(name: str) -> bool:
 def _of_plan(name: str, path: str, policy: str | None = None) -> Method:
     """A plan's budgets, under its own policy if no other is named."""
     plan = load_plan(path)
-    return Method(name, policy or plan.method.policy.name, policy_of(plan, policy), plan=plan)
+    if policy is None:
+        return Method(name, plan.method.policy.name, policy_of(plan), plan=plan)
+    return Method(name, parse_named(policy)[0], registry.create("policy", *parse_named(policy)), plan=plan)
 
 
 def _quantized(name: str, kind: str) -> Method:
@@ -228,8 +238,17 @@ def _quantized(name: str, kind: str) -> Method:
 
 
 def _of(policy: str, allocator: str) -> Method:
-    evicts, splits = registry.create("policy", policy), registry.create("allocator", allocator)
-    return Method(f"{policy}/{allocator}", policy, evicts, allocator, splits)
+    (evicting, evicts_params), (splitting, splits_params) = parse_named(policy), parse_named(allocator)
+    evicts = registry.create("policy", evicting, evicts_params)
+    splits = registry.create("allocator", splitting, splits_params)
+    name = f"{_label('policy', evicting, evicts)}/{_label('allocator', splitting, splits)}"
+    return Method(name, evicting, evicts, splitting, splits)
+
+
+def _label(role: Role, name: str, plugin: EvictionPolicy | BudgetAllocator) -> str:
+    """The name, with those parameters that are not the defaults."""
+    defaults, params = plugin_call.params_of(registry.create(role, name)), plugin_call.params_of(plugin)
+    return label_of(name, {key: value for key, value in params.items() if defaults.get(key) != value})
 
 
 def _full() -> Method:

@@ -70,7 +70,8 @@ def compare(
     """Compares methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     methods:    "POLICY/ALLOCATOR", "POLICY" (under uniform), a plan file, "POLICY/PLAN", or "quantized/int4" (int2,
-                fp8). The controls are always added: the full cache, random, uniform under each policy, shuffled budgets
+                fp8); with parameters, "POLICY(NAME=JSON, ...)". The controls are always added: the full cache, random,
+                uniform under each policy, shuffled budgets
     task:       what to measure: "perplexity", "passkey", "key-value"
     retention:  kept fractions, each in (0, 1); None for 0.5, 0.3, 0.1
     text:       a UTF-8 file; None for Python's language reference. Retrieval needs none
