@@ -29,7 +29,9 @@ def compare_command(
     task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey, key-value.")] = "perplexity",
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     text: opt.Text = None,
-    context: Annotated[int, typer.Option(help="Tokens of one sequence or retrieval prompt.")] = 1024,
+    context: Annotated[
+        int, typer.Option(help="Tokens of one sequence, prompt included, or of one retrieval prompt.")
+    ] = 1024,
     prefill: Annotated[
         int | None,
         typer.Option(

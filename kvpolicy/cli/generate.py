@@ -64,7 +64,7 @@ def generate(
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
     json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="The text alone: no progress, no figures.")] = False,
 ) -> None:
     """Generate text over a cache that keeps what a plan allows, and say what was kept and how fast it was.
 

@@ -71,7 +71,7 @@ def profile_command(
     answer = profile(
         model,
         estimator=estimator,
-        param=parse_params(param),
+        param=parse_params(param, "--param"),
         text=text,
         context=context,
         agreement=agreement,

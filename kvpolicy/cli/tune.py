@@ -95,7 +95,7 @@ def tune_command(
 
     settings = TuneSettings(
         estimator=estimator,
-        estimator_params=parse_params(param),
+        estimator_params=parse_params(param, "--param"),
         allocator=allocator,
         allocator_params=parse_params(allocator_param, "--allocator-param"),
         policy=policy,

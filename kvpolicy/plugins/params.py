@@ -13,7 +13,7 @@ _NAMED = re.compile(r"([^()]*)(?:\((.*)\))?", re.DOTALL)
 _COMMA = re.compile(r",\s*(?=[^\W\d]\w*=)")  # in front of the next NAME=, so that lists need no care
 
 
-def parse_params(pairs: Iterable[str] | None, owner: str = "--param") -> dict[str, Any]:
+def parse_params(pairs: Iterable[str] | None, owner: str) -> dict[str, Any]:
     """NAME=JSON pairs; a value that is no JSON is taken as text. Raises `PluginError` for a pair without '='.
 
     owner: an option or a name, for messages
