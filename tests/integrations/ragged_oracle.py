@@ -3,7 +3,8 @@
 import torch
 
 from kvpolicy import ModelSpec
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules, intercepted
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from tests.tiny import over
 
 
@@ -43,7 +44,8 @@ class MaskedAttention:
     def __init__(self, visible):
         self.visible = visible  # bool [H, T, T]
 
-    def __call__(self, module, query, key, value, options, stock):
+    def __call__(self, call):
+        query, key, value, options = call.query, call.key, call.value, call.options
         group, rows = query.shape[1] // key.shape[1], query.shape[2]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         scores = query @ key.transpose(-1, -2) * options["scaling"]

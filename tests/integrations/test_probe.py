@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,8 @@ from kvpolicy_kernels.window_attention.reference import window_mask
 from kvpolicy import BudgetError, ModelError, ModelSpec, PluginError, TransformersProbe, registry
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules, intercepted
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary
 from tests.tiny import attention_of, tiny_ids, tiny_model
@@ -146,11 +149,8 @@ def test_loss_equals_the_models_own_attention_under_the_mask(name, prefill):
             mask = window_mask(row.tolist(), 4, x.shape[1], prefill).repeat_interleave(spec.group_size, 0)
             self.bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
 
-        def __call__(self, module, query, key, value, options, stock):
-            import sys
-
-            eager = sys.modules[type(module).__module__].eager_attention_forward
-            return eager(module, query, key, value, self.bias, **options)
+        def __call__(self, call):
+            return dataclasses.replace(call, base="eager", mask=self.bias).stock()
 
     assert len(probe._windowed) == sum(x.kind == "full" for x in spec.layers), "also the layers that share keys"
     with torch.no_grad(), intercepted(model, {m: Masked(capacities[row]) for m, row in probe._windowed}):
@@ -167,9 +167,9 @@ class DecodeThroughStore:
     def __init__(self, store, layer):
         self.store, self.layer = store, layer
 
-    def __call__(self, module, query, key, value, options, stock):
+    def __call__(self, call):
         feed = self.store.decode if self.store.can_append(self.layer) else self.store.prefill
-        out = feed(self.layer, query, key, value, scale=options["scaling"])
+        out = feed(self.layer, call.query, call.key, call.value, scale=call.options["scaling"])
         return out.transpose(1, 2), None
 
 
@@ -238,7 +238,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     spec, x = ModelSpec.from_config(model.config), tiny_ids(20)
     plain = model(x).logits
 
-    def broken(*_):
+    def broken(_):
         raise RuntimeError("broken")
 
     module = attention_modules(model, spec.budgeted_layers)[1][0]

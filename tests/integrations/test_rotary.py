@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import LayerActivations, ModelError, ModelSpec, TransformersProbe
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kvpolicy import PluginError, TransformersProbe
 from kvpolicy.integrations.transformers.attention import soft_attention
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.probes import teacher
 from tests.tiny import attention_of, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES

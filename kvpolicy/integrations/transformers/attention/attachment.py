@@ -1,50 +1,22 @@
 """Attaching a model, so that its attention can run over a ragged cache. Stock caches work as before.
 
 Attaching is a name in the configuration, nothing else: no module is patched; all that is kept is how many contexts want
-a model attached. The cache puts a handle on the key tensor that it returns to the model, and the attention function
-looks for it. So two caches on one model, stepped alternately or in two threads, cannot meet. (What some
-models note of a text on themselves travels with its cache: `model_state`.)
+a model attached. (What some models note of a text on themselves travels with its cache: `model_state`.)
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpolicy.integrations.transformers.attention.exchange import (
-    Attention,
-    attention_name,
-    register,
-    set_attention,
-    stock_attention,
-    text_config,
-)
-from kvpolicy.integrations.transformers.attention.masks import dense_mask, make_mask
+from kvpolicy.integrations.transformers.attention.attention_call import PREFIX, register
+from kvpolicy.integrations.transformers.attention.exchange import attention_name, set_attention, text_config
 from kvpolicy.integrations.transformers.attention.sources import install_hooks, remove_hooks
 from kvpolicy.integrations.transformers.model.versions import warn_if_untested
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
-
-_PREFIX = "kvpolicy_cache_"
-_HANDLE = "_kvpolicy_layer"
-
-
-class RaggedAttention(Protocol):
-    """A cache layer that computes its own attention."""
-
-    def attention(
-        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
-    ) -> tuple[Tensor, Any]: ...
-
-
-def mark(key: Tensor, layer: RaggedAttention) -> Tensor:
-    """Puts the handle on a key tensor; the attention function will meet it there."""
-    setattr(key, _HANDLE, layer)
-    return key
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -53,26 +25,10 @@ def attach(model: PreTrainedModel) -> None:
     Raises `ModelError` for a model whose attention cannot be exchanged, and as `unwrapped` does.
     """
     model = unwrapped(model)
-    base = attention_name(model)
     if is_attached(model):
         return
     warn_if_untested()
-    name = _PREFIX + base
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, Any]:
-        stock = stock_attention(base, module)
-        layer: RaggedAttention | None = getattr(key, _HANDLE, None)
-        if layer is not None:
-            return layer.attention(stock, module, query, key, value, mask, options)
-        return stock(module, query, key, value, dense_mask(mask), **options)
-
-    def mask(**given: Any) -> Any:
-        return make_mask(base, given)
-
-    register(name, base, attention, mask)
-    set_attention(model, name)
+    set_attention(model, register(attention_name(model)))
     install_hooks(model)
 
 
@@ -80,7 +36,7 @@ def detach(model: PreTrainedModel) -> None:
     """Gives the model its own attention back. A ragged cache raises when it is used on it afterwards."""
     model = unwrapped(model)
     if is_attached(model):
-        set_attention(model, attention_name(model).removeprefix(_PREFIX))
+        set_attention(model, attention_name(model).removeprefix(PREFIX))
         remove_hooks(model)
 
 
@@ -108,10 +64,10 @@ _LOCK = threading.Lock()
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    return attention_name(model).startswith(_PREFIX)
+    return attention_name(model).startswith(PREFIX)
 
 
 def attachment_of(model: PreTrainedModel) -> Callable[[], bool]:
     """Tells later on whether the model is still attached, without keeping the model alive."""
     config = text_config(model)
-    return lambda: str(config._attn_implementation).startswith(_PREFIX)
+    return lambda: str(config._attn_implementation).startswith(PREFIX)

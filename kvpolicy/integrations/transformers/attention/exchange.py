@@ -1,22 +1,12 @@
-"""Putting an attention function of ours where transformers looks one up, without touching a model's code.
-
-transformers finds a model's attention and mask functions by the name in its configuration. A name of ours stands for
-the pair (prefix, base): the base is what the model used before, and what our function falls back to.
-"""
+"""The name in a model's configuration by which transformers finds its attention and mask functions."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
-
-Attention = Callable[..., tuple[Tensor, Any]]
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -55,27 +45,3 @@ def _check_causal(model: PreTrainedModel, text: Any) -> None:
                 f"{type(module).__name__} of {type(model).__name__} reads in both directions: an encoder keeps no "
                 "cache; kvpolicy budgets decoder-only models"
             )
-
-
-def register(name: str, base: str, attention: Attention, mask: Callable[..., Any]) -> None:
-    """Registers a pair of functions under `name`, once. Raises `ModelError` for a base that transformers lacks."""
-    if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        return
-    if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        raise ModelError(f"the attention implementation '{base}' is unknown to transformers; use 'sdpa'")
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-
-
-def as_stock(out: Tensor) -> Tensor:
-    """[B, num_q_heads, n, Dv] to what attention functions of transformers return."""
-    return out.transpose(1, 2).contiguous()
-
-
-def stock_attention(base: str, module: nn.Module) -> Attention:
-    """The function the model would have called; "eager" is defined beside each model."""
-    if base == "eager":
-        function: Attention = sys.modules[type(module).__module__].eager_attention_forward
-        return function
-    chosen: Attention = ALL_ATTENTION_FUNCTIONS[base]
-    return chosen

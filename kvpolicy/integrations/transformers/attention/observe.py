@@ -20,7 +20,7 @@ from kvpolicy_kernels.segments import Chunk, Segments
 from torch import Tensor, nn
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attention.intercept import Stock
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall
 from kvpolicy.integrations.transformers.attention.rotary import rotary_of
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
@@ -52,21 +52,19 @@ class LayerObserver:
         self.chain: list[Tensor] = []
         self.calls = 0
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
-    ) -> tuple[Tensor, Any]:
-        check_heads(module, self.spec, query, key)
-        result = stock()
+    def __call__(self, call: AttentionCall) -> Answer:
+        check_heads(call, self.spec)
+        answer = call.stock()
         self.calls += 1
-        # the attention function returns [B, n, heads, dim]
-        self.seen |= {"queries": query, "keys": key, "values": value, "output": result[0].transpose(1, 2)}
-        scale = options.get("scaling")
-        self.seen["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
+        self.seen |= {"queries": call.query, "keys": call.key, "values": call.value}
+        self.seen["output"] = answer[0].transpose(1, 2)
+        scale = call.scoring.scale
+        self.seen["scale"] = call.query.shape[-1] ** -0.5 if scale is None else scale
         if "window_attention" in self.requires:
-            self.seen["window_attention"] = _mass(query[:, :, -self.observation_window :], key, value, options)
+            self.seen["window_attention"] = _mass(call, self.observation_window)
         if "full_attention" in self.requires:
-            self.seen["full_attention"] = _mass(query, key, value, options)
-        return result
+            self.seen["full_attention"] = _mass(call, call.query.shape[2])
+        return answer
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -129,26 +127,24 @@ class LayerObserver:
         self.visit(LayerActivations(layer=self.layer, **given))
 
 
-def _mass(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    """Causal attention that each of n tokens gets from the last queries, summed over queries and group: [B, H, n]."""
+def _mass(call: AttentionCall, window: int) -> Tensor:
+    """Causal attention that each of n tokens gets from the last `window` queries, summed over these and the group.
+
+    Returns [B, H, n].
+    """
+    key, value, query = call.key, call.value, call.query[:, :, -window:]
     empty = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64)  # no entries besides these tokens
     nothing = Segments(key.new_empty(0, key.shape[-1]), value.new_empty(0, value.shape[-1]), empty, empty)
-    return column_scores(
-        query,
-        nothing,
-        Chunk(key, value),
-        scale=options.get("scaling"),
-        softcap=options.get("softcap"),
-        sink_logits=options.get("s_aux"),
-    )
+    return column_scores(query, nothing, Chunk(key, value), **call.scoring.options())
 
 
-def check_heads(module: nn.Module, spec: ModelSpec, query: Tensor, key: Tensor) -> None:
+def check_heads(call: AttentionCall, spec: ModelSpec) -> None:
     """Raises `ModelError` when the attention function is given other heads than the configuration says."""
-    if query.shape[1] != spec.num_q_heads or key.shape[1] != spec.num_kv_heads:
+    queries, keys = call.query.shape[1], call.key.shape[1]
+    if queries != spec.num_q_heads or keys != spec.num_kv_heads:
         raise ModelError(
-            f"{type(module).__name__} gives its attention {query.shape[1]} query and {key.shape[1]} KV heads, its "
-            f"configuration says {spec.num_q_heads} and {spec.num_kv_heads}: this attention cannot be probed"
+            f"{type(call.module).__name__} gives its attention {queries} query and {keys} KV heads, its configuration "
+            f"says {spec.num_q_heads} and {spec.num_kv_heads}: this attention cannot be probed"
         )
 
 

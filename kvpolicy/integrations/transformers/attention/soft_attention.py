@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from kvpolicy.cache.scoring import Scoring
 from kvpolicy.errors import PluginError
-from kvpolicy.integrations.transformers.attention.intercept import AttentionHandler, Stock, intercepted
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, Handler, as_answer
+from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import check_heads
 from kvpolicy.model.spec import ModelSpec
 
@@ -45,13 +47,13 @@ class BiasedAttention:
         self.prefill_length = prefill_length
         self.calls = 0
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
-    ) -> tuple[Tensor, Any]:
-        check_heads(module, self.spec, query, key)
+    def __call__(self, call: AttentionCall) -> Answer:
+        check_heads(call, self.spec)
         self.calls += 1
-        first, block = min(self.prefill_length, query.shape[2]), partial(self._block, options=options)
-        out = [stock()[0][:, :first].transpose(1, 2)] if first else []
+        query, key, value = call.query, call.key, call.value
+        # of the call the scoring alone: a block lives until its backward, and would keep all that a call holds
+        first, block = min(self.prefill_length, query.shape[2]), partial(self._block, scoring=call.scoring)
+        out = [call.stock()[0][:, :first].transpose(1, 2)] if first else []
         rows_each = _SCORES.get(query.device.type, _SCORES["cpu"]) // (query.shape[0] * query.shape[1] * query.shape[2])
         rows_each = max(rows_each - rows_each % 8, 8)  # masks whose rows are aligned
         rows = torch.split(query[:, :, first:], rows_each, dim=2)
@@ -59,19 +61,19 @@ class BiasedAttention:
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         begins = range(first, query.shape[2], rows_each)
         out += [block(begin, each, key, value) for begin, each in zip(begins, rows, strict=True)]
-        return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+        return as_answer(torch.cat(out, dim=2))
 
-    def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Queries from position `begin` on: [B, num_q_heads, n, value_dim]."""
         batch, num_q_heads, count, dim = query.shape
         num_kv_heads, end = key.shape[1], begin + count
-        scale = options.get("scaling") or dim**-0.5
+        scale, softcap, sinks = scoring.scale or dim**-0.5, scoring.softcap, scoring.sink_logits
         # the heads that share keys become sequences of their own, [B * group, H, n, D], under one bias
         query = query.reshape(batch, num_kv_heads, -1, count, dim).transpose(1, 2)
         group = query.shape[1]
         query = query.flatten(0, 1)
         key, value = (x[:, None, :, :end].expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (key, value))
-        bias, softcap, sinks = self._bias(begin, end, query.device), options.get("softcap"), options.get("s_aux")
+        bias = self._bias(begin, end, query.device)
         if softcap or sinks is not None:
             columns = None if sinks is None else sinks.detach().reshape(num_kv_heads, group).T.repeat(batch, 1)
             mixed = _attention(query, key, value, bias, scale, softcap, columns)
@@ -120,7 +122,7 @@ def biased(model: PreTrainedModel, handlers: Sequence[BiasedAttention], blocks: 
 
     blocks: the decoder layers. Gradients may be taken after the context has ended; the model is left as it was.
     """
-    by_module: dict[nn.Module, AttentionHandler] = {handler.module: handler for handler in handlers}
+    by_module: dict[nn.Module, Handler] = {handler.module: handler for handler in handlers}
 
     @contextmanager
     def conditions() -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.observe import hidden_of, output_weight
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from kvpolicy.model.spec import ModelSpec

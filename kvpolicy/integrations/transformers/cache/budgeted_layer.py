@@ -11,9 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.store import RaggedStore, Scoring
+from kvpolicy.cache.scoring import Scoring
+from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attention.attachment import mark
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, as_answer, mark
 from kvpolicy.integrations.transformers.attention.columns import (
     Reading,
     entry_masks,
@@ -21,8 +22,7 @@ from kvpolicy.integrations.transformers.attention.columns import (
     read_mask,
     seen_by,
 )
-from kvpolicy.integrations.transformers.attention.exchange import Attention, as_stock
-from kvpolicy.integrations.transformers.attention.masks import LazyMask, Seen, dense_mask, user_mask
+from kvpolicy.integrations.transformers.attention.masks import LazyMask, Seen, user_mask
 from kvpolicy.integrations.transformers.attention.sources import layer_sources
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.forwards import check_fed_once
@@ -90,24 +90,19 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.lazy_initialization(key_states, value_states)
         self.arrived = key_states.shape[2]
         self.columns += self.arrived
-        return mark(key_states, self), value_states
+        return mark(key_states, self.attention), value_states
 
     @untraced
-    def attention(
-        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
-    ) -> tuple[Tensor, Any]:
-        """The attention of this layer, or of one that reuses its keys and values. query: [B, num_q_heads, n, D].
-
-        Returns [B, n, num_q_heads, Dv], and None for the weights.
-        """
-        store = self.cache.opened()
-        scoring = Scoring(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
+    def attention(self, call: AttentionCall) -> Answer:
+        """The attention of this layer, or of one that reuses its keys and values."""
+        store, scoring = self.cache.opened(), call.scoring
         if not self.arrived:
-            self.check_follower(module)
-            return self._follow(stock, module, query, key, value, mask, options, scoring)
+            self.check_follower(call.module)
+            return self._follow(store, call, scoring)
         self.arrived = 0
+        query, key, value, mask = call.query, call.key, call.value, call.mask
         if not self.row:
-            check_fed_once(options.get("position_ids"), key.shape[2], seen_by(store, 0))
+            check_fed_once(call.options.get("position_ids"), key.shape[2], seen_by(store, 0))
         reading = self.read(mask, key.shape[2])
         valid, self.filled = reading.valid, reading.filled
         plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
@@ -115,18 +110,18 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             store.append(self.row, key, value)
             out = store.attend(self.row, query, scoring)
             store.rescore(self.row, query, scoring)
-            return as_stock(out), None
+            return as_answer(out)
         first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
         chunk = store.arrive(self.row, key, value, valid)
         if first:
-            result = stock(module, query, key, value, dense_mask(mask), **options)
+            answer = call.stock()
         else:
-            result = as_stock(self._over_entries(store, query, chunk, mask, scoring, reading.visible)), None
-        extra = layer_sources(module, store.spec, store.policy.requires)
+            answer = as_answer(self._over_entries(store, query, chunk, mask, scoring, reading.visible))
+        extra = layer_sources(call.module, store.spec, store.policy.requires)
         self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
         if not self.followers:
             self.finish()
-        return result
+        return answer
 
     def check_follower(self, module: nn.Module) -> None:
         """Raises `ModelError` where attention comes a second time for one update, and from no other layer."""
@@ -143,29 +138,19 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return mask.read(before, seen, self.filled, may_be_cut=self.cache.recording)
         return read_mask(None, count, before, seen, self.filled)
 
-    def _follow(
-        self,
-        stock: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        options: Any,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Any]:
+    def _follow(self, store: RaggedStore, call: AttentionCall, scoring: Scoring) -> Answer:
         """A layer that reuses this one's keys and values, later in the same forward."""
-        store, waiting = self.cache.opened(), self.waiting
-        if waiting is None:
-            return as_stock(store.attend(self.row, query, scoring)), None
+        if (waiting := self.waiting) is None:
+            return as_answer(store.attend(self.row, call.query, scoring))
         if waiting.prompt:
-            result = stock(module, query, key, value, dense_mask(mask), **options)
+            answer = call.stock()
         else:
-            result = as_stock(self._over_entries(store, query, waiting.chunk, mask, scoring, waiting.visible)), None
+            chunk, visible = waiting.chunk, waiting.visible
+            answer = as_answer(self._over_entries(store, call.query, chunk, call.mask, scoring, visible))
         waiting.count_reader()
         if not waiting.readers:
             self.finish()
-        return result
+        return answer
 
     def _over_entries(
         self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring, visible: Tensor | None

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach, detach, hold, is_attached, release
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.build import new_cache
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache

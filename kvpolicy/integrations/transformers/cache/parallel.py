@@ -6,7 +6,7 @@ import re
 
 from transformers import PreTrainedModel
 
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.model.spec import ModelSpec
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")

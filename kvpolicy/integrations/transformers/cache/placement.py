@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attention.intercept import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.model.spec import ModelSpec
 
 

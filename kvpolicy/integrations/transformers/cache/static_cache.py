@@ -13,16 +13,15 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpolicy.cache.report import CacheReport
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.static import StaticStore
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.integrations.transformers.attention.attachment import mark
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, mark
 from kvpolicy.integrations.transformers.attention.columns import Reading, seen_by
-from kvpolicy.integrations.transformers.attention.exchange import Attention
 from kvpolicy.integrations.transformers.attention.masks import Seen, user_mask
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.other_layers import tensors_of
@@ -87,20 +86,18 @@ class StaticLayer(BudgetedLayer):
                 "prompt, or leave static out"
             )
         self.arrived = 1
-        return mark(key_states, self), value_states
+        return mark(key_states, self.attention), value_states
 
-    def attention(
-        self, stock: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any
-    ) -> tuple[Tensor, Any]:
+    def attention(self, call: AttentionCall) -> Answer:
         if not self.cache.decoding:
-            return super().attention(stock, module, query, key, value, mask, options)
-        if mask is not None:
+            return super().attention(call)
+        if call.mask is not None:
             raise ModelError("a step of a static cache takes no 4-D attention mask: make the cache without static=True")
         append, self.arrived = bool(self.arrived), 0
         if not append:
-            self.check_follower(module)
-        arguments = (query, key, value, options.get("s_aux"), options.get("scaling"), options.get("softcap"))
-        out = static_attention(*arguments, self.cache.handle, self.row, append)
+            self.check_follower(call.module)
+        options = (call.options.get("s_aux"), call.options.get("scaling"), call.options.get("softcap"))
+        out = static_attention(call.query, call.key, call.value, *options, self.cache.handle, self.row, append)
         if append and self is self.cache.budgeted[-1]:  # earlier layers still ask how many came before
             self.cache.columns.add_(1)
         return out, None

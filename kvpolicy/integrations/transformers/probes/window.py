@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import BudgetError, ModelError, PluginError
-from kvpolicy.integrations.transformers.attention.intercept import Stock, attention_modules, intercepted
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, as_answer
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver, check_heads
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary
 from kvpolicy.integrations.transformers.attention.soft_attention import (
@@ -283,22 +285,18 @@ class _WindowAttention:
         self.num_sink_tokens, self.prefill_length = num_sink_tokens, prefill_length
         self.calls = 0
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], stock: Stock
-    ) -> tuple[Tensor, Any]:
-        check_heads(module, self.spec, query, key)
+    def __call__(self, call: AttentionCall) -> Answer:
+        check_heads(call, self.spec)
         self.calls += 1
-        if min(self.capacities) >= query.shape[2]:
-            return stock()  # nothing is evicted: the model's own attention is the answer
+        if min(self.capacities) >= call.query.shape[2]:
+            return call.stock()  # nothing is evicted: the model's own attention is the answer
         out = window_attention(
-            query,
-            key,
-            value,
+            call.query,
+            call.key,
+            call.value,
             self.capacities,
             self.num_sink_tokens,
-            scale=options.get("scaling"),
-            softcap=options.get("softcap"),
-            sink_logits=options.get("s_aux"),
             prefill_length=self.prefill_length,
+            **call.scoring.options(),
         )
-        return out.transpose(1, 2).contiguous(), None
+        return as_answer(out)

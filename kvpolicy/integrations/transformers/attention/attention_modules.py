@@ -1,0 +1,36 @@
+"""Where in a model its attention is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvpolicy.errors import ModelError
+
+
+def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
+    """(attention module, decoder layer) of each of these model layers, in order.
+
+    Raises `ModelError` when a layer's attention module is not found or not unique.
+    """
+    modules = dict(model.named_modules())
+    found: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "attention" in type(module).__name__.lower():
+            found.setdefault(index, []).append(name)
+    pairs = []
+    for index in layers:
+        names = found.get(index, [])
+        # a decoder layer may be called after its attention and count layers too (Mllama): the innermost is meant
+        names = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+        if len(names) != 1:
+            raise ModelError(
+                f"{type(model).__name__}: layer {index} has {len(names)} attention modules that kvpolicy recognises "
+                "(expected 1): this architecture is not supported"
+            )
+        parent = names[0].rpartition(".")[0]
+        pairs.append((modules[names[0]], modules[parent]))
+    return pairs
