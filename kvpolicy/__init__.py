@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvpolicy.plugins.hookspecs import Register, hookimpl
     from kvpolicy.plugins.registry import registry
     from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
+    from kvpolicy.plugins.wrapping import WrappingPolicy
     from kvpolicy.tuning import TuneSettings, tune
     from kvpolicy.verbs.bench import bench
     from kvpolicy.verbs.compare import compare
@@ -90,6 +91,7 @@ _LAZY = {
     "Trial": "kvpolicy.plugins.roles",
     "TuneSettings": "kvpolicy.tuning",
     "VersionWarning": "kvpolicy.errors",
+    "WrappingPolicy": "kvpolicy.plugins.wrapping",
     "apportion": "kvpolicy.budget.apportion",
     "attach": "kvpolicy.integrations.transformers",
     "attached": "kvpolicy.integrations.transformers",
@@ -160,6 +162,7 @@ __all__ = [
     "Trial",
     "TuneSettings",
     "VersionWarning",
+    "WrappingPolicy",
     "apportion",
     "attach",
     "attached",

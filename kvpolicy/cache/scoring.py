@@ -102,7 +102,7 @@ def score_step(
     Raises `PluginError` for scores of another type, shape or device.
     """
     arena = layer.arena
-    if arena.scores is None or type(policy).score_step is EvictionPolicy.score_step:
+    if arena.scores is None or not policy.rescores:
         return
     step = _decode_step(policy, layer, arena.scores, query, options)
     scores = plugin_call.step_scores(policy, step).where(step.positions >= 0, -torch.inf)

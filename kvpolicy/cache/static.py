@@ -38,7 +38,7 @@ def check_static(policy: EvictionPolicy) -> None:
 
     That is one that rescores while it decodes, and one whose context is held whole until it has been repeated.
     """
-    if type(policy).score_step is not EvictionPolicy.score_step or policy.new_entry_score != math.inf:
+    if policy.rescores or policy.new_entry_score != math.inf:
         raise BudgetError(
             f"{type(policy).__name__} changes its scores at every decoded token, which a static store cannot: leave "
             "static out, or take a policy that scores the prompt alone"

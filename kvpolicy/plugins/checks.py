@@ -65,6 +65,7 @@ SAYS: dict[Role, dict[str, Law]] = {
     "policy": {
         "requires": _sources,
         "window_rule": _BOOL,
+        "rescores": _BOOL,
         "new_entry_score": _law(_is_number, "a number"),
         "num_sink_tokens": _whole(0, ", for example a field `num_sink_tokens: int = 4`"),
         "recent_window": _whole(0),

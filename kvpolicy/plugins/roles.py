@@ -247,6 +247,8 @@ class EvictionPolicy(_Role):
     attention_power: each query head's attention is raised to it before a source of attention adds it up; 2 sums squares
     repeat_chunk:    tokens that the model repeats at a time, for `repeat_attention`
 
+    All of it is read from the object, so that one policy can wrap another (`WrappingPolicy`).
+
     A policy that requires `repeat_attention` is asked once, after the context has been repeated, and may require no
     source of the prompt's own queries and hidden states besides. Tokens that come later enter with `new_entry_score`.
     """
@@ -259,6 +261,11 @@ class EvictionPolicy(_Role):
     observation_window: int = 32
     attention_power: float = 1.0
     repeat_chunk: int = 2048
+
+    @property
+    def rescores(self) -> bool:
+        """Whether `score_step` has something to say: only then is it asked. The default: whether the class has one."""
+        return type(self).score_step is not EvictionPolicy.score_step
 
     @property
     def least_capacity(self) -> int:

@@ -48,7 +48,7 @@ def check_allocator(allocator: BudgetAllocator | type[BudgetAllocator]) -> None:
 
 
 def _check_every_shares(allocator: BudgetAllocator) -> None:
-    for label, importance in _importances(type(allocator).needs_curves):
+    for label, importance in _importances(allocator.needs_curves):
         for budget in _budgets():
             given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
             _check_shares(allocator, given, importance, budget)
