@@ -11,27 +11,22 @@ cache adds to the same compiled model at 128 tokens; `allowed_ms` is 1.35 times 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
 import itertools
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from shapes import described, long_llama
+from shared import command_line, table_of, timed, versions, write_csv
+from transformers import DynamicCache, StaticCache
 
 import kvpolicy
-from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
+from kvpolicy import BudgetPlan, ModelSpec
 from kvpolicy.integrations.transformers import with_cache
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "benchmarks"))
-from harness import machine, read_limit
+from harness import machine, read_limit  # isort: skip  # where `shared` has shown it
 
 KEPT = (1.0, 0.3, 0.1)
 BASE_CONTEXT = 128
@@ -40,26 +35,10 @@ BATCH_CONTEXT, BATCH_KEPT = 32768, 0.2
 SPARE_BYTES = 8e9  # left to the allocator and to activations where a batch is chosen
 
 
-def build_model(num_layers: int) -> Any:
-    """The shape of Llama-3-8B; random weights, which decode as fast as trained ones."""
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=num_layers, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0, max_position_embeddings=262144,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
-
-
 def plan_of(model: Any, kept: float, context: int) -> BudgetPlan:
     """`kept` of the context, by shares that are lognormal with sigma 1; all heads alike where everything is kept."""
     spec = ModelSpec.from_config(model.config)
-    shares = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
-    budget = Budget(spec.total_entries(kept, context), spec.table_shape, 5, context)
-    return BudgetPlan.from_capacities(spec, apportion(shares, budget), context_length=context)
+    return BudgetPlan.from_capacities(spec, table_of(spec, kept, context), context_length=context)
 
 
 def static_cache(model: Any, kept: float, context: int) -> Any:
@@ -79,14 +58,6 @@ def token_ms(step: Callable[[], object], count: int, warm: int = 3) -> float:
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    result = call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin, result
 
 
 def clean() -> None:
@@ -118,17 +89,14 @@ class Bench:
             "over_base_ms": round(ms - self.base_ms, 3),
             "allowed_ms": round(1.35 * kv_bytes / self.limit * 1e3 + 0.25, 3),
             "ttft_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
-            "model": f"Llama-3-8B shape, {self.model.config.num_hidden_layers} layers, random",
+            "model": described(self.model),
             "weights_gigabytes": round(self.weights / 1e9, 2),
             "read_limit_gigabytes_per_second": round(self.limit / 1e9), "n": self.tokens, "seed": 0,
-            "transformers": transformers.__version__, "kvpolicy": kvpolicy.__version__, **machine(),
+            **versions("transformers", "kvpolicy"), **machine(),
         }  # fmt: skip
         self.rows.append(row)
         print(*list(row.values())[:14], sep="\t", flush=True)
-        with open(f"{self.out}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for each in self.rows for name in each)))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(f"{self.out}.csv", self.rows)
 
     def prompt(self, context: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(context)
@@ -252,14 +220,14 @@ def memory(peak: int, weights: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True, help="beginning of the file's name: OUT.csv")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--skip-batches", action="store_true")
     options = parser.parse_args()
-    bench = Bench(build_model(options.layers), options.out, options.tokens)
+    bench = Bench(long_llama(options.layers), options.out, options.tokens)
     bench.ours(BASE_CONTEXT, 1.0)
     for context in options.contexts:
         for kept in KEPT:

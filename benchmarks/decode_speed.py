@@ -10,11 +10,9 @@ prompt, and its peak in between.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +21,10 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from shared import command_line, machine, table_of, write_csv
 
 import kvpolicy
-from kvpolicy import Budget, BudgetPlan, ModelSpec, apportion
+from kvpolicy import BudgetPlan, ModelSpec
 from kvpolicy.integrations.transformers import with_cache
 from kvpolicy.integrations.transformers.probes.decode_cost import measure_decode
 
@@ -34,19 +33,12 @@ CACHES = ("retention 1", "25 % uniform", "25 % ragged")
 NO_CACHE, DENSE = "no cache", "DynamicCache"
 
 
-def plan_of(model: Any, context: int, shape: str) -> BudgetPlan:
-    """25 % of the context, split evenly or by shares that are lognormal with sigma 1."""
-    spec = ModelSpec.from_config(model.config)
-    budget = Budget(spec.total_entries(KEPT, context), spec.table_shape, 5, context)
-    ragged = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
-    shares = ragged if shape == "ragged" else torch.ones(spec.table_shape)
-    return BudgetPlan.from_capacities(spec, apportion(shares, budget), context_length=context)
-
-
 def new_cache(model: Any, context: int, name: str) -> Any:
     if name == "retention 1":
         return kvpolicy.new_cache(model, retention=1.0)
-    return kvpolicy.new_cache(model, plan_of(model, context, name.split()[-1]))
+    spec = ModelSpec.from_config(model.config)
+    table = table_of(spec, KEPT, context, ragged=name.endswith("ragged"))
+    return kvpolicy.new_cache(model, BudgetPlan.from_capacities(spec, table, context_length=context))
 
 
 def load(options: argparse.Namespace) -> tuple[Any, torch.Tensor]:
@@ -76,7 +68,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
             "n": options.repeats,
             "new_tokens": options.new_tokens,
         }
-        rows.append(row | machine(options))
+        rows.append(row | facts(options))
         print(*list(rows[-1].values())[:6], sep="\t", flush=True)
     return rows
 
@@ -87,7 +79,7 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in (NO_CACHE, DENSE, *CACHES):
         command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append({"cache": name, **json.loads(done.stdout.splitlines()[-1]), **machine(options)})
+        rows.append({"cache": name, **json.loads(done.stdout.splitlines()[-1]), **facts(options)})
         print(*list(rows[-1].values())[:6], sep="\t", flush=True)
     return rows
 
@@ -145,35 +137,14 @@ def peak() -> int | None:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    name = f"{processor()}, {torch.get_num_threads()} threads"
-    return {
-        "model": options.model,
-        "context": options.context,
-        "dtype": options.dtype,
-        "device": name if options.device == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvpolicy": kvpolicy.__version__,
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
-
-
-def write(path: str, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """The last columns of both files."""
+    about = {"model": options.model, "context": options.context, "dtype": options.dtype}
+    return about | machine(options.device, "torch", "transformers", "kvpolicy")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -191,7 +162,7 @@ def main() -> None:
         if options.only in (None, what) and (what == "speed" or options.device == "cpu"):
             rows = measure(options)
             if options.out:
-                write(f"{options.out}_{what}.csv", rows)
+                write_csv(f"{options.out}_{what}.csv", rows)
 
 
 if __name__ == "__main__":

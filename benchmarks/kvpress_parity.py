@@ -27,7 +27,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import kvpress
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -37,15 +36,19 @@ TOPICS = ("assignment", "debugger", "import")  # pages of Python's language refe
 LENGTH = 300
 RETENTIONS = (0.5, 0.3)
 
-# by the name of the policy; parameters are those of the policy's defaults
-PRESSES: dict[str, Callable[..., kvpress.ScorerPress]] = {
-    "snapkv": lambda ratio: kvpress.SnapKVPress(ratio, window_size=32, kernel_size=5),
-    "tova": kvpress.TOVAPress,
-    "l2norm": kvpress.KnormPress,
-    "keydiff": kvpress.KeyDiffPress,
-    "expected_attention": kvpress.ExpectedAttentionPress,
-    "streaming": kvpress.StreamingLLMPress,
-}
+
+def presses() -> dict[str, Callable[[float], Any]]:
+    """By the name of the policy; parameters are those of the policy's defaults."""
+    import kvpress  # not in the environment of kvpolicy, where --help works too
+
+    return {
+        "snapkv": lambda ratio: kvpress.SnapKVPress(ratio, window_size=32, kernel_size=5),
+        "tova": kvpress.TOVAPress,
+        "l2norm": kvpress.KnormPress,
+        "keydiff": kvpress.KeyDiffPress,
+        "expected_attention": kvpress.ExpectedAttentionPress,
+        "streaming": kvpress.StreamingLLMPress,
+    }
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for topic, ids in prompts.items():
         keys = prefill(model, torch.tensor([ids]))
-        for name, make in PRESSES.items():
+        for name, make in presses().items():
             for retention in RETENTIONS:
                 press = make(1 - retention)
                 with press(model):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kvpolicy_baselines.learned import LearnedAllocator, SoftCapacities, capacities_of
+from shared import command_line
 from torch import Tensor
 
 import kvpolicy
@@ -240,7 +241,7 @@ def share(losses: list[float], uniform: list[float], full: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--table", type=Path, help="folder: write its table beside it, and measure nothing")
     parser.add_argument("--out", type=Path, help="folder")
     parser.add_argument("--search", type=Path)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from side_by_side import Command, merge_levels, missing, reachable, run
+from shared import command_line
+from side_by_side import Command, each_as, merge_levels, missing, reachable, run
 
 SCORED = (
     "streaming/uniform", "snapkv/uniform", "snapkv/adakv", "expected_attention/uniform", "expected_attention/adakv",
@@ -27,7 +28,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     """The searches whose plans are not there yet."""
     common = ["--model", reachable(options.model), "--text", options.search.resolve(), "--quiet"]
     common += ["--context", options.context]
-    levels = [x for r in options.retention for x in ("--retention", r)]
+    levels = each_as("--retention", options.retention)
     learned = ["tune", "--estimator", "uniform", "--allocator", "learned", "--sequences", options.sequences]
     learned += ["--allocator-param", f"steps={options.steps}"]
     searched = ["tune", "--batch-size", 8, *levels]
@@ -49,7 +50,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
 def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Command]:
     """Two for each text: decoded from the first token on, and behind a prompt, where every policy can be."""
     common = ["--part", "whole", "--context", options.context, "--limit", options.limit, "--batch-size", 8]
-    common += ["--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r))]
+    common += ["--model", reachable(options.model), *each_as("-r", options.retention)]
     for_windows = [plan for plan in plans if plan != "snapkv_learned.json"]
     behind = [plan for plan in plans if plan != "power24.json"]
     methods = {
@@ -65,7 +66,7 @@ def comparisons(options: argparse.Namespace, plans: list[str]) -> dict[str, Comm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--search", type=Path, required=True)
     parser.add_argument("--report", type=Path, nargs="*", default=[])

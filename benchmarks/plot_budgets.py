@@ -12,12 +12,12 @@ draws too.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
+from shared import command_line
 from torch import Tensor
 
 from kvpolicy.comparison.results_file import Comparison, load_comparison
@@ -181,7 +181,11 @@ def draw(texts: list[Comparison], path: Path) -> None:
 
 
 def main() -> None:
-    folder, images = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path, help="of measured_budgets.py")
+    parser.add_argument("images", type=Path, help="folder")
+    options = parser.parse_args()
+    folder, images = options.folder, options.images
     plans = {method: said for method, (_, said) in PLANS.items()}
     shuffled = {f"{method} shuffled": f"{said}, shuffled" for method, said in plans.items()}
     texts = read(folder, "window")

@@ -8,11 +8,10 @@ batches.
 
 from __future__ import annotations
 
-import csv
-import sys
 from typing import Any
 
 import matplotlib
+from shared import command_line, read_csv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,9 +57,11 @@ def batches(axis: Any, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    source, folder = sys.argv[1:]
-    with open(f"{source}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    parser = command_line(__doc__)
+    parser.add_argument("results", help="--out of decode_graph.py")
+    parser.add_argument("images", help="folder")
+    options = parser.parse_args()
+    rows = read_csv(f"{options.results}.csv")
     single: dict[str, dict[tuple[str, str], Row]] = {}
     for row in rows:
         if row["batch"] == "1":
@@ -74,7 +75,7 @@ def main() -> None:
     batches(axes["batch"], [row for row in rows if row["batch"] != "1"])
     figure.suptitle(f"{rows[0]['model']} weights, bf16, {rows[0]['device']}", fontsize=11)
     figure.tight_layout()
-    figure.savefig(f"{folder}/decode_graph.png", dpi=100)
+    figure.savefig(f"{options.images}/decode_graph.png", dpi=100)
 
 
 if __name__ == "__main__":

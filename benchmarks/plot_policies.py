@@ -8,11 +8,11 @@ over the prompts. Writes policies.png.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import matplotlib
 from policy_table import ALLOCATORS, POLICIES
+from shared import command_line
 
 from kvpolicy.comparison.results_file import Comparison, load_comparison
 from kvpolicy.measure.stats import mean_interval
@@ -30,7 +30,11 @@ def cell(found: Comparison, policy: str, allocator: str, level: float) -> tuple[
 
 
 def main() -> None:
-    found, images = load_comparison(Path(sys.argv[1])), Path(sys.argv[2])
+    parser = command_line(__doc__)
+    parser.add_argument("comparison", type=Path, help="of policy_table.py")
+    parser.add_argument("images", type=Path, help="folder")
+    options = parser.parse_args()
+    found, images = load_comparison(options.comparison), options.images
     columns = [(level, allocator) for level in found.levels for allocator in ALLOCATORS]
     heads = [f"{level:.0%}, {allocator}" for level, allocator in columns]
     print(f"| policy | {' | '.join(heads)} |\n{'|---' * (len(heads) + 1)}|")

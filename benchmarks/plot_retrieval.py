@@ -7,11 +7,11 @@ Writes retrieval.png: the part of the answers that is found, with 95 % bootstrap
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import matplotlib
 from retrieval_budgets import TASKS
+from shared import command_line
 
 from kvpolicy.comparison.results_file import Comparison, load_comparison
 from kvpolicy.measure.stats import mean_interval
@@ -45,7 +45,11 @@ def draw(axis: Axes, found: Comparison) -> None:
 
 
 def main() -> None:
-    folder, images = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path, help="of retrieval_budgets.py")
+    parser.add_argument("images", type=Path, help="folder")
+    options = parser.parse_args()
+    folder, images = options.folder, options.images
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for axis, task in zip(axes, TASKS, strict=True):
         found = load_comparison(folder / f"{task}.json")

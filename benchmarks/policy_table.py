@@ -8,10 +8,10 @@ parts in the folder OUT.parts, which a later run goes on with. Give a model that
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from side_by_side import Command, merge_rows, reachable, run
+from shared import command_line
+from side_by_side import Command, each_as, merge_rows, reachable, run
 
 POLICIES = (
     "kvzip", "h2o", "tova", "corm", "r_kv", "kv_compress", "snapkv", "expected_attention", "keydiff", "l2norm",
@@ -21,7 +21,7 @@ ALLOCATORS = ("uniform", "pyramid", "adakv")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="beginning of the files' names: OUT.json, OUT.md")
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="passkey")
@@ -38,7 +38,7 @@ def main() -> None:
     for policy in options.policies:
         commands[policy] = [
             "compare", "--no-timing", *(f"{policy}/{allocator}" for allocator in ALLOCATORS), "--task", options.task,
-            "--model", reachable(options.model), *(x for r in options.retention for x in ("-r", r)),
+            "--model", reachable(options.model), *each_as("-r", options.retention),
             "--context", options.context, "--limit", options.limit, "--batch-size", options.batch_size,
             "--out", f"{policy}.json",
         ]  # fmt: skip

@@ -10,16 +10,15 @@ first: cuDNN plans its attention at a length that it has not seen.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from decode_graph import build_model, clean, machine, memory, timed
-from harness import write_csv
+from decode_graph import clean, machine, memory
+from shapes import described, long_llama
+from shared import command_line, timed, versions, write_csv
 from transformers import DynamicCache
 
 import kvpolicy
@@ -72,21 +71,21 @@ def measure(model: Any, context: int, repeats: int) -> list[dict[str, Any]]:
             "seconds": round(median, 4), "least": round(min(times), 4), "most": round(max(times), 4),
             "ratio": round(median / statistics.median(seconds[dense]), 4), **memory(peaks[name, kind], weights),
             "n": len(times), "seed": context,
-            "model": f"Llama-3-8B shape, {model.config.num_hidden_layers} layers, random",
-            "transformers": transformers.__version__, "kvpolicy": kvpolicy.__version__, **machine(),
+            "model": described(model),
+            **versions("transformers", "kvpolicy"), **machine(),
         })  # fmt: skip
         print(*list(rows[-1].values())[:8], sep="\t", flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True, help="beginning of the file's name: OUT.csv")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--repeats", type=int, nargs="+", default=[5, 1], help="one for each context")
     options = parser.parse_args()
-    model, rows = build_model(options.layers), []
+    model, rows = long_llama(options.layers), []
     for context, repeats in zip(options.contexts, options.repeats, strict=True):
         rows += measure(model, context, repeats)
         write_csv(f"{options.out}.csv", rows)

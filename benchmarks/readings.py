@@ -8,12 +8,10 @@ text is reported on other texts: excess perplexity over the full cache's, as a s
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 
 import torch
-import transformers
+from shared import command_line, machine, write_csv
 
 import kvpolicy
 from kvpolicy import Budget, Importance, TransformersProbe, apportion, registry
@@ -57,7 +55,7 @@ def best_point(importance: Importance, budget: Budget, search: Scored) -> tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--search", required=True)
     parser.add_argument("--report", nargs="+", required=True)
     parser.add_argument("--context", type=int, default=4096)
@@ -95,16 +93,11 @@ def main() -> None:
                         "n": len(scored.probe.sequences),
                         "context": context,
                         "searched_on": corpus.name,
-                        "device": torch.cuda.get_device_name() if options.device != "cpu" else "CPU",
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
+                        **machine(options.device, "torch", "transformers"),
                     }
                 )
                 print(*rows[-1].values(), sep="\t", flush=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from side_by_side import Command, merge_levels, merge_rows, missing, reachable, run
+from shared import command_line
+from side_by_side import Command, each_as, merge_levels, merge_rows, missing, reachable, run
 
 TASKS = ("passkey", "key-value")
 UNSEEN_SEED = 7  # the search's prompts come from 0 to 2
@@ -31,7 +32,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True, help="for the perplexity that a plan reports besides")
@@ -47,7 +48,7 @@ def main() -> None:
     run(tunes(options), options.out, options.processes)
     common = ["--seed", UNSEEN_SEED, "--model", reachable(options.model), "--batch-size", 10]
     common += ["--context", options.context, "--limit", options.limit]
-    common += [x for r in options.retention for x in ("-r", r)]
+    common += each_as("-r", options.retention)
     commands: dict[str, Command] = {}
     for policy in options.policies:
         parts = [options.out / f"{policy}_{retention:g}.json" for retention in options.retention]

@@ -9,10 +9,10 @@ correlation of importance between disjoint sets of sequences, the mean of 200 dr
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
+from shared import command_line
 from torch import Tensor
 
 from kvpolicy.measure.ranks import rank_correlation
@@ -40,7 +40,9 @@ def agreement(found: Tensor, count: int) -> float:
 
 
 def main() -> None:
-    found = increases(Path(sys.argv[1]))
+    parser = command_line(__doc__)
+    parser.add_argument("losses", type=Path, help="of a search by `sensitivity`: PLAN.losses")
+    found = increases(parser.parse_args().losses)
     heads, _, sequences = found.shape
     counts = " | ".join(f"{count} sequences" for count in SEQUENCES)
     print(f"| shrunk to | of {heads} heads, above two standard errors | {counts} |")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from kvpolicy_baselines.power import PowerAllocator
 from sensitivity_noise import increases
+from shared import command_line
 from torch import Tensor
 
 import kvpolicy
@@ -68,7 +69,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--losses", type=Path, required=True)
     parser.add_argument("--search", type=Path, required=True)
     parser.add_argument("--report", type=Path, nargs="+", required=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,11 @@ def run(commands: dict[str, Command], folder: Path, processes: int) -> None:
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(one, commands.items()))
+
+
+def each_as(option: str, values: Iterable[float]) -> list[str | float]:
+    """An option given once for each value."""
+    return [part for value in values for part in (option, value)]
 
 
 def reachable(model: str) -> str:

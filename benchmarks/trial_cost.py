@@ -8,39 +8,16 @@ of the ratios counts.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-import transformers
+from shared import command_line, machine, table_of, timed, write_csv
 
 import kvpolicy
-from kvpolicy import Budget, TransformersProbe, apportion
+from kvpolicy import TransformersProbe
 from kvpolicy.integrations.transformers import cast_parameters
 
 REPEATS = 5
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def tables(probe: TransformersProbe, retention: float) -> dict[str, torch.Tensor]:
-    """A uniform table and a ragged one (shares lognormal with sigma 1) of the same total."""
-    spec, context = probe.spec, probe.context_length
-    budget = Budget(spec.total_entries(retention, context), spec.table_shape, 5, context)
-    ragged = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
-    return {"uniform": apportion(torch.ones(spec.table_shape), budget), "ragged": apportion(ragged, budget)}
 
 
 def ratio(probe: TransformersProbe, table: torch.Tensor, device: str) -> tuple[float, float, float]:
@@ -55,21 +32,19 @@ def ratio(probe: TransformersProbe, table: torch.Tensor, device: str) -> tuple[f
                 probe.losses_of(row.to(device))
 
     trial(), causal()
-    pairs = [(seconds(trial, device), seconds(causal, device)) for _ in range(REPEATS)]
+    pairs = [(timed(trial)[0], timed(causal)[0]) for _ in range(REPEATS)]
     trials, plains = zip(*pairs, strict=True)
     ratios = [a / b for a, b in pairs]
     return statistics.median(ratios), statistics.median(trials), statistics.median(plains)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--out")
     options = parser.parse_args()
-    processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    name = processor if options.device == "cpu" else torch.cuda.get_device_name()
     model, tokenizer = kvpolicy.load_model(device=options.device)
     sequences = kvpolicy.read_corpus(tokenizer).sequences("search", options.sequences, options.context)
     rows = []
@@ -77,7 +52,8 @@ def main() -> None:
         cast_parameters(model, dtype)
         probe = TransformersProbe(model, sequences)
         for retention in (0.5, 0.3, 0.1):
-            for shape, table in tables(probe, retention).items():
+            for shape in ("uniform", "ragged"):
+                table = table_of(probe.spec, retention, probe.context_length, ragged=shape == "ragged")
                 middle, trial, causal = ratio(probe, table, options.device)
                 rows.append(
                     {
@@ -90,17 +66,12 @@ def main() -> None:
                         "context": options.context,
                         "sequences": options.sequences,
                         "repeats": REPEATS,
-                        "device": name,
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
+                        **machine(options.device, "torch", "transformers"),
                     }
                 )
                 print(*rows[-1].values(), sep="\t", flush=True)
     if options.out:
-        with open(options.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,17 @@ random (the same budgets on the wrong heads), and layer importance alone (Squeez
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
 
 import torch
-import transformers
+from shared import Notes, command_line, machine, write_csv
 
 import kvpolicy
 from kvpolicy import Budget, BudgetPlan, TransformersProbe, TuneSettings, apportion, registry
 from kvpolicy.measure.evaluation import measured_bytes
-from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 
 PERMUTATIONS = 5
-
-
-class Notes(Progress):
-    def note(self, message: str) -> None:
-        print(message, flush=True)
 
 
 def shares_of(plan: BudgetPlan, level: int) -> dict[str, torch.Tensor]:
@@ -87,7 +79,7 @@ def report(model: object, corpus: Corpus, plan: BudgetPlan, context: int, limit:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--search", help="text to search on; default: Python's language reference")
     parser.add_argument("--report", nargs="*", default=[], help="texts to report on")
@@ -113,25 +105,19 @@ def main() -> None:
     corpus = kvpolicy.read_corpus(tokenizer, options.search)
     plan = kvpolicy.tune(model, corpus, settings, model_id=options.model, progress=Notes())
     kvpolicy.save_plan(plan, options.plan)
-    device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
     common = {
         "searched_on": corpus.name,
         "trials": options.trials,
         "seed": options.seed,
         "dtype": options.dtype,
         "model": options.model,
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine(options.device, "torch", "transformers"),
     }
     rows = []
     for text in options.report or [None]:
         reported = kvpolicy.read_corpus(tokenizer, text)
         rows += [row | common for row in report(model, reported, plan, options.context, options.limit)]
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

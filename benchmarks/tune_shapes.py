@@ -7,42 +7,24 @@ It needs a GPU of 40 GB or more:
 
 from __future__ import annotations
 
-import argparse
-import csv
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from shapes import SHAPES, random_model
+from shared import Notes, command_line, machine, write_csv
 
 import kvpolicy
 from kvpolicy import TuneSettings
-from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 
-SHAPES = {
-    "Llama-3-8B": (
-        "Llama",
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
-    ),
-    "Qwen2.5-7B": (
-        "Qwen2",
-        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-         "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
-    ),
-}  # fmt: skip
 
-
-class Clock(Progress):
+class Clock(Notes):
     """Seconds of each stage."""
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
-
-    def note(self, message: str) -> None:
-        print(message, flush=True)
 
     def begin(self, stage: str, total: int) -> None:
         self.name, self.begun = stage, time.perf_counter()
@@ -52,18 +34,8 @@ class Clock(Progress):
         self.stages[self.name] = time.perf_counter() - self.begun
 
 
-def random_model(family: str, sizes: dict) -> torch.nn.Module:
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def measure(name: str, corpus: Corpus, context: int, trials: int) -> dict:
-    model = random_model(*SHAPES[name])
+    model = random_model(name)
     weights = sum(p.nbytes for p in model.parameters())
     torch.cuda.reset_peak_memory_stats()
     clock = Clock()
@@ -84,14 +56,12 @@ def measure(name: str, corpus: Corpus, context: int, trials: int) -> dict:
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "weights_GB": round(weights / 1e9, 2),
         "dtype": "bfloat16",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine("cuda", "torch", "transformers"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--out", default="tune_shapes.csv")
@@ -103,10 +73,7 @@ def main() -> None:
         rows.append(measure(name, corpus, options.context, options.trials))
         print(*rows[-1].values(), sep="\t", flush=True)
         torch.cuda.empty_cache()
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

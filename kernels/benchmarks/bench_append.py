@@ -8,11 +8,11 @@ Bytes are those of the entries, read and written. `cat` is what a cache without 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from harness import cold_time, copies_needed, copy_limit, machine, write_csv
+from basics import command_line, write_csv
+from harness import beside_a_copy, copies_needed, copy_limit
 from kvpolicy_kernels.append import append, append_next
 from torch import Tensor
 
@@ -82,31 +82,18 @@ def cat_calls(num_segments: int) -> Calls:
     return [lambda c=c: (torch.cat([c[0], keys], 2), torch.cat([c[1], values], 2)) for c in caches]
 
 
-def line(name: str, num_segments: int, calls: Calls, nbytes: int, limit: float) -> dict[str, object]:
-    """A row of the CSV. nbytes: read and written by one call; limit: bytes per second of a copy."""
-    seconds, spread = cold_time(calls)
-    return {
-        "implementation": name,
-        "segments": num_segments,
-        "us": round(seconds * 1e6, 2),
-        "spread": round(spread, 3),
-        "gb_per_s": round(nbytes / seconds * 1e-9, 1),
-        "of_copy_limit": round(nbytes / seconds / limit, 3),
-        "copy_limit_gb_per_s": round(limit * 1e-9, 1),
-        **machine(),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
     out, limit, lines = parser.parse_args().out, copy_limit(), []
     for num_segments in SEGMENTS:
         check(num_segments)
         nbytes = 2 * num_segments * (2 * DIM * 2 + 4 + 4)
-        lines += [line(name, num_segments, each, nbytes, limit) for name, each in calls(num_segments).items()]
         whole = 2 * 2 * num_segments * (LENGTH + 1) * DIM * 2
-        lines.append(line("cat", num_segments, cat_calls(num_segments), whole, limit))
+        cases = [(name, each, nbytes) for name, each in calls(num_segments).items()]
+        for name, each, moved in [*cases, ("cat", cat_calls(num_segments), whole)]:
+            row = {"implementation": name, "segments": num_segments}
+            lines.append(row | beside_a_copy(each, moved, limit))
     write_csv(out, lines)
 
 

@@ -10,13 +10,13 @@ Plain torch is what code of these methods does: `softmax(q @ k.T)` in fp32 of a 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from harness import cold_time, copies_needed, machine, read_limit, write_csv
+from basics import command_line, write_csv
+from harness import cold_time, copies_needed, machine, read_limit
 from kvpolicy_kernels.backend import Backend
 from kvpolicy_kernels.column_scores import column_scores
 from kvpolicy_kernels.segments import Chunk, Segments
@@ -80,7 +80,7 @@ def measure(function: Callable[[Tensor, Tensor], Tensor], queries: int, keys: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
     out = parser.parse_args().out
     limit = read_limit()

@@ -8,12 +8,12 @@ values, positions and scores do.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from itertools import product
 
 import torch
-from harness import cold_time, copies_needed, copy_limit, machine, write_csv
+from basics import command_line, write_csv
+from harness import beside_a_copy, copies_needed, copy_limit
 from kvpolicy_kernels.compact import compact, compact_in_place
 from torch import Tensor
 
@@ -76,22 +76,8 @@ def in_place(chunks: list[Tensor], length: int, columns: Tensor, counts: Tensor)
     }
 
 
-def line(name: str, calls: Calls, nbytes: int, limit: float) -> dict[str, object]:
-    """A row of the CSV. nbytes: read and written by one call; limit: bytes per second of a copy."""
-    seconds, spread = cold_time(calls)
-    return {
-        "implementation": name,
-        "us": round(seconds * 1e6, 2),
-        "spread": round(spread, 3),
-        "gb_per_s": round(nbytes / seconds * 1e-9, 1),
-        "of_copy_limit": round(nbytes / seconds / limit, 3),
-        "copy_limit_gb_per_s": round(limit * 1e-9, 1),
-        **machine(),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
     out, limit, lines = parser.parse_args().out, copy_limit(), []
     for length in LENGTHS:
@@ -104,7 +90,7 @@ def main() -> None:
             moved = 2 * int(counts.sum())
             for moves, nbytes in ((out_of_place, moved * ROW), (in_place, moved * (2 * ROW + 4 + 4))):
                 for name, calls in moves(chunks, length, columns, counts).items():
-                    lines.append(case | line(name, calls, nbytes, limit))
+                    lines.append(case | {"implementation": name} | beside_a_copy(calls, nbytes, limit))
     write_csv(out, lines)
 
 

@@ -9,7 +9,6 @@ about two minutes.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import statistics
@@ -17,7 +16,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import cold_time, copies_needed, copy_limit, machine, read_limit, write_csv
+from basics import command_line, write_csv
+from harness import cold_time, copies_needed, copy_limit, machine, read_limit
 from kvpolicy_kernels.attention import decode_attention, plan_work
 from kvpolicy_kernels.segments import Chunk, Segments
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -248,7 +248,7 @@ def columns(limits: dict[str, float]) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", default="decode_attention")
     parser.add_argument("--tables", type=int, default=200)
     options = parser.parse_args()

@@ -10,15 +10,14 @@ Both are compiled; where that fails, the row holds the reason.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import cold_time, copies_needed, machine, write_csv
+from basics import command_line, timed, write_csv
+from harness import cold_time, copies_needed, machine
 from kvpolicy_kernels.window_attention import window_attention
 from kvpolicy_kernels.window_attention.kernel import triton_window_attention
 from torch import Tensor
@@ -77,14 +76,7 @@ class Flex:
 
 def wall_time(function: Callable[[], object], repeats: int = 5) -> float:
     """Median seconds, Python and launches included: a mask is made between two steps, not in a graph."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return statistics.median(timed(function)[0] for _ in range(repeats))
 
 
 def close(out: Tensor, expected: Tensor) -> None:
@@ -105,7 +97,7 @@ def measure(table: list[int], sets: list[tuple[Tensor, ...]]) -> tuple[Tensor, T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
     out = parser.parse_args().out
     rows: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""What every kernel benchmark shares: medians over a cold L2, the ceilings of the device, and the CSV.
+"""What every kernel benchmark shares: medians over a cold L2, and the ceilings of the device.
 
 A call is timed in a CUDA graph that runs it over several sets of arguments in turn, together larger than the L2 cache,
 so that no call finds its own data there and no launch waits for Python.
@@ -6,11 +6,9 @@ so that no call finds its own data there and no launch waits for Python.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import triton
@@ -86,16 +84,19 @@ def copy_limit() -> float:
     return 2 * x.nbytes / seconds
 
 
+def beside_a_copy(calls: Sequence[Callable[[], object]], nbytes: int, limit: float) -> dict[str, object]:
+    """Time and rate of one call. nbytes: read and written by it;  limit: bytes per second of a copy"""
+    seconds, spread = cold_time(calls)
+    return {
+        "us": round(seconds * 1e6, 2),
+        "spread": round(spread, 3),
+        "gb_per_s": round(nbytes / seconds * 1e-9, 1),
+        "of_copy_limit": round(nbytes / seconds / limit, 3),
+        "copy_limit_gb_per_s": round(limit * 1e-9, 1),
+        **machine(),
+    }
+
+
 def machine() -> dict[str, str]:
     """Device and versions, the last columns of every CSV."""
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-
-
-def write_csv(path: str | Path, rows: Sequence[dict[str, object]]) -> None:
-    """One line a row, in the columns of all rows together."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -8,12 +8,11 @@ tables against equal lengths).
 
 from __future__ import annotations
 
-import csv
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib
+from basics import command_line, read_csv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,11 +24,6 @@ KERNELS = {
     "cudnn_sdpa": ("#6aa84f", "cuDNN, dense (equal lengths only)"),
     "flash_sdpa": ("#8e7cc3", "FlashAttention 2, dense (equal lengths only)"),
 }
-
-
-def read(path: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def cells(rows: list[dict[str, str]], path: Path) -> None:
@@ -89,9 +83,12 @@ def tables(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def main() -> None:
-    results, images = sys.argv[1], Path(sys.argv[2])
-    cells(read(f"{results}_cells.csv"), images / "decode_attention.png")
-    tables(read(f"{results}_tables.csv"), images / "decode_attention_tables.png")
+    parser = command_line(__doc__)
+    parser.add_argument("results", help="--out of bench_decode_attention.py")
+    parser.add_argument("images", type=Path, help="folder")
+    options = parser.parse_args()
+    cells(read_csv(f"{options.results}_cells.csv"), options.images / "decode_attention.png")
+    tables(read_csv(f"{options.results}_tables.csv"), options.images / "decode_attention_tables.png")
 
 
 if __name__ == "__main__":

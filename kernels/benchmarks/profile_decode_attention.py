@@ -10,12 +10,12 @@ Every kernel is launched twice; the profiler empties the caches before each. The
 
 from __future__ import annotations
 
-import argparse
 import csv
 
 import torch
+from basics import command_line, write_csv
 from bench_decode_attention import DIM, GROUP, NUM_KV_HEADS, POOL_ELEMENTS, Case, spread
-from harness import _read_kernel, machine, write_csv
+from harness import _read_kernel, machine
 
 CELLS = ((1, 32768), (1, 131072), (8, 8192))
 READ_BYTES = 2**29
@@ -59,7 +59,7 @@ def condense(source: str, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--condense", metavar="CSV")
     parser.add_argument("--out", default="decode_attention_profile.csv")
     options = parser.parse_args()
