@@ -52,7 +52,7 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     )
     if work.learns:
         progress.note(f"and what '{settings.allocator}' takes to learn, once for each level")
-    elif settings.trials is None:
+    elif settings.trials is None and work.trials > 1:  # one alone has nothing to do with time: nothing is drawn
         progress.note("the number of trials fits this machine; give trials= for the same search elsewhere")
 
 

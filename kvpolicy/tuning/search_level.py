@@ -59,11 +59,11 @@ def _search(job: Job, study: optuna.Study, notes: StudyNotes, retention: float) 
     learned = None
     if method.learner is not None:  # which may still decline, and is then searched as any other
         learned = fitted_shares(method.learner, target, job.importance, budget, notes, job.progress)
-    trials = job.trials if learned is None else 1
+    trials = job.trials if learned is None else 1  # measured as any trial is, so that uniform can beat it
     job.progress.begin(f"search {retention:.0%}", trials)
     study.pruner = _pruner()
 
-    @cache  # a study whose trials are all done asks for it in vain: its loss is in the notes
+    @cache  # measured before the first trial, and not at all where all trials are done
     def reference() -> list[Tensor]:
         return _uniform_parts(job, notes, job.table(uniform, retention, target.context_length))
 
@@ -86,7 +86,7 @@ def _search(job: Job, study: optuna.Study, notes: StudyNotes, retention: float) 
         )
     finally:
         job.progress.end()
-    if learned is not None:
+    if learned is not None:  # and kept only now: until a trial has ended, other settings may take the study over
         notes.keep_fitted_shares(learned)
     uniform_loss = notes.uniform_loss
     if uniform_loss is None:  # the trials are from a version that did not keep it

@@ -46,7 +46,9 @@ def shared_settings(settings: TuneSettings, corpus: Corpus, spec: ModelSpec, met
 
 
 def earlier_studies(settings: TuneSettings, storage: BaseStorage, shared: Mapping[str, Any]) -> list[optuna.Study]:
-    """The studies that this search will resume, as far as there are any."""
+    """The studies that this search will resume, as far as there are any. Asked before the dtype is chosen, since they
+    have one, and found without it, as it is no part of a study's name.
+    """
     if not settings.resume:
         return []
     levels = ((settings.study_name(retention), {**shared, "retention": retention}) for retention in settings.retentions)
