@@ -29,7 +29,7 @@ class FileTask(Task):
 
     def samples(self, tokenizer: Any, count: int, length: int, seed: int) -> Sequence[Sample]:
         if not self.data:
-            raise TextError("no file of questions was named: give one, --task-file FILE")
+            raise TextError("no file of questions was named: give one, task_file=FILE")
         return [self._of_row(row, tokenizer, length) for row in drawn_rows(read_rows(self.data), count, seed)]
 
     def score(self, answer: str, turn: Turn) -> float:

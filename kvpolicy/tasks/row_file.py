@@ -87,7 +87,7 @@ def drawn_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 def data_file(task: str, folder: str, name: str) -> Path:
     """The path of a task's file in its `--data` folder. Raises `TextError` without a folder and without the file."""
     if not folder:
-        raise TextError(f"{task} reads {name}: give the folder that holds it, --data DIR")
+        raise TextError(f"{task} reads {name}: give the folder that holds it, data=DIR")
     path = Path(folder) / name
     if not path.exists():
         raise TextError(f"{task} reads {path}, and there is no such file")

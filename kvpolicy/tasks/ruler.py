@@ -62,7 +62,7 @@ class RulerTask(Task):
         if self.name not in _GENERATED:
             raise TextError(
                 f"ruler/{self.name} takes {'documents' if self.name in _DOCUMENTS else 'essays'} that are not part of "
-                f"kvpolicy: write {self.name}.jsonl with RULER's scripts and give its folder, --data DIR"
+                f"kvpolicy: write {self.name}.jsonl with RULER's scripts and give its folder, data=DIR"
             )
         make = _GENERATED[self.name]
         return [make(tokenizer, length, drawer(seed, index)) for index in range(count)]

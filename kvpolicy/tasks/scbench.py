@@ -79,7 +79,7 @@ class SCBenchTask(Task):
             return [variables_sample(tokenizer, length, draw, chains=self.turns) for draw in draws]
         made: dict[str, Callable[..., Sample]] = {"kv": key_values_sample, "prefix_suffix": prefix_suffix_sample}
         if self.name not in made:
-            raise TextError(f"{whose} reads scbench_{self.name}.jsonl: give the folder that holds it, --data DIR")
+            raise TextError(f"{whose} reads scbench_{self.name}.jsonl: give the folder that holds it, data=DIR")
         return [made[self.name](tokenizer, length, draw, turns=self.turns) for draw in draws]
 
     def score(self, answer: str, turn: Turn) -> float:

@@ -123,7 +123,7 @@ def test_answers_are_scored_by_the_task(folder):
 
 
 def test_what_longbench_needs_is_named(tmp_path, tokenizer):
-    with pytest.raises(TextError, match=r"longbench/trec reads trec\.jsonl: give the folder that holds it, --data DIR"):
+    with pytest.raises(TextError, match=r"longbench/trec reads trec\.jsonl: give the folder that holds it, data=DIR"):
         LongBenchTask("trec").samples(tokenizer, 1, 100, 0)
     with pytest.raises(TextError, match=r"trec\.jsonl, and there is no such file"):
         LongBenchTask("trec", str(tmp_path)).samples(tokenizer, 1, 100, 0)
@@ -192,7 +192,7 @@ def test_a_users_own_file(folder, tokenizer):
     assert task.score("the Blue", sample.turns[0]) == task.score("5", sample.turns[0]) == 1
     with pytest.raises(TextError, match=r"line 1: the prompt has \d+ tokens, more than the 9 that were asked for"):
         task.samples(tokenizer, 1, 9, 0)
-    with pytest.raises(TextError, match="--task-file FILE"):
+    with pytest.raises(TextError, match="task_file=FILE"):
         FileTask().samples(tokenizer, 1, 9, 0)
 
 
