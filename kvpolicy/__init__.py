@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvpolicy.plugins.hookspecs import Register, hookimpl
     from kvpolicy.plugins.registry import registry
     from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
+    from kvpolicy.plugins.task_role import Sample, Task, Turn
     from kvpolicy.plugins.wrapping import WrappingPolicy
     from kvpolicy.tuning import TuneSettings, tune
     from kvpolicy.verbs.bench import bench
@@ -84,12 +85,15 @@ _LAZY = {
     "RaggedStore": "kvpolicy.cache",
     "Register": "kvpolicy.plugins.hookspecs",
     "Rotary": "kvpolicy.plugins.activations",
+    "Sample": "kvpolicy.plugins.task_role",
     "StaticStore": "kvpolicy.cache",
     "StudyError": "kvpolicy.errors",
+    "Task": "kvpolicy.plugins.task_role",
     "TextError": "kvpolicy.errors",
     "TransformersProbe": "kvpolicy.integrations.transformers",
     "Trial": "kvpolicy.plugins.roles",
     "TuneSettings": "kvpolicy.tuning",
+    "Turn": "kvpolicy.plugins.task_role",
     "VersionWarning": "kvpolicy.errors",
     "WrappingPolicy": "kvpolicy.plugins.wrapping",
     "apportion": "kvpolicy.budget.apportion",
@@ -155,12 +159,15 @@ __all__ = [
     "RaggedStore",
     "Register",
     "Rotary",
+    "Sample",
     "StaticStore",
     "StudyError",
+    "Task",
     "TextError",
     "TransformersProbe",
     "Trial",
     "TuneSettings",
+    "Turn",
     "VersionWarning",
     "WrappingPolicy",
     "apportion",

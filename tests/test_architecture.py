@@ -74,6 +74,7 @@ def _problem(package: str, path: str, module: str) -> str | None:
 DOOR = "kvpolicy/plugins/plugin_call.py"
 QUESTIONS = {"score_prompt", "score_step", "estimate", "token_maps", "num_forwards", "suggest", "params", "fit"}
 OF_ALLOCATORS = {"shares", "split"}  # others have methods of these names too
+OF_TASKS = {"samples", "score"}
 
 
 def calls_of_plugins(path: str, source: str) -> list[str]:
@@ -89,6 +90,7 @@ def calls_of_plugins(path: str, source: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name, whose = node.func.attr, ast.unparse(node.func.value)
             is_question = name in QUESTIONS or (name in OF_ALLOCATORS and whose.endswith(("allocator", "candidate")))
+            is_question = is_question or (name in OF_TASKS and whose.endswith("task"))
             if is_question and whose != "plugin_call":
                 found.append(f"{path}:{node.lineno}: {whose}.{name}() is a plugin's: ask through plugin_call")
     return found
@@ -160,7 +162,8 @@ def test_plugins_are_called_through_one_door() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["policy.score_prompt(x)", "self.allocator.split(x, y)", "registry.create(n).params()"]
+    "call",
+    ["policy.score_prompt(x)", "self.allocator.split(x, y)", "registry.create(n).params()", "self.task.samples(t)"],
 )
 def test_a_call_past_the_door_is_caught(call: str) -> None:
     assert len(calls_of_plugins("kvpolicy/cache/x.py", call)) == 1

@@ -11,7 +11,7 @@ from kvpolicy.plugins.registry import registry
 
 
 def plugins(json: opt.Json = False) -> None:
-    """List every estimator, allocator and policy, when to use it, and what is wrong with those that are broken."""
+    """List every estimator, allocator, policy and task, when to use it, and what is wrong with broken ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the rows say it
         rows = registry.rows()

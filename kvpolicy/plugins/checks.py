@@ -16,11 +16,13 @@ from kvpolicy.plugins.faults import contained, describe
 from kvpolicy.plugins.hookspecs import Role
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
 from kvpolicy.plugins.source_table import SOURCES
+from kvpolicy.plugins.task_role import Task
 
 BASES: dict[Role, type] = {
     "estimator": ImportanceEstimator,
     "allocator": BudgetAllocator,
     "policy": EvictionPolicy,
+    "task": Task,
 }
 """The base class of each role."""
 
@@ -54,6 +56,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
+_TEXT = _law(lambda x: isinstance(x, str) and bool(x), "a str that is not empty")
+_NAMES = _law(lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x), "a tuple of str")
 _BOOL = _law(lambda x: isinstance(x, bool), "a bool")
 SAYS: dict[Role, dict[str, Law]] = {
     "estimator": {"requires": _sources, "token_measure": _law(lambda x: isinstance(x, str), "a str")},
@@ -73,6 +77,7 @@ SAYS: dict[Role, dict[str, Law]] = {
         "attention_power": _law(lambda x: _is_number(x) and 0 < x < math.inf, "a finite number above 0"),
         "repeat_chunk": _whole(1),
     },
+    "task": {"names": _NAMES, "metric": _TEXT, "max_new_tokens": _whole(1)},
 }
 """What an object of each role says of itself, each with its law."""
 

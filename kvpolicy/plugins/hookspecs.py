@@ -10,6 +10,7 @@ import pluggy
 
 from kvpolicy.errors import PluginError
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
+from kvpolicy.plugins.task_role import Task
 
 PROJECT = "kvpolicy"
 """Name of the entry-point group, of the pluggy project, and of the distribution that carries the built-in sets."""
@@ -18,7 +19,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks a plugin's implementation of `kvpolicy_register`."""
 
-Role = Literal["estimator", "allocator", "policy"]
+Role = Literal["estimator", "allocator", "policy", "task"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # no ':', which separates the distribution from the name
 
@@ -39,7 +40,7 @@ class Registration:
 class Register:
     """Collects what one plugin offers. Nothing is known to others until the plugin's hook has returned.
 
-    The three methods take the short name users write (lower_snake by convention), and the class, or better its
+    The four methods take the short name users write (lower_snake by convention), and the class, or better its
     address "pkg.mod:Class": an address is imported when the name is first used, so that a plugin costs nothing
     until then.
 
@@ -92,6 +93,19 @@ class Register:
         """Offers an eviction policy."""
         self._add(Registration("policy", name, target, summary, paper, when, replace))
 
+    def task(
+        self,
+        name: str,
+        target: str | type[Task],
+        *,
+        summary: str = "",
+        paper: str = "",
+        when: str = "",
+        replace: bool = False,
+    ) -> None:
+        """Offers a task, or a family of tasks: `name/MEMBER` is the one whose field `name` is MEMBER."""
+        self._add(Registration("task", name, target, summary, paper, when, replace))
+
     def _add(self, offer: Registration) -> None:
         if not isinstance(offer.name, str) or not _NAME.fullmatch(offer.name):
             raise PluginError(
@@ -109,4 +123,4 @@ class Register:
 
 @hookspec
 def kvpolicy_register(register: Register) -> None:
-    """Offers estimators, allocators and policies; called once for each plugin, when a name is first looked up."""
+    """Offers what a plugin has; called once for each plugin, when a name is first looked up."""

@@ -22,8 +22,9 @@ from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.faults import PluginFault, contained, describe, is_plugins, place
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
+from kvpolicy.plugins.task_role import Sample, Task, Turn
 
-_Plugin = TypeVar("_Plugin", ImportanceEstimator, BudgetAllocator, EvictionPolicy)
+_Plugin = TypeVar("_Plugin", ImportanceEstimator, BudgetAllocator, EvictionPolicy, Task)
 
 
 def admitted(plugin: _Plugin) -> _Plugin:
@@ -42,7 +43,7 @@ def with_defaults(plugin: type[_Plugin]) -> _Plugin:
         return plugin()
 
 
-def params_of(plugin: ImportanceEstimator | BudgetAllocator | EvictionPolicy) -> dict[str, Any]:
+def params_of(plugin: ImportanceEstimator | BudgetAllocator | EvictionPolicy | Task) -> dict[str, Any]:
     """The hyper-parameters, JSON values by name."""
     params = _ask(plugin, "params")
     if not isinstance(params, dict) or not is_json(params):
@@ -189,6 +190,33 @@ def _scores(
         said = f"scores on {scores.device}"
     where = "" if said is None else f" on {device}, where what it was given lies"
     _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}{where}", said)
+
+
+# --- tasks
+
+
+def task_samples(task: Task, tokenizer: Any, count: int, length: int, seed: int) -> list[Sample]:
+    """At most `count` and one at least, none of them longer than `length`."""
+    samples = _ask(task, "samples", tokenizer, count, length, seed)
+    expected = f"1 to {count} samples of at most {length} tokens, with a question for every turn"
+    if not isinstance(samples, Sequence) or not 1 <= len(samples) <= count:
+        said = f"{len(samples)} samples" if isinstance(samples, Sequence) else None
+        _refuse(task, "samples", samples, expected, said)
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, Sample) or not sample.turns or len(sample.turns) != len(sample.questions):
+            _refuse(task, "samples", sample, expected, f"{sample!r:.60} as number {index}")
+        if not sample.context or not all(sample.questions) or sample.length > length:
+            _refuse(
+                task, "samples", sample, expected, f"one of {sample.length} tokens as number {index}, or an empty part"
+            )
+    return list(samples)
+
+
+def answer_score(task: Task, answer: str, turn: Turn) -> float:
+    score = _ask(task, "score", answer, turn)
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        _refuse(task, "score", score, "a number from 0 to 1", repr(score)[:60])
+    return float(score)
 
 
 # --- the door

@@ -1,4 +1,4 @@
-"""Names of estimators, allocators and policies: who offers them, and which one a name means.
+"""Names of estimators, allocators, policies and tasks: who offers them, and which one a name means.
 
 Nothing happens at import; plugins are discovered when a name is first looked up.
 """
@@ -21,13 +21,14 @@ from kvpolicy.plugins.discovery import Plugin, load_plugins, normalized
 from kvpolicy.plugins.faults import contained
 from kvpolicy.plugins.hookspecs import PROJECT, Registration, Role
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
+from kvpolicy.plugins.task_role import Task
 
 
 @dataclass(frozen=True, slots=True)
 class PluginRow:
     """One line of `kvpolicy plugins`.
 
-    role:   "estimator", "allocator" or "policy"; "" where a whole plugin is broken or disabled
+    role:   "estimator", "allocator", "policy" or "task"; "" where a whole plugin is broken or disabled
     name:   the short name; where role is "", the entry point's, or the function that is no hook
     status: "ok"; "shadowed" or "conflict": only `distribution:name` reaches it; "replaced": a built-in whose
             name a plugin took over; "broken"; "disabled": left out by KVPOLICY_PLUGINS
@@ -84,6 +85,8 @@ class Registry:
     def get(self, role: Literal["allocator"], name: str) -> type[BudgetAllocator]: ...
     @overload
     def get(self, role: Literal["policy"], name: str) -> type[EvictionPolicy]: ...
+    @overload
+    def get(self, role: Literal["task"], name: str) -> type[Task]: ...
     def get(self, role: Role, name: str) -> type:
         """The class behind a name; imports it at first use.
 
@@ -102,6 +105,8 @@ class Registry:
     ) -> BudgetAllocator: ...
     @overload
     def create(self, role: Literal["policy"], name: str, params: Mapping[str, Any] | None = None) -> EvictionPolicy: ...
+    @overload
+    def create(self, role: Literal["task"], name: str, params: Mapping[str, Any] | None = None) -> Task: ...
     def create(self, role: Role, name: str, params: Mapping[str, Any] | None = None) -> object:
         """An instance with the given parameters, as they stand in a plan; others keep their defaults.
 

@@ -10,16 +10,20 @@ the input, what came back, and what to do. pytest is not needed.
 """
 
 from kvpolicy.testing.allocator import RecordingTrial, check_allocator
+from kvpolicy.testing.characters import CharacterTokenizer
 from kvpolicy.testing.estimator import check_estimator
 from kvpolicy.testing.laws import LawError
 from kvpolicy.testing.policy import check_eviction_policy
 from kvpolicy.testing.synthetic import SyntheticProbe
+from kvpolicy.testing.task_check import check_task
 
 __all__ = [
+    "CharacterTokenizer",
     "LawError",
     "RecordingTrial",
     "SyntheticProbe",
     "check_allocator",
     "check_estimator",
     "check_eviction_policy",
+    "check_task",
 ]

@@ -215,6 +215,66 @@ POLICIES = [
     ),
 ]
 
+# the same, with the whole address: the core has the tasks
+TASKS = [
+    (
+        "passkey",
+        "kvpolicy.tasks.recalled_number:PasskeyTask",
+        "A number that stands somewhere in repeated filler.",
+        "arXiv:2305.16300",
+        "To see whether anything is found at all.",
+    ),
+    (
+        "key-value",
+        "kvpolicy.tasks.recalled_number:KeyValueTask",
+        "The number of one item among many.",
+        "arXiv:2307.03172",
+        "Harder than a pass key: nothing in the prompt stands out.",
+    ),
+    (
+        "needle-grid",
+        "kvpolicy.tasks.needle_grid:NeedleGridTask",
+        "A number in filler, at every depth of several lengths.",
+        "",
+        "For a picture of what is found where.",
+    ),
+    (
+        "ruler",
+        "kvpolicy.tasks.ruler:RulerTask",
+        "RULER: needles, variables, word counts; documents from its own files.",
+        "arXiv:2404.06654",
+        "As the first benchmark; six of its 13 tasks need no files.",
+    ),
+    (
+        "longbench",
+        "kvpolicy.tasks.longbench:LongBenchTask",
+        "LongBench v1, English and code, from local files.",
+        "arXiv:2308.14508",
+        "For questions and summaries of real documents.",
+    ),
+    (
+        "scbench",
+        "kvpolicy.tasks.scbench:SCBenchTask",
+        "SCBench: several questions in turn about one context.",
+        "arXiv:2412.10319",
+        "For a context that is compressed once and used again.",
+    ),
+    (
+        "babilong",
+        "kvpolicy.tasks.babilong:BABILongTask",
+        "BABILong: facts between the sentences of books, from local files.",
+        "arXiv:2406.10149",
+        "For a little reasoning over what is found.",
+    ),
+    (
+        "file",
+        "kvpolicy.tasks.own_file:FileTask",
+        "Questions of a JSONL file of your own.",
+        "",
+        "With --task-file.",
+    ),
+]
+
 
 @hookimpl
 def kvpolicy_register(register: Register) -> None:
@@ -225,3 +285,5 @@ def kvpolicy_register(register: Register) -> None:
     ):
         for name, target, summary, paper, when in rows:
             offer(name, f"kvpolicy_baselines.{target}", summary=summary, paper=paper, when=when)
+    for name, target, summary, paper, when in TASKS:
+        register.task(name, target, summary=summary, paper=paper, when=when)
