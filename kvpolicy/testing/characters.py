@@ -13,7 +13,7 @@ class Encoding:
 
 
 class CharacterTokenizer:
-    """What a task uses of a tokenizer of transformers: one token for each character, its code point; no chat template."""
+    """What a task uses of a tokenizer of transformers: a token for each character, its code point; no template."""
 
     name_or_path = "one token a character"
     chat_template: str | None = None
