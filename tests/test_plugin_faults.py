@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import Budget, EvictionPolicy, Importance, LayerActivations, ModelError, PluginError, registry
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache.schedule import from_allocator
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.faults import PluginFault, contained
@@ -32,7 +33,7 @@ CALLS = {
     ),
     "estimate": lambda how: plugin_call.importance(Estimator("estimate", how), SyntheticProbe()),
     "token_maps": lambda how: plugin_call.token_maps(Estimator("token_maps", how), SyntheticProbe()),
-    "shares": lambda how: from_allocator(Allocator("shares", how), Policy(), spec_of(2, 2), retention=0.5),
+    "shares": lambda how: from_allocator(Allocator("shares", how), Policy(), spec_of(2, 2), Ask(retention=0.5)),
     "fit": lambda how: plugin_call.learned_shares(Learning("fit", how), SyntheticProbe(), ONES, BUDGET),
     "split": lambda how: plugin_call.split_shares(Allocator("split", how), [torch.ones(2, 2, 9)] * 3, BUDGET),
     "params": lambda how: plugin_call.params_of(Policy(where="params", how=how)),

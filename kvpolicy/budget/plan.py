@@ -7,13 +7,14 @@ import hashlib
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget import entries
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan_parts import (
     PlanChoice,
     PlanLevel,
@@ -24,16 +25,15 @@ from kvpolicy.budget.plan_parts import (
     choice_json,
     importance_json,
     kept_fractions,
+    least_capacity_of,
     level_json,
     model_json,
     positive,
-    rank_groups,
     read_capacities,
     read_importance,
     read_level,
     read_method,
     read_model,
-    sink_tokens_of,
 )
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning, PluginError
 from kvpolicy.files.fields import (
@@ -48,7 +48,7 @@ from kvpolicy.files.fields import (
     whole,
 )
 from kvpolicy.files.regular import write_bytes
-from kvpolicy.model.spec import Budget, Importance, ModelSpec
+from kvpolicy.model.spec import Importance, ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import EvictionPolicy
@@ -127,7 +127,7 @@ class BudgetPlan:
         elif isinstance(policy, str):
             policy = PlanChoice(policy)
         context_length = positive("context_length", context_length)
-        capacities = read_capacities(table, spec.table_shape, sink_tokens_of(policy) + 1, context_length)
+        capacities = read_capacities(table, spec.table_shape, least_capacity_of(policy), context_length)
         retention = int(capacities.sum()) / (context_length * capacities.numel())
         return cls(
             model=PlanModel.from_spec(spec, model_id),
@@ -143,12 +143,19 @@ class BudgetPlan:
         return tuple(sorted(level.retention for level in self.levels))
 
     @property
-    def num_sink_tokens(self) -> int:
-        """First tokens that every KV head keeps; of a policy that is not installed here, those that the plan names."""
+    def least_capacity(self) -> int:
+        """The fewest entries of a KV head; of a policy that is not installed here, by the sink tokens that the plan
+        names.
+        """
         try:
-            return sink_tokens_of(self.method.policy)
+            return least_capacity_of(self.method.policy)
         except PluginError:
-            return int(self.method.policy.params.get("num_sink_tokens", 0))
+            return int(self.method.policy.params.get("num_sink_tokens", 0)) + 1
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """First tokens that every KV head keeps."""
+        return self.least_capacity - 1
 
     def shares_at(self, retention: float) -> Tensor:
         """Kept fractions, float64 `[L, H]`, interpolated linearly between the levels around `retention`.
@@ -192,24 +199,29 @@ class BudgetPlan:
         `BudgetError` for arguments that cannot be honoured; warns with `PlanWarning` where `tokens` is below the
         lowest level (its shares are scaled) or the context is over four times the one searched on.
         """
-        context_length = positive("context_length", context_length)
-        self.warn_if_long(context_length)
-        layers, heads = self.model.table_shape
-        if tokens is None:
-            retention = self._only_level() if retention is None else retention
-            shares = self.shares_at(retention)
-            total = round(retention * context_length * layers * heads)
-        else:
-            shares, kept = self._shares_for_tokens(context_length, retention, tokens)
-            total = kept * layers * heads
-        budget = Budget(
-            total=total,
-            shape=(layers, heads),
-            floor=min(self.num_sink_tokens + 1, context_length),
-            ceiling=context_length,
-            groups=rank_groups(layers, heads, tp_size),
-        )
-        return apportion(shares, budget)
+        context = positive("context_length", context_length)
+        self.warn_if_long(context)
+        ask, shape = self.completed(Ask(retention, tokens, context)), self.model.table_shape
+        shares = self.shares_at(ask.fraction(context)) if ask.tokens is None else self._shares_for(ask.tokens, context)
+        groups = entries.rank_groups(*shape, tp_size)
+        return entries.capacities(shares, ask.total(context, shape), context, self.least_capacity, groups)
+
+    def completed(self, ask: Ask) -> Ask:
+        """With what the plan knows of it: the retention of its only level; for `tokens`, the context it was made on.
+
+        Raises `PlanError` where it has several levels, `BudgetError` where its context is shorter than what is kept.
+        """
+        if ask.tokens is None:
+            return replace(ask, retention=self._only_level()) if ask.retention is None else ask
+        if ask.context_length is not None:
+            return ask
+        known = self.provenance.get("context_length")
+        if known is None or ask.tokens > known:
+            raise BudgetError(
+                f"tokens={ask.tokens} needs context_length= besides: the plan was made on "
+                f"{known or 'an unknown number of'} tokens, fewer than are to be kept"
+            )
+        return replace(ask, context_length=known)
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises `PlanError` if the plan's tables do not fit `spec`; warns if its configuration differs otherwise."""
@@ -316,14 +328,12 @@ class BudgetPlan:
             raise PlanError(f"the plan has several levels ({self._known()}): say which with retention= or tokens=")
         return self.levels[0].retention
 
-    def _shares_for_tokens(self, context_length: int, retention: float | None, tokens: int) -> tuple[Tensor, int]:
-        """Shares and mean entries per KV head."""
-        if retention is not None:
-            raise BudgetError(f"both retention={retention} and tokens={tokens} were given; give one")
-        kept = min(positive("tokens", tokens), context_length)
+    def _shares_for(self, tokens: int, context_length: int) -> Tensor:
+        """Proportions for this mean number of entries per KV head: below the lowest level, those of the lowest."""
+        kept = min(tokens, context_length)
         lowest = min(self.levels, key=lambda level: level.retention)
         if kept / context_length >= lowest.retention:
-            return self.shares_at(kept / context_length), kept
+            return self.shares_at(kept / context_length)
         if kept < math.floor(lowest.retention * context_length):
             warnings.warn(
                 f"{tokens} of {context_length} tokens is below the plan's lowest level, retention "
@@ -331,7 +341,7 @@ class BudgetPlan:
                 PlanWarning,
                 stacklevel=3,
             )
-        return lowest.shares, kept
+        return lowest.shares
 
 
 def policy_of(plan: BudgetPlan | None, policy: str | EvictionPolicy | None = None) -> EvictionPolicy:

@@ -290,22 +290,9 @@ def read_capacities(value: object, shape: tuple[int, int], floor: int, ceiling: 
     return numbers.to(torch.int64)
 
 
-def sink_tokens_of(choice: PlanChoice) -> int:
-    """First tokens that a policy never evicts. Asks the policy itself: what its parameters leave out is its default.
+def least_capacity_of(choice: PlanChoice) -> int:
+    """The fewest entries of a KV head under a policy. Asks it: what its parameters leave out is its default.
 
     Raises `PluginError` for a policy that is not installed here, or does not take these parameters.
     """
-    return registry.create("policy", choice.name, choice.params).num_sink_tokens
-
-
-def rank_groups(layers: int, heads: int, tp_size: int) -> Tensor | None:
-    """int64 `[L, H]`, the rank that owns each KV head; None for one rank."""
-    tp_size = positive("tp_size", tp_size)
-    if heads % tp_size:
-        raise BudgetError(
-            f"tp_size is {tp_size}, expected a divisor of the model's {heads} KV heads: "
-            "every rank owns the same number of them"
-        )
-    if tp_size == 1:
-        return None
-    return torch.arange(heads).div(heads // tp_size, rounding_mode="floor").expand(layers, heads)
+    return registry.create("policy", choice.name, choice.params).least_capacity

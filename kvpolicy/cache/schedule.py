@@ -9,19 +9,22 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entries import (
+    capacities,
+    check_unmeasured,
+    context_budget,
+    rank_groups,
+    unmeasured_capacities,
+    unmeasured_shares,
+)
 from kvpolicy.budget.plan import BudgetPlan
-from kvpolicy.budget.plan_parts import positive, rank_groups
-from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
-from kvpolicy.model.spec import Budget, Importance, ModelSpec
-from kvpolicy.plugins import plugin_call
+from kvpolicy.model.spec import Budget, ModelSpec, total_entries
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 
 UNLIMITED = 2**31 - 1
 """The capacity of a KV head that evicts nothing."""
-
-"""Mean entries of a KV head below which a growing budget never goes: short prompts are kept whole."""
 
 
 class Schedule(Protocol):
@@ -90,131 +93,84 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Growing:
-    """A fraction of the tokens seen: the total is `round(retention * seen * L * H)`.
+    """A fraction of the tokens seen, and short contexts whole (`Ask.min_tokens`).
 
-    shares:     (retention, context_length) -> `[L, H]`, proportions of the total
-    retention:  kept fraction, below 1
-    floor:      least entries of a KV head
-    min_tokens: least mean entries of a KV head
-    groups:     int64 `[L, H]`, see `Budget`
+    shares: (fraction that is kept, context_length) -> `[L, H]`, proportions of the total
+    ask:    a retention below 1
+    floor:  least entries of a KV head
+    groups: int64 `[L, H]`, see `Budget`
     """
 
     shape: tuple[int, int]
     shares: Callable[[float, int], Tensor]
-    retention: float
+    ask: Ask
     floor: int
-    min_tokens: int = MIN_TOKENS
     groups: Tensor | None = None
 
     evicts: ClassVar[bool] = True
 
     def total(self, seen: int) -> int:
-        layers, heads = self.shape
-        return max(round(self.retention * seen * layers * heads), self.min_tokens * layers * heads)
+        return self.ask.total(max(seen, self.ask.min_tokens), self.shape)
 
     def at(self, seen: int, held: Tensor | None) -> Tensor:
-        context, total = max(seen, self.min_tokens, self.floor), self.total(seen)
-        floor = torch.full(self.shape, self.floor) if held is None else held
-        shares = self.shares(min(1.0, total / (context * floor.numel())), context)
-        return apportion(shares, Budget(total, self.shape, floor, context, groups=self.groups))
+        context = max(seen, self.ask.min_tokens, self.floor)
+        shares = self.shares(self.ask.fraction(context), context)
+        return capacities(
+            shares, self.ask.total(context, self.shape), context, self.floor if held is None else held, self.groups
+        )
 
     def with_floor(self, floor: int) -> Growing:
         return self if floor <= self.floor else replace(self, floor=floor)
 
 
-def from_plan(
-    plan: BudgetPlan,
-    *,
-    retention: float | None = None,
-    tokens: int | None = None,
-    context_length: int | None = None,
-    min_tokens: int = MIN_TOKENS,
-    tp_size: int = 1,
-) -> Schedule:
+def from_plan(plan: BudgetPlan, ask: Ask, tp_size: int = 1) -> Schedule:
     """The schedule of a plan. `tokens` or `context_length` fix the capacities up front; else they grow.
 
     Raises `PlanError` for a retention that the plan does not reach, `BudgetError` for arguments that
     contradict each other.
     """
-    shape = plan.model.table_shape
-    if tokens is not None and context_length is None:
-        context_length = plan.provenance.get("context_length")
-        if context_length is None or tokens > context_length:
-            raise BudgetError(
-                f"tokens={tokens} needs context_length= besides: the plan was made on "
-                f"{context_length or 'an unknown number of'} tokens, fewer than are to be kept"
-            )
-    if retention is None and tokens is None and len(plan.levels) == 1:
-        retention = plan.retentions[0]
-    if context_length is not None:
-        table = plan.capacities(context_length, retention, tokens, tp_size)
-        if retention == 1:
-            return unlimited(shape)
-        layers, heads = shape
-        asked = tokens if retention is None else retention * context_length
-        return Fixed(table, None if asked is None else round(min(asked, context_length) * layers * heads))
-    if retention is None:
-        plan.capacities(MIN_TOKENS)  # says which levels there are
-        raise BudgetError("retention= is missing")
-    plan.shares_at(retention)  # refuses now what it would refuse in the middle of a forward
-    if retention == 1:
+    ask, shape = plan.completed(ask), plan.model.table_shape
+    if (context := ask.context_length) is not None:
+        table = plan.capacities(context, ask.retention, ask.tokens, tp_size)
+        return unlimited(shape) if ask.retention == 1 else Fixed(table, ask.total(context, shape))
+    assert ask.retention is not None  # an ask that is completed has one, or tokens and their context
+    plan.shares_at(ask.retention)  # refuses now what it would refuse in the middle of a forward
+    if ask.retention == 1:
         return unlimited(shape)
-    least, warned = retention, False
+    warned = False
 
     def shares(kept: float, context: int) -> Tensor:
         nonlocal warned
         warned = warned or plan.warn_if_long(context)
-        return plan.shares_at(max(kept, least))
+        return plan.shares_at(kept)
 
-    return Growing(
-        shape,
-        shares,
-        retention,
-        plan.num_sink_tokens + 1,
-        positive("min_tokens", min_tokens),
-        rank_groups(*shape, tp_size),
-    )
+    return Growing(shape, shares, ask, plan.least_capacity, rank_groups(*shape, tp_size))
 
 
 def from_allocator(
-    allocator: BudgetAllocator,
-    policy: EvictionPolicy,
-    spec: ModelSpec,
-    *,
-    retention: float,
-    context_length: int | None = None,
-    min_tokens: int = MIN_TOKENS,
-    tp_size: int = 1,
+    allocator: BudgetAllocator, policy: EvictionPolicy, spec: ModelSpec, ask: Ask, tp_size: int = 1
 ) -> Schedule:
     """The schedule of an allocator that needs no importance.
 
-    Raises `BudgetError` for one that does; one that always learns refuses by itself.
+    Raises `BudgetError` for one that does, and for an ask without a retention; one that always learns refuses by
+    itself.
     """
-    if allocator.needs_importance:
-        raise BudgetError(
-            f"the allocator {type(allocator).__name__} needs importance that was measured on a model: "
-            "run 'kvpolicy tune' with it and give the plan"
-        )
-    if not 0 < retention <= 1:
-        raise BudgetError(f"retention is {retention}, expected above 0 and at most 1")
-    shape = spec.table_shape
+    check_unmeasured(allocator)
+    retention, context, shape = ask.own_retention(), ask.context_length, spec.table_shape
     if retention == 1:
         return unlimited(shape)
     floor, groups = policy.least_capacity, rank_groups(*shape, tp_size)
 
-    def shares(kept: float, context: int) -> Tensor:
-        total = round(kept * context * shape[0] * shape[1])
-        budget = Budget(total, shape, min(floor, context), context, groups=groups)
-        return plugin_call.shares(allocator, Importance(torch.ones(shape), torch.ones(shape[0])), budget)
+    def budget(kept: float, context: int) -> Budget:
+        return context_budget(total_entries(kept, context, shape), shape, context, floor, groups)
 
-    growing = Growing(shape, shares, retention, floor, positive("min_tokens", min_tokens), groups)
-    if context_length is None:
+    def shares(kept: float, context: int) -> Tensor:
+        return unmeasured_shares(allocator, budget(kept, context))
+
+    if context is None:
         shares(retention, spec.max_context)  # an allocator that has none refuses here, not at the first token
-        return growing
-    context = positive("context_length", context_length)
-    total = spec.total_entries(retention, context)
-    budget = Budget(total, shape, min(floor, context), context, groups=groups)
-    return Fixed(apportion(shares(retention, context), budget), total)
+        return Growing(shape, shares, ask, floor, groups)
+    return Fixed(unmeasured_capacities(allocator, budget(retention, context)), ask.total(context, shape))
 
 
 def unlimited(shape: tuple[int, int]) -> Schedule:

@@ -10,6 +10,7 @@ import torch
 from kvpolicy_kernels.attention import ragged_attention
 from torch import Tensor
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
@@ -124,9 +125,7 @@ class RaggedStore(Accounts):
             spec = plan.model.to_spec()
         else:
             plan.check_model(spec)
-        schedule = schedules.from_plan(
-            plan, retention=retention, tokens=tokens, context_length=context_length, min_tokens=min_tokens
-        )
+        schedule = schedules.from_plan(plan, Ask(retention, tokens, context_length, min_tokens))
         store = cls(spec, schedule, policy_of(plan), batch_size=batch_size, protected=protected, decode=decode)
         where = inputs.place(dtype, device)
         for layer in range(spec.num_budgeted_layers):

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.entries import capacities, context_budget, unmeasured_capacities
 from kvpolicy.budget.plan import BudgetPlan, load_plan, policy_of
-from kvpolicy.cache.schedule import Fixed, from_allocator
 from kvpolicy.cache.size import entry_nbytes, holds_scores
 from kvpolicy.comparison.calibration import calibration_of
 from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
-from kvpolicy.model.spec import Budget, ModelSpec
+from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.hookspecs import Role
 from kvpolicy.plugins.params import label_of, parse_named
@@ -125,9 +124,8 @@ class Method:
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
         table = self._asked(spec, context, retention)
-        floor = min(self.policy.least_capacity, context)
         total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
-        table = apportion(table, Budget(total, spec.table_shape, floor, context))
+        table = capacities(table, total, context, self.policy.least_capacity)
         return _shuffled(table, seed) if self.shuffled else table
 
     def _asked(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
@@ -136,10 +134,9 @@ class Method:
             self.plan.check_model(spec)
             return self.plan.capacities(context, retention)
         assert self.allocator is not None  # else nothing is evicted
-        schedule = from_allocator(self.allocator, self.policy, spec, retention=retention, context_length=context)
-        if not isinstance(schedule, Fixed):
-            raise BudgetError(f"{self.name}: its capacities are not known up front")
-        return schedule.table
+        total = spec.total_entries(retention, context)
+        budget = context_budget(total, spec.table_shape, context, self.policy.least_capacity)
+        return unmeasured_capacities(self.allocator, budget)
 
     def _window_bytes_part(self, spec: ModelSpec, dtype: torch.dtype) -> float:
         """Bytes of an entry under a window rule, as a part of those of an entry here."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache.arena import LayerArena
@@ -113,13 +113,11 @@ def estimate_memory(
     if context_length > MAX_TOKENS:
         raise BudgetError(f"context_length is {context_length}, but a sequence can have {MAX_TOKENS} tokens at most")
     batch_size, itemsize = positive("batch_size", batch_size), positive("itemsize", itemsize)
-    if not (math.isfinite(retention) and 0 < retention <= 1):
-        raise BudgetError(f"retention is {retention}, expected above 0 and at most 1 (0.3 keeps 30 %)")
     if weights_bytes is not None and weights_bytes < 0:
         raise BudgetError(f"weights_bytes is {weights_bytes}, expected at least 0")
     segments = batch_size * spec.num_budgeted_layers * spec.num_kv_heads
     entry_bytes, evicting = spec.entry_bytes(itemsize), policy_of(None, policy)
-    schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, retention=retention)
+    schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, Ask(retention))
     capacities = schedule.at(context_length, None)
     lengths = capacities.clamp(max=context_length)
     entries, rows = (batch_size * int(x.sum()) for x in (lengths, LayerArena.room(lengths, capacities)))

@@ -94,12 +94,17 @@ class ModelSpec:
 
     def total_entries(self, retention: float, context_length: int) -> int:
         """`round(retention * context_length * L * H)`: the budget of one sequence, in entries."""
-        return round(retention * context_length * self.num_budgeted_layers * self.num_kv_heads)
+        return total_entries(retention, context_length, self.table_shape)
 
     @property
     def config_sha256(self) -> str:
         """Identity of the configuration: model type, sizes, layer specs, rope, vocabulary."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def total_entries(retention: float, context_length: int, shape: tuple[int, int]) -> int:
+    """`round(retention * context_length * L * H)`, for KV heads `(L, H)`."""
+    return round(retention * context_length * shape[0] * shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.entries import capacities, context_budget
 from kvpolicy.budget.plan import kept_fractions
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
 from kvpolicy.progress import Progress
@@ -33,15 +33,13 @@ class Job:
     progress: Progress
 
     def budget(self, retention: float, context: int) -> Budget:
-        floor = min(self.search.target.least_capacity, context)
-        total = max(self.spec.total_entries(retention, context), floor * self.importance.per_head.numel())
-        return Budget(total=total, shape=self.spec.table_shape, floor=floor, ceiling=context)
+        total, least = self.spec.total_entries(retention, context), self.search.target.least_capacity
+        return context_budget(total, self.spec.table_shape, context, least)
 
     def table(self, shares: Tensor, retention: float, context: int) -> Tensor:
         """Capacities `[L, H]` of a context, through the same two steps as `BudgetPlan.capacities`."""
-        budget = self.budget(retention, context)
-        fractions = kept_fractions(shares, budget.total / (budget.shape[0] * budget.shape[1] * context))
-        return apportion(fractions, budget)
+        total, least = self.spec.total_entries(retention, context), self.search.target.least_capacity
+        return capacities(kept_fractions(shares, retention), total, context, least)
 
     def losses(self, notes: StudyNotes, part: Literal["search", "heldout"], shares: Tensor, retention: float) -> Losses:
         """Of text and answers under these shares, measured once and then kept in the level's study."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.entries import context_budget, unmeasured_capacities
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import CONTEXT
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
-from kvpolicy.model.spec import Budget
+from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.verbs import arguments
 from kvpolicy.verbs.cache_choice import check_level, chosen_policy, load_network
@@ -188,9 +188,9 @@ def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retenti
         return torch.full(spec.table_shape, context)
     if plan is not None and name != "uniform":
         return plan.capacities(context_length=context, retention=retention)
-    floor = probe.least_capacity
-    total = max(spec.total_entries(retention, context), floor * spec.num_budgeted_layers * spec.num_kv_heads)
-    return apportion(torch.ones(spec.table_shape), Budget(total, spec.table_shape, floor, context))
+    total = spec.total_entries(retention, context)
+    budget = context_budget(total, spec.table_shape, context, probe.least_capacity)
+    return unmeasured_capacities(registry.create("allocator", "uniform"), budget)
 
 
 def _row(probe: TransformersProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError, LayerSpec, ModelSpec
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache import store as store_module
 from kvpolicy.cache.schedule import Fixed, Growing
@@ -120,7 +121,7 @@ class Game:
             schedule = Fixed(torch.tensor(self.table))
         else:
             shares = torch.tensor(self.shares)
-            schedule = Growing(shape, lambda kept, context: shares, self.retention, 1, self.min_tokens)
+            schedule = Growing(shape, lambda kept, context: shares, Ask(self.retention, min_tokens=self.min_tokens), 1)
         return RaggedStore(
             self.spec,
             schedule,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import LayerSpec, ModelSpec
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.store import Scoring
@@ -81,7 +82,7 @@ def test_what_is_held_besides_entries(policy, part):
 @pytest.mark.parametrize("policy", [Recent(), ValueNorm()], ids=str)
 @pytest.mark.parametrize("retention", [0.5, 0.3, 0.1])
 def test_after_a_prompt_the_bytes_are_those_of_the_entries(policy, retention):
-    store = filled(policy, Growing((LAYERS, HEADS), lambda kept, context: SHARES, retention, 3), 4000)
+    store = filled(policy, Growing((LAYERS, HEADS), lambda kept, context: SHARES, Ask(retention), 3), 4000)
     entries = round(retention * 4000 * LAYERS * HEADS)
     assert int(store.lengths.sum()) == entries
     tables = sum(layer.arena.positions.nbytes for layer in store.layers)

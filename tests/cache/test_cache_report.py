@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import UNLIMITED, Fixed, Growing
 from tests.cache.play import Play, spec_of, store_of, tensors
@@ -61,7 +62,7 @@ def test_protected_spans_are_counted_apart():
 
 
 def test_it_says_when_the_floors_exceed_the_budget():
-    growing = Growing((1, 2), lambda kept, context: torch.ones(1, 2), 0.1, 1, min_tokens=4)
+    growing = Growing((1, 2), lambda kept, context: torch.ones(1, 2), Ask(0.1, min_tokens=4), 1)
     report = filled(RaggedStore(spec_of(), growing, Recent(6)), 30).report()
     assert report.floors_exceed and (report.asked, report.allowed) == ((8,), (14,))
     assert "exceed the budget: 8 entries were asked for, 14 are allowed" in str(report)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError, BudgetPlan, PlanError, registry
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import PlanChoice, PlanLevel, PlanMethod, PlanModel
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache import schedule as schedules
@@ -44,7 +45,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_a_short_prompt_and_a_long_answer(plan):
     plan = plan()
-    store = RaggedStore(spec_of(2), schedules.from_plan(plan, retention=0.3), Recent(4))
+    store = RaggedStore(spec_of(2), schedules.from_plan(plan, Ask(retention=0.3)), Recent(4))
     prompt(store, 16)
     held, capacities = store.lengths, store.capacities
     assert bool((held == 16).all()) and int(capacities.sum()) == 4 * 128
@@ -68,7 +69,7 @@ def test_a_short_prompt_and_a_long_answer(plan):
 def test_a_long_prompt_gets_the_shares_of_its_retention():
     plan = plan_of(0.1, 0.3, 0.5)
     for retention in (0.1, 0.2, 0.3, 0.45):
-        store = RaggedStore(spec_of(2), schedules.from_plan(plan, retention=retention), Recent(4))
+        store = RaggedStore(spec_of(2), schedules.from_plan(plan, Ask(retention=retention)), Recent(4))
         prompt(store, 2000)
         assert torch.equal(store.capacities[:, 0], plan.capacities(2000, retention))
         assert torch.equal(store.lengths, store.capacities)
@@ -76,7 +77,7 @@ def test_a_long_prompt_gets_the_shares_of_its_retention():
 
 
 def test_chunks_keep_what_is_allowed_after_each():
-    schedule = schedules.from_plan(plan_of(0.3), min_tokens=8)
+    schedule = schedules.from_plan(plan_of(0.3), Ask(min_tokens=8))
     store = RaggedStore(spec_of(2), schedule, Recent(4))
     for seen in range(50, 401, 50):
         prompt(store, 50)
@@ -87,14 +88,14 @@ def test_chunks_keep_what_is_allowed_after_each():
 @pytest.mark.parametrize("policy", [Recent(), ValueNorm(recent_window=3), Coarse()], ids=str)
 def test_growth_follows_the_oracle(policy):
     """Kept tokens too: what was evicted does not come back when a capacity grows."""
-    schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), 0.3, 3, min_tokens=10)
+    schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), Ask(0.3, min_tokens=10), 3)
     play = Play(policy, schedule, batch=2, tokens=240).prompt(30, 14).decode(70).prompt(40, 3).decode(60)
     assert play.store.capacities.sum(2).tolist() == [[round(0.3 * 140 * 2), round(0.3 * 87 * 2)]]
     assert play.store.capacities[0, 0, 1] > 2 * play.store.capacities[0, 0, 0]
 
 
 def test_rows_grow_by_their_own_lengths():
-    schedule = schedules.from_plan(plan_of(0.3), min_tokens=20)
+    schedule = schedules.from_plan(plan_of(0.3), Ask(min_tokens=20))
     store = RaggedStore(spec_of(2), schedule, Recent(4), batch_size=3)
     given = tensors(300, 3)
     for layer in range(2):
@@ -114,7 +115,7 @@ def test_rows_grow_by_their_own_lengths():
 
 
 def test_decode_append_grows_and_the_next_prompt_evicts():
-    schedule = schedules.from_plan(plan_of(0.3), min_tokens=8)
+    schedule = schedules.from_plan(plan_of(0.3), Ask(min_tokens=8))
     store = RaggedStore(spec_of(2), schedule, Recent(4), decode="append")
     prompt(store, 200)
     for _ in decode(store, 100):
@@ -128,14 +129,14 @@ def test_decode_append_grows_and_the_next_prompt_evicts():
 
 
 def test_growing_moves_the_entries_once_in_16_tokens():
-    store = RaggedStore(spec_of(2), schedules.from_plan(plan_of(0.3)), Recent(4))
+    store = RaggedStore(spec_of(2), schedules.from_plan(plan_of(0.3), Ask()), Recent(4))
     prompt(store, 16)
     arenas = [store.layers[0].arena.keys for _ in decode(store, 112)]
     assert len({id(arena) for arena in arenas}) <= 112 // 16 + 1
 
 
 def test_retention_1_evicts_nothing_and_scores_nothing():
-    schedule = schedules.from_plan(plan_of(0.3), retention=1.0)
+    schedule = schedules.from_plan(plan_of(0.3), Ask(retention=1.0))
     store = RaggedStore(spec_of(2), schedule, ValueNorm(), protected=[(0, 3)])
     prompt(store, 200)
     for _ in decode(store, 40):
@@ -172,7 +173,7 @@ def test_from_plan_takes_the_plans_policy_device_and_dtype():
 
 
 def test_a_growing_budget_keeps_room_for_one_more_than_the_sink_tokens():
-    growing = Growing((1, 2), lambda kept, context: torch.tensor([[0.0, 1.0]]), 0.1, 1, min_tokens=1)
+    growing = Growing((1, 2), lambda kept, context: torch.tensor([[0.0, 1.0]]), Ask(0.1, min_tokens=1), 1)
     play = Play(ValueNorm(6), growing).prompt(3).decode(12)
     assert play.store.capacities.tolist() == [[[7, 7]]]
     assert play.store.report().floors_exceed
@@ -180,32 +181,32 @@ def test_a_growing_budget_keeps_room_for_one_more_than_the_sink_tokens():
 
 def test_what_a_schedule_refuses():
     with pytest.raises(PlanError, match=r"retention 0.05 is below the plan's lowest level"):
-        schedules.from_plan(plan_of(0.1, 0.3), retention=0.05)
+        schedules.from_plan(plan_of(0.1, 0.3), Ask(retention=0.05))
     with pytest.raises(PlanError, match=r"several levels \(0.1, 0.3\)"):
-        schedules.from_plan(plan_of(0.1, 0.3))
+        schedules.from_plan(plan_of(0.1, 0.3), Ask())
     with pytest.raises(BudgetError, match="tokens=64 needs context_length= besides"):
-        schedules.from_plan(plan_of(0.1, 0.3), tokens=64)
+        schedules.from_plan(plan_of(0.1, 0.3), Ask(tokens=64))
     with pytest.raises(BudgetError, match=r"both retention=0.3 and tokens=64"):
-        schedules.from_plan(plan_of(0.3), tokens=64, retention=0.3, context_length=512)
+        schedules.from_plan(plan_of(0.3), Ask(tokens=64, retention=0.3, context_length=512))
     with pytest.raises(BudgetError, match="min_tokens is 0"):
-        schedules.from_plan(plan_of(0.3), min_tokens=0)
+        schedules.from_plan(plan_of(0.3), Ask(min_tokens=0))
     with pytest.raises(BudgetError, match="4 entries to layer 0, KV head 1, expected at least 5"):
         Fixed(torch.tensor([[9, 4]])).with_floor(5)
 
 
 def test_an_allocator_without_importance_makes_a_schedule():
     uniform = registry.create("allocator", "uniform", {})
-    schedule = schedules.from_allocator(uniform, Recent(4), spec_of(2), retention=0.3)
+    schedule = schedules.from_allocator(uniform, Recent(4), spec_of(2), Ask(retention=0.3))
     assert schedule.at(1000, None).tolist() == [[300, 300], [300, 300]]
-    fixed = schedules.from_allocator(uniform, Recent(4), spec_of(2), retention=0.3, context_length=10)
+    fixed = schedules.from_allocator(uniform, Recent(4), spec_of(2), Ask(retention=0.3, context_length=10))
     assert fixed.at(1, None).tolist() == [[5, 5], [5, 5]] and fixed.total(1) == 12
-    assert not schedules.from_allocator(uniform, Recent(4), spec_of(2), retention=1).evicts
+    assert not schedules.from_allocator(uniform, Recent(4), spec_of(2), Ask(retention=1)).evicts
     with pytest.raises(BudgetError, match=r"retention is 1.2"):
-        schedules.from_allocator(uniform, Recent(4), spec_of(2), retention=1.2)
+        schedules.from_allocator(uniform, Recent(4), spec_of(2), Ask(retention=1.2))
 
 
 def test_ranks_get_the_same_total():
-    schedule = schedules.from_plan(plan_of(0.3), tp_size=2)
+    schedule = schedules.from_plan(plan_of(0.3), Ask(), tp_size=2)
     for seen in (64, 500, 501, 2000):
         table = schedule.at(seen, None)
         assert abs(int(table[:, 0].sum() - table[:, 1].sum())) <= 1

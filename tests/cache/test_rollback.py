@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvpolicy import BudgetError
+from kvpolicy.budget.ask import Ask
 from tests.cache.play import Play
 from tests.cache.policies import Coarse, HeavyHitter, KeyNorm, LastQueries, Recent, ValueNorm
 from tests.cache.snapshot import snapshot
@@ -130,7 +131,7 @@ def test_crops_of_more_than_there_is(count, error):
 def test_capacities_grow_with_tokens_that_can_no_longer_be_taken_back():
     from kvpolicy.cache.schedule import Growing
 
-    growing = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 2.0]]), 0.5, 3, min_tokens=8)
+    growing = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 2.0]]), Ask(0.5, min_tokens=8), 3)
     play = Play(Recent(), growing).prompt(20, hold=8)
     assert play.store.capacities.sum() == 16, "12 tokens are settled: the least mean of 8 is still more than half"
     play.prompt(10, hold=8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvpolicy import BudgetAllocator, BudgetError, PluginError
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.split import RuntimeSplit
@@ -62,7 +63,9 @@ SCOPES = pytest.mark.parametrize("allocator", [LayerTopK(), ModelTopK()], ids=["
 
 
 def growing(retention=0.3, min_tokens=10):
-    return Growing((LAYERS, HEADS), lambda kept, context: pytest.fail("its own shares"), retention, 1, min_tokens)
+    return Growing(
+        (LAYERS, HEADS), lambda kept, context: pytest.fail("its own shares"), Ask(retention, min_tokens=min_tokens), 1
+    )
 
 
 def store_of(allocator, schedule=None, policy=None, **options):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache.schedule import Growing
 from tests.cache.play import Play
 from tests.cache.policies import Coarse, KeyNorm, Recent, ValueNorm
@@ -40,7 +41,9 @@ def games(draw):
 
 
 def _growing(shares, retention, min_tokens):
-    return Growing((1, len(shares)), lambda kept, context: torch.tensor([shares]), retention, 1, min_tokens)
+    return Growing(
+        (1, len(shares)), lambda kept, context: torch.tensor([shares]), Ask(retention, min_tokens=min_tokens), 1
+    )
 
 
 @settings(max_examples=150, deadline=None)

@@ -64,7 +64,7 @@ def retention_of(model):
     with torch.no_grad():
         out = model(tiny_ids(40), use_cache=True)
     (cache,) = (each for each in out.values() if isinstance(each, kvpolicy.RaggedCache))
-    return cache.recipe.retention
+    return cache.recipe.ask.retention
 
 
 def test_the_inner_budget_holds_inside():

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import Fixed, Schedule
@@ -75,10 +76,7 @@ def new_cache(
         policy=evicting,
         allocator=_allocator(allocator) if plan is None else None,
         plan=plan,
-        retention=retention,
-        tokens=tokens,
-        context_length=context_length,
-        min_tokens=min_tokens,
+        ask=Ask(retention, tokens, context_length, min_tokens),
         protected=tuple(tuple(span) for span in protected),
         decode=decode,
         rollback=rollback,
@@ -146,37 +144,20 @@ def _dropped_at(model: PreTrainedModel) -> int | None:
 def _static_length(recipe: Recipe) -> int:
     """The tokens that a static cache is made for. Raises `BudgetError` for what fixed addresses rule out."""
     check_static(recipe.policy)
-    if recipe.context_length is None:
+    if recipe.ask.context_length is None:
         raise BudgetError("static=True needs context_length=: memory is set aside for that many tokens up front")
     if recipe.decode != "evict":
         raise BudgetError(f"static=True holds the capacities at every step, got decode={recipe.decode!r}")
-    return recipe.context_length
+    return recipe.ask.context_length
 
 
 def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:
     """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
-    retention, context_length, min_tokens = recipe.retention, recipe.context_length, recipe.min_tokens
-    if (plan := recipe.plan) is not None:
-        plan.check_model(spec)
-        return schedules.from_plan(
-            plan,
-            retention=retention,
-            tokens=recipe.tokens,
-            context_length=context_length,
-            min_tokens=min_tokens,
-            tp_size=size,
-        )
-    if retention is None or recipe.tokens is not None or recipe.allocator is None:
-        raise BudgetError("without a plan a cache needs retention=, the kept fraction of the tokens seen")
-    return schedules.from_allocator(
-        recipe.allocator,
-        recipe.policy,
-        spec,
-        retention=retention,
-        context_length=context_length,
-        min_tokens=min_tokens,
-        tp_size=size,
-    )
+    if recipe.plan is not None:
+        recipe.plan.check_model(spec)
+        return schedules.from_plan(recipe.plan, recipe.ask, size)
+    assert recipe.allocator is not None  # there is a plan, or else an allocator
+    return schedules.from_allocator(recipe.allocator, recipe.policy, spec, recipe.ask, size)
 
 
 def _allocator(allocator: str | BudgetAllocator | None) -> BudgetAllocator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.cache.store import DecodeMode
 from kvpolicy.errors import PlanError, PluginError
@@ -28,10 +29,7 @@ class Recipe:
     policy: EvictionPolicy
     allocator: BudgetAllocator | None
     plan: BudgetPlan | None
-    retention: float | None
-    tokens: int | None
-    context_length: int | None
-    min_tokens: int
+    ask: Ask
     protected: tuple[tuple[int, ...], ...]
     decode: DecodeMode
     rollback: int
@@ -46,10 +44,10 @@ class Recipe:
             "policy": _named("policy", self.policy),
             "allocator": None if self.allocator is None else _named("allocator", self.allocator),
             "plan_sha256": self.plan_sha256 if self.plan is None else self.plan.sha256,
-            "retention": None if self.retention is None else float(self.retention),
-            "tokens": None if self.tokens is None else int(self.tokens),
-            "context_length": None if self.context_length is None else int(self.context_length),
-            "min_tokens": int(self.min_tokens),
+            "retention": None if self.ask.retention is None else float(self.ask.retention),
+            "tokens": self.ask.tokens,
+            "context_length": self.ask.context_length,
+            "min_tokens": self.ask.min_tokens,
             "protected": [[min(x, _MOST) for x in span] for span in self.protected],
             "decode": self.decode,
             "rollback": min(self.rollback, _MOST),
@@ -87,10 +85,12 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         policy=policy,
         allocator=allocator,
         plan=plan,
-        retention=fields.read("retention", number) if fields.has("retention") else None,
-        tokens=fields.read("tokens", whole, 1) if fields.has("tokens") else None,
-        context_length=fields.read("context_length", whole, 1) if fields.has("context_length") else None,
-        min_tokens=fields.read("min_tokens", whole, 1),
+        ask=Ask(
+            retention=fields.read("retention", number) if fields.has("retention") else None,
+            tokens=fields.read("tokens", whole, 1) if fields.has("tokens") else None,
+            context_length=fields.read("context_length", whole, 1) if fields.has("context_length") else None,
+            min_tokens=fields.read("min_tokens", whole, 1),
+        ),
         protected=tuple(_read_span(span, fields.path(f"protected[{i}]")) for i, span in enumerate(spans)),
         decode="append" if decode == "append" else "evict",
         rollback=fields.read("rollback", whole, 0),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import Fixed
-from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.cache.build import cache_of
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
@@ -119,10 +119,7 @@ def prompt_cache(
         policy=policy,
         allocator=allocator,
         plan=None,
-        retention=None,
-        tokens=None,
-        context_length=None,
-        min_tokens=MIN_TOKENS,
+        ask=Ask(),
         protected=(),
         decode="append",
         rollback=0,
