@@ -36,10 +36,6 @@ class Ask:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, positive(name, value))
 
-    @property
-    def grows(self) -> bool:
-        return self.context_length is None
-
     def own_retention(self) -> float:
         """The retention, where no plan has any. Raises `BudgetError` for none, and for one that is no fraction."""
         if self.retention is None:
@@ -54,7 +50,8 @@ class Ask:
             return min(self.tokens, context) / context
         if self.retention is None:
             raise BudgetError("retention= is missing")
-        return max(self.retention, min(self.min_tokens, context) / context) if self.grows else self.retention
+        is_fixed = self.context_length is not None
+        return self.retention if is_fixed else max(self.retention, min(self.min_tokens, context) / context)
 
     def total(self, context: int, shape: tuple[int, int]) -> int:
         """Entries of one sequence of so many tokens, over all KV heads `(L, H)`; floors may add to them."""

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,24 +186,13 @@ def test_uniform_is_ones(shares, retention, context, sinks):
     assert torch.equal(unmeasured_capacities(registry.create("allocator", "uniform"), budget), expected)
 
 
-@dataclass
-class Target:
-    least_capacity: int
-
-
-@dataclass
-class Search:
-    target: Target
-
-
 @settings(max_examples=100, deadline=None)
 @given(tables(), st.floats(0.01, 1.0), contexts, st.integers(0, 40))
 def test_a_search_measures_the_table_that_its_plan_gives(shares, retention, context, sinks):
-    job = Job(None, SPEC, None, None, Search(Target(sinks + 1)), None, None, 1, None)
-    stored = Case({retention: kept_fractions(shares, retention)}, sinks, 1).plan
-    table = job.table(shares, retention, context)
-    assert torch.equal(table, stored.capacities(context, retention))
-    assert torch.equal(table, table_of(kept_fractions(shares, retention), total_of(retention, context), context, sinks))
+    job = SimpleNamespace(spec=SPEC, search=SimpleNamespace(target=SimpleNamespace(least_capacity=sinks + 1)))
+    table, fractions = Job.table(job, shares, retention, context), kept_fractions(shares, retention)
+    assert torch.equal(table, Case({retention: fractions}, sinks, 1).plan.capacities(context, retention))
+    assert torch.equal(table, table_of(fractions, total_of(retention, context), context, sinks))
 
 
 @settings(max_examples=100, deadline=None)
@@ -221,11 +211,6 @@ def test_everything_is_kept_at_one():
         schedules.from_plan(Case({0.3: torch.full(SHAPE, 0.3)}, 4, 1).plan, Ask(1.0, context_length=50)),
     ):
         assert not schedule.evicts and bool((schedule.at(50, None) == UNLIMITED).all())
-
-
-def test_a_comparison_at_full_size_has_a_table():
-    compared = Method("", "streaming", policy_of(4), "uniform", registry.create("allocator", "uniform"))
-    assert compared.table(SPEC, 50, 1.0, 0, torch.float32).tolist() == [[50] * HEADS] * LAYERS
 
 
 # --- what is asked is checked once
