@@ -19,7 +19,7 @@ def bench_command(
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; 0.5, 0.3, 0.1 for uniform")] = None,
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = CONTEXT,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each cache; they take turns.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cache; the caches take turns.")] = 3,
     text: opt.Text = None,
     policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,

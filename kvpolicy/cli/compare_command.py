@@ -13,7 +13,7 @@ from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import MODEL
 from kvpolicy.verbs.compare import LEAST_SEQUENCES, SideBySide, compare
 
-_MORE = "Methods, as for --methods."
+_MORE = "More methods, as for --methods."
 
 
 def compare_command(
@@ -43,8 +43,10 @@ def compare_command(
     part: Annotated[
         str, typer.Option(help="Of --text: heldout, or whole for a text that no plan was tuned on.")
     ] = "heldout",
-    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Sequences or retrieval prompts at most.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap, the shuffled rows and the prompts.")] = 0,
+    limit: Annotated[
+        int, typer.Option(min=LEAST_SEQUENCES, help="Most sequences or retrieval prompts to measure.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
         Path, typer.Option(help="The rows as JSON; a table beside it as .md. Rows that the file already has are kept.")
     ] = Path("compare.json"),
@@ -57,7 +59,7 @@ def compare_command(
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
     no_timing: Annotated[
-        bool, typer.Option("--no-timing", help="Leave out decode time, as where others use the device.")
+        bool, typer.Option("--no-timing", help="Do not time decoding, as while others use the device.")
     ] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -66,12 +68,12 @@ def compare_command(
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
     part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
-    token is decoded under the budget, which is for methods under a window rule. The full cache, entries kept at random
-    (random), uniform budgets under each policy, and each plan's or allocator's budgets shuffled over the KV heads are
-    always there.
+    token is decoded under the budget, which is for methods under a window rule. The controls are always added: the full
+    cache, entries kept at random (random), uniform budgets under each policy, and each plan's or allocator's budgets
+    shuffled over the KV heads.
 
-    Rows that --out has already, measured under the same settings, are not measured again. A method that fails is a row
-    that says why, and where it was asked for the exit code is 2.
+    Rows that --out already has, measured under the same settings, are not measured again. A method that fails becomes a
+    row that says why; if you asked for it, the exit code is 2.
     """
     answer = compare(
         [*(methods or []), *(more or [])],

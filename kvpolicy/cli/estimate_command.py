@@ -16,17 +16,17 @@ def estimate_command(
     model: opt.Model = MODEL,
     context: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 4096,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in the cache.")] = 1,
     policy: Annotated[str, typer.Option(help="Eviction policy; most hold a score beside each entry.")] = "streaming",
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
     device: opt.Device = "auto",
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
-    """What a cache will weigh, kept and full, computed from the model's configuration, and whether it fits here.
+    """Compute what a cache will weigh, kept and full, from the model's configuration, and whether it fits here.
 
-    It fits where weights and caches are less than the memory of --device, also at the end of a prompt, when one layer
-    is whole yet. Activations are not counted.
+    It fits if weights and caches stay below the memory of --device, also at the end of a prompt, when one layer is
+    still whole. Activations are not counted.
     """
     answer = estimate(
         model,

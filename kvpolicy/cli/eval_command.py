@@ -23,14 +23,14 @@ def eval_command(
     model: cache_options.ModelOfPlan = None,
     text: opt.Text = None,
     context: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the plan's, or 1024.")] = None,
-    prefill: Annotated[int | None, opt.prefills("the plan's; without one ")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    prefill: Annotated[int | None, opt.prefills("the plan's, else ")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most sequences to measure.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     device: opt.Device = "auto",
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto, float32, bfloat16, float16; auto: a plan's own.",
+            help="auto, float32, bfloat16, float16; auto is the plan's own.",
             rich_help_panel="Model",
         ),
     ] = "auto",

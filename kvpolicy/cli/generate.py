@@ -45,11 +45,11 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Entries of a KV head, on average, instead; needs a plan.",
+            help="Mean entries per KV head, instead of --retention; needs a plan.",
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Continue the prompt as it stands, without a chat template.")
     ] = False,
@@ -58,7 +58,7 @@ def generate(
     policy_param: opt.PolicyParams = None,
     allocator: cache_options.Allocator = None,
     min_tokens: cache_options.MinTokens = MIN_TOKENS,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     model: cache_options.ModelOfPlan = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -69,7 +69,7 @@ def generate(
     """Generate text over a cache that keeps what a plan allows, and say what was kept and how fast it was.
 
     The text goes to standard output as it comes, the figures to standard error. Where the tokenizer has a chat
-    template, the prompt is put into it as one message of a user; --no-chat leaves it as it is. Short prompts are kept
+    template, the prompt is put into it as a user's message; --no-chat leaves it as it is. Short prompts are kept
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
     text = _prompt(prompt, prompt_file)

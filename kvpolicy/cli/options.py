@@ -24,26 +24,26 @@ Text = Annotated[
     Path | None, typer.Option(help="UTF-8 text file; default: Python's own language reference.", show_default=False)
 ]
 Context = Annotated[int, typer.Option(help="Tokens of one sequence.")]
-Seed = Annotated[int, typer.Option(help="Of the search and of the bootstrap.")]
+Seed = Annotated[int, typer.Option(help="Seed of the search and of the bootstrap.")]
 Json = Annotated[
     bool, typer.Option("--json", callback=document.reserve, is_eager=True, help="Print JSON on standard output.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Params = Annotated[
     list[str] | None,
-    typer.Option("--param", help="A parameter of the estimator, NAME=JSON; several times.", show_default=False),
+    typer.Option("--param", help="A parameter of the estimator, NAME=JSON; repeatable.", show_default=False),
 ]
 
 PolicyParams = Annotated[
     list[str] | None,
-    typer.Option("--policy-param", help="A parameter of the policy, NAME=JSON; several times.", show_default=False),
+    typer.Option("--policy-param", help="A parameter of the policy, NAME=JSON; repeatable.", show_default=False),
 ]
 
 AllocatorParams = Annotated[
     list[str] | None,
     typer.Option(
         "--allocator-param",
-        help="A parameter of an allocator that learns, NAME=JSON; several times.",
+        help="A parameter of an allocator that learns, NAME=JSON; repeatable.",
         show_default=False,
     ),
 ]
@@ -51,13 +51,13 @@ AllocatorParams = Annotated[
 
 def retentions(default: str) -> Any:
     """The --retention option of a verb; `default` says in words what happens without it."""
-    told = f"Kept fraction; give it several times. Default: {default}."
+    told = f"Fraction that is kept; repeatable. Default: {default}."
     return typer.Option("--retention", "-r", help=told, show_default=False)
 
 
 def prefills(default: str) -> Any:
     """The --prefill option of a verb; `default` says in words what comes before the policy's own default."""
-    told = f"Tokens at the start that attend densely. Default: {default}none under a window rule, else half."
+    told = f"Tokens at the start that attend densely. Default: {default}none under a window rule, otherwise half."
     return typer.Option("--prefill", min=0, help=told, show_default=False)
 
 

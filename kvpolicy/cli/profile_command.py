@@ -24,7 +24,7 @@ def profile_command(
     estimator: Annotated[
         list[str] | None,
         typer.Option(
-            help="Importance estimator; with --agreement several times. Default: cosine; with --agreement cosine, "
+            help="Importance estimator; with --agreement repeatable. Default: cosine; with --agreement cosine, "
             "layer_cosine, entropy, retrieval.",
             show_default=False,
         ),
@@ -33,12 +33,14 @@ def profile_command(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="UTF-8 text file; default: Python's own language reference. With --agreement several times.",
+            help="UTF-8 text file; default: Python's own language reference. With --agreement repeatable.",
             show_default=False,
         ),
     ] = None,
     context: opt.Context = CONTEXT,
-    agreement: Annotated[bool, typer.Option("--agreement", help="How alike are rankings of the KV heads?")] = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Show how well rankings of the KV heads agree.")
+    ] = False,
     token_map: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +57,7 @@ def profile_command(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write what was measured as JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw a heat map; with --agreement its matrices.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a heat map; with --agreement, the matrices.")] = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
@@ -64,9 +66,9 @@ def profile_command(
 ) -> None:
     """Measure how much each KV head matters, and show it.
 
-    --agreement shows instead how alike the KV heads are ranked: on each calibration prompt alone; on each text, which
-    is the search and the held-out part of every --text and of Python's language reference; and by several estimators.
-    A parameter whose values are known, such as head_input of cosine, is tried with each.
+    --agreement shows instead how well rankings of the KV heads agree: across calibration prompts, across texts (the
+    search and the held-out part of every --text and of Python's language reference), and across estimators. A
+    parameter with a fixed set of values, such as head_input of cosine, is tried with each of them.
     """
     answer = profile(
         model,

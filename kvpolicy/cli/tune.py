@@ -21,28 +21,29 @@ from kvpolicy.verbs import arguments
 def tune_command(
     model: opt.Model = MODEL,
     estimator: Annotated[str, typer.Option(help="Importance estimator.")] = "cosine",
-    allocator: Annotated[str, typer.Option(help="Allocator, which turns importance into budgets.")] = "baklava",
+    allocator: Annotated[str, typer.Option(help="Budget allocator, which turns importance into budgets.")] = "baklava",
     policy: Annotated[str, typer.Option(help="Eviction policy.")] = "streaming",
     param: opt.Params = None,
     allocator_param: opt.AllocatorParams = None,
     policy_param: opt.PolicyParams = None,
     objective: Annotated[
-        str, typer.Option(help="What is searched for: perplexity, retrieval or mixed.")
+        str, typer.Option(help="What the search goes by: perplexity, retrieval or mixed.")
     ] = "perplexity",
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1; with --max-loss 0.9, 0.8, ... 0.1")] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Stop at the smallest cache whose held-out loss is at most this part above the full cache's (0.02).",
+            help="Stop at the smallest cache whose held-out loss is at most this part (0.02) above the full cache's.",
             show_default=False,
         ),
     ] = None,
     text: opt.Text = None,
     context: opt.Context = CONTEXT,
     prefill: Annotated[int | None, opt.prefills("")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Of the text, in each trial.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the text in each trial.")] = 4,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Of each level; default: what fits about 200 s.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Trials of each level; default: as many as fit into about 200 s.", show_default=False),
     ] = None,
     seed: opt.Seed = 0,
     sampler: Annotated[str, typer.Option(help="tpe (multivariate) or gp.")] = "tpe",
@@ -56,10 +57,13 @@ def tune_command(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with the search beside --out that has these settings. Without: begin a new one."
+            "--resume",
+            help="Continue the search beside --out that has these settings; without this switch a new one begins.",
         ),
     ] = False,
-    out: Annotated[Path, typer.Option(help="The plan; the study's journal lies beside it.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option(help="Where the plan is written; the study's journal lies beside it.")] = Path(
+        "plan.json"
+    ),
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
@@ -70,13 +74,13 @@ def tune_command(
     """Search per-head budgets for a model on a text, and write them as a plan.
 
     Profiles the model once, then runs one Optuna study for each --retention (default 0.5, 0.3, 0.1) and reports the
-    result on a part of the text that the search never saw. By default a trial is measured by perplexity. Under the
-    window rule that is the perplexity of decoding from the first token on; under any other policy that of the text
-    behind a prompt, which the policy compresses once. The plan records the policy.
+    result on a part of the text that the search never saw. By default a trial is measured by perplexity: under the
+    window rule, that of decoding from the first token on; under any other policy, that of the text behind a prompt,
+    which the policy compresses once. The plan records the policy.
 
-    --objective retrieval measures a trial by the loss of the answers' tokens behind prompts that hold a fact
-    somewhere and ask for it, mixed by both, half and half. --max-loss 0.02 goes down the retentions and stops at the
-    first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
+    --objective retrieval measures a trial by the loss on the answers to prompts that hold a fact somewhere and ask
+    for it; mixed gives text and answers half of the weight each. --max-loss 0.02 goes down the retentions and stops
+    at the first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
     """
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")

@@ -70,21 +70,21 @@ def compare(
     """Compares methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     methods:    "POLICY/ALLOCATOR", "POLICY" (under uniform), a plan file, "POLICY/PLAN", or "quantized/int4" (int2,
-                fp8); with parameters, "POLICY(NAME=JSON, ...)". The controls are always added: the full cache, random,
-                uniform under each policy, shuffled budgets
+                fp8); with parameters, "POLICY(NAME=JSON, ...)". The controls are always added: the full cache, entries
+                kept at random, uniform budgets under each policy, and budgets shuffled over the KV heads
     task:       what to measure: "perplexity", "passkey", "key-value"
     retention:  kept fractions, each in (0, 1); None for 0.5, 0.3, 0.1
     text:       a UTF-8 file; None for Python's language reference. Retrieval needs none
     context:    tokens of one sequence or retrieval prompt
     prefill:    tokens of the prompt that is compressed; 0 decodes from the first token on, None is half
     part:       of the text: "heldout", or "whole" for a text that no plan was tuned on
-    limit:      sequences or retrieval prompts at most
+    limit:      most sequences or retrieval prompts to measure
     seed:       of the bootstrap, the shuffled rows and the prompts
     out:        the rows as JSON; a table beside it as .md. Rows that the file already has are not measured again
     png:        draw quality over bytes, and a bar for each row
     model:      a Hub id, a directory, a .gguf file, or the built-in smollm2-135m
     batch_size: sequences in one forward
-    no_timing:  leave out decode time, as where others use the device
+    no_timing:  do not time decoding, as while others use the device
 
     A method that fails is a row that says why. Raises `BudgetError`, `KVPolicyError` (also for a file that was made
     under other settings), `ModelError`, `PlanError`, `PluginError`, `TextError`.

@@ -86,7 +86,7 @@ def eval(
     context:    tokens of one sequence; None for the plan's, or 1024
     prefill:    tokens at the start that attend densely; None for the plan's, else none under a window rule, and half of
                 the context under any other policy, which compresses them once
-    limit:      sequences at most
+    limit:      most sequences to measure
     seed:       of the bootstrap, which gives the interval
     dtype:      "auto" is the plan's own
     batch_size: sequences in one forward
