@@ -186,7 +186,7 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     rows = kvpolicy("plugins", "--json").json
     named = {(row["role"], row["name"]): row for row in rows}
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kvzip")
-    policies += ("kv_compress", "expected_attention")
+    policies += ("kv_compress", "expected_attention", "critical_kv")
     allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "kv_compress", "same_count")
     allocators += ("power", "hull", "learned")
     estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity")

@@ -64,7 +64,15 @@ def make_probe(model, ids, name="snapkv", params=SNAPKV, **more):
 
 # Gemma3Window keeps sliding layers in stock caches, Gemma3n has layers that reuse others' keys and values
 @pytest.mark.parametrize("model_name", ["Llama", "Gemma3Window", "Gemma3n"])
-@pytest.mark.parametrize(("name", "params"), [("snapkv", SNAPKV), ("h2o", {"recent_window": 4}), ("streaming", {})])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("snapkv", SNAPKV),
+        ("h2o", {"recent_window": 4}),
+        ("streaming", {}),
+        ("critical_kv", {"inner_params": SNAPKV}),
+    ],
+)
 def test_the_loss_is_that_of_decoding_token_by_token(model_name, name, params):
     model, ids = tiny_model(model_name, attention=attention_of(model_name)), tiny_ids(LENGTH, batch=2)
     table = uneven(ModelSpec.from_config(model.config))

@@ -23,3 +23,14 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name, allocator):
     for row, alone in enumerate((short, long)):
         own = kept(after_prompt(alone, policy, **options))
         assert {(layer, head): together[layer, row * 2 + head] for layer, head in own} == own
+
+
+def test_a_padded_row_keeps_what_it_keeps_alone_around_another_policy():
+    policy = kvpolicy.registry.create("policy", "critical_kv", {"inner_params": WINDOW})
+    short, long = ids_of(40), ids_of(64)
+    ids = torch.cat([torch.nn.functional.pad(short, (24, 0)), long])
+    mask = (torch.arange(64)[None] >= torch.tensor([24, 0])[:, None]).long()
+    together = kept(after_prompt(ids, policy, mask=mask, retention=0.3))
+    for row, alone in enumerate((short, long)):
+        own = kept(after_prompt(alone, policy, retention=0.3))
+        assert {(layer, head): together[layer, row * 2 + head] for layer, head in own} == own

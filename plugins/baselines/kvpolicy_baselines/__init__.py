@@ -213,6 +213,13 @@ POLICIES = [
         "arXiv:2510.00636",
         "For questions that are not in the prompt yet.",
     ),
+    (
+        "critical_kv",
+        "critical_kv:CriticalKVPolicy",
+        "Keep half by another policy's scores, half by these times what a value writes.",
+        "arXiv:2502.03805",
+        "Around snapkv and others that score the prompt by attention.",
+    ),
 ]
 
 # the same, with the whole address: the core has the tasks
