@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpolicy import DecodeStep, EvictionPolicy, PluginError, Rotary, registry
+from kvpolicy.budget.ask import Ask
 from kvpolicy.cache.schedule import Growing
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore, Scoring
@@ -258,7 +259,7 @@ def test_a_capacity_is_what_a_head_may_keep_behind_the_chunk():
     store.prefill(0, *tensors(9, batch=2), num_padding=[0, 6])
     (seen,) = Recording.prompts
     assert seen.capacity.tolist() == [[5, 8]] * 2 and seen.capacity.dtype == torch.int64
-    schedule = Growing((1, 2), lambda *_: torch.ones(1, 2), 0.5, floor=2, min_tokens=2)
+    schedule = Growing((1, 2), lambda *_: torch.ones(1, 2), Ask(0.5, min_tokens=2), floor=2)
     growing = RaggedStore(store.spec, schedule, Recording())
     for begin, end in ((0, 8), (8, 20)):
         growing.prefill(0, *parts(tensors(20), begin, end))
