@@ -14,7 +14,7 @@ from kvpolicy.measure.profiling import ProfilingProbe, profile
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe
 from kvpolicy.tuning.loss_journal import LossJournal
-from tests.test_tune import make_settings, run
+from tests.tuning.searches import make_settings, run
 
 TABLE = torch.tensor([[5, 64], [8, 64]])
 LOSSES = torch.tensor([1 / 3, 2 / 7, 1e-17], dtype=torch.float64)

@@ -2,20 +2,11 @@
 
 import pytest
 
-from kvpolicy.progress import Progress
 from kvpolicy.tuning import trial_count, tune
-from tests.test_tune import make_corpus, make_settings
 from tests.tiny import tiny_model
+from tests.tuning.searches import Notes, make_corpus, make_settings
 
 FITS = "the number of trials fits this machine; give trials= for the same search elsewhere"
-
-
-class Notes(Progress):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
 
 
 @pytest.mark.parametrize(
@@ -27,4 +18,4 @@ def test_only_a_number_of_trials_that_was_chosen_by_time_is_said_to_fit(tmp_path
     notes = Notes()
     settings = make_settings(tmp_path, allocator=allocator, trials=trials)
     tune(tiny_model("Llama", layers=2), make_corpus(), settings, progress=notes)
-    assert (FITS in notes.lines) == fits
+    assert (FITS in notes.said) == fits

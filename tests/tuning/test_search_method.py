@@ -8,7 +8,7 @@ from kvpolicy import PluginError
 from kvpolicy.plugins.registry import registry
 from kvpolicy.tuning import TuneSettings, search_method
 from kvpolicy.tuning.search_method import SearchMethod
-from tests.test_tune import make_settings, run
+from tests.tuning.searches import make_settings, run
 
 
 def test_names_become_plugins_with_their_parameters():

@@ -35,9 +35,9 @@ from kvpolicy.tuning.joined import JoinedProbe
 from kvpolicy.tuning.passkey import PasskeyCheck
 from kvpolicy.tuning.storage import open_storage
 from kvpolicy.tuning.study_notes import StudyNotes
-from tests.test_tune import make_corpus, make_settings, run, the_study
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_checkpoint import text_of, tiny_tokenizer
+from tests.tuning.searches import make_corpus, make_settings, run, the_study
 
 LENGTH = 300  # the shortest round number that both kinds of needle prompts fit into
 
