@@ -37,8 +37,8 @@ def _visit(owner: griffe.Object) -> None:
 def _names(member: griffe.Object) -> set[str]:
     if isinstance(member, griffe.Function):
         return {parameter.name for parameter in member.parameters}
-    init = member.members.get("__init__")
-    own = _names(init) if isinstance(init, griffe.Function) else set()
+    init = member.all_members.get("__init__") if isinstance(member, griffe.Class) else None
+    own = {parameter.name for parameter in init.parameters} if init is not None and init.is_function else set()
     return own | set(member.members)
 
 

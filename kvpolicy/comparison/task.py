@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.comparison.methods import Method
 from kvpolicy.comparison.real_cache import decode_ms, filled_cache, ready, weighed
 from kvpolicy.integrations.transformers import PromptProbe, Prompts, with_cache
-from kvpolicy.integrations.transformers.probes.window import losses_from
+from kvpolicy.integrations.transformers.probes.base import losses_from
 from kvpolicy.measure.evaluation import CacheBytes, measured_bytes
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.tasks.questions import Question, recalled

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.cache import RaggedStore
-from kvpolicy.cache.schedule import Fixed
-from kvpolicy.cache.store import Scoring
 from kvpolicy.errors import BudgetError
-from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
-from kvpolicy.plugins.activations import LayerActivations
-from kvpolicy.plugins.registry import registry
+from kvpolicy.integrations.transformers import PromptProbe, SequenceProbe, TransformersProbe
 from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.text.corpus import Tokenize
 
@@ -40,7 +35,7 @@ def probe_for(
     tokenizer: Any = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
-) -> TransformersProbe:
+) -> SequenceProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.
 
@@ -59,7 +54,7 @@ def perplexity(losses: Tensor) -> float:
     return math.exp(float(losses.double().mean()))
 
 
-def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
+def measured_bytes(probe: SequenceProbe, capacities: Tensor) -> CacheBytes:
     """Fills one real cache with the probe's first sequence, or its prompt, under `capacities` (int `[L, H]`) and weighs
     it.
 
@@ -67,23 +62,9 @@ def measured_bytes(probe: TransformersProbe, capacities: Tensor) -> CacheBytes:
     at run time).
     """
     limits = capacities.clamp(max=probe.context_length)
-    store = probe.filled(limits) if isinstance(probe, PromptProbe) else _filled(probe, limits)
+    store = probe.filled(limits)
     held = store.lengths[:, 0]
-    is_split = isinstance(probe, PromptProbe) and probe.allocator is not None
-    if int(held.sum()) != int(limits.sum()) or not (is_split or torch.equal(held, limits)):
+    is_exact = probe.allocator is not None or torch.equal(held, limits)
+    if int(held.sum()) != int(limits.sum()) or not is_exact:
         raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
     return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
-
-
-def _filled(probe: TransformersProbe, limits: Tensor) -> RaggedStore:
-    """A store under the window rule that has seen the first sequence."""
-    policy = registry.create("policy", "streaming", {"num_sink_tokens": probe.num_sink_tokens})
-    store = RaggedStore(probe.spec, Fixed(limits), policy)
-
-    def fill(activations: LayerActivations) -> None:
-        query, key, value = activations.queries, activations.keys, activations.values
-        store.keep(activations.layer, query, store.arrive(activations.layer, key, value), Scoring())
-
-    single = TransformersProbe(probe.model, probe.sequences[:1], [probe.sequences[0]])
-    single.observe(fill, frozenset({"queries", "keys", "values"}))
-    return store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpolicy.integrations.transformers import Pace, PromptProbe
+from kvpolicy.integrations.transformers import Pace
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.probes import Probes
 from kvpolicy.tuning.settings import TuneSettings
@@ -32,7 +32,7 @@ class Work:
 def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout: Probes, work: Work) -> None:
     """Says how the loss is measured, how many forwards it takes at most, and about how long."""
     for part in search.parts:
-        if isinstance(part, PromptProbe):
+        if part.protocol == "prompt":
             progress.note(f"the loss under {settings.policy}: {part.described}")
     levels, pace = len(settings.retentions), work.pace
     in_heldout = sum(probe.num_sequences for probe in heldout.all)
@@ -68,4 +68,4 @@ def _trial_contents(settings: TuneSettings, search: Probes) -> str:
 def _prompts(search: Probes, heldout: Probes) -> int:
     """Prompts that are yet to be run before losses behind them can be measured; those of the target have been."""
     new = [probe for probe in (*search.all, *heldout.all) if probe not in search.parts]
-    return sum(probe.num_sequences for probe in new if isinstance(probe, PromptProbe))
+    return sum(probe.num_sequences for probe in new if probe.protocol == "prompt")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PluginError
-from kvpolicy.integrations.transformers import TransformersProbe
+from kvpolicy.integrations.transformers import SequenceProbe
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
@@ -24,7 +24,7 @@ class JoinedProbe(ModelProbe):
     Raises `BudgetError` for probes that a table of capacities cannot serve alike.
     """
 
-    def __init__(self, *parts: TransformersProbe) -> None:
+    def __init__(self, *parts: SequenceProbe) -> None:
         first, second = parts
         for name in ("spec", "context_length", "least_capacity"):
             if getattr(first, name) != getattr(second, name):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.integrations.transformers import Prompts, attached, with_cache
+from kvpolicy.integrations.transformers import Prompts
 from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.tasks.needles import answer_of
 from kvpolicy.tasks.questions import Question, recalled
@@ -65,23 +65,18 @@ class PasskeyCheck:
             batch = slice(first, first + self._batch)
             ids = torch.stack([question.ids for question in self._questions[batch]])
             prompts = Prompts(self._model, [ids], self._policy, self._tokenizer)
-            with torch.no_grad(), attached(self._model):
-                counts[0] += self._count(prompts, whole, batch)
-                # More are lost than a model that can do the task may lose: the tables' answers would not be used.
-                if first + len(ids) - counts[0] > self.count - ABLE * self.count:
-                    continue
-                for index, table in enumerate(tables, 1):
-                    counts[index] += self._count(prompts, table, batch)
+            counts[0] += self._count(prompts, whole, batch)
+            # More are lost than a model that can do the task may lose: the tables' answers would not be used.
+            if first + len(ids) - counts[0] > self.count - ABLE * self.count:
+                continue
+            for index, table in enumerate(tables, 1):
+                counts[index] += self._count(prompts, table, batch)
         return [count / self.count for count in counts[: None if counts[0] >= ABLE * self.count else 1]]
 
     def _count(self, prompts: Prompts, table: Tensor, batch: slice) -> int:
         """How many numbers greedy decoding gives behind a batch of prompts."""
-        answers, (cache, logits) = self._answers[batch], prompts.compressed(0, table)
-        cache.hold(answers.shape[1])  # as in `PromptProbe`: the answer is on top
-        ids = answers.to(self._model.device)
-        behind = self._model(ids, **with_cache(self._model, cache), use_cache=True).logits
-        decoded = torch.cat([logits, behind], 1).argmax(-1).cpu()
-        cache.check_enforced()
+        answers = self._answers[batch]
+        decoded = prompts.logits(0, table, answers.to(self._model.device)).argmax(-1).cpu()
         texts = self._tokenizer.batch_decode(decoded, skip_special_tokens=True)
         same = (decoded[:, :-1] == answers).all(1).tolist()
         pairs = zip(same, texts, self._questions[batch], strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TextError
-from kvpolicy.integrations.transformers import PromptProbe, TransformersProbe
+from kvpolicy.integrations.transformers import PromptProbe, SequenceProbe
 from kvpolicy.measure.evaluation import probe_for
 from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.tasks.needles import Needles, make_needles
@@ -48,9 +48,9 @@ class Probes:
     target:  the text, the needles, or both joined: what the objective is measured on
     """
 
-    text: TransformersProbe
+    text: SequenceProbe
     needles: PromptProbe | None
-    target: TransformersProbe | JoinedProbe
+    target: SequenceProbe | JoinedProbe
 
     def losses(self, table: Callable[[int], Tensor]) -> Losses:
         """table: capacities int `[L, H]` for a context length; text and needles may differ in theirs"""
@@ -71,12 +71,12 @@ class Probes:
         return torch.full(self.text.spec.table_shape, context)
 
     @property
-    def all(self) -> tuple[TransformersProbe, ...]:
+    def all(self) -> tuple[SequenceProbe, ...]:
         """Text and needles, as far as there are any."""
         return (self.text,) if self.needles is None else (self.text, self.needles)
 
     @property
-    def parts(self) -> tuple[TransformersProbe, ...]:
+    def parts(self) -> tuple[SequenceProbe, ...]:
         """What the target is made of."""
         return self.target.parts if isinstance(self.target, JoinedProbe) else (self.target,)
 
@@ -85,11 +85,8 @@ class Probes:
 
         forward: seconds of one forward of a whole sequence
         """
-        seconds = [
-            (probe.seconds() if isinstance(probe, PromptProbe) else forward) * probe.num_sequences
-            for probe in self.parts
-        ]
-        return sum(seconds) / self.target.num_sequences
+        total = sum(part.seconds(forward) * part.num_sequences for part in self.parts)
+        return total / self.target.num_sequences
 
 
 def make_probes(
@@ -128,7 +125,7 @@ def make_probes(
     )
 
 
-def _joined(objective: Objective, text: TransformersProbe, needles: PromptProbe) -> Probes:
+def _joined(objective: Objective, text: SequenceProbe, needles: PromptProbe) -> Probes:
     return Probes(text, needles, needles if objective == "retrieval" else JoinedProbe(text, needles))
 
 

@@ -21,7 +21,7 @@ from kvpolicy.verbs import arguments
 from kvpolicy.verbs.cache_choice import check_level, chosen_policy, load_network
 
 if TYPE_CHECKING:
-    from kvpolicy.integrations.transformers import TransformersProbe
+    from kvpolicy.integrations.transformers import SequenceProbe
     from kvpolicy.measure.evaluation import CacheBytes
 
 TASKS = ("perplexity",)
@@ -137,7 +137,7 @@ class _Measured:
 
 
 def _measured(
-    probe: TransformersProbe, name: str, plan: BudgetPlan | None, retentions: list[float], progress: Progress
+    probe: SequenceProbe, name: str, plan: BudgetPlan | None, retentions: list[float], progress: Progress
 ) -> Iterator[_Measured]:
     """The full cache, and at each retention uniform budgets and the plan's."""
     from kvpolicy.measure.evaluation import measured_bytes, perplexity
@@ -181,7 +181,7 @@ def _retentions(name: str, plan: BudgetPlan | None, given: list[float]) -> list[
     return given
 
 
-def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retention: float) -> Tensor:
+def _table(name: str, plan: BudgetPlan | None, probe: SequenceProbe, retention: float) -> Tensor:
     """Capacities `[L, H]`."""
     spec, context = probe.spec, probe.context_length
     if name == "full":
@@ -193,7 +193,7 @@ def _table(name: str, plan: BudgetPlan | None, probe: TransformersProbe, retenti
     return unmeasured_capacities(registry.create("allocator", "uniform"), budget)
 
 
-def _row(probe: TransformersProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:
+def _row(probe: SequenceProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:
     from kvpolicy.measure.evaluation import perplexity
     from kvpolicy.measure.stats import mean_interval
 

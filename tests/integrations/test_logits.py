@@ -40,8 +40,7 @@ def test_the_same_prompts():
     found = []
     for model in models():
         policy = kvpolicy.registry.create("policy", "streaming")
-        with kvpolicy.attached(model), torch.no_grad():
-            cache, logits = Prompts(model, [tiny_ids(40)], policy).compressed(0, torch.full((3, 2), 20))
+        cache, logits = Prompts(model, [tiny_ids(40)], policy).compressed(0, torch.full((3, 2), 20))
         assert logits.shape == (1, 1, 97) and int(cache.lengths.max()) == 20
         found.append(logits)
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)

@@ -126,6 +126,18 @@ def test_prompts_are_run_once_as_far_as_memory_reaches(monkeypatch, kept_bytes, 
     assert probe.contexts.nbytes <= kept_bytes
 
 
+@pytest.mark.parametrize(("kept_bytes", "prompts", "behind"), [(10**9, 5, 2), (0, 3, 2), (60_000, 4, 4)])
+def test_the_time_of_a_sequence_is_not_measured_on_all_of_them(monkeypatch, kept_bytes, prompts, behind):
+    """Each prompt that is run once, and two batches of each kind; the last figure keeps one prompt of five."""
+    monkeypatch.setattr(prefilled, "KEPT_BYTES", kept_bytes)
+    model = tiny_model("Llama", layers=2)
+    probe, seen = make_probe(model, tiny_ids(LENGTH, batch=5)), forwards_of(model)
+    assert probe.seconds(1e9) < 1e6
+    assert (seen.count(PROMPT), seen.count(LENGTH - PROMPT - 1)) == (prompts, behind)
+    window = probe_for(registry.create("policy", "streaming"), model, tiny_ids(LENGTH))
+    assert window.seconds(0.25) == 0.25
+
+
 def test_the_model_is_left_as_it_was():
     model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
     plain = model(ids).logits

@@ -5,6 +5,7 @@ import torch
 
 from kvpolicy import BudgetError, ModelSpec, PluginError, registry
 from kvpolicy.integrations.transformers import Prompts, attached, prompt_cache
+from kvpolicy.integrations.transformers.attention.attachment import is_attached
 from kvpolicy.integrations.transformers.probes import prefilled
 from tests.tiny import over, tiny_ids, tiny_model
 
@@ -53,11 +54,26 @@ def test_prompts_run_once_as_far_as_memory_reaches(monkeypatch, kept, forwards):
     model, ids, seen = tiny_model("Llama"), tiny_ids(LENGTH, batch=2), []
     made = Prompts(model, torch.split(ids, 1), registry.create("policy", "h2o"))
     model.register_forward_hook(lambda *_: seen.append(1))
-    with torch.no_grad(), attached(model):
-        for capacity in (20, 30):
-            for index in range(2):
-                made.compressed(index, torch.full((3, 2), capacity), registry.create("allocator", "adakv"))
+    for capacity in (20, 30):
+        for index in range(2):
+            made.compressed(index, torch.full((3, 2), capacity), registry.create("allocator", "adakv"))
     assert len(seen) == forwards and made.nbytes <= kept and (made.nbytes > 0) == (kept > 0)
+
+
+def test_prompts_attach_the_model_themselves_and_take_no_gradients():
+    model, ids = tiny_model("Llama"), tiny_ids(LENGTH)
+    prompts = Prompts(model, [ids], registry.create("policy", "h2o"))
+    table, behind = torch.full((3, 2), 20), tiny_ids(7)
+    cache, before = prompts.compressed(0, table)
+    found = prompts.logits(0, table, behind)
+    assert not is_attached(model)
+    assert not found.requires_grad and not before.requires_grad
+    expected = [before]
+    with torch.no_grad(), attached(model):
+        for column in range(7):
+            expected.append(model(behind[:, column : column + 1], **over(cache), use_cache=True).logits)
+    assert torch.equal(cache.lengths, torch.full((3, 1, 2), 27)), "what follows the prompt is on top"
+    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused():
@@ -65,5 +81,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(PluginError, match=r"KVzipPolicy requires repeat_attention: .* give tokenizer="):
         Prompts(model, [ids], registry.create("policy", "kvzip"))
     made = Prompts(model, [ids], registry.create("policy", "h2o"))
-    with torch.no_grad(), attached(model), pytest.raises(BudgetError, match="does not split at run time"):
+    with pytest.raises(BudgetError, match="does not split at run time"):
         made.compressed(0, torch.full((3, 2), 20), registry.create("allocator", "pyramid"))

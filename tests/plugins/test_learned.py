@@ -7,7 +7,7 @@ import pytest
 import torch
 from kvpolicy_baselines.learned import LearnedAllocator
 
-from kvpolicy import Budget, Importance, PluginError, TransformersProbe, apportion, load_plan, new_cache
+from kvpolicy import Budget, Importance, ModelProbe, PluginError, TransformersProbe, apportion, load_plan, new_cache
 from kvpolicy.progress import Progress
 from kvpolicy.testing import SyntheticProbe, check_allocator
 from tests.command_line import FAST
@@ -225,7 +225,7 @@ def test_a_divergence_that_is_not_finite_is_refused():
 
 def test_a_probe_without_soft_loss_is_refused_by_name():
     class Measuring(SyntheticProbe):
-        num_sequences = TransformersProbe.__mro__[1].num_sequences  # the default of ModelProbe
+        num_sequences = ModelProbe.num_sequences  # the default
 
     with pytest.raises(PluginError, match="Measuring has no soft_loss"):
         LearnedAllocator(steps=2).fit(Measuring(), ANY, budget(120))

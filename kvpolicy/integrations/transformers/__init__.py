@@ -22,6 +22,7 @@ from kvpolicy.integrations.transformers.model.encoded_text import read_corpus
 from kvpolicy.integrations.transformers.model.load import load_config, load_model
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.integrations.transformers.model.weights import weights_of
+from kvpolicy.integrations.transformers.probes.base import SequenceProbe
 from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
 from kvpolicy.integrations.transformers.probes.prompt import PromptProbe
 from kvpolicy.integrations.transformers.probes.window import TransformersProbe
@@ -32,6 +33,7 @@ __all__ = [
     "PromptProbe",
     "Prompts",
     "RaggedCache",
+    "SequenceProbe",
     "TransformersProbe",
     "attach",
     "attached",

@@ -13,6 +13,7 @@ from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.cache.build import cache_of
+from kvpolicy.integrations.transformers.cache.contexts import attached
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.recipe import Recipe
 from kvpolicy.integrations.transformers.cache.repeat import repeat_context
@@ -33,8 +34,7 @@ class Prompts:
     policy:    who evicts
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
 
-    To be used while the model is attached and gradients are off. Raises `PluginError` for a policy that has prompts
-    repeated where there is no tokenizer.
+    Raises `PluginError` for a policy that has prompts repeated where there is no tokenizer.
     """
 
     def __init__(
@@ -70,11 +70,19 @@ class Prompts:
         """Bytes of the caches that are kept."""
         return sum(cache.nbytes for cache, _ in self._kept.values())
 
+    def run(self) -> int:
+        """Runs what is run once for all tables. Returns how many batches of prompts that is."""
+        for index in range(len(self.batches)):
+            self._whole(index)
+            if index not in self._kept:
+                break
+        return len(self._kept)
+
     def compressed(
         self, index: int, table: Tensor, allocator: BudgetAllocator | None = None
     ) -> tuple[RaggedCache, Tensor]:
         """A cache of batch `index` that keeps what `table` allows, and the logits behind its prompts `[B, 1, vocab]`.
-        What follows is kept on top.
+        What follows is kept on top. The cache is to be used while the model is attached.
 
         table:     int [L, H], entries of the prompt
         allocator: splits the table's total at run time by the scores of each prompt instead
@@ -83,23 +91,41 @@ class Prompts:
         # the scores of these are of no use for another table: there are none, or they are those of one capacity
         if (allocator is not None and policy.window_rule) or "capacity" in policy.requires:
             return self._run(index, table, allocator)
-        kept = self._kept.get(index)
-        if kept is None:
-            kept = self._run(index, self.whole, None)
-            if kept[0].nbytes + self.nbytes <= KEPT_BYTES:
-                self._kept[index] = kept
-        cache, logits = kept[0].fork(), kept[1]
+        whole, logits = self._whole(index)
+        cache = whole.fork()
         lower(cache.opened(), table, allocator)
         return cache, logits
 
+    def logits(self, index: int, table: Tensor, behind: Tensor, allocator: BudgetAllocator | None = None) -> Tensor:
+        """Logits behind the prompts of batch `index` and behind each of `n` further tokens, `[B, 1 + n, vocab]`.
+
+        behind: int64 [B, n] on the model's device; the rest as in `compressed`
+        """
+        with torch.no_grad(), attached(self.model):
+            cache, before = self.compressed(index, table, allocator)
+            cache.hold(behind.shape[1])
+            after = self.model(behind, **with_cache(self.model, cache), use_cache=True).logits
+            cache.check_enforced()
+            return torch.cat([before, after], 1)
+
+    def _whole(self, index: int) -> tuple[RaggedCache, Tensor]:
+        """As `compressed`, with nothing evicted: for all tables, so it is left as it is."""
+        if index in self._kept:
+            return self._kept[index]
+        cache, logits = self._run(index, self.whole, None)
+        if cache.nbytes + self.nbytes <= KEPT_BYTES:
+            self._kept[index] = cache, logits
+        return cache, logits
+
     def _run(self, index: int, table: Tensor, allocator: BudgetAllocator | None) -> tuple[RaggedCache, Tensor]:
-        cache, ids = prompt_cache(self.model, self.policy, table, allocator), self.batches[index].to(self.model.device)
-        given = with_cache(self.model, cache) | keep_logits(self.model)
-        logits = self.model(ids, use_cache=True, **given).logits[:, -1:]
-        if cache.awaits_repeat:
-            assert self.tokenizer is not None  # asked for at the beginning
-            repeat_context(self.model, cache, ids, self.tokenizer)
-        cache.check_enforced()
+        model, ids = self.model, self.batches[index].to(self.model.device)
+        with torch.no_grad(), attached(model):
+            cache = prompt_cache(model, self.policy, table, allocator)
+            logits = model(ids, use_cache=True, **with_cache(model, cache), **keep_logits(model)).logits[:, -1:]
+            if cache.awaits_repeat:
+                assert self.tokenizer is not None  # asked for at the beginning
+                repeat_context(model, cache, ids, self.tokenizer)
+            cache.check_enforced()
         return cache, logits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,15 +15,14 @@ from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
 from kvpolicy.integrations.transformers.cache.contexts import attached
-from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.integrations.transformers.probes.base import SequenceProbe, losses_from
 from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
-from kvpolicy.integrations.transformers.probes.window import TransformersProbe, losses_from
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from kvpolicy.text.corpus import Tokenize
 
 
-class PromptProbe(TransformersProbe):
+class PromptProbe(SequenceProbe):
     """Sequences whose first part is a prompt that is compressed once; what follows it is scored.
 
     policy:         who evicts
@@ -121,38 +120,38 @@ class PromptProbe(TransformersProbe):
     def _eviction_ranks(self, sequence: int) -> Tensor:
         """int32 [L, H, prefill_length] on the model's device, of one sequence's prompt."""
         index, row = divmod(sequence, self.batch_size)
-        with torch.no_grad(), attached(self.model):
-            store = self.contexts.compressed(index, self.contexts.whole)[0].opened()
+        store = self.contexts.compressed(index, self.contexts.whole)[0].opened()
         store.take(torch.tensor([row]))
         layers = [None if held is None else held.outliving() for held in store.layers]
         return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
 
-    def token_losses(self, capacities: Tensor) -> Iterator[Tensor]:
-        self._check(capacities)
-        for index, batch in enumerate(torch.split(self.sequences, self.batch_size)):
-            ids = batch.to(self.model.device)
-            with torch.no_grad(), attached(self.model):
-                cache, before = self.contexts.compressed(index, capacities, self.allocator)
-                cache.hold(ids.shape[1])  # decode="append": nothing of it is scored or evicted
-                logits = self.model(
-                    ids[:, self.prefill_length : -1], **with_cache(self.model, cache), use_cache=True
-                ).logits
-                cache.check_enforced()
-                losses = losses_from(torch.cat([before, logits], 1), ids[:, self.prefill_length :])
-            yield losses.cpu()
-
     def filled(self, capacities: Tensor) -> RaggedStore:
         """A store as the first sequence's prompt leaves it. capacities: int `[L, H]`."""
         self._check(capacities)
-        with torch.no_grad(), attached(self.model):
-            store = self.contexts.compressed(0, capacities, self.allocator)[0].opened()
+        store = self.contexts.compressed(0, capacities, self.allocator)[0].opened()
         store.take(torch.zeros(1, dtype=torch.int64))
         return store
 
-    def seconds(self) -> float:
-        """What a sequence takes with half of its prompt kept, once the prompts that can be kept have been run."""
+    def seconds(self, forward: float) -> float:
+        """Timed on one batch with half of its prompt kept, once the prompts that serve all tables have been run, and on
+        one of those whose prompt is run again for each table, if there are any.
+        """
+        batches, once = torch.split(self.sequences, self.batch_size), self.contexts.run()
+        again = len(batches) - once
+        total = (once * self._batch_seconds(0) if once else 0.0) + (
+            again * self._batch_seconds(len(batches) - 1) if again else 0.0
+        )
+        return total / self.num_sequences
+
+    def _batch_seconds(self, index: int) -> float:
         table = torch.full(self.spec.table_shape, max(self.prefill_length // 2, self.least_capacity))
-        for _ in range(2):
-            begun = time.perf_counter()
-            self.loss(table)
-        return (time.perf_counter() - begun) / len(self.sequences)
+        ids, start = torch.split(self.sequences, self.batch_size)[index].to(self.model.device), 0.0
+        for _ in range(2):  # compiling and setting memory aside is left to the first
+            start = time.perf_counter()
+            with torch.no_grad():
+                self._batch_losses(index, ids, table).cpu()
+        return time.perf_counter() - start
+
+    def _batch_losses(self, index: int, ids: Tensor, capacities: Tensor) -> Tensor:
+        logits = self.contexts.logits(index, capacities, ids[:, self.prefill_length : -1], self.allocator)
+        return losses_from(logits, ids[:, self.prefill_length :])
