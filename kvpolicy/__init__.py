@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from kvpolicy.model.layer_spec import LayerSpec
     from kvpolicy.model.spec import Budget, Importance, ModelSpec
-    from kvpolicy.plugins.activations import LayerActivations, Rotary
+    from kvpolicy.plugins.activations import LayerActivations, LayerStatistics, Rotary
     from kvpolicy.plugins.decode_step import DecodeStep
     from kvpolicy.plugins.hookspecs import Register, hookimpl
     from kvpolicy.plugins.registry import registry
@@ -71,6 +71,7 @@ _LAZY = {
     "KVPolicyError": "kvpolicy.errors",
     "LayerActivations": "kvpolicy.plugins.activations",
     "LayerSpec": "kvpolicy.model.layer_spec",
+    "LayerStatistics": "kvpolicy.plugins.activations",
     "ModelError": "kvpolicy.errors",
     "ModelProbe": "kvpolicy.plugins.roles",
     "ModelSpec": "kvpolicy.model.spec",
@@ -145,6 +146,7 @@ __all__ = [
     "KVPolicyError",
     "LayerActivations",
     "LayerSpec",
+    "LayerStatistics",
     "ModelError",
     "ModelProbe",
     "ModelSpec",

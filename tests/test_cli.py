@@ -188,7 +188,7 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     policies = ("streaming", "h2o", "snapkv", "tova", "l2norm", "keydiff", "random", "corm", "r_kv", "kvzip")
     policies += ("kv_compress", "expected_attention", "critical_kv")
     allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "kv_compress", "same_count")
-    allocators += ("power", "hull", "learned")
+    allocators += ("power", "hull", "learned", "cake")
     estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:

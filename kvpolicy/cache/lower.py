@@ -17,8 +17,14 @@ def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None =
     table:     int64 [L, H]
     allocator: splits the table's total at run time instead, layer by layer as a prompt would
 
-    Raises `BudgetError` below the policy's floor, and for a table of another shape.
+    Raises `BudgetError` below the policy's floor, for a table of another shape, and for an allocator that requires
+    statistics of a prompt's attention, which is gone.
     """
+    if allocator is not None and allocator.requires:
+        raise BudgetError(
+            f"{type(allocator).__name__} requires {', '.join(sorted(allocator.requires))} of the prompt's attention, "
+            "which is gone: make the store with this allocator"
+        )
     if tuple(table.shape) != store.spec.table_shape:
         raise BudgetError(f"the table has shape {tuple(table.shape)}, the model has {store.spec.table_shape}")
     floor = store.policy.least_capacity

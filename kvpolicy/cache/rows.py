@@ -12,6 +12,7 @@ from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.plugins.activations import LayerStatistics
 
 
 class RowTables:
@@ -26,6 +27,7 @@ class RowTables:
         self.tables: list[Tensor | None] = [None] * batch_size
         self.seen = [0] * batch_size
         self._before: list[Tensor | None] = []  # the tables at the start of a forward that is being split
+        self._statistics: list[LayerStatistics] = []  # of the layers that it has split
 
     def grow(self, seen: Sequence[int]) -> None:
         """Brings every table up to the tokens seen; a smaller number (after a crop) leaves it as it is.
@@ -44,14 +46,21 @@ class RowTables:
                 made[key] = self.schedule.at(count, held)
             self.tables[row], self.seen[row] = made[key], count
 
-    def split_layer(self, layer: int, scores: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
-        """Fills in layer l at run time. scores: float32 [B, H, n] of layers 0 to l, or of l alone: see `at_layer`.
+    def split_layer(
+        self, layer: int, scores: Sequence[Tensor], statistics: LayerStatistics, seen: Sequence[int]
+    ) -> list[Tensor]:
+        """Fills in layer l at run time.
+
+        scores:     float32 [B, H, n] of layers 0 to l, or of l alone: see `at_layer`
+        statistics: of layer l
 
         Returns int64 [B, H] of each of the layers 0 to l.
         """
         assert self.split is not None
         if not layer:
-            self._before = list(self.tables)
+            self._before, self._statistics = list(self.tables), []
+        self._statistics.append(statistics)
+        told = [each.on(scores[0].device) for each in self._statistics[-len(scores) :]]
         alike: dict[tuple[int, int], list[int]] = {}
         for row, count in enumerate(seen):
             alike.setdefault((id(self._before[row]), count), []).append(row)
@@ -59,10 +68,11 @@ class RowTables:
             before = self._before[rows[0]]
             now = [self._table(row) if layer else self.split.start(before) for row in rows]
             own = scores if len(rows) == len(seen) else [scored[rows] for scored in scores]
-            for row, table in zip(rows, self.split.at_layer(layer, own, count, before, now), strict=True):
+            said = [each.of_rows(rows) for each in told]
+            for row, table in zip(rows, self.split.at_layer(layer, own, said, count, before, now), strict=True):
                 self.tables[row], self.seen[row] = table, count
         if layer == self.schedule.shape[0] - 1:
-            self._before = []
+            self._before, self._statistics = [], []
         return [self.layer(index) for index in range(layer + 1)]
 
     def layer(self, layer: int) -> Tensor:
@@ -91,12 +101,17 @@ class RowTables:
 
 
 def split_layers(
-    rows: RowTables, layers: Sequence[StoreLayer], scores: Tensor | None = None, chunk: Chunk | None = None
+    rows: RowTables,
+    layers: Sequence[StoreLayer],
+    scores: Tensor | None = None,
+    chunk: Chunk | None = None,
+    statistics: LayerStatistics | None = None,
 ) -> None:
     """Run-time capacities of the last of these layers, and of the earlier ones, which shrink for it.
 
     layers: from the first on
     scores, chunk: float32 [S, width + n], of tokens that come in now; None splits by what is held
+    statistics: of the last layer, None for an allocator that requires none
     """
     assert rows.split is not None
     *earlier, last = layers
@@ -104,7 +119,7 @@ def split_layers(
     compared = [last.compared(scores, chunk)]
     if not rows.split.split_is_per_layer:
         compared = [*(layer.compared().to(device) for layer in earlier), *compared]
-    tables = rows.split_layer(len(earlier), compared, last.settled.tolist())
+    tables = rows.split_layer(len(earlier), compared, statistics or LayerStatistics(), last.settled.tolist())
     for layer, table in zip(layers, tables, strict=True):
         layer.allow(table)
     for layer in earlier:

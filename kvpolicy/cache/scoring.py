@@ -54,6 +54,11 @@ def check_sources(policy: EvictionPolicy, supplied: frozenset[str], allocator: B
             f"the policy {name} requires repeat_attention and {listed(gone)}: once the context has been "
             f"repeated, only {listed(OUTLIVE_PROMPT)} are left of its own forward"
         )
+    if allocator is not None and allocator.requires and "repeat_attention" in policy.requires:
+        raise PluginError(
+            f"{type(allocator).__name__} requires {listed(allocator.requires)}, and behind the repeated context of "
+            f"{name} the attention of the prompt is gone: take another policy, or an allocator that requires none"
+        )
     if allocator is not None and "capacity" in policy.requires:
         raise PluginError(
             f"the policy {name} requires capacity, and {type(allocator).__name__} splits the budget at run time, by "

@@ -13,6 +13,7 @@ from kvpolicy.cache.schedule import Schedule
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import Budget
 from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.activations import LayerStatistics
 from kvpolicy.plugins.roles import BudgetAllocator
 
 
@@ -47,19 +48,28 @@ class RuntimeSplit:
         return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
 
     def at_layer(
-        self, layer: int, scores: Sequence[Tensor], seen: int, held: Tensor | None, now: Sequence[Tensor]
+        self,
+        layer: int,
+        scores: Sequence[Tensor],
+        statistics: Sequence[LayerStatistics],
+        seen: int,
+        held: Tensor | None,
+        now: Sequence[Tensor],
     ) -> list[Tensor]:
         """The tables of b sequences after layer l has been scored, int64 [L, H] each.
 
         scores: float32 [b, H, n] of layers 0 to l, under the scope "layer" of l alone; inf for entries that stay
             anyhow, -inf for absent ones
+        statistics: of the attention of the same layers, [b, H]
         held:   [L, H] before this forward, the same for all; capacities do not fall below it
         now:    [L, H] as this forward has left each. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
         floors, most, total = self.start(held), self._most(seen, now[0]), self.schedule.total(seen)
         if self.split_is_per_layer:  # all sequences at once: the device is waited for once
             one = slice(layer, layer + 1)
-            parts = self._apportion(scores, self._part(total, layer), floors[one], floors[one].clamp(min=most))
+            parts = self._apportion(
+                scores, statistics, self._part(total, layer), floors[one], floors[one].clamp(min=most)
+            )
             return [
                 torch.cat([table[:layer], part, table[layer + 1 :]]) for table, part in zip(now, parts, strict=True)
             ]
@@ -68,7 +78,8 @@ class RuntimeSplit:
             ceilings = table[: layer + 1].clone()
             ceilings[layer] = ceilings[layer].clamp(min=most)
             own = [scored[row : row + 1] for scored in scores]
-            (part,) = self._apportion(own, left, floors[: layer + 1], ceilings)
+            told = [each.of_rows([row]) for each in statistics]
+            (part,) = self._apportion(own, told, left, floors[: layer + 1], ceilings)
             tables.append(torch.cat([part, table[layer + 1 :]]))
         return tables
 
@@ -98,10 +109,17 @@ class RuntimeSplit:
         """Most entries of a KV head: the tokens seen, or the mean while there are fewer."""
         return max(seen, -(-self.schedule.total(seen) // table.numel()), self.floor)
 
-    def _apportion(self, scores: Sequence[Tensor], total: int, floors: Tensor, ceilings: Tensor) -> list[Tensor]:
+    def _apportion(
+        self,
+        scores: Sequence[Tensor],
+        statistics: Sequence[LayerStatistics],
+        total: int,
+        floors: Tensor,
+        ceilings: Tensor,
+    ) -> list[Tensor]:
         """A table for each sequence, int64 like `floors`. scores: float32 [b, H, n] of each of its layers."""
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
-        shares = plugin_call.split_shares(self.allocator, scores, budget)
+        shares = plugin_call.split_shares(self.allocator, scores, budget, statistics)
         return [apportion(each, budget) for each in shares]
 
 

@@ -18,6 +18,7 @@ from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.cache.attention_mass import chunk_mask
+from kvpolicy.cache.attention_statistics import attention_statistics
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
@@ -296,11 +297,14 @@ class RaggedStore(Accounts):
             self._wrong.add(scores)
             if self.split is not None or is_last:
                 self._wrong.check(self.policy, "score_prompt")
+        statistics = None
+        if self.split is not None and scores is not None:
+            statistics = attention_statistics(self.split.allocator.requires, self.policy, held, query, chunk, scoring)
         settled = held.settle(chunk, settling)
         if not settling:
             return
         if self.split is not None and scores is not None:
-            split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled)
+            split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled, statistics)
         held.fold(settled, scores)
 
     # --- what becomes of a batch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import PluginError
@@ -111,3 +113,30 @@ class LayerActivations(Sources):
     rotary: Rotary = ABSENT
     scale: float = ABSENT
     module: nn.Module = ABSENT
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LayerStatistics(Sources):
+    """What an allocator is told of a layer's attention. A field that `requires` does not list raises `PluginError`.
+
+    Of the entries in front of the policy's observation window, by the queries of the window, and of each KV head by the
+    mean over its query heads. Both are float32 [B, num_kv_heads], and 0 where a prompt is no longer than the window.
+
+    attention_entropy:  how widely a query looks: the sum of -a log a over the entries, in nats, mean over the queries
+    attention_variance: how much attention shifts: the variance of a over the queries, summed over the entries
+    """
+
+    attention_entropy: Tensor = ABSENT
+    attention_variance: Tensor = ABSENT
+
+    def of_rows(self, rows: Sequence[int]) -> LayerStatistics:
+        """Those of some sequences."""
+        return LayerStatistics(**{name: x[list(rows)] for name, x in self.supplied().items()})
+
+    def on(self, device: torch.device) -> LayerStatistics:
+        """The same on a device."""
+        return LayerStatistics(**{name: x.to(device) for name, x in self.supplied().items()})
+
+
+STATISTICS = frozenset(field.name for field in fields(LayerStatistics))
+"""What an allocator may list in `requires`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kvpolicy.errors import PluginError
+from kvpolicy.plugins.activations import STATISTICS
 from kvpolicy.plugins.faults import contained, describe
 from kvpolicy.plugins.hookspecs import Role
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, SplitScope
@@ -45,11 +46,17 @@ def _whole(least: int, hint: str = "") -> Law:
     return _law(lambda x: type(x) is int and least <= x <= _MOST, f"an int >= {least}{hint}")
 
 
-def _sources(name: str, value: Any) -> str:
-    if not isinstance(value, frozenset):
-        return f"`{name}` is a {type(value).__name__}, expected a frozenset of source names"
-    unknown = sorted(map(str, value - SOURCES))
-    return f"`{name}` lists {quoted(unknown)}; the sources are {quoted(sorted(SOURCES))}" if unknown else ""
+def _names_of(known: frozenset[str], what: str) -> Law:
+    def wrong(name: str, value: Any) -> str:
+        if not isinstance(value, frozenset):
+            return f"`{name}` is a {type(value).__name__}, expected a frozenset of {what} names"
+        unknown = sorted(map(str, value - known))
+        return f"`{name}` lists {quoted(unknown)}; the {what}s are {quoted(sorted(known))}" if unknown else ""
+
+    return wrong
+
+
+_sources = _names_of(SOURCES, "source")
 
 
 def _is_number(value: object) -> bool:
@@ -62,6 +69,7 @@ _BOOL = _law(lambda x: isinstance(x, bool), "a bool")
 SAYS: dict[Role, dict[str, Law]] = {
     "estimator": {"requires": _sources, "token_measure": _law(lambda x: isinstance(x, str), "a str")},
     "allocator": {
+        "requires": _names_of(STATISTICS, "statistic"),
         "needs_importance": _BOOL,
         "needs_curves": _BOOL,
         "split_scope": _law(lambda x: x in get_args(SplitScope), f"one of {quoted(get_args(SplitScope))}"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
-from kvpolicy.plugins.activations import LayerActivations, Rotary
+from kvpolicy.plugins.activations import LayerActivations, LayerStatistics, Rotary
 from kvpolicy.plugins.checks import BASES, instance_problems, is_json
 from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.faults import PluginFault, contained, describe, is_plugins, place
@@ -124,10 +124,17 @@ def learned_shares(
     return None if found is None else checked_shares(allocator, "fit", found, budget.shape)
 
 
-def split_shares(allocator: BudgetAllocator, scores: Sequence[Tensor], budget: Budget) -> Tensor:
-    """`[B, l + 1, H]` on the CPU, finite, >= 0. `scores` are the allocator's: nobody else needs them."""
+def split_shares(
+    allocator: BudgetAllocator, scores: Sequence[Tensor], budget: Budget, statistics: Sequence[LayerStatistics] = ()
+) -> Tensor:
+    """`[B, l + 1, H]` on the CPU, finite, >= 0. `scores` are the allocator's: nobody else needs them.
+
+    statistics: of as many layers; an allocator that requires none is not given them
+    """
     shape, told = (len(scores[0]), *budget.shape), "; scores are inf for entries that stay and -inf for absent ones"
-    return _proportions(allocator, "split", _ask(allocator, "split", scores, copy.deepcopy(budget)), shape, told)
+    required = copy.deepcopy(statistics) if allocator.requires else ()
+    found = _ask(allocator, "split", scores, copy.deepcopy(budget), *required)
+    return _proportions(allocator, "split", found, shape, told)
 
 
 def checked_shares(allocator: BudgetAllocator, method: str, found: object, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
-from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.activations import LayerActivations, LayerStatistics
 from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.progress import Progress
 
@@ -188,6 +188,7 @@ class BudgetAllocator(_Role):
     needs_importance: False for an allocator that ignores importance
     needs_curves: True for an allocator that works on `Importance.curves`, which few estimators give
     split_scope: "none" for shares fixed in a plan; "layer" or "model" for shares split at run time by `split`
+    requires:    what `split` is told beside scores, fields of `LayerStatistics`
 
     Laws, checked by `kvpolicy.testing.check_allocator`: shares are finite, >= 0, not all zero, of shape
     `[L, H]`, the same for the same input; arguments are left unchanged.
@@ -196,6 +197,7 @@ class BudgetAllocator(_Role):
     needs_importance: ClassVar[bool] = True
     needs_curves: ClassVar[bool] = False
     split_scope: ClassVar[SplitScope] = "none"
+    requires: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
     def shares(self, importance: Importance, budget: Budget) -> Tensor:
@@ -210,12 +212,14 @@ class BudgetAllocator(_Role):
         """
         return None
 
-    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+    def split(self, scores: Sequence[Tensor], budget: Budget, *statistics: LayerStatistics) -> Tensor:
         """Run-time shares `[B, l + 1, H]` from the scores `[B, H, n]` of layers 0 to l, of what each layer still holds.
 
         +inf stands for entries that are kept in any case (sink tokens, the recent window), -inf for absent ones and
         for protected spans, which are on top of the budget: sums and means have to leave both out. Under the scope
         "layer" there is one layer, the one that has just run; `budget.shape` is `(l + 1, H)`.
+
+        statistics: of as many layers as there are scores, where `requires` is not empty; else none are given
 
         Only called when `split_scope` is not "none". Raises `NotImplementedError` unless overridden.
         """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpolicy.budget.apportion import apportion
 from kvpolicy.model.spec import Budget, Importance
+from kvpolicy.plugins.activations import LayerStatistics
 from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.testing.laws import (
     LawError,
@@ -104,7 +105,11 @@ def _check_split(allocator: BudgetAllocator) -> None:
         budget = Budget(total=10 * count * heads, shape=(count, heads), floor=5, ceiling=20)
         given = f"scores [{batch}, {heads}, 20] of {count} layers, +inf for 4 sink tokens, -inf for absent entries"
         scores = [score.clone() for score in shown]
-        shares = call(allocator, "split", given, allocator.split, scores, budget)
+        statistics = _statistics(allocator, batch, count)
+        before = [snapshot(each) for each in statistics]
+        shares = call(allocator, "split", given, allocator.split, scores, budget, *statistics)
+        for each, values in zip(statistics, before, strict=True):
+            hold_unchanged(allocator, "split", given, each, values)
         untouched = len(scores) == count and all(map(torch.equal, scores, shown))
         law = "split leaves its arguments unchanged, and changed `scores`"
         hold(untouched, allocator, law, given, scores[0], "work on a copy; avoid methods ending in '_'")
@@ -113,7 +118,17 @@ def _check_split(allocator: BudgetAllocator) -> None:
         positive = bool((shares.flatten(1) > 0).any(1).all())
         advice = "give at least one KV head of each sequence a share"
         hold(positive, allocator, "split is not all zero for a sequence", given, shares, advice)
-        hold_same(allocator, "split", given, shares, allocator.split(scores, budget))
+        hold_same(allocator, "split", given, shares, allocator.split(scores, budget, *statistics))
+
+
+def _statistics(allocator: BudgetAllocator, batch: int, layers: int) -> list[LayerStatistics]:
+    """What the allocator requires of each layer; nothing where it requires none."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [
+        {name: torch.rand(batch, _SHAPE[1], generator=generator) for name in sorted(allocator.requires)}
+        for _ in range(layers)
+    ]
+    return [LayerStatistics(**values) for values in drawn] if allocator.requires else []
 
 
 def _importances(curves: bool) -> Iterator[tuple[str, Importance]]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.activations import Sources
 from kvpolicy.plugins.checks import build, class_problems, instance_problems
-from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.faults import describe
 from kvpolicy.plugins.hookspecs import Role
 
@@ -83,7 +82,7 @@ def call(plugin: object, what: str, given: str, function: Callable[..., _T], *ar
 
 def tensors_of(record: object) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a dataclass such as `LayerActivations` or `Importance`, by name: "keys", "rope.0", "module.w"."""
-    if isinstance(record, LayerActivations | DecodeStep):
+    if isinstance(record, Sources):
         values = record.supplied()
     else:
         values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]

@@ -168,10 +168,11 @@ def test_the_probe_of_a_policy():
     assert "a prompt of 90 tokens" in prompt.described and "the 30 tokens behind it" in prompt.described
 
 
+@pytest.mark.parametrize("by", ["adakv", "cake"])
 @pytest.mark.parametrize(("name", "params"), [("snapkv", SNAPKV), ("streaming", {})])
-def test_an_allocator_at_run_time_splits_the_total_for_each_prompt(name, params):
+def test_an_allocator_at_run_time_splits_the_total_for_each_prompt(name, params, by):
     model, ids = tiny_model("Llama"), tiny_ids(LENGTH, batch=2)
-    policy, allocator = registry.create("policy", name, params), registry.create("allocator", "adakv")
+    policy, allocator = registry.create("policy", name, params), registry.create("allocator", by)
     cache = kvpolicy.new_cache(
         model, retention=0.3, policy=policy, allocator=allocator, context_length=PROMPT, decode="append"
     )

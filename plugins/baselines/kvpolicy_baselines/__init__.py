@@ -100,6 +100,13 @@ ALLOCATORS = [
         "Under the policy of its name, without a plan, at 30 % kept or less.",
     ),
     (
+        "cake",
+        "cake:CAKEAllocator",
+        "More entries for layers whose attention is spread and shifts, at run time.",
+        "arXiv:2503.12491",
+        "For budgets that follow each prompt by layers, under any policy.",
+    ),
+    (
         "same_count",
         "same_count:SameCountAllocator",
         "By importance, but one count for the KV heads of a layer.",

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvpolicy import Budget, BudgetAllocator, Importance, PluginError
+from kvpolicy import Budget, BudgetAllocator, Importance, LayerStatistics, PluginError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class AdaKVAllocator(BudgetAllocator):
         """Uniform: nothing is known before a prompt."""
         return torch.ones(budget.shape)
 
-    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+    def split(self, scores: Sequence[Tensor], budget: Budget, *statistics: LayerStatistics) -> Tensor:
         """Shares in entries, which sum to the budget where there are enough of them."""
         return torch.stack([self._row(row, budget) for row in scores[-1]])[:, None]
 

@@ -19,7 +19,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvpolicy import Budget, BudgetAllocator, DecodeStep, EvictionPolicy, Importance, LayerActivations, PluginError
+from kvpolicy import (
+    Budget,
+    BudgetAllocator,
+    DecodeStep,
+    EvictionPolicy,
+    Importance,
+    LayerActivations,
+    LayerStatistics,
+    PluginError,
+)
 from kvpolicy_baselines.pooling import pooled
 
 
@@ -77,7 +86,7 @@ class KVCompressAllocator(BudgetAllocator):
         """Uniform: nothing is known before a prompt."""
         return torch.ones(budget.shape)
 
-    def split(self, scores: Sequence[Tensor], budget: Budget) -> Tensor:
+    def split(self, scores: Sequence[Tensor], budget: Budget, *statistics: LayerStatistics) -> Tensor:
         """Shares in entries, which sum to the budget where there are enough of them."""
         shares = [self._row([layer[row] for layer in scores], budget) for row in range(len(scores[0]))]
         return torch.stack(shares)

@@ -88,8 +88,9 @@ class Prompts:
         allocator: splits the table's total at run time by the scores of each prompt instead
         """
         table, policy = table.long().clamp(max=self.length), self.policy
-        # the scores of these are of no use for another table: there are none, or they are those of one capacity
-        if (allocator is not None and policy.window_rule) or "capacity" in policy.requires:
+        # what these leave is of no use for another table: no scores, those of one capacity, or no attention
+        is_split_anew = allocator is not None and (policy.window_rule or bool(allocator.requires))
+        if is_split_anew or "capacity" in policy.requires:
             return self._run(index, table, allocator)
         whole, logits = self._whole(index)
         cache = whole.fork()
