@@ -11,20 +11,23 @@ from kvpolicy import (
     Budget,
     BudgetAllocator,
     Importance,
+    PluginError,
     PromptProbe,
     StudyError,
     TransformersProbe,
     load_plan,
     save_plan,
 )
+from kvpolicy.integrations.transformers import Pace, cast_parameters
 from kvpolicy.measure.evaluation import perplexity
 from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.report.tables import warnings_of
-from kvpolicy.tuning import TuneSettings, search, trial_count, tune
+from kvpolicy.tuning import TuneSettings, make_plan, search, trial_count, tune
 from tests.tiny import tiny_model
 from tests.tuning.searches import (
     CONTEXT,
+    BrokenEstimator,
     Fixed,
     Learned,
     OneHead,
@@ -254,3 +257,23 @@ def test_nothing_is_written_and_nothing_of_optuna_is_changed_unless_asked(tmp_pa
     assert optuna.logging.get_verbosity() == level
     with pytest.raises(StudyError, match=r"resume=True goes on with a search that was kept: give storage="):
         TuneSettings(resume=True)
+
+
+@pytest.mark.parametrize("estimator", ["cosine", "broken"])
+def test_the_model_and_optuna_are_afterwards_as_they_came(tmp_path, monkeypatch, offered, estimator):
+    def faster_in_bf16(model, sequence, *, choose_dtype):
+        cast_parameters(model, torch.bfloat16)
+        return Pace(0.01, torch.bfloat16, "bf16 is faster here")
+
+    monkeypatch.setattr(make_plan, "set_pace", faster_in_bf16)
+    offered(BrokenEstimator, "broken")
+    model, level = tiny_model("Llama", layers=2), optuna.logging.get_verbosity()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = make_settings(tmp_path, choose_dtype=True, estimator=estimator, trials=1)
+    if estimator == "broken":
+        with pytest.raises(PluginError, match="no power"):
+            run(settings, model)
+    else:
+        assert run(settings, model).provenance["dtype"] == "bfloat16"
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert model.dtype == torch.float32 and optuna.logging.get_verbosity() == level
