@@ -19,14 +19,17 @@ class KeyNormPolicy(EvictionPolicy):
     """The score of an entry is minus the L2 norm of its key.
 
     num_sink_tokens: first positions that the cache never evicts
+    recent_window:   last positions that the cache never evicts
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"keys"})
+    requires: ClassVar[frozenset[str]] = frozenset({"keys", "positions"})
 
     num_sink_tokens: int = 4
+    recent_window: int = 16
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        return _score(activations.keys)
+        absent = activations.positions < 0  # padding and empty slots: their keys may hold anything, NaN too
+        return _score(activations.keys).masked_fill(absent, 0.0)
 
     def score_step(self, step: DecodeStep) -> Tensor:
         return _score(step.keys)
