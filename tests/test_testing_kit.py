@@ -497,6 +497,10 @@ def _recency_by_index(a: Any) -> Tensor:
         (step(lambda s: s.scores.view(-1, s.num_kv_heads)), "score_step has shape [R]"),
         (step(lambda s: s.segment), "score_step is float32"),
         (step(lambda s: s.missing), "score_step raised AttributeError"),
+        (
+            step(lambda s: s.window_attention),
+            "DecodeStep has no 'window_attention'; it has layer, num_kv_heads, segment",
+        ),
         (step(lambda s: None), "score_step is a tensor"),
         (step(lambda s: s.scores[s.positions >= 0]), "score_step has shape [R]"),
         (step(lambda s: s.scores + s.keys.mean()), "free rows (position -1) do not change the scores"),

@@ -51,6 +51,10 @@ class Sources:
                 raise PluginError(f"nobody supplied '{name}': list it in `requires`")
             return value
 
+        def __getattr__(self, name: str) -> Any:
+            known = ", ".join(field.name for field in fields(self))
+            raise AttributeError(f"{type(self).__name__} has no '{name}'; it has {known}")
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, such as for a policy inside a policy. `dataclasses.replace` reads every field."""
         return type(self)(**self.supplied() | changes)
