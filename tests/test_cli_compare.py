@@ -122,7 +122,7 @@ WRONG = {
     "": "name the methods to compare",
     "snapkw": "there is no policy named 'snapkw' (did you mean 'snapkv'?)",
     "snapkv(kernel_size=4)": "kernel_size must be odd",
-    "tova --task rouge": "no task named 'rouge'; there is: perplexity, passkey, key-value",
+    "tova --task rouge": "no task named 'rouge'; there is: perplexity, key-value, needle-grid, passkey, babilong/NAME",
     "tova -r 1": "--retention 1 keeps everything",
     "tova -r 0": "in (0, 1]; got 0",
     "tova --limit 1": "--limit",

@@ -480,7 +480,7 @@ def test_answers_are_greedy_over_the_compressed_prompt(kept, batch_size):
     answers, held = task._answers(0, method, table)
     assert answers == expected[:batch_size]
     assert held.entries == 6 * kept and held.dense_bytes == 3 * 2 * PROMPT * (16 + 16) * 4
-    assert len(task.measure(method, table).losses) == 3
+    assert len(task.measure(method, lambda _: table).losses) == 3
 
 
 def test_a_policy_that_has_its_context_repeated_answers_too():
@@ -503,7 +503,7 @@ def test_a_passkey_counts_where_its_number_is_said(monkeypatch):
     method = read_methods([])[1]
     answers = [" 10000.", "10001", " 10007", "none"]
     monkeypatch.setattr(task, "_answers", lambda *_: (answers, CacheBytes(1, 1, 1)))
-    assert task.measure(method, torch.full((3, 2), 9)).losses.tolist() == [0, 0, 1, 1]
+    assert task.measure(method, lambda _: torch.full((3, 2), 9)).losses.tolist() == [0, 0, 1, 1]
 
 
 def test_a_cache_that_holds_more_than_its_table_is_refused():

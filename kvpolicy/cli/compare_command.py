@@ -26,7 +26,10 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="What to measure: perplexity, passkey, key-value.")] = "perplexity",
+    task: opt.TaskName = "perplexity",
+    question: opt.Question = "aware",
+    data: opt.Data = None,
+    task_file: opt.TaskFile = None,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     text: opt.Text = None,
     context: Annotated[
@@ -43,9 +46,7 @@ def compare_command(
     part: Annotated[
         str, typer.Option(help="Of --text: heldout, or whole for a text that no plan was tuned on.")
     ] = "heldout",
-    limit: Annotated[
-        int, typer.Option(min=LEAST_SEQUENCES, help="Most sequences or retrieval prompts to measure.")
-    ] = 8,
+    limit: Annotated[int, typer.Option(min=LEAST_SEQUENCES, help="Most sequences or samples to measure.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap, the shuffled rows and the prompts.")] = 0,
     out: Annotated[
         Path, typer.Option(help="The rows as JSON; a table beside it as .md. Rows that the file already has are kept.")
@@ -67,7 +68,7 @@ def compare_command(
     """Compare methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     Every method compresses the same prompts once. Under perplexity the text behind a prompt is scored, on the held-out
-    part of --text; under passkey and key-value a number that stands in the prompt is asked for. With --prefill 0 every
+    part of --text; a task asks for what stands in the prompt, and scores the answers. With --prefill 0 every
     token is decoded under the budget, which is for methods under a window rule. The controls are always added: the full
     cache, entries kept at random (random), uniform budgets under each policy, and each plan's or allocator's budgets
     shuffled over the KV heads.
@@ -78,6 +79,9 @@ def compare_command(
     answer = compare(
         [*(methods or []), *(more or [])],
         task=task,
+        question=question,
+        data=data,
+        task_file=task_file,
         retention=retention,
         text=text,
         context=context,

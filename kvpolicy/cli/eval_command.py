@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,16 +17,25 @@ from kvpolicy.verbs.eval import eval as evaluate
 
 def eval_command(
     plan: Annotated[str, typer.Argument(help="A plan file, or: uniform, full.", show_default=False)] = "full",
-    task: Annotated[str, typer.Option(help="What to measure: perplexity.")] = "perplexity",
+    task: opt.TaskName = "perplexity",
+    question: opt.Question = "aware",
+    data: opt.Data = None,
+    task_file: opt.TaskFile = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="A JSONL file for what each sample of a task gave; it is gone on with.", show_default=False),
+    ] = None,
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; needed for uniform")] = None,
     policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,
     model: cache_options.ModelOfPlan = None,
     text: opt.Text = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the plan's, or 1024.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of one sequence or prompt; default: the plan's, or 1024.")
+    ] = None,
     prefill: Annotated[int | None, opt.prefills("the plan's, else ")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most sequences to measure.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Most sequences or samples to measure.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and the samples.")] = 0,
     device: opt.Device = "auto",
     dtype: Annotated[
         str,
@@ -39,17 +49,24 @@ def eval_command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure quality and bytes on the held-out part of a text (the part that tune never searches).
+    """Measure quality and bytes: perplexity on the held-out part of a text (which tune never searches), or a task.
 
     Perplexity is exact for token-by-token decoding under the plan's capacities. Under the window rule all tokens are
     decoded so, and those past the first quarter of each sequence are scored. Under any other policy the first --prefill
     tokens are a prompt, which is compressed once; what follows is kept on top of the capacities (decode="append") and
     scored. Bytes are those of one real cache, filled with one sequence or one prompt. The output names the protocol;
     figures of two protocols cannot be compared. The full cache and uniform budgets are measured beside the plan.
+
+    A task has prompts with answers. Each is compressed once, with its question or before the question comes; questions
+    and answers that follow are kept on top. Answers are greedy, and their mean score is given.
     """
     answer = evaluate(
         plan,
         task=task,
+        question=question,
+        data=data,
+        task_file=task_file,
+        records=records,
         retention=retention,
         policy=policy,
         policy_param=parse_params(policy_param, "--policy-param"),
@@ -76,12 +93,13 @@ def _show(answer: Evaluation) -> None:
 
     from kvpolicy.cli.terminal import Console
 
-    table = Table("plan", "kept", "perplexity", "95 %", "MB", "of full, MB", "n")
+    metric = answer.rows[0].get("metric", "perplexity")
+    table = Table("plan", "kept", metric.replace("_", " "), "95 %", "MB", "of full, MB", "n")
     for row in answer.rows:
         table.add_row(
             row["plan"],
             f"{row['retention']:.4g}",
-            f"{row['perplexity']:.3f}",
+            f"{row[metric]:.3f}",
             "{:.3f} to {:.3f}".format(*row["interval"]),
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['dense_bytes'] / 1e6:.2f}",

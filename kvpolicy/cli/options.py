@@ -20,6 +20,19 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Model")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one forward.", rich_help_panel="Model")]
+TaskName = Annotated[
+    str,
+    typer.Option(help="What to measure: perplexity, or a task such as passkey, ruler/vt, longbench/trec (--data)."),
+]
+Question = Annotated[
+    str,
+    typer.Option(help="Of a task: aware compresses a context with its question, agnostic before the question comes."),
+]
+Data = Annotated[Path | None, typer.Option(help="The folder of a task's files.", show_default=False)]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option(help='A task of your own: JSONL rows of "context", "question", "answers".', show_default=False),
+]
 Text = Annotated[
     Path | None, typer.Option(help="UTF-8 text file; default: Python's own language reference.", show_default=False)
 ]

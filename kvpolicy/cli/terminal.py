@@ -20,6 +20,8 @@ _OPTIONS = {
     "context": "--context",
     "context_length": "--context",
     "data": "--data",
+    "question": "--question",
+    "records": "--records",
     "device": "--device",
     "dtype": "--dtype",
     "estimator": "--estimator",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpolicy.comparison.methods import Method, check_decodes
-from kvpolicy.comparison.task import Measured, Task
+from kvpolicy.comparison.task import Measured, Tables, Task
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.measure.evaluation import measured_bytes
 from kvpolicy.model.spec import ModelSpec
@@ -36,10 +36,10 @@ class DecodingTask(Task):
     def tokens(self) -> Tensor:
         return self.sequences
 
-    def measure(self, method: Method, table: Tensor) -> Measured:
+    def measure(self, method: Method, tables: Tables) -> Measured:
         """Raises `PluginError` for a method that keeps others than the most recent entries."""
         check_decodes(method)
-        probe = self._probe(method.policy.num_sink_tokens)
+        probe, table = self._probe(method.policy.num_sink_tokens), tables(self.context)
         return Measured(probe.loss(table), measured_bytes(probe, table))
 
     def _probe(self, num_sink_tokens: int) -> TransformersProbe:

@@ -17,8 +17,9 @@ FORMAT = "kvpolicy-comparison"
 VERSION = 2
 """1 had equal entries in place of equal bytes, and no decode time."""
 RETRIEVAL = ("passkey", "key-value")
-"""Tasks whose losses are 0 for an answer that was found and 1 for one that was not."""
+"""Tasks of compare alone, whose losses are 0 for an answer that was found and 1 for one that was not."""
 TASKS = ("perplexity", *RETRIEVAL)
+"""Those whose settings name no metric."""
 _MOST_NATS = 700.0
 """A loss whose perplexity is still a number."""
 
@@ -79,7 +80,8 @@ class Comparison:
 
     @property
     def is_retrieval(self) -> bool:
-        return self.task in RETRIEVAL
+        """Whether losses are 1 less a score, else nats."""
+        return self.task != TASKS[0]
 
     @property
     def levels(self) -> list[float]:
@@ -117,7 +119,7 @@ def load_comparison(path: Path) -> Comparison:
         settings = fields.mapping("settings")
         if "task" not in settings or "seed" not in settings:
             raise PlanError("settings lacks task or seed")
-        if settings["task"] not in TASKS:
+        if settings["task"] not in TASKS and "metric" not in settings:
             raise PlanError(f"settings.task is {describe(settings['task'])}, expected one of {', '.join(TASKS)}")
         fields.fields("settings").read("seed", whole, -(2**31))
         rows = [_row(Fields(x, f"rows[{i}]")) for i, x in enumerate(fields.read("rows", sequence))]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvpolicy.comparison.methods import Method
 from kvpolicy.comparison.quality import summary
@@ -92,11 +94,11 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
     row = Row(method.name, retention, method.identity, method.uniform_name, remark=method.remark)
     try:
         row = replace(row, calibration=method.calibration(retention))
-        table = method.table(task.spec, task.context, retention, seed, task.dtype)
-        measured = task.measure(method, table)
+        tables = partial(_table, task, method, retention, seed)
+        measured = task.measure(method, tables)
         if not bool(torch.isfinite(measured.losses).all()):
             raise ModelError("the loss is not finite: try another dtype")
-        took = task.decode_ms(method, table) if timing else None
+        took = task.decode_ms(method, tables(task.context)) if timing else None
     except Exception as error:  # a plugin may raise anything
         if method.is_full:
             raise
@@ -110,6 +112,10 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
         entries=held.entries,
         decode_ms=took,
     )
+
+
+def _table(task: Task, method: Method, retention: float, seed: int, context: int) -> Tensor:
+    return method.table(task.spec, context, retention, seed, task.dtype)
 
 
 def _reason(error: Exception) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class Measured:
     held: CacheBytes
 
 
+Tables = Callable[[int], Tensor]
+"""Capacities, int64 `[L, H]`, for a prompt of so many tokens."""
+
+
 class Task(abc.ABC):
     """A prompt for each sequence, compressed once to a table of capacities, and what comes of it.
 
@@ -41,7 +45,7 @@ class Task(abc.ABC):
     """
 
     name: str
-    protocol: ClassVar[str] = "prompt"
+    protocol: str = "prompt"
     model: Any
     spec: ModelSpec
     context: int
@@ -77,8 +81,8 @@ class Task(abc.ABC):
         }
 
     @abc.abstractmethod
-    def measure(self, method: Method, table: Tensor) -> Measured:
-        """Under one method's capacities, int64 `[L, H]`. Raises what caches raise."""
+    def measure(self, method: Method, tables: Tables) -> Measured:
+        """Under one method's capacities. Raises what caches raise."""
 
     def decode_ms(self, method: Method, table: Tensor) -> float:
         """Milliseconds of a token decoded behind the first prompt, over one method's cache."""
@@ -111,7 +115,8 @@ class PerplexityTask(Task):
     def tokens(self) -> Tensor:
         return self.sequences
 
-    def measure(self, method: Method, table: Tensor) -> Measured:
+    def measure(self, method: Method, tables: Tables) -> Measured:
+        table = tables(self.context)
         if method.quantized:
             return self._quantized(method, table)
         probe = self._probe_for(method)
@@ -175,8 +180,8 @@ class RetrievalTask(Task):
     def tokens(self) -> Tensor:
         return torch.stack([each.ids for each in self.questions])
 
-    def measure(self, method: Method, table: Tensor) -> Measured:
-        wrong, held = [], None
+    def measure(self, method: Method, tables: Tables) -> Measured:
+        wrong, held, table = [], None, tables(self.context)
         size = 1 if method.quantized else self.batch_size  # a batch might share its scales
         for index, first in enumerate(range(0, self.count, size)):
             batch = self.questions[first : first + size]

@@ -85,6 +85,7 @@ def _narrow(columns: dict[str, Cell]) -> dict[str, Cell]:
 def _columns(comparison: Comparison) -> dict[str, Cell]:
     """What stands in each column, by its heading."""
     quality, excess = ("found", "lost") if comparison.is_retrieval else ("perplexity", "above full")
+    quality = str(comparison.settings.get("metric", quality)).replace("_", " ")
     shares: dict[str, Cell] = {} if comparison.is_retrieval else {SHARE: _share}
     times: dict[str, Cell] = {"ms/token": lambda row: "" if row.decode_ms is None else f"{row.decode_ms:.3g}"}
     if all(row.decode_ms is None for row in comparison.rows.values()):

@@ -37,6 +37,13 @@ def task_names() -> list[str]:
     return sorted(names)
 
 
+def families() -> list[str]:
+    """The names of tasks, single ones first; a family stands as `ruler/NAME`."""
+    names = [name for name in registry.names("task") if name != "file"]  # which is asked for by its file
+    single = [name for name in names if not registry.get("task", name).names]
+    return [*single, *(f"{name}/NAME" for name in names if name not in single)]
+
+
 def check_member(family: str, name: str, names: Collection[str]) -> None:
     """Raises `PluginError` for a name that a family of tasks does not have."""
     if name not in names:

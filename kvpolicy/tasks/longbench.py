@@ -34,8 +34,8 @@ _METRICS: dict[str, Callable[[str, str], float]] = {
     "passage_count": metrics.count,
 }
 _NAMES: dict[Callable[[str, str], float], str] = {
-    metrics.rouge_l: "rouge-l",
-    metrics.code_similarity: "code similarity",
+    metrics.rouge_l: "rouge_l",
+    metrics.code_similarity: "code_similarity",
     metrics.f1: "f1",
 }
 _EXAMPLES = ("trec", "triviaqa", "samsum")  # their answers are one line

@@ -30,7 +30,7 @@ class NeedleGridTask(Task):
 
     @property
     def metric(self) -> str:  # type: ignore[override]
-        return "contained part"
+        return "contained_part"
 
     @property
     def max_new_tokens(self) -> int:

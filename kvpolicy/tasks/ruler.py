@@ -50,7 +50,7 @@ class RulerTask(Task):
 
     @property
     def metric(self) -> str:  # type: ignore[override]
-        return "contains one" if self.name in _DOCUMENTS else "contained part"
+        return "contains_one" if self.name in _DOCUMENTS else "contained_part"
 
     @property
     def max_new_tokens(self) -> int:

@@ -63,7 +63,7 @@ class SCBenchTask(Task):
 
     @property
     def metric(self) -> str:  # type: ignore[override]
-        return "contained part" if self.name == "vt" else "accuracy"
+        return "contained_part" if self.name == "vt" else "accuracy"
 
     @property
     def max_new_tokens(self) -> int:

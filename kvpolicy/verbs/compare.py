@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy.comparison.results_file import RETRIEVAL, TASKS, Comparison, Row
+from kvpolicy.comparison.results_file import RETRIEVAL, Comparison, Row
 from kvpolicy.defaults import MODEL, RETENTIONS
 from kvpolicy.errors import BudgetError, KVPolicyError, TextError
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.progress import Progress
 from kvpolicy.verbs import arguments
+from kvpolicy.verbs.chosen_task import ChosenTask, chosen_task
 
 if TYPE_CHECKING:
     from kvpolicy.comparison.methods import Method
@@ -50,6 +51,9 @@ def compare(
     methods: str | Path | Sequence[str | Path],
     *,
     task: str = "perplexity",
+    question: str = "aware",
+    data: str | Path | None = None,
+    task_file: str | Path | None = None,
     retention: float | Sequence[float] | None = None,
     text: str | Path | None = None,
     context: int = 1024,
@@ -72,15 +76,19 @@ def compare(
     methods:    "POLICY/ALLOCATOR", "POLICY" (under uniform), a plan file, "POLICY/PLAN", or "quantized/int4" (int2,
                 fp8); with parameters, "POLICY(NAME=JSON, ...)". The controls are always added: the full cache, entries
                 kept at random, uniform budgets under each policy, and budgets shuffled over the KV heads
-    task:       what to measure: "perplexity", "passkey", "key-value"
+    task:       what to measure: "perplexity", or a registered task such as "passkey", "ruler/vt", "longbench/trec"
+    question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
+    data:       the folder of a task's files
+    task_file:  a JSONL file of your own, rows of context, question and answers, in place of a task's name
     retention:  kept fractions, each in (0, 1); None for 0.5, 0.3, 0.1
-    text:       a UTF-8 file; None for Python's language reference. Retrieval needs none
-    context:    tokens of one sequence or retrieval prompt
+    text:       a UTF-8 file; None for Python's language reference. A task needs none
+    context:    tokens of one sequence or prompt
     prefill:    tokens of the prompt that is compressed; 0 decodes from the first token on, None is half
     part:       of the text: "heldout", or "whole" for a text that no plan was tuned on
-    limit:      most sequences or retrieval prompts to measure
+    limit:      most sequences or samples to measure
     seed:       of the bootstrap, the shuffled rows and the prompts
-    out:        the rows as JSON; a table beside it as .md. Rows that the file already has are not measured again
+    out:        the rows as JSON; a table beside it as .md, and what each sample of a task gave as .samples.jsonl. Rows
+                and samples that the files already have are not measured again
     png:        draw quality over bytes, and a bar for each row
     model:      a Hub id, a directory, a .gguf file, or the built-in smollm2-135m
     batch_size: sequences in one forward
@@ -90,7 +98,8 @@ def compare(
     under other settings), `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
     names = [str(each) for each in arguments.several(methods)]
-    _check(task, names, context, prefill, part)
+    asked_task = chosen_task(task, question=question, data=data, task_file=task_file)
+    _check(asked_task, names, context, prefill, part)
     arguments.check_least(LEAST_SEQUENCES, limit=limit)
     arguments.check_least(1, batch_size=batch_size)
     retentions = [_below_one(r) for r in arguments.several(retention) or RETENTIONS]
@@ -116,13 +125,19 @@ def compare(
     number = str(network.dtype).removeprefix("torch.")
     made: Task
     about: dict[str, Any] = {}
-    if task in RETRIEVAL:
+    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
+    if task in RETRIEVAL and question == "aware":
         made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
+    elif asked_task is not None:
+        sizes = {"limit": limit, "context": context, "seed": seed}
+        lines = rows.with_suffix(".samples.jsonl")
+        made = asked_task.of_model(network, tokenizer, **sizes, records=lines, settings=settings)
+        if made.count < LEAST_SEQUENCES:
+            raise TextError(f"{asked_task.name} has {made.count} sample here: {LEAST_SEQUENCES} are needed to compare")
     else:
         corpus = _unseen(read_corpus(tokenizer, source), part, chosen)
         made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)
     about |= {"model": str(model), "measured": made.described, "sequences": made.count, "dtype": number}
-    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     options: dict[str, Any] = {"settings": settings, "about": about, "timing": not no_timing, "progress": progress}
     try:
         found = run.compare(made, chosen, retentions, rows, seed=seed, **options)
@@ -135,17 +150,15 @@ def compare(
     return SideBySide(found, tuple(failed), rows, page)
 
 
-def _check(task: str, names: list[str], context: int, prefill: int | None, part: str) -> None:
-    if task not in TASKS:
-        raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
+def _check(task: ChosenTask | None, names: list[str], context: int, prefill: int | None, part: str) -> None:
     if not names:
         raise KVPolicyError("name the methods to compare: methods=POLICY/ALLOCATOR or a plan file, one or several")
     arguments.check_context(context)
     arguments.check_least(0, prefill=prefill)
     if part not in PARTS:
         raise KVPolicyError(f"part= must be {' or '.join(PARTS)}, got '{part}'")
-    if task in RETRIEVAL and prefill is not None:
-        raise BudgetError(f"prefill= goes with perplexity: the prompts of {task} are compressed whole")
+    if task is not None and prefill is not None:
+        raise BudgetError(f"prefill= goes with perplexity: the prompts of {task.name} are compressed whole")
 
 
 def _below_one(retention: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.verbs import arguments
 from kvpolicy.verbs.cache_choice import check_level, chosen_policy, load_network
+from kvpolicy.verbs.chosen_task import ChosenTask, chosen_task
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers import SequenceProbe
     from kvpolicy.measure.evaluation import CacheBytes
-
-TASKS = ("perplexity",)
+    from kvpolicy.plugins.roles import EvictionPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ def eval(
     plan: str | Path = "full",
     *,
     task: str = "perplexity",
+    question: str = "aware",
+    data: str | Path | None = None,
+    task_file: str | Path | None = None,
+    records: str | Path | None = None,
     retention: float | Sequence[float] | None = None,
     policy: str | None = None,
     policy_param: Mapping[str, Any] | None = None,
@@ -72,34 +77,38 @@ def eval(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures quality and bytes on the held-out part of a text (the part that `tune` never searches).
+    """Measures quality and bytes: perplexity on the held-out part of a text, which `tune` never searches, or a task.
 
     Perplexity is exact for token-by-token decoding under the plan's capacities, and bytes are those of one real cache.
     The full cache and uniform budgets are measured beside the plan.
 
     plan:       a plan file, "uniform" or "full"
-    task:       what to measure: "perplexity"
+    task:       what to measure: "perplexity", or a registered task such as "passkey", "ruler/vt", "longbench/trec"
+    question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
+    data:       the folder of a task's files
+    task_file:  a JSONL file of your own, rows of context, question and answers, in place of a task's name
+    records:    a JSONL file for what each sample gave; samples that it has already are not run again
     retention:  kept fractions, each in (0, 1]; None for the plan's levels. "uniform" needs some
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
     model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
-    text:       a UTF-8 file; None for Python's language reference
-    context:    tokens of one sequence; None for the plan's, or 1024
+    text:       a UTF-8 file; None for Python's language reference. A task needs none
+    context:    tokens of one sequence or prompt; None for the plan's, or 1024
     prefill:    tokens at the start that attend densely; None for the plan's, else none under a window rule, and half of
                 the context under any other policy, which compresses them once
-    limit:      most sequences to measure
-    seed:       of the bootstrap, which gives the interval
+    limit:      most sequences or samples to measure
+    seed:       of the bootstrap, which gives the interval, and of a task's samples
     dtype:      "auto" is the plan's own
     batch_size: sequences in one forward
 
     Raises `BudgetError`, `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
-    if task not in TASKS:
-        raise KVPolicyError(f"no task named '{task}'; there is: {', '.join(TASKS)}")
-    name, source = str(plan), arguments.optional_path(text)
+    chosen = chosen_task(task, question=question, data=data, task_file=task_file)
+    name, source, lines = str(plan), arguments.optional_path(text), arguments.optional_path(records)
+    _check_of_task(chosen, prefill, source, lines)
     loaded = None if name in ("uniform", "full") else load_plan(name)
     evicting, evicts = chosen_policy(loaded, policy, policy_param)
     other = loaded is not None and loaded.warn_if_other_policy(evicts)
-    if prefill is None and loaded is not None and not other and context is None:
+    if chosen is None and prefill is None and loaded is not None and not other and context is None:
         prefill = loaded.provenance.get("prefill_length")
     context = arguments.check_context(_own_context(loaded) if context is None else context)
     if prefill is not None and prefill >= context:
@@ -115,6 +124,10 @@ def eval(
     from kvpolicy.measure.evaluation import probe_for
 
     _, network, tokenizer = load_network(model, loaded, revision=revision, device=where, dtype=number)
+    if chosen is not None:
+        sizes = {"limit": limit, "context": context, "seed": seed}
+        subject = (network, tokenizer)
+        return _answered(chosen, name, loaded, (evicting, evicts), retentions, subject, sizes, lines, progress)
     corpus = read_corpus(tokenizer, source)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
@@ -124,6 +137,43 @@ def eval(
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
     measured = _measured(probe, name, loaded, retentions, progress or Progress())
     return Evaluation(name, tuple(_row(probe, each, task, seed) | facts for each in measured), probe.described)
+
+
+def _answered(
+    chosen: ChosenTask,
+    name: str,
+    plan: BudgetPlan | None,
+    policy: tuple[str, EvictionPolicy],
+    retentions: list[float],
+    subject: tuple[Any, Any],
+    sizes: dict[str, int],
+    records: Path | None,
+    progress: Progress | None,
+) -> Evaluation:
+    """A registered task under the plan. subject: model and tokenizer;  sizes: limit, context and seed"""
+    from kvpolicy.integrations.transformers import weights_sha256
+    from kvpolicy.verbs.eval_task import answer_rows
+
+    network, tokenizer = subject
+    number = str(network.dtype).removeprefix("torch.")
+    settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
+    task = chosen.of_model(network, tokenizer, **sizes, records=records, settings=settings)
+    facts = {"policy": policy[0], "dtype": number, "context_length": sizes["context"]}
+    rows = answer_rows(
+        task, name, plan, policy, retentions, seed=sizes["seed"], facts=facts, progress=progress or Progress()
+    )
+    return Evaluation(name, tuple(rows), task.described)
+
+
+def _check_of_task(task: ChosenTask | None, prefill: int | None, text: Path | None, records: Path | None) -> None:
+    """Raises `BudgetError` and `KVPolicyError` for arguments of the other kind of task."""
+    if task is not None and prefill is not None:
+        raise BudgetError(f"prefill= goes with perplexity: the prompts of {task.name} are compressed whole")
+    if task is not None and text is not None:
+        raise KVPolicyError(f"text= goes with perplexity: {task.name} has prompts of its own")
+    if task is None and records is not None:
+        raise KVPolicyError("records= goes with a task whose prompts have questions, not with perplexity")
+    arguments.check_writable(records)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,7 +30,7 @@ KEPT_BYTES = 4 * 1024**3
 class Prompts:
     """Batches of prompts, each run with nothing evicted; every cache made of one is as if it had come first.
 
-    batches:   int64 [B, n] each, prompts of equal length
+    batches:   int64 [B, n] each, where n may differ from one to the next
     policy:    who evicts
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
 
@@ -56,14 +56,17 @@ class Prompts:
 
     @property
     def length(self) -> int:
-        """Tokens of each."""
+        """Tokens of each prompt of the first batch."""
         return int(self.batches[0].shape[1])
 
     @property
     def whole(self) -> Tensor:
         """Capacities that leave a prompt whole, int64 [L, H]; its entries are scored all the same."""
+        return self._capacities(self.length)
+
+    def _capacities(self, length: int) -> Tensor:
         shape = ModelSpec.from_config(self.model.config).table_shape
-        return torch.full(shape, max(self.length, self.policy.least_capacity))
+        return torch.full(shape, max(length, self.policy.least_capacity))
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +90,7 @@ class Prompts:
         table:     int [L, H], entries of the prompt
         allocator: splits the table's total at run time by the scores of each prompt instead
         """
-        table, policy = table.long().clamp(max=self.length), self.policy
+        table, policy = table.long().clamp(max=self.batches[index].shape[1]), self.policy
         # what these leave is of no use for another table: no scores, those of one capacity, or no attention
         is_split_anew = allocator is not None and (policy.window_rule or bool(allocator.requires))
         if is_split_anew or "capacity" in policy.requires:
@@ -113,7 +116,7 @@ class Prompts:
         """As `compressed`, with nothing evicted: for all tables, so it is left as it is."""
         if index in self._kept:
             return self._kept[index]
-        cache, logits = self._run(index, self.whole, None)
+        cache, logits = self._run(index, self._capacities(int(self.batches[index].shape[1])), None)
         if cache.nbytes + self.nbytes <= KEPT_BYTES:
             self._kept[index] = cache, logits
         return cache, logits

@@ -1,0 +1,79 @@
+"""How well a registered task is answered under a plan, at measured bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.comparison.answers import AnswerTask
+from kvpolicy.comparison.methods import FULL, UNIFORM, Method, read_asked
+from kvpolicy.comparison.task import Measured
+from kvpolicy.measure.stats import mean_interval
+from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.progress import Progress
+from kvpolicy.verbs.chosen_task import versions
+
+
+def answer_rows(
+    task: AnswerTask,
+    name: str,
+    plan: BudgetPlan | None,
+    policy: tuple[str, EvictionPolicy],
+    retentions: Sequence[float],
+    *,
+    seed: int,
+    facts: dict[str, Any],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A row for the full cache, and at each retention for uniform budgets and the plan's, as JSON values.
+
+    name: the plan's, "uniform" or "full";  policy: its name and itself;  facts: that every row has
+    """
+    (full,) = read_asked([FULL])
+    uniform = Method(UNIFORM, *policy, UNIFORM, registry.create("allocator", UNIFORM))
+    asked = [(full, 1.0)]
+    if name != FULL:
+        own = [] if plan is None else [Method(name, *policy, plan=plan)]
+        asked += [(method, kept) for kept in retentions for method in (uniform, *own)]
+    rows = []
+    progress.begin("evaluate", len(asked))
+    try:
+        for method, kept in asked:
+            measured = task.measure(method, partial(_table, task, method, kept, seed))
+            rows.append(_row(task, method.name, kept, measured, seed) | facts)
+            progress.advance(f"{method.name}, {kept:.4g} kept: {task.role.metric} {rows[-1]['score']:.3f}")
+    finally:
+        progress.end()
+    return rows
+
+
+def _table(task: AnswerTask, method: Method, retention: float, seed: int, context: int) -> Tensor:
+    return method.table(task.spec, context, retention, seed, task.dtype)
+
+
+def _row(task: AnswerTask, plan: str, retention: float, measured: Measured, seed: int) -> dict[str, Any]:
+    losses, weight = measured.losses, measured.held
+    low, high = mean_interval(losses, seed)
+    return {
+        "task": task.name,
+        "question": task.question,
+        "plan": plan,
+        "retention": retention,
+        "metric": task.role.metric,
+        "score": 1 - float(losses.mean()),
+        task.role.metric: 1 - float(losses.mean()),
+        "interval": [1 - high, 1 - low],
+        "n": len(losses),
+        "turns": sum(len(sample.turns) for sample in task.samples),
+        "seed": seed,
+        "bytes": weight.bytes,
+        "dense_bytes": weight.dense_bytes,
+        "entries": weight.entries,
+        "protocol": task.protocol,
+        "versions": versions(),
+    }
