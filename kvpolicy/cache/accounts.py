@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.rows import RowTables
+from kvpolicy.cache.schedule import Schedule
+from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.model.spec import ModelSpec
 
 
@@ -23,6 +25,16 @@ class Accounts:
     num_heads: int
     rows: RowTables
     layers: list[StoreLayer | None]
+
+    @property
+    def schedule(self) -> Schedule:
+        """Capacities over the tokens seen."""
+        return self.rows.schedule
+
+    @property
+    def split(self) -> RuntimeSplit | None:
+        """What splits them at run time."""
+        return self.rows.split
 
     @property
     def seen(self) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from kvpolicy_kernels.append import append
@@ -22,6 +23,9 @@ from kvpolicy.cache.copies import copy_with
 LEAST_GROWTH = 16  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
 _ENTRIES = ("keys", "values", "positions", "scores")
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.step import LayerStep
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +64,14 @@ class Chunk:
         return Chunk(*(x.detach().clone() for x in (self.key, self.value, self.positions)))
 
 
+class Placed(NamedTuple):
+    """Tables of an arena that are on its device: starts and lengths. length: the one of the host that they copy."""
+
+    length: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+
 class LayerArena:
     """Keys, values, positions and scores of one layer.
 
@@ -90,6 +102,7 @@ class LayerArena:
         self.positions = torch.empty(0, dtype=torch.int32, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
         self.num_pinned = num_pinned
+        self._placed: Placed | None = None
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
 
@@ -97,11 +110,14 @@ class LayerArena:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
         names = ("keys", "values", "positions", "scores", *_TABLES)
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        placed = {} if self._placed is None else {"placed": self._placed.starts, "placed_lengths": self._placed.lengths}
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None} | placed
 
     @property
     def segments(self) -> Segments:
-        """As the ops take them."""
+        """As the ops take them: with tables on the device, where a step has brought them there."""
+        if (placed := self._placed) is not None and placed.length is self.length:
+            return Segments(self.keys, self.values, placed.starts, placed.lengths)
         return Segments(self.keys, self.values, self.start, self.length)
 
     @property
@@ -139,7 +155,16 @@ class LayerArena:
         A slot behind the others needs an allocated row.
         """
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
-        arenas, entries = [self.keys, self.values, self.positions], [key, value, position.to(self.device)]
+        self._put(key, value, position.to(self.device), rows, score)
+
+    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float) -> None:
+        """`append`, where the tables behind it have been worked out."""
+        self._put(key, value, step.position, step.row, score)
+        self.length, self.cursor = step.length, step.cursor
+        self._placed = Placed(step.length, step.start, step.placed_length)
+
+    def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
+        arenas, entries = [self.keys, self.values, self.positions], [key, value, position]
         if self.scores is not None:
             arenas.append(self.scores)
             entries.append(torch.full_like(rows, score, dtype=torch.float32))
@@ -149,7 +174,11 @@ class LayerArena:
         """Makes room for one more entry in every segment below `limit`. limit: int64 [S]."""
         growing = self.length < limit
         if bool((growing & (self.length == self.allocated)).any()):
-            self.relayout(torch.minimum(limit, self.length + self.slack(self.length)))
+            self.extend(limit)
+
+    def extend(self, limit: Tensor) -> None:
+        """Gives every segment free rows, up to `limit`. limit: int64 [S]."""
+        self.relayout(torch.minimum(limit, self.length + self.slack(self.length)))
 
     @staticmethod
     def slack(length: Tensor) -> Tensor:
@@ -161,19 +190,9 @@ class LayerArena:
         """Rows that segments of these lengths get in all, as far as they may grow. All int64 [S]."""
         return torch.maximum(torch.minimum(length + cls.slack(length), capacity), length)
 
-    def advance(self, full: Tensor) -> Tensor:
-        """The next slot of each segment under the window rule, int64 [S]; counts the entry. full: bool [S].
-
-        It is the end of the segment, or where the segment is full the ring's oldest entry.
-        """
-        slot = torch.where(full, self.num_pinned + self.cursor, self.length)
-        self.cursor = torch.where(full, (self.cursor + 1) % (self.length - self.num_pinned).clamp(min=1), self.cursor)
-        self.count(~full)
-        return slot
-
     def count(self, growing: Tensor) -> None:
         """Counts the entry that is written behind the others of these segments. growing: bool [S]."""
-        self.length = self.length + growing
+        self.length, self._placed = self.length + growing, None
 
     def resume(self, tables: Mapping[str, Tensor]) -> None:
         """Goes on with tables that were packed, by name; `fill` brings the entries."""
@@ -242,7 +261,7 @@ class LayerArena:
             self.scores = torch.zeros(len(new[2]), device=self.device).index_copy_(0, out_rows, known[segment, column])
         self.keys, self.values, self.positions = new
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
-        self.cursor = torch.zeros_like(counts)
+        self.cursor, self._placed = torch.zeros_like(counts), None
 
     def release(self) -> None:
         """Gives the entries up and their memory back. The arena is of no use afterwards; its tables stay."""

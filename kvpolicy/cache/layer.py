@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena, on_device
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
+
+if TYPE_CHECKING:
+    from kvpolicy.cache.step import LayerStep
 
 
 class StoreLayer:
@@ -23,11 +28,23 @@ class StoreLayer:
     table:      int64 [B, H], capacities without protected spans, which come on top
     evicted_at: int64 [B], settled tokens when something was last evicted; 0 if nothing ever was
     decoded:    single tokens since the last longer forward
+    knows_order: whether what leaves next needs no search: nothing is scored, or scores stay what the prompt made them
+        and decoded tokens outlive its entries
     pending:    tokens that may still be taken back; attended to, not in the arena yet
     """
 
-    def __init__(self, index: int, arena: LayerArena, batch_size: int, num_heads: int, protection: Protection) -> None:
+    def __init__(
+        self,
+        index: int,
+        arena: LayerArena,
+        batch_size: int,
+        num_heads: int,
+        protection: Protection,
+        *,
+        scores_stay: bool,
+    ) -> None:
         self.index = index
+        self.knows_order = scores_stay or arena.scores is None
         self.arena, self.num_heads, self.protection = arena, num_heads, protection
         self.seen = torch.zeros(batch_size, dtype=torch.int64)
         self.settled = torch.zeros(batch_size, dtype=torch.int64)
@@ -36,7 +53,7 @@ class StoreLayer:
         self.decoded = 0
         self.is_unwritten = False  # between `settle` and `fold`
         self.pending: Chunk | None = None
-        self.is_ring = True  # entries lie pinned first, then in order of age
+        self.is_ring = True  # entries lie pinned first, then in the order in which they will leave
 
     @property
     def spanned(self) -> Tensor:
@@ -120,13 +137,51 @@ class StoreLayer:
         """
         self.check_settled()
         self.seen, self.settled = self.seen + 1, self.settled + 1
-        arena = self.arena
-        limit = self.capacity if evict else torch.full_like(arena.length, UNLIMITED)
+        arena, limit = self.arena, self.limit(evict)
         arena.reserve(limit)
         full = arena.length >= limit
         self._note_eviction(full)
         position = self._per_segment(self.seen - 1)
         arena.append(key.detach(), value.detach(), position, self._next_slot(full), score)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a token may be written without a search: all have been kept, and none that is pinned can come."""
+        return (
+            self.knows_order
+            and self.pending is None
+            and not self.is_unwritten
+            and (self.settled is self.seen or torch.equal(self.settled, self.seen))
+            and self.protection.end <= int(self.seen.min())
+        )
+
+    def limit(self, evict: bool) -> Tensor:
+        """int64 [S], entries from which on a segment gives one up, if it does that at all."""
+        return self.capacity if evict else torch.full_like(self.arena.length, UNLIMITED)
+
+    def make_ring(self, limit: Tensor) -> None:
+        """Lays the entries in the order in which they will leave, unless they do. limit: int64 [S]."""
+        if self.is_ring:
+            return
+        arena, seen = self.arena, self._settled_on_device()
+        positions, scores = arena.padded_positions(), arena.padded_scores()
+        columns = kept_columns(
+            ranking(None, positions, seen, self.protection), positions, arena.length, self.protection
+        )
+        if scores is not None:
+            surplus = torch.arange(arena.width, device=arena.device) >= on_device(arena.length, arena.device)[:, None]
+            positions, scores = positions.gather(1, columns), scores.gather(1, columns)
+            spare = on_device(limit - arena.length, arena.device)
+            positions, scores = positions.masked_fill(surplus, -1), scores.masked_fill(surplus, -torch.inf)
+            columns = columns.gather(1, eviction_order(scores, positions, seen, spare, self.protection))
+        arena.replace(columns, arena.length, arena.allocated)
+        self.is_ring = True
+
+    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float) -> None:
+        """`append`, where what it comes to has been worked out. Arguments as there."""
+        self.seen = self.settled = step.seen
+        self.evicted_at = step.evicted_at
+        self.arena.write(key.detach(), value.detach(), step, score)
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
@@ -170,6 +225,8 @@ class StoreLayer:
 
     def allow(self, table: Tensor) -> None:
         """Sets the capacities. table: int64 [B, H]; `shrink` evicts down to them where they are lower."""
+        if self.arena.scores is not None and self.protection.recent_window and not torch.equal(table, self.table):
+            self.is_ring = False  # what the recent window protects has more time to become free
         self.table = table
 
     def count_step(self) -> int:
@@ -238,20 +295,11 @@ class StoreLayer:
         """Keeps the `counts` candidates with the largest keys, pinned ones first, then by age."""
         columns = kept_columns(keys, positions, counts, self.protection)
         self.arena.replace(columns, counts, self.arena.room(counts, self.capacity), chunk, scores)
-        self.is_ring = True
+        self.is_ring = self.arena.scores is None  # entries lie in the order of age
 
     def _next_slot(self, full: Tensor) -> Tensor:
         """The slot of each segment's next entry, int64 [S]: its end, or where it is full its worst entry's."""
         arena = self.arena
-        if arena.scores is None and self.protection.end < int(self.seen.min()):  # no pinned entry can come any more
-            if not self.is_ring:
-                positions = arena.padded_positions()
-                keys = ranking(None, positions, self._settled_on_device(), self.protection)
-                arena.replace(
-                    kept_columns(keys, positions, arena.length, self.protection), arena.length, arena.allocated
-                )
-                self.is_ring = True
-            return arena.advance(full)
         self.is_ring = False
         slot = arena.length
         if bool(full.any()):

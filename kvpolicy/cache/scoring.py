@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,14 @@ def check_sources(policy: EvictionPolicy, supplied: frozenset[str], allocator: B
             f"the policy {name} requires capacity, and {type(allocator).__name__} splits the budget at run time, by "
             "scores, so that no capacity is known before them: take an allocator with fixed shares"
         )
+
+
+def scores_stay(policy: EvictionPolicy) -> bool:
+    """Whether scores stay what the prompt made them, and decoded tokens outlive its entries, the oldest leaving first.
+
+    Then it is known behind a prompt in which order entries will leave: see `eviction_order`.
+    """
+    return not policy.rescores and policy.new_entry_score == math.inf
 
 
 def score_chunk(

@@ -7,7 +7,6 @@ captured once serves every prompt that fits. Each segment is a ring in the order
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from kvpolicy.cache.arena import each_entry, on_device
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
-from kvpolicy.cache.scoring import Scoring
+from kvpolicy.cache.scoring import Scoring, scores_stay
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
@@ -38,7 +37,7 @@ def check_static(policy: EvictionPolicy) -> None:
 
     That is one that rescores while it decodes, and one whose context is held whole until it has been repeated.
     """
-    if policy.rescores or policy.new_entry_score != math.inf:
+    if not scores_stay(policy):
         raise BudgetError(
             f"{type(policy).__name__} changes its scores at every decoded token, which a static store cannot: leave "
             "static out, or take a policy that scores the prompt alone"

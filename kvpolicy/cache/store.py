@@ -25,11 +25,12 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.cache.scoring import NotANumber, check_sources, score_chunk, score_step
+from kvpolicy.cache.scoring import NotANumber, check_sources, score_chunk, score_step, scores_stay
 from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.cache.step import LayerStep, PlannedStep, plan_step
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec
@@ -96,7 +97,7 @@ class RaggedStore(Accounts):
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(schedule, split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
-        self._wrong, self._finite = NotANumber(), Finiteness()
+        self._wrong, self._finite, self._planned = NotANumber(), Finiteness(), PlannedStep([])
 
     @classmethod
     def from_plan(
@@ -215,12 +216,18 @@ class RaggedStore(Accounts):
                 f"append takes one token where tokens are held and none is pending, got {key.shape[2]} for layer "
                 f"{layer}; prefill, or arrive and keep, take the others"
             )
-        self._check_turn(layer, held.seen + 1)
+        step = self._planned.next(layer, held)
+        if step is None:  # else it was its turn when the token was planned
+            self._check_turn(layer, held.seen + 1)
         if key.device.type == "cpu":
             self._finite.add(layer, keys=key, values=value)
-        if held.count_step() % GROWTH_INTERVAL == 0:
-            self._grow(layer, held, held.seen + 1)
-        held.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
+        if layer == 0:
+            step = self._begin_step(held)
+        held.count_step()
+        if step is None:
+            held.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
+        else:
+            held.write(key, value, step, self.policy.new_entry_score)
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
@@ -359,21 +366,12 @@ class RaggedStore(Accounts):
             layers=[None if held is None else held.fork() for held in self.layers],
             _wrong=copy.copy(self._wrong),
             _finite=copy.copy(self._finite),
+            _planned=PlannedStep([]),
         )
 
     def report(self) -> CacheReport:
         """What was kept, what it weighs, and whether anything was evicted at all."""
         return report_of(self)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Capacities over the tokens seen."""
-        return self.rows.schedule
-
-    @property
-    def split(self) -> RuntimeSplit | None:
-        """What splits them at run time."""
-        return self.rows.split
 
     # --- inside
 
@@ -389,7 +387,14 @@ class RaggedStore(Accounts):
             num_pinned=self.protection.num_pinned,
             scored=self.schedule.evicts and holds_scores(self.policy, self.split),
         )
-        held = self.layers[layer] = StoreLayer(layer, arena, self.batch_size, self.num_heads, self.protection)
+        held = self.layers[layer] = StoreLayer(
+            layer,
+            arena,
+            self.batch_size,
+            self.num_heads,
+            self.protection,
+            scores_stay=scores_stay(self.policy),
+        )
         return held
 
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
@@ -432,6 +437,14 @@ class RaggedStore(Accounts):
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
         self.rows.grow(seen.tolist())
         held.allow(self._heads(self.rows.layer(layer)))
+
+    def _begin_step(self, first: StoreLayer) -> LayerStep | None:
+        """Plans a token of all layers. Returns what it is in the first one, None where each has to see for itself."""
+        if (first.decoded + 1) % GROWTH_INTERVAL == 0:
+            for held in self._opened():
+                self._grow(held.index, held, held.seen + 1)
+        self._planned = PlannedStep(plan_step(self.layers, evict=self.decode_mode == "evict"))
+        return self._planned.next(0, first)
 
     def _heads(self, table: Tensor) -> Tensor:
         """The part of [B, all KV heads] that is held here, in memory of its own."""

@@ -145,7 +145,7 @@ def _table_bytes(spec: ModelSpec, capacities: Tensor, batch_size: int) -> int:
     arena = LayerArena(
         count, shape.key_dim, shape.value_dim, torch.float32, torch.device("cpu"), num_pinned=0, scored=False
     )
-    empty = StoreLayer(0, arena, 1, count, Protection())
+    empty = StoreLayer(0, arena, 1, count, Protection(), scores_stay=True)
     of_layer = sum(tensor.nbytes for tensor in empty.tensors.values())
     return batch_size * spec.num_budgeted_layers * of_layer + capacities.nbytes
 

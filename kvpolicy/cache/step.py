@@ -1,0 +1,106 @@
+"""One decoded token in every layer of a store.
+
+What a token does to the tables follows from counts alone, so all layers' tables are worked out at once, on the host,
+and go to the device in one copy: a layer then writes its entry and attends, and no more of a step happens once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.layer import StoreLayer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStep:
+    """What the token changes in one layer.
+
+    before: the lengths that this was worked out from, by identity: whatever else happens to a layer replaces them
+    seen, evicted_at: int64 [B], as in `StoreLayer`, behind the token
+    length, cursor:   int64 [S], as in `LayerArena`, behind the token
+    start, placed_length, row, position: int64 [S] on the layer's device; where the entry goes, and its position
+    """
+
+    before: Tensor
+    seen: Tensor
+    evicted_at: Tensor
+    length: Tensor
+    cursor: Tensor
+    start: Tensor
+    placed_length: Tensor
+    row: Tensor
+    position: Tensor
+
+
+class PlannedStep:
+    """A step that is under way: it is handed out layer by layer, in their order, and forgotten behind the last."""
+
+    def __init__(self, steps: Sequence[LayerStep]) -> None:
+        self._steps, self._due = steps, 0
+
+    def next(self, layer: int, held: StoreLayer) -> LayerStep | None:
+        """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""
+        if layer != self._due or not self._steps or self._steps[layer].before is not held.arena.length:
+            return None
+        step = self._steps[layer]
+        self._due += 1
+        if self._due == len(self._steps):
+            self._steps = ()
+        return step
+
+
+def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[LayerStep]:
+    """The step of each layer; none where the layers do not all stand alike, or have to look for what they evict.
+
+    evict: whether a full segment gives an entry up. Makes room where there is none, and turns entries into rings.
+    """
+    opened = [layer for layer in layers if layer is not None and layer.is_ready]
+    if len(opened) < len(layers):
+        return []
+    first = opened[0]
+    if not all(layer.seen is first.seen or torch.equal(layer.seen, first.seen) for layer in opened):
+        return []
+    seen = first.seen + 1
+    limit = torch.stack([layer.limit(evict) for layer in opened])
+    for layer, own in zip(opened, limit, strict=True):
+        layer.make_ring(own)
+    _reserve(opened, limit)
+    length, start, cursor, evicted_at = (
+        torch.stack(tables)
+        for tables in zip(
+            *((layer.arena.length, layer.arena.start, layer.arena.cursor, layer.evicted_at) for layer in opened),
+            strict=True,
+        )
+    )
+    num_pinned = first.arena.num_pinned
+    full = length >= limit
+    slot = torch.where(full, num_pinned + cursor, length)
+    ring = (length - num_pinned).clamp(min=1)
+    after, turned = length + ~full, torch.where(full, (cursor + 1) % ring, cursor)
+    loses = full.view(len(opened), len(seen), -1).any(2)
+    evicted_at = torch.where(loses, seen, evicted_at)
+    position = (seen - 1).repeat_interleave(first.num_heads).expand_as(start)
+    on_host = torch.stack([start, after, start + slot, position])
+    places = {device: on_device(on_host, device) for device in {layer.arena.device for layer in opened}}
+    return [
+        LayerStep(layer.arena.length, seen, evicted_at[i], after[i], turned[i], *places[layer.arena.device][:, i])
+        for i, layer in enumerate(opened)
+    ]
+
+
+def _reserve(layers: Sequence[StoreLayer], limit: Tensor) -> None:
+    """Room for one more entry in every segment below its limit. limit: int64 [L, S]."""
+    arenas = [layer.arena for layer in layers]
+    length, allocated, cursor = (
+        torch.stack(tables) for tables in zip(*((x.length, x.allocated, x.cursor) for x in arenas), strict=True)
+    )
+    # behind a ring that has turned there is no place for one more: it would leave before entries that are older
+    short = ((length < limit) & ((length == allocated) | (cursor > 0))).any(1)
+    if bool(short.any()):
+        for index in short.nonzero()[:, 0].tolist():
+            arenas[index].extend(limit[index])
