@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.arena import LayerArena, on_device
 from kvpolicy.cache.layer import StoreLayer
 
 
@@ -70,13 +70,8 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
     for layer, own in zip(opened, limit, strict=True):
         layer.make_ring(own)
     _reserve(opened, limit)
-    length, start, cursor, evicted_at = (
-        torch.stack(tables)
-        for tables in zip(
-            *((layer.arena.length, layer.arena.start, layer.arena.cursor, layer.evicted_at) for layer in opened),
-            strict=True,
-        )
-    )
+    start, length, cursor = _stacked([layer.arena for layer in opened], "start", "length", "cursor")
+    evicted_at = torch.stack([layer.evicted_at for layer in opened])
     num_pinned = first.arena.num_pinned
     full = length >= limit
     slot = torch.where(full, num_pinned + cursor, length)
@@ -86,19 +81,29 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
     evicted_at = torch.where(loses, seen, evicted_at)
     position = (seen - 1).repeat_interleave(first.num_heads).expand_as(start)
     on_host = torch.stack([start, after, start + slot, position])
-    places = {device: on_device(on_host, device) for device in {layer.arena.device for layer in opened}}
+    places = {device: _by_layer(on_device(on_host, device)) for device in {layer.arena.device for layer in opened}}
+    own = zip(evicted_at.unbind(), after.unbind(), turned.unbind(), strict=True)
     return [
-        LayerStep(layer.arena.length, seen, evicted_at[i], after[i], turned[i], *places[layer.arena.device][:, i])
-        for i, layer in enumerate(opened)
+        LayerStep(layer.arena.length, seen, *tables, *places[layer.arena.device][i])
+        for i, (layer, tables) in enumerate(zip(opened, own, strict=True))
     ]
+
+
+def _by_layer(tables: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tables of each layer. tables: [k, L, S]."""
+    return list(zip(*(table.unbind() for table in tables.unbind()), strict=True))
+
+
+def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
+    """These tables of all arenas, int64 [L, S] each."""
+    tables = torch.stack([getattr(arena, name) for name in names for arena in arenas])
+    return tables.view(len(names), len(arenas), -1).unbind()
 
 
 def _reserve(layers: Sequence[StoreLayer], limit: Tensor) -> None:
     """Room for one more entry in every segment below its limit. limit: int64 [L, S]."""
     arenas = [layer.arena for layer in layers]
-    length, allocated, cursor = (
-        torch.stack(tables) for tables in zip(*((x.length, x.allocated, x.cursor) for x in arenas), strict=True)
-    )
+    length, allocated, cursor = _stacked(arenas, "length", "allocated", "cursor")
     # behind a ring that has turned there is no place for one more: it would leave before entries that are older
     short = ((length < limit) & ((length == allocated) | (cursor > 0))).any(1)
     if bool(short.any()):

@@ -200,7 +200,7 @@ class RaggedStore(Accounts):
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
         held = self._held(layer)
-        return held is not None and held.pending is None and bool(held.seen.any())
+        return held is not None and held.pending is None and (held.decoded > 0 or bool(held.seen.any()))
 
     def positions(self, layer: int) -> list[Tensor]:
         """int64 [length] of each (sequence, KV head): the positions of its entries, in no order."""
@@ -237,6 +237,8 @@ class RaggedStore(Accounts):
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
+        if not self.policy.rescores:
+            return
         held = self._layer(layer)
         inputs.check_query(query, held.arena.keys, self.batch_size, self._num_q_heads, 1)
         score_step(self.policy, held, query, scoring.options(), self._wrong)

@@ -65,11 +65,11 @@ def facts(cache):
         ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched"),
     )
     found["recipe"], found["deltas"] = cache.recipe.to_json(), cache.state.deltas
-    add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy"))
+    add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy", "_planned"))  # no step is under way
     add(cache.store.rows, "rows", ("schedule", "split"))
     for index, layer in enumerate(cache.store.layers):
         add(layer, f"store.{index}", ("arena",))
-        add(layer.arena, f"arena.{index}")
+        add(layer.arena, f"arena.{index}", ("_placed",))  # copies of its tables
     for index, layer in enumerate(cache.layers):
         add(layer, f"layer.{index}", ("_cache",) if isinstance(layer, BudgetedLayer) else ())
     return found

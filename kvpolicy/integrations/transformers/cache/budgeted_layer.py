@@ -85,12 +85,21 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         Raises `ModelError` when tokens before these never reached our attention function.
         """
         self.cache.begin(key_states)
+        self.cache.budgeted[self.row - 1].check_enforced()  # the layer before, or of a forward before
         self.finish()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.arrived = key_states.shape[2]
         self.columns += self.arrived
         return mark(key_states, self.attention), value_states
+
+    def check_enforced(self) -> None:
+        """Raises `ModelError` where keys and values came, but not their attention."""
+        if self.arrived:
+            raise ModelError(
+                f"layer {self.model_layer}: keys and values came, but not their attention, so no budget was enforced: "
+                "this model changes its keys after the cache, or a forward broke off. Make a new cache"
+            )
 
     @untraced
     def attention(self, call: AttentionCall) -> Answer:

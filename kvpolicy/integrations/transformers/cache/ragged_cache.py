@@ -85,7 +85,6 @@ class RaggedCache(CarryingCache):
 
     def begin(self, key: Tensor) -> None:
         """Makes the store when the first keys come. key: [B, H, n, D]."""
-        self.check_enforced()
         if self.store is not None:
             return
         batch, count = int(key.shape[0]), int(key.shape[1])
@@ -98,11 +97,7 @@ class RaggedCache(CarryingCache):
     def check_enforced(self) -> None:
         """Raises `ModelError` where keys and values came to a layer, but not their attention."""
         for layer in self.budgeted:
-            if layer.arrived:
-                raise ModelError(
-                    f"layer {layer.model_layer}: keys and values came, but not their attention, so no budget was "
-                    "enforced: this model changes its keys after the cache, or a forward broke off. Make a new cache"
-                )
+            layer.check_enforced()
 
     def check_ended(self) -> None:
         self.check_enforced()
@@ -192,7 +187,7 @@ class RaggedCache(CarryingCache):
     @untraced
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises `ModelError` for a model that is not attached, and for a cache that offloads."""
-        if not self.attached():
+        if layer_idx == self.budgeted[0].model_layer and not self.attached():  # asked once a forward
             raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
         if self.offloading:
             raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
