@@ -252,8 +252,17 @@ def test_a_forward_that_broke_off_is_named_at_the_next_use(llama, tmp_path, plac
     assert torch.equal(*logits) and torch.equal(cache.lengths, fresh.lengths)
 
 
-@pytest.mark.parametrize(("method", "count"), [("replace", 5), ("append", 1), ("reserve", 1)])
-@pytest.mark.parametrize("policy", ["snapkv", "streaming"])
+@pytest.mark.parametrize(
+    ("policy", "method", "count"),
+    [
+        ("snapkv", "replace", 5),
+        ("streaming", "replace", 5),
+        ("snapkv", "write", 1),
+        ("streaming", "write", 1),
+        ("h2o", "append", 1),
+        ("h2o", "reserve", 1),
+    ],
+)
 def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method):
     cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
     work, calls = getattr(LayerArena, method), []
