@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from kvpolicy_kernels.append import append
+from kvpolicy_kernels.attention import WorkPlan, decode_attention, ragged_attention
 from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
 from kvpolicy_kernels.segments import Segments
@@ -65,11 +66,15 @@ class Chunk:
 
 
 class Placed(NamedTuple):
-    """Tables of an arena that are on its device: starts and lengths. length: the one of the host that they copy."""
+    """Tables of an arena that are on its device, and the attention over them as its programs share it.
+
+    length: the lengths on the host that these are a copy of
+    """
 
     length: Tensor
     starts: Tensor
     lengths: Tensor
+    work: WorkPlan | None
 
 
 class LayerArena:
@@ -110,8 +115,11 @@ class LayerArena:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
         names = ("keys", "values", "positions", "scores", *_TABLES)
-        placed = {} if self._placed is None else {"placed": self._placed.starts, "placed_lengths": self._placed.lengths}
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None} | placed
+        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        if (placed := self._placed) is not None:
+            held |= {"placed.starts": placed.starts, "placed.lengths": placed.lengths}
+            held |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
+        return held
 
     @property
     def segments(self) -> Segments:
@@ -119,6 +127,18 @@ class LayerArena:
         if (placed := self._placed) is not None and placed.length is self.length:
             return Segments(self.keys, self.values, placed.starts, placed.lengths)
         return Segments(self.keys, self.values, self.start, self.length)
+
+    def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
+        placed = self._placed
+        if placed is None or placed.work is None or placed.length is not self.length:
+            return ragged_attention(query, self.segments, **options)
+        return decode_attention(query, self.segments, plan=placed.work, **options).out
+
+    @property
+    def head_dim(self) -> int:
+        """The larger of the key's and the value's."""
+        return max(self.keys.shape[1], self.values.shape[1])
 
     @property
     def width(self) -> int:
@@ -161,7 +181,7 @@ class LayerArena:
         """`append`, where the tables behind it have been worked out."""
         self._put(key, value, step.position, step.row, score)
         self.length, self.cursor = step.length, step.cursor
-        self._placed = Placed(step.length, step.start, step.placed_length)
+        self._placed = Placed(step.length, step.start, step.placed_length, step.work)
 
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
         arenas, entries = [self.keys, self.values, self.positions], [key, value, position]

@@ -80,6 +80,15 @@ def check_behind_prompt(layer: int, seen: Tensor) -> None:
         )
 
 
+def check_single(layer: int, key: Tensor, possible: bool) -> None:
+    """Whether these keys are one token. possible: whether the layer can take one by itself."""
+    if key.shape[2] != 1 or not possible:
+        raise BudgetError(
+            f"append takes one token where tokens are held and none is pending, got {key.shape[2]} for layer {layer}; "
+            "prefill, or arrive and keep, take the others"
+        )
+
+
 def check_entries(key: Tensor, value: Tensor, batch: int, num_heads: int, shape: LayerSpec) -> None:
     """key: [B, H, n, key_dim];  value: [B, H, n, value_dim]; of one floating dtype, on one device."""
     _check_tensors(keys=key, values=value)

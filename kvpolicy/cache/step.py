@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from kvpolicy_kernels.attention import WorkPlan, plan_work
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena, on_device
@@ -24,6 +26,7 @@ class LayerStep:
     seen, evicted_at: int64 [B], as in `StoreLayer`, behind the token
     length, cursor:   int64 [S], as in `LayerArena`, behind the token
     start, placed_length, row, position: int64 [S] on the layer's device; where the entry goes, and its position
+    work:   how the device shares the attention of this step, None where that is not planned
     """
 
     before: Tensor
@@ -35,6 +38,7 @@ class LayerStep:
     placed_length: Tensor
     row: Tensor
     position: Tensor
+    work: WorkPlan | None
 
 
 class PlannedStep:
@@ -81,17 +85,23 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
     evicted_at = torch.where(loses, seen, evicted_at)
     position = (seen - 1).repeat_interleave(first.num_heads).expand_as(start)
     on_host = torch.stack([start, after, start + slot, position])
-    places = {device: _by_layer(on_device(on_host, device)) for device in {layer.arena.device for layer in opened}}
+    arenas = [layer.arena for layer in opened]
+    places = {device: _placed(on_host, device, arenas[0].head_dim) for device in {arena.device for arena in arenas}}
     own = zip(evicted_at.unbind(), after.unbind(), turned.unbind(), strict=True)
     return [
-        LayerStep(layer.arena.length, seen, *tables, *places[layer.arena.device][i])
-        for i, (layer, tables) in enumerate(zip(opened, own, strict=True))
+        LayerStep(arena.length, seen, *tables, *places[arena.device][i])
+        for i, (arena, tables) in enumerate(zip(arenas, own, strict=True))
     ]
 
 
-def _by_layer(tables: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tables of each layer. tables: [k, L, S]."""
-    return list(zip(*(table.unbind() for table in tables.unbind()), strict=True))
+def _placed(tables: Tensor, device: torch.device, head_dim: int) -> list[tuple[Any, ...]]:
+    """The tables of each layer on a device, and how its programs share the attention. tables: int64 [4, L, S]."""
+    moved = on_device(tables, device)
+    work: list[WorkPlan | None] = [None] * tables.shape[1]
+    if device.type == "cuda":  # one launch for all layers
+        plan = plan_work(moved[1], head_dim=head_dim)
+        work = [plan.layer(index) for index in range(tables.shape[1])]
+    return list(zip(*(table.unbind() for table in moved.unbind()), work, strict=True))
 
 
 def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:

@@ -211,11 +211,7 @@ class RaggedStore(Accounts):
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
         held = self._open(layer, key, value)
-        if key.shape[2] != 1 or not self.can_append(layer):
-            raise BudgetError(
-                f"append takes one token where tokens are held and none is pending, got {key.shape[2]} for layer "
-                f"{layer}; prefill, or arrive and keep, take the others"
-            )
+        inputs.check_single(layer, key, self.can_append(layer))
         step = self._planned.next(layer, held)
         if step is None:  # else it was its turn when the token was planned
             self._check_turn(layer, held.seen + 1)
@@ -233,13 +229,13 @@ class RaggedStore(Accounts):
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
         arena = self._layer(layer).arena
         inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads)
-        return ragged_attention(query, arena.segments, **scoring.options())
+        return arena.attend(query, scoring.options())
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
+        held = self._layer(layer)
         if not self.policy.rescores:
             return
-        held = self._layer(layer)
         inputs.check_query(query, held.arena.keys, self.batch_size, self._num_q_heads, 1)
         score_step(self.policy, held, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1:  # once a token, since that waits for the device

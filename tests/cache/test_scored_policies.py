@@ -1,7 +1,10 @@
 """Policies that score: what is kept and what is attended to, against the oracle, token by token."""
 
 import pytest
+import torch
 
+from kvpolicy.budget.ask import Ask
+from kvpolicy.cache.schedule import Growing
 from tests.cache.play import Play
 from tests.cache.policies import Coarse, HeavyHitter, KeyNorm, LastQueries, Recent, ValueNorm
 
@@ -72,3 +75,18 @@ def test_protected_spans_stay_on_top_of_the_capacity(policy, spans):
 def test_the_policies_differ_so_that_the_oracle_can_fail():
     kept = {str(policy): sorted(Play(policy, [6, 11]).prompt(20).store.positions(0)[1].tolist()) for policy in POLICIES}
     assert len({tuple(positions) for positions in kept.values()}) >= 7
+
+
+@pytest.mark.parametrize("policy", [Recent(), ValueNorm(), ValueNorm(recent_window=5)], ids=str)
+def test_nothing_is_searched_for_where_scores_stay(monkeypatch, policy):
+    """Behind the prompt it is known what will leave, also where budgets grow; the oracle says that it is right."""
+
+    def search(*_):
+        raise AssertionError("a search for the worst entry")
+
+    monkeypatch.setattr("kvpolicy.cache.layer.evictable", search)
+    monkeypatch.setattr("kvpolicy.cache.store.GROWTH_INTERVAL", 4)
+    monkeypatch.setattr("tests.cache.oracle.GROWTH_INTERVAL", 4)
+    schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), Ask(0.3, min_tokens=10), 3)
+    Play(policy, schedule, tokens=100).prompt(40).decode(60)
+    Play(policy, [6, 11]).prompt(20).decode(25)
