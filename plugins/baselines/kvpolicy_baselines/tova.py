@@ -41,11 +41,11 @@ class TOVAPolicy(EvictionPolicy):
         return _of_tokens(mass.flatten(1), positions.flatten(1), mass.shape[1]).view_as(mass) / mass.shape[1]
 
     def score_step(self, step: DecodeStep) -> Tensor:
-        present, count = step.positions >= 0, len(step.lengths) * step.max_positions
-        place = (step.segment * step.max_positions + step.positions).where(present, count)
-        by_position = step.attention.new_zeros(count + 1).scatter(0, place, step.attention)  # each place gets one
-        total = by_position[:-1].view(-1, step.num_kv_heads, step.max_positions).sum(1)
-        return total[step.segment // step.num_kv_heads, step.positions.clamp(min=0)] / step.num_kv_heads
+        span, heads = step.max_positions + 1, step.num_kv_heads  # the first place of a segment is that of free rows
+        place = step.segment * span + (step.positions + 1)
+        by_place = step.attention.new_zeros(len(step.lengths) * span).scatter(0, place, step.attention)
+        total = by_place.view(-1, heads, span).sum(1) / heads
+        return total[step.segment // heads, step.positions + 1]
 
 
 def _of_tokens(mass: Tensor, positions: Tensor, num_heads: int) -> Tensor:
