@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from kvpolicy_kernels.append import append, append_next
 
 from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.select import Protection
+from kvpolicy.cache.step import plan_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -148,21 +151,26 @@ def test_steps_by_hand(named, dim, backend):
 @settings(max_examples=20, deadline=None)
 @given(capacities=st.lists(st.integers(3, 9), min_size=1, max_size=4), pinned=st.integers(0, 2))
 def test_the_ring_is_the_window_rule(capacities, pinned, backend):
-    """The law: step after step, `append_next` is `LayerArena.advance` with tables on the device."""
-    host = LayerArena(len(capacities), 1, 1, torch.float32, torch.device("cpu"), num_pinned=pinned, scored=False)
+    """The law: step after step, `append_next` is what a store's plan works out on the host."""
+    count = len(capacities)
+    host = LayerArena(count, 1, 1, torch.float32, torch.device("cpu"), num_pinned=pinned, scored=False)
+    layer = StoreLayer(0, host, 1, count, Protection(num_sink_tokens=pinned), scores_stay=True)
+    layer.allow(torch.tensor([capacities]))
     limit = table(*capacities)
     starts = limit.cumsum(0) - limit
     lengths, cursors = torch.zeros_like(limit), torch.zeros_like(limit)
     arena = torch.full((int(limit.sum()),), -1, dtype=torch.int64, device=DEVICE)
-    for step in range(25):
-        slots = host.advance(host.length >= limit.cpu())
+    entry = torch.zeros(1, count, 1, 1)
+    for age in range(25):
+        (step,) = plan_step([layer], evict=True)
+        layer.write(entry, entry, step, 0.0)
         rows = append_next(
-            [arena], [torch.full_like(starts, step)], starts, lengths, limit, cursors, pinned, backend=backend
+            [arena], [torch.full_like(starts, age)], starts, lengths, limit, cursors, pinned, backend=backend
         )
-        assert torch.equal(rows.cpu(), starts.cpu() + slots)
+        assert torch.equal((rows - starts).cpu(), step.row - step.start)
         assert torch.equal(lengths.cpu(), host.length)
         assert torch.equal(cursors.cpu(), host.cursor)
-        assert (arena[rows] == step).all()
+        assert (arena[rows] == age).all()
 
 
 @pytest.mark.parametrize(
