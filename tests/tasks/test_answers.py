@@ -238,13 +238,13 @@ def test_a_task_of_one_sample_cannot_be_compared(refused, small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ruler/niah_single_1", "scbench/kv"])
+@pytest.mark.parametrize("name", ["ruler/niah_single_1", "key-value", "scbench/vt"])
 @pytest.mark.parametrize("question", ["aware", "agnostic"])
 def test_smollm2_answers_with_a_full_cache_and_loses_some_without(smollm2, name, question):
     from kvpolicy.comparison.run import _table
     from kvpolicy.verbs.chosen_task import chosen_task
 
-    task = chosen_task(name, question=question).of_model(*smollm2, limit=3, context=600, seed=0)
+    task = chosen_task(name, question=question).of_model(*smollm2, limit=2, context=600, seed=0)
     full, uniform = read_methods(["full"])[0], method("streaming")
     found = [
         float(task.measure(each, lambda n, m=each, k=kept: _table(task, m, k, 0, n)).losses.mean())
