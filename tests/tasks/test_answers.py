@@ -8,12 +8,16 @@ from transformers import AutoConfig
 
 import kvpolicy
 from kvpolicy import BudgetPlan, KVPolicyError, ModelSpec, Sample, Turn, registry, save_plan
+from kvpolicy.budget.plan import PlanChoice
 from kvpolicy.comparison.answers import AnswerTask
 from kvpolicy.comparison.methods import Method, read_methods
 from kvpolicy.comparison.real_cache import filled_cache, ready
 from kvpolicy.comparison.results_file import load_comparison
+from kvpolicy.progress import Progress
 from kvpolicy.tasks.own_file import FileTask
 from kvpolicy.tasks.question_time import check_question
+from kvpolicy.verbs.chosen_task import chosen_task
+from kvpolicy.verbs.eval_task import answer_rows
 from tests.tiny import over, tiny_ids, tiny_model
 
 SHAPE, MOST = (3, 2), 5
@@ -240,16 +244,16 @@ def test_a_task_of_one_sample_cannot_be_compared(refused, small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ruler/niah_single_1", "key-value", "scbench/vt"])
 @pytest.mark.parametrize("question", ["aware", "agnostic"])
-def test_smollm2_answers_with_a_full_cache_and_loses_some_without(smollm2, name, question):
-    from kvpolicy.comparison.run import _table
-    from kvpolicy.verbs.chosen_task import chosen_task
-
-    task = chosen_task(name, question=question).of_model(*smollm2, limit=2, context=600, seed=0)
-    full, uniform = read_methods(["full"])[0], method("streaming")
-    found = [
-        float(task.measure(each, lambda n, m=each, k=kept: _table(task, m, k, 0, n)).losses.mean())
-        for each, kept in ((full, 1.0), (uniform, 0.2))
-    ]
-    assert found[0] <= found[1]
+def test_smollm2_answers_under_full_uniform_and_a_plan(smollm2, name, question):
+    model, tokenizer = smollm2
+    task = chosen_task(name, question=question).of_model(model, tokenizer, limit=2, context=600, seed=0)
+    shares = torch.arange(60, 150).reshape(30, 3)
+    plan = BudgetPlan.from_capacities(task.spec, shares, 600, PlanChoice("snapkv"))
+    snapkv = registry.create("policy", "snapkv")
+    options = {"seed": 0, "facts": {}, "progress": Progress()}
+    rows = answer_rows(task, "plan.json", plan, ("snapkv", snapkv), [0.5], **options)
+    assert [row["plan"] for row in rows] == ["full", "uniform", "plan.json"]
+    assert all(0 <= row["score"] <= 1 for row in rows)
+    assert rows[1]["bytes"] < 0.6 * rows[0]["bytes"] and rows[1]["entries"] == rows[2]["entries"]
     if name == "ruler/niah_single_1":
-        assert found[0] == 0
+        assert rows[0]["score"] == 1, "this model finds a needle in 600 tokens"
