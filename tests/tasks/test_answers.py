@@ -242,13 +242,20 @@ def test_a_task_of_one_sample_cannot_be_compared(refused, small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ruler/niah_single_1", "key-value", "scbench/vt"])
-@pytest.mark.parametrize("question", ["aware", "agnostic"])
+@pytest.mark.parametrize(
+    ("name", "question"),
+    [
+        ("ruler/niah_single_1", "aware"),
+        ("ruler/niah_single_1", "agnostic"),
+        ("key-value", "agnostic"),
+        ("scbench/vt", "agnostic"),
+    ],
+)
 def test_smollm2_answers_under_full_uniform_and_a_plan(smollm2, name, question):
     model, tokenizer = smollm2
-    task = chosen_task(name, question=question).of_model(model, tokenizer, limit=2, context=600, seed=0)
+    task = chosen_task(name, question=question).of_model(model, tokenizer, limit=2, context=800, seed=0)
     shares = torch.arange(60, 150).reshape(30, 3)
-    plan = BudgetPlan.from_capacities(task.spec, shares, 600, PlanChoice("snapkv"))
+    plan = BudgetPlan.from_capacities(task.spec, shares, 800, PlanChoice("snapkv"))
     snapkv = registry.create("policy", "snapkv")
     options = {"seed": 0, "facts": {}, "progress": Progress()}
     rows = answer_rows(task, "plan.json", plan, ("snapkv", snapkv), [0.5], **options)
@@ -256,4 +263,4 @@ def test_smollm2_answers_under_full_uniform_and_a_plan(smollm2, name, question):
     assert all(0 <= row["score"] <= 1 for row in rows)
     assert rows[1]["bytes"] < 0.6 * rows[0]["bytes"] and rows[1]["entries"] == rows[2]["entries"]
     if name == "ruler/niah_single_1":
-        assert rows[0]["score"] == 1, "this model finds a needle in 600 tokens"
+        assert rows[0]["score"] == 1, "this model finds a needle in 800 tokens"
