@@ -145,9 +145,9 @@ def check_level(level: PlanLevel, path: str, shape: tuple[int, int]) -> None:
     _check_retrieval(level.retrieval, f"{path}.retrieval")
 
 
-def _check_retrieval(found: dict[str, Any], path: str) -> None:
+def _check_retrieval(retrieval: dict[str, Any], path: str) -> None:
     """What reports read must be numbers."""
-    answers, passkey = (Fields(found.get(name) or {}, f"{path}.{name}") for name in ("answer_loss", "passkey"))
+    answers, passkey = (Fields(retrieval.get(name) or {}, f"{path}.{name}") for name in ("answer_loss", "passkey"))
     for name in ("search", "heldout", "heldout_full", "heldout_uniform"):
         if answers.has(name):
             answers.read(name, number)
@@ -272,14 +272,14 @@ def positive(name: str, value: object) -> int:
 
 def read_capacities(value: object, shape: tuple[int, int], floor: int, ceiling: int) -> Tensor:
     try:
-        given = torch.as_tensor(value).detach().to("cpu")
+        table = torch.as_tensor(value).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise BudgetError(f"the capacity table is no table of numbers: {error}") from None
-    if tuple(given.shape) != shape:
-        raise BudgetError(f"the capacity table has shape {tuple(given.shape)}, expected (layers, KV heads) = {shape}")
-    if given.dtype == torch.bool or given.is_complex():
-        raise BudgetError(f"the capacity table holds {given.dtype}, expected whole numbers")
-    numbers = given.to(torch.float64)
+    if tuple(table.shape) != shape:
+        raise BudgetError(f"the capacity table has shape {tuple(table.shape)}, expected (layers, KV heads) = {shape}")
+    if table.dtype == torch.bool or table.is_complex():
+        raise BudgetError(f"the capacity table holds {table.dtype}, expected whole numbers")
+    numbers = table.to(torch.float64)
     bad = ~((numbers >= floor) & (numbers <= ceiling) & (numbers == numbers.floor()))
     if bool(bad.any()):
         layer, head = bad.nonzero()[0].tolist()

@@ -39,37 +39,37 @@ class Accounts:
     @property
     def seen(self) -> Tensor:
         """int64 [B], tokens of each sequence so far, padding excluded."""
-        for held in self._opened():
-            return held.seen
+        for layer in self._opened():
+            return layer.seen
         return torch.zeros(self.batch_size, dtype=torch.int64)
 
     @property
     def lengths(self) -> Tensor:
         """int64 [L, B, H], entries held now; pending tokens included."""
-        return self._tabulate(lambda held: held.num_held)
+        return self._tabulate(lambda layer: layer.num_held)
 
     @property
     def capacities(self) -> Tensor:
         """int64 [L, B, H], entries allowed now, protected spans included; `UNLIMITED` where nothing is evicted."""
-        return self._tabulate(lambda held: held.capacity)
+        return self._tabulate(lambda layer: layer.capacity)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables included; memory that several tensors share counts once."""
-        held = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
-        storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
+        tensors = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
+        storages = {x.data_ptr(): x.nbytes() for x in (tensor.untyped_storage() for tensor in tensors)}
         return sum(storages.values())
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that keeping every token seen would take, padding excluded."""
-        itemsize = next((held.arena.keys.element_size() for held in self._opened()), 0)
+        itemsize = next((layer.arena.keys.element_size() for layer in self._opened()), 0)
         return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
 
     def _opened(self) -> list[StoreLayer]:
-        return [held for held in self.layers if held is not None]
+        return [layer for layer in self.layers if layer is not None]
 
     def _tabulate(self, of: Callable[[StoreLayer], Tensor]) -> Tensor:
         shape = (self.batch_size, self.num_heads)
         empty = torch.zeros(shape, dtype=torch.int64)
-        return torch.stack([empty if held is None else of(held).view(shape) for held in self.layers])
+        return torch.stack([empty if layer is None else of(layer).view(shape) for layer in self.layers])

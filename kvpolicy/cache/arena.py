@@ -115,11 +115,11 @@ class LayerArena:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
         names = ("keys", "values", "positions", "scores", *_TABLES)
-        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if (placed := self._placed) is not None:
-            held |= {"placed.starts": placed.starts, "placed.lengths": placed.lengths}
-            held |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
-        return held
+            tensors |= {"placed.starts": placed.starts, "placed.lengths": placed.lengths}
+            tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
+        return tensors
 
     @property
     def segments(self) -> Segments:

@@ -34,11 +34,11 @@ def attention_statistics(
     mass = attention_of_each(layer.arena, query, chunk, scoring.options()).masked_fill(~front[:, :, None], 0.0)
     mass = mass * (heads / query.shape[1])  # the mean over the query group
     per_query = 1 / count.clamp(min=1)[:, None]
-    found = {}
+    statistics = {}
     if "attention_entropy" in requires:
-        found["attention_entropy"] = -torch.xlogy(mass, mass).sum((2, 3)) * per_query
+        statistics["attention_entropy"] = -torch.xlogy(mass, mass).sum((2, 3)) * per_query
     if "attention_variance" in requires:
         mean = mass.sum(2, keepdim=True) * per_query[..., None, None]
         squares = (mass - mean).square() * asks[:, None, :, None]
-        found["attention_variance"] = squares.sum((2, 3)) * per_query
-    return LayerStatistics(**found)
+        statistics["attention_variance"] = squares.sum((2, 3)) * per_query
+    return LayerStatistics(**statistics)

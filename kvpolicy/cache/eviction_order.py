@@ -82,9 +82,9 @@ def _slots(keys: Tensor, opens: Tensor, count: int) -> Tensor:
     """
     steps = torch.arange(1, count + 1, device=keys.device)
     may = (opens[..., None] <= steps).float()  # [S, N, count]
-    each = max(1, _MOST // keys.numel())
+    size = max(1, _MOST // keys.numel())
     slots = []
-    for own, begin in zip(torch.split(keys, each, 1), torch.split(opens, each, 1), strict=True):
+    for own, begin in zip(torch.split(keys, size, 1), torch.split(opens, size, 1), strict=True):
         came = (keys[:, None] < own[..., None]).float() @ may  # [S, each, count]: those with smaller keys
         left = (came - steps).cummin(2).values.clamp(max=0) + steps
         taken = left > F.pad(left, (1, 0))[..., :-1]

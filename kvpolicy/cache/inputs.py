@@ -47,13 +47,13 @@ def place(dtype: torch.dtype, device: str | torch.device) -> torch.device:
     if not dtype.is_floating_point:
         raise BudgetError(f"dtype is {dtype}, expected a floating-point dtype")
     try:
-        found = torch.empty(0, device=device).device
+        target = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BudgetError(f"device is {device!r}, which is not here: {reason}") from None
-    if found.type == "meta":
+    if target.type == "meta":
         raise BudgetError("device is 'meta', which holds no entries")
-    return found
+    return target
 
 
 def check_turn(layer: int, own: Tensor, after: Tensor, other: int, theirs: Tensor) -> None:
@@ -100,12 +100,12 @@ def check_entries(key: Tensor, value: Tensor, batch: int, num_heads: int, shape:
         )
 
 
-def check_agreement(layer: int, held: Tensor, key: Tensor, value: Tensor) -> None:
+def check_agreement(layer: int, keys: Tensor, key: Tensor, value: Tensor) -> None:
     """Whether keys and values are of the dtype and on the device of what the layer holds."""
     for came in (key, value):
-        if (came.dtype, came.device) != (held.dtype, held.device):
+        if (came.dtype, came.device) != (keys.dtype, keys.device):
             raise BudgetError(
-                f"layer {layer} of this store holds {held.dtype} on {held.device}, got {came.dtype} on {came.device}"
+                f"layer {layer} of this store holds {keys.dtype} on {keys.device}, got {came.dtype} on {came.device}"
             )
 
 
@@ -116,9 +116,9 @@ def check_query(query: Tensor, like: Tensor, batch: int, num_q_heads: int, count
     count: n, None for any number
     """
     _check_tensors(queries=query)
-    found, expected = tuple(query.shape), (batch, num_q_heads, "n" if count is None else count, like.shape[-1])
-    if len(found) != 4 or any(a != b for a, b in zip(found, expected, strict=True) if b != "n"):
-        raise BudgetError(f"expected queries of shape {expected}, got {found}")
+    shape, expected = tuple(query.shape), (batch, num_q_heads, "n" if count is None else count, like.shape[-1])
+    if len(shape) != 4 or any(a != b for a, b in zip(shape, expected, strict=True) if b != "n"):
+        raise BudgetError(f"expected queries of shape {expected}, got {shape}")
     if (query.dtype, query.device) != (like.dtype, like.device):
         raise BudgetError(
             f"queries are {query.dtype} on {query.device}, the keys are {like.dtype} on {like.device}: they must agree"
@@ -177,11 +177,11 @@ def padding_mask(num_padding: Tensor | Sequence[int] | None, seen: Tensor, count
 
 def row_indices(rows: Tensor | Sequence[int], batch: int) -> Tensor:
     """int64 [B'] on the CPU, rows of a batch."""
-    given = torch.as_tensor(rows).cpu()
-    is_whole = given.dim() == 1 and len(given) > 0 and not _is_fractional(given)
-    if not is_whole or int(given.min()) < 0 or int(given.max()) >= batch:
-        raise BudgetError(f"take expects rows from 0 to {batch - 1}, got {given.tolist()}")
-    return given.long()
+    indices = torch.as_tensor(rows).cpu()
+    is_whole = indices.dim() == 1 and len(indices) > 0 and not _is_fractional(indices)
+    if not is_whole or int(indices.min()) < 0 or int(indices.max()) >= batch:
+        raise BudgetError(f"take expects rows from 0 to {batch - 1}, got {indices.tolist()}")
+    return indices.long()
 
 
 @dataclass(slots=True)
@@ -189,10 +189,10 @@ class Finiteness:
     """Whether keys, values and queries are numbers.
 
     Those on the CPU are looked at at once. A device is not waited for: what is found there is gathered, and asked for
-    with `check`. found: bool [], since the last check; None where nothing has come
+    with `check`. fault: bool [], since the last check; None where nothing has come
     """
 
-    found: Tensor | None = None
+    fault: Tensor | None = None
 
     def add(self, layer: int, **states: Tensor) -> None:
         """states: by name; of padding too, as it takes part in sums, with a factor of 0.
@@ -204,13 +204,13 @@ class Finiteness:
                 if not math.isfinite(state.sum().item()) and not bool(state.isfinite().all()):  # a sum is quicker
                     raise BudgetError(f"layer {layer}: {name} hold NaN or infinite numbers")
             else:
-                found = ~state.isfinite().all()
-                self.found = found if self.found is None else found | self.found.to(found.device)
+                fault = ~state.isfinite().all()
+                self.fault = fault if self.fault is None else fault | self.fault.to(fault.device)
 
     def check(self) -> None:
         """Waits for the device. Raises where anything since the last check was no number."""
-        found, self.found = self.found, None
-        if found is not None and bool(found):
+        fault, self.fault = self.fault, None
+        if fault is not None and bool(fault):
             raise BudgetError("keys or values of these tokens hold NaN or infinite numbers: this store is spoiled")
 
 

@@ -124,10 +124,12 @@ class StoreLayer:
         if int(seen.max()) > MAX_TOKENS:
             raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
         self.seen = seen
-        if (held := self.pending) is None:
+        if (pending := self.pending) is None:
             return Chunk(key, value, positions)
         return Chunk(
-            torch.cat([held.key, key], 2), torch.cat([held.value, value], 2), torch.cat([held.positions, positions], 1)
+            torch.cat([pending.key, key], 2),
+            torch.cat([pending.value, value], 2),
+            torch.cat([pending.positions, positions], 1),
         )
 
     def append(self, key: Tensor, value: Tensor, score: float, *, evict: bool) -> None:
@@ -253,9 +255,9 @@ class StoreLayer:
         self.arena.take((rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten())
         self.seen, self.settled = self.seen[rows], self.settled[rows]
         self.evicted_at, self.table = self.evicted_at[rows], self.table[rows]
-        if (held := self.pending) is not None:
-            on_device = rows.to(held.key.device)
-            self.pending = Chunk(held.key[on_device], held.value[on_device], held.positions[rows])
+        if (pending := self.pending) is not None:
+            on_device = rows.to(pending.key.device)
+            self.pending = Chunk(pending.key[on_device], pending.value[on_device], pending.positions[rows])
 
     def check_crop(self, count: int) -> None:
         """Raises `BudgetError` where the last `count` tokens cannot be taken back exactly."""
@@ -271,11 +273,11 @@ class StoreLayer:
     def crop(self, count: int) -> None:
         """Takes back the last `count` tokens of every sequence, after `check_crop`."""
         left = count
-        if (held := self.pending) is not None:
-            kept = max(0, len(held) - count)
-            left -= len(held) - kept
-            self.seen = self.seen - held.part(slice(kept, None)).count
-            self.pending = held.part(slice(0, kept)).owned() if kept else None
+        if (pending := self.pending) is not None:
+            kept = max(0, len(pending) - count)
+            left -= len(pending) - kept
+            self.seen = self.seen - pending.part(slice(kept, None)).count
+            self.pending = pending.part(slice(0, kept)).owned() if kept else None
         if left:
             self.seen, self.settled = self.seen - left, self.settled - left
             positions = self.arena.padded_positions()

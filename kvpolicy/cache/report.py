@@ -47,7 +47,7 @@ class CacheReport:
     @property
     def floors_exceed(self) -> bool:
         """Whether the least entries of the KV heads add up to more than the budget asks for."""
-        return any(allowed > asked for asked, allowed in zip(self.asked, self.allowed, strict=True))
+        return any(allowed > budget for budget, allowed in zip(self.asked, self.allowed, strict=True))
 
     def __str__(self) -> str:
         params = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
@@ -72,9 +72,9 @@ class CacheReport:
 
 def report_of(store: RaggedStore) -> CacheReport:
     """The report of a store as it is now."""
-    opened = [held for held in store.layers if held is not None]
+    opened = [layer for layer in store.layers if layer is not None]
     lengths, seen = store.lengths.sum((0, 2)), store.seen
-    spanned = sum((held.spanned * store.num_heads for held in opened), start=0 * seen)
+    spanned = sum((layer.spanned * store.num_heads for layer in opened), start=0 * seen)
     rows = zip(store.rows.seen, store.rows.tables, strict=True) if store.schedule.evicts else ()
     budgets = [(store.schedule.total(count), int(table.sum())) for count, table in rows if table is not None]
     return CacheReport(
@@ -85,9 +85,9 @@ def report_of(store: RaggedStore) -> CacheReport:
         entries=tuple(lengths.tolist()),
         full=tuple((seen * len(store.layers) * store.num_heads).tolist()),
         protected=tuple(spanned.tolist()),
-        asked=tuple(asked for asked, _ in budgets),
+        asked=tuple(entries for entries, _ in budgets),
         allowed=tuple(allowed for _, allowed in budgets),
         nbytes=store.nbytes,
         dense_nbytes=store.dense_nbytes,
-        evicted=any(bool(held.evicted_at.any()) for held in opened),
+        evicted=any(bool(layer.evicted_at.any()) for layer in opened),
     )

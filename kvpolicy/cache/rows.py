@@ -36,14 +36,14 @@ class RowTables:
         """
         made: dict[tuple[int, int], Tensor] = {}
         for row, count in enumerate(seen):
-            held = self.tables[row]
-            if held is not None and count <= self.seen[row]:
+            table = self.tables[row]
+            if table is not None and count <= self.seen[row]:
                 continue
-            key = (id(held), count)
-            if key not in made and self.split is not None and held is not None:
-                made[key] = self.split.grown(held, count)
+            key = (id(table), count)
+            if key not in made and self.split is not None and table is not None:
+                made[key] = self.split.grown(table, count)
             elif key not in made:
-                made[key] = self.schedule.at(count, held)
+                made[key] = self.schedule.at(count, table)
             self.tables[row], self.seen[row] = made[key], count
 
     def split_layer(
@@ -60,7 +60,7 @@ class RowTables:
         if not layer:
             self._before, self._statistics = list(self.tables), []
         self._statistics.append(statistics)
-        told = [each.on(scores[0].device) for each in self._statistics[-len(scores) :]]
+        all_statistics = [item.on(scores[0].device) for item in self._statistics[-len(scores) :]]
         alike: dict[tuple[int, int], list[int]] = {}
         for row, count in enumerate(seen):
             alike.setdefault((id(self._before[row]), count), []).append(row)
@@ -68,8 +68,9 @@ class RowTables:
             before = self._before[rows[0]]
             now = [self._table(row) if layer else self.split.start(before) for row in rows]
             own = scores if len(rows) == len(seen) else [scored[rows] for scored in scores]
-            said = [each.of_rows(rows) for each in told]
-            for row, table in zip(rows, self.split.at_layer(layer, own, said, count, before, now), strict=True):
+            own_statistics = [item.of_rows(rows) for item in all_statistics]
+            tables = self.split.at_layer(layer, own, own_statistics, count, before, now)
+            for row, table in zip(rows, tables, strict=True):
                 self.tables[row], self.seen[row] = table, count
         if layer == self.schedule.shape[0] - 1:
             self._before, self._statistics = [], []

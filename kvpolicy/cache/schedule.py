@@ -41,8 +41,8 @@ class Schedule(Protocol):
     def total(self, seen: int) -> int:
         """Entries asked for one sequence after `seen` tokens; floors may add to them."""
 
-    def at(self, seen: int, held: Tensor | None) -> Tensor:
-        """Capacities after `seen` tokens, int64 `[L, H]`; held: those of now, which never fall, None at first."""
+    def at(self, seen: int, before: Tensor | None) -> Tensor:
+        """Capacities after `seen` tokens, int64 `[L, H]`; before: those until now, which never fall, None at first."""
 
     def with_floor(self, floor: int) -> Schedule:
         """The same with at least `floor` entries for each KV head. Raises `BudgetError` where that cannot be."""
@@ -78,7 +78,7 @@ class Fixed:
     def total(self, seen: int) -> int:
         return int(self.table.sum()) if self.asked is None else self.asked
 
-    def at(self, seen: int, held: Tensor | None) -> Tensor:
+    def at(self, seen: int, before: Tensor | None) -> Tensor:
         return self.table
 
     def with_floor(self, floor: int) -> Fixed:
@@ -112,11 +112,11 @@ class Growing:
     def total(self, seen: int) -> int:
         return self.ask.total(max(seen, self.ask.min_tokens), self.shape)
 
-    def at(self, seen: int, held: Tensor | None) -> Tensor:
+    def at(self, seen: int, before: Tensor | None) -> Tensor:
         context = max(seen, self.ask.min_tokens, self.floor)
         shares = self.shares(self.ask.fraction(context), context)
         return capacities(
-            shares, self.ask.total(context, self.shape), context, self.floor if held is None else held, self.groups
+            shares, self.ask.total(context, self.shape), context, self.floor if before is None else before, self.groups
         )
 
     def with_floor(self, floor: int) -> Growing:

@@ -152,26 +152,26 @@ def _decode_step(
 
 def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
     """Scores of entries and of tokens behind a context that was repeated: theirs, and a decoded token's."""
-    held = arena.padded_scores()
-    assert held is not None  # nobody else is scored
-    return torch.cat([held, held.new_full((len(held), len(chunk)), policy.new_entry_score)], 1)
+    scores = arena.padded_scores()
+    assert scores is not None  # nobody else is scored
+    return torch.cat([scores, scores.new_full((len(scores), len(chunk)), policy.new_entry_score)], 1)
 
 
 @dataclass(slots=True)
 class NotANumber:
     """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
 
-    found: bool [], since the last check; None where nothing has come
+    fault: bool [], since the last check; None where nothing has come
     """
 
-    found: Tensor | None = None
+    fault: Tensor | None = None
 
     def add(self, scores: Tensor) -> None:
-        found = scores.isnan().any()
-        self.found = found if self.found is None else found | self.found.to(found.device)
+        fault = scores.isnan().any()
+        self.fault = fault if self.fault is None else fault | self.fault.to(fault.device)
 
     def check(self, policy: EvictionPolicy, method: str) -> None:
         """Raises `PluginError` where any of the scores since the last check was none."""
-        found, self.found = self.found, None
-        if found is not None and bool(found):
+        fault, self.fault = self.fault, None
+        if fault is not None and bool(fault):
             plugin_call.refuse_nan(policy, method)

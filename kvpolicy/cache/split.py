@@ -43,9 +43,9 @@ class RuntimeSplit:
         """The same with at least `floor` entries for each KV head."""
         return replace(self, floor=max(floor, self.floor))
 
-    def start(self, held: Tensor | None) -> Tensor:
-        """The table before the first layer of a forward has been scored, int64 [L, H]; held: that of now."""
-        return torch.full(self.schedule.shape, self.floor) if held is None else held.clone()
+    def start(self, before: Tensor | None) -> Tensor:
+        """The table before the first layer of a forward has been scored, int64 [L, H]; before: that until now."""
+        return torch.full(self.schedule.shape, self.floor) if before is None else before.clone()
 
     def at_layer(
         self,
@@ -53,7 +53,7 @@ class RuntimeSplit:
         scores: Sequence[Tensor],
         statistics: Sequence[LayerStatistics],
         seen: int,
-        held: Tensor | None,
+        before: Tensor | None,
         now: Sequence[Tensor],
     ) -> list[Tensor]:
         """The tables of b sequences after layer l has been scored, int64 [L, H] each.
@@ -61,10 +61,10 @@ class RuntimeSplit:
         scores: float32 [b, H, n] of layers 0 to l, under the scope "layer" of l alone; inf for entries that stay
             anyhow, -inf for absent ones
         statistics: of the attention of the same layers, [b, H]
-        held:   [L, H] before this forward, the same for all; capacities do not fall below it
+        before: [L, H] before this forward, the same for all; capacities do not fall below it
         now:    [L, H] as this forward has left each. Layers 0 to l - 1 may only shrink, later ones are at their floor.
         """
-        floors, most, total = self.start(held), self._most(seen, now[0]), self.schedule.total(seen)
+        floors, most, total = self.start(before), self._most(seen, now[0]), self.schedule.total(seen)
         if self.split_is_per_layer:  # all sequences at once: the device is waited for once
             one = slice(layer, layer + 1)
             parts = self._apportion(
@@ -78,8 +78,8 @@ class RuntimeSplit:
             ceilings = table[: layer + 1].clone()
             ceilings[layer] = ceilings[layer].clamp(min=most)
             own = [scored[row : row + 1] for scored in scores]
-            told = [each.of_rows([row]) for each in statistics]
-            (part,) = self._apportion(own, told, left, floors[: layer + 1], ceilings)
+            own_statistics = [item.of_rows([row]) for item in statistics]
+            (part,) = self._apportion(own, own_statistics, left, floors[: layer + 1], ceilings)
             tables.append(torch.cat([part, table[layer + 1 :]]))
         return tables
 
@@ -120,7 +120,7 @@ class RuntimeSplit:
         """A table for each sequence, int64 like `floors`. scores: float32 [b, H, n] of each of its layers."""
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
         shares = plugin_call.split_shares(self.allocator, scores, budget, statistics)
-        return [apportion(each, budget) for each in shares]
+        return [apportion(proportions, budget) for proportions in shares]
 
 
 def _apportion_within(shares: Tensor, total: int, floors: Tensor, ceilings: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ _ENTRIES = ("keys", "values", "positions", "scores")
 _CHUNK = ("key", "value", "positions")
 
 
-class Given:
-    """Tensors by name. Each is taken once, with the dtype and the shape that it must have."""
+class Tensors:
+    """Tensors of a file, by name. Each is taken once, with the dtype and the shape that it must have."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._left = dict(tensors)
@@ -60,11 +60,11 @@ def pack(store: RaggedStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors on the CPU, by name, and JSON values. The store must not be in the middle of a forward."""
     tensors: dict[str, Tensor] = {}
     layers = []
-    for index, held in enumerate(store.layers):
-        layers.append(None if held is None else {"decoded": held.decoded, "is_ring": held.is_ring})
-        if held is not None:
-            held.check_settled()
-            tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in _packed(held).items()}
+    for index, layer in enumerate(store.layers):
+        layers.append(None if layer is None else {"decoded": layer.decoded, "is_ring": layer.is_ring})
+        if layer is not None:
+            layer.check_settled()
+            tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in _packed(layer).items()}
     tables = {id(table): table for table in store.rows.tables if table is not None}
     if tables:
         tensors["rows"] = torch.stack(list(tables.values()))
@@ -75,20 +75,20 @@ def pack(store: RaggedStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(
-    store: RaggedStore, given: Given, fields: Fields, dtype: torch.dtype, devices: Sequence[torch.device]
+    store: RaggedStore, tensors: Tensors, fields: Fields, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> None:
     """Fills an empty store of the same batch and heads. dtype, devices [L]: of keys and values.
 
     Raises `KVPolicyError` or `PlanError` for values that no store can have had.
     """
-    _fill_rows(store, given, fields)
+    _fill_rows(store, tensors, fields)
     layers = fields.read("layers", sequence, len(store.layers))
     for index, (value, device) in enumerate(zip(layers, devices, strict=True)):
         if value is None:
             continue
         own = Fields(value, fields.path(f"layers[{index}]"))
-        _fill(store, store.open(index, dtype, device), given, own, f"layers.{index}")
-    counts = [held.seen for held in store.layers if held is not None]
+        _fill(store, store.open(index, dtype, device), tensors, own, f"layers.{index}")
+    counts = [layer.seen for layer in store.layers if layer is not None]
     if any(not torch.equal(counts[0], count) for count in counts[1:]):
         raise KVPolicyError("its layers have seen different numbers of tokens")
 
@@ -114,24 +114,24 @@ def flag(value: object, path: str) -> bool:
     return value
 
 
-def _packed(held: StoreLayer) -> dict[str, Tensor]:
-    arena = held.arena
+def _packed(layer: StoreLayer) -> dict[str, Tensor]:
+    arena = layer.arena
     rows = arena.padded_rows()
     rows = rows[rows >= 0]  # in the order of the segments
     packed = {name: getattr(arena, name)[rows] for name in _ENTRIES if getattr(arena, name) is not None}
-    packed |= {name: getattr(arena, name) for name in _TABLES} | {name: getattr(held, name) for name in _COUNTS}
+    packed |= {name: getattr(arena, name) for name in _TABLES} | {name: getattr(layer, name) for name in _COUNTS}
     if not all(bool(torch.isfinite(packed[name]).all()) for name in ("keys", "values")):
         raise KVPolicyError("it holds keys or values that are not finite")
-    if (pending := held.pending) is not None:
+    if (pending := layer.pending) is not None:
         packed |= {f"pending.{name}": getattr(pending, name) for name in _CHUNK}
     return packed
 
 
-def _fill_rows(store: RaggedStore, given: Given, fields: Fields) -> None:
+def _fill_rows(store: RaggedStore, tensors: Tensors, fields: Fields) -> None:
     layers, all_heads = store.spec.table_shape
     tables: list[Tensor] = []
-    if "rows" in given:
-        stacked = given.take("rows", torch.int64, (None, layers, all_heads))
+    if "rows" in tensors:
+        stacked = tensors.take("rows", torch.int64, (None, layers, all_heads))
         _check(stacked, 0, UNLIMITED, "rows")
         tables = list(stacked.clone())
     rows, seen = (fields.read(name, sequence, store.batch_size) for name in ("rows", "seen"))
@@ -142,18 +142,18 @@ def _fill_rows(store: RaggedStore, given: Given, fields: Fields) -> None:
         store.rows.seen[row] = whole(count, fields.path(f"seen[{row}]"), 0)
 
 
-def _fill(store: RaggedStore, layer: StoreLayer, given: Given, fields: Fields, prefix: str) -> None:
+def _fill(store: RaggedStore, layer: StoreLayer, tensors: Tensors, fields: Fields, prefix: str) -> None:
     arena, dtype, shape = layer.arena, layer.arena.keys.dtype, store.spec.attention
     batch, num_heads = store.batch_size, store.num_heads
     counts, pending = {}, None
     for name in _COUNTS:
         sizes = (batch, num_heads) if name == "table" else (batch,)
-        counts[name] = given.take(f"{prefix}.{name}", torch.int64, sizes).clone()
-    tables = {name: given.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone() for name in _TABLES}
-    if f"{prefix}.pending.key" in given:
-        key = given.take(f"{prefix}.pending.key", dtype, (batch, num_heads, None, shape.key_dim))
-        value = given.take(f"{prefix}.pending.value", dtype, (batch, num_heads, key.shape[2], shape.value_dim))
-        positions = given.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
+        counts[name] = tensors.take(f"{prefix}.{name}", torch.int64, sizes).clone()
+    tables = {name: tensors.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone() for name in _TABLES}
+    if f"{prefix}.pending.key" in tensors:
+        key = tensors.take(f"{prefix}.pending.key", dtype, (batch, num_heads, None, shape.key_dim))
+        value = tensors.take(f"{prefix}.pending.value", dtype, (batch, num_heads, key.shape[2], shape.value_dim))
+        positions = tensors.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
         device = arena.device
         pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
     arena.resume(tables)
@@ -161,23 +161,23 @@ def _fill(store: RaggedStore, layer: StoreLayer, given: Given, fields: Fields, p
     _check_counts(store, layer, prefix)
     total = int(arena.length.sum())
     entries = {
-        "keys": given.take(f"{prefix}.keys", dtype, (total, shape.key_dim)),
-        "values": given.take(f"{prefix}.values", dtype, (total, shape.value_dim)),
-        "positions": given.take(f"{prefix}.positions", torch.int32, (total,)),
+        "keys": tensors.take(f"{prefix}.keys", dtype, (total, shape.key_dim)),
+        "values": tensors.take(f"{prefix}.values", dtype, (total, shape.value_dim)),
+        "positions": tensors.take(f"{prefix}.positions", torch.int32, (total,)),
     }
     if arena.scores is not None:
-        entries["scores"] = given.take(f"{prefix}.scores", torch.float32, (total,))
+        entries["scores"] = tensors.take(f"{prefix}.scores", torch.float32, (total,))
     _check_entries(layer, entries, prefix)
     arena.fill(entries)
 
 
-def _check_counts(store: RaggedStore, held: StoreLayer, prefix: str) -> None:
+def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
     """Tables that the store will compute addresses from."""
-    arena = held.arena
-    _check(held.seen, 0, MAX_TOKENS, f"{prefix}.seen")
-    _check(held.evicted_at, 0, held.seen, f"{prefix}.evicted_at")
-    _check(held.settled, 0, MAX_TOKENS, f"{prefix}.pending.positions, counted,")
-    settled = held.settled.repeat_interleave(store.num_heads)
+    arena = layer.arena
+    _check(layer.seen, 0, MAX_TOKENS, f"{prefix}.seen")
+    _check(layer.evicted_at, 0, layer.seen, f"{prefix}.evicted_at")
+    _check(layer.settled, 0, MAX_TOKENS, f"{prefix}.pending.positions, counted,")
+    settled = layer.settled.repeat_interleave(store.num_heads)
     _check(arena.length, 0, settled, f"{prefix}.length")
     _check(arena.allocated, arena.length, arena.length + arena.slack(arena.length), f"{prefix}.allocated")
     start = arena.allocated.cumsum(0) - arena.allocated
@@ -185,19 +185,19 @@ def _check_counts(store: RaggedStore, held: StoreLayer, prefix: str) -> None:
     behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
     _check(arena.cursor, 0, behind, f"{prefix}.cursor")
     floor = store.policy.least_capacity if bool(settled.any()) else 0
-    _check(held.table, floor, UNLIMITED, f"{prefix}.table")
+    _check(layer.table, floor, UNLIMITED, f"{prefix}.table")
     if store.decode_mode == "evict":
-        _check(arena.length, 0, held.capacity, f"{prefix}.length")
-    if (pending := held.pending) is not None:
-        steps = held.settled[:, None] + (pending.positions >= 0).cumsum(1) - 1
+        _check(arena.length, 0, layer.capacity, f"{prefix}.length")
+    if (pending := layer.pending) is not None:
+        steps = layer.settled[:, None] + (pending.positions >= 0).cumsum(1) - 1
         expected = torch.where(pending.positions < 0, -1, steps)
         _check(pending.positions, expected, expected, f"{prefix}.pending.positions")
 
 
-def _check_entries(held: StoreLayer, entries: Mapping[str, Tensor], prefix: str) -> None:
-    arena, positions = held.arena, entries["positions"].long()
+def _check_entries(layer: StoreLayer, entries: Mapping[str, Tensor], prefix: str) -> None:
+    arena, positions = layer.arena, entries["positions"].long()
     segment = torch.arange(len(arena.length)).repeat_interleave(arena.length)
-    settled = held.settled.repeat_interleave(held.num_heads)[segment]
+    settled = layer.settled.repeat_interleave(layer.num_heads)[segment]
     _check(positions, 0, settled - 1, f"{prefix}.positions")
     if len(torch.unique(segment * (MAX_TOKENS + 1) + positions)) < len(positions):
         raise KVPolicyError(f"'{prefix}.positions' holds a token twice in one KV head")

@@ -150,48 +150,48 @@ class StaticStore:
         self.replan()
         self.due = 0
 
-    def take(self, layer: int, held: StoreLayer, most: int) -> None:
+    def take(self, layer: int, entries: StoreLayer, most: int) -> None:
         """Moves a layer's entries here after its prompt, each segment in the order in which they will be evicted.
 
         most: entries that a segment is allowed at most, where its capacity has no limit
 
         Raises `BudgetError` where the layer does not fit, and for protected spans that go beyond the prompt.
         """
-        arena, capacity = held.arena, held.capacity.clamp(max=most)
-        if held.protection.end > int(held.seen.min()):
+        arena, capacity = entries.arena, entries.capacity.clamp(max=most)
+        if entries.protection.end > int(entries.seen.min()):
             raise BudgetError(
-                f"protected spans end at token {held.protection.end}, the shortest prompt has {int(held.seen.min())}: "
-                "a static store takes spans inside the prompt alone"
+                f"protected spans end at token {entries.protection.end}, the shortest prompt has "
+                f"{int(entries.seen.min())}: a static store takes spans inside the prompt alone"
             )
         if bool((arena.length > capacity).any()):
-            raise BudgetError(f"a prompt of {int(held.seen.max())} tokens was given a static store for {most}")
+            raise BudgetError(f"a prompt of {int(entries.seen.max())} tokens was given a static store for {most}")
         if self.used + int(capacity.sum()) > len(self.keys):
             raise BudgetError(
                 f"layer {layer} needs {int(capacity.sum())} rows, the static store has {len(self.keys) - self.used} "
                 f"of {len(self.keys)} left: its budget differs from the one it was made for"
             )
         start = self.used + capacity.cumsum(0) - capacity
-        seen = on_device(held.seen.repeat_interleave(self.num_heads)[:, None], arena.device)
+        seen = on_device(entries.seen.repeat_interleave(self.num_heads)[:, None], arena.device)
         segment, offset = each_entry(arena.length, arena.device)
         into, first, length, allowed = on_device(
             torch.stack([start, arena.start, arena.length, capacity]), arena.device
         )
         rows = into[segment] + offset
         if (scores := arena.padded_scores()) is not None:  # without scores, entries lie in the order of their age
-            order = eviction_order(scores, arena.padded_positions(), seen, allowed - length, held.protection)
+            order = eviction_order(scores, arena.padded_positions(), seen, allowed - length, entries.protection)
             offset = order[segment, offset]
         source = first[segment] + offset
-        for out, entries in zip(
+        for out, column in zip(
             (self.keys, self.values, self.positions), (arena.keys, arena.values, arena.positions), strict=True
         ):
-            compact(out, rows, entries, source)
+            compact(out, rows, column, source)
         for table, values in ((self.starts, into), (self.lengths, length), (self.capacities, allowed)):
             table[layer].copy_(values)
         self.used += int(capacity.sum())
         self.growth = max(self.growth, int((capacity - arena.length).max()))
         self.position.copy_(seen[:, 0] - 1)
-        if bool((held.capacity >= UNLIMITED).any()):
-            self._room, self._most = most - int(held.seen.max()), most
+        if bool((entries.capacity >= UNLIMITED).any()):
+            self._room, self._most = most - int(entries.seen.max()), most
         self._taken += 1
         if self._taken == len(self.starts):
             self.due = 0
@@ -201,13 +201,13 @@ class StaticStore:
 
         Raises `BudgetError` as `take` does, and for a layer whose prompt has not come.
         """
-        layers = [held for held in store.layers if held is not None]
+        layers = [layer for layer in store.layers if layer is not None]
         if len(layers) < len(store.layers):
             raise BudgetError(f"layer {store.layers.index(None)} is empty: its prompt comes first")
         self.clear()
-        for layer, held in enumerate(layers):
-            self.take(layer, held, context_length)
-            held.arena.release()
+        for index, layer in enumerate(layers):
+            self.take(index, layer, context_length)
+            layer.arena.release()
         self.replan()
 
     def decode(

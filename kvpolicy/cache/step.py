@@ -47,9 +47,9 @@ class PlannedStep:
     def __init__(self, steps: Sequence[LayerStep]) -> None:
         self._steps, self._due = steps, 0
 
-    def next(self, layer: int, held: StoreLayer) -> LayerStep | None:
+    def next(self, layer: int, entries: StoreLayer) -> LayerStep | None:
         """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""
-        if layer != self._due or not self._steps or self._steps[layer].before is not held.arena.length:
+        if layer != self._due or not self._steps or self._steps[layer].before is not entries.arena.length:
             return None
         step = self._steps[layer]
         self._due += 1

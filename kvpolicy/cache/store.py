@@ -199,8 +199,8 @@ class RaggedStore(Accounts):
 
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
-        held = self._held(layer)
-        return held is not None and held.pending is None and (held.decoded > 0 or bool(held.seen.any()))
+        entries = self._entries(layer)
+        return entries is not None and entries.pending is None and (entries.decoded > 0 or bool(entries.seen.any()))
 
     def positions(self, layer: int) -> list[Tensor]:
         """int64 [length] of each (sequence, KV head): the positions of its entries, in no order."""
@@ -210,20 +210,20 @@ class RaggedStore(Accounts):
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
-        held = self._open(layer, key, value)
+        entries = self._open(layer, key, value)
         inputs.check_single(layer, key, self.can_append(layer))
-        step = self._planned.next(layer, held)
+        step = self._planned.next(layer, entries)
         if step is None:  # else it was its turn when the token was planned
-            self._check_turn(layer, held.seen + 1)
+            self._check_turn(layer, entries.seen + 1)
         if key.device.type == "cpu":
             self._finite.add(layer, keys=key, values=value)
         if layer == 0:
-            step = self._begin_step(held)
-        held.count_step()
+            step = self._begin_step(entries)
+        entries.count_step()
         if step is None:
-            held.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
+            entries.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
         else:
-            held.write(key, value, step, self.policy.new_entry_score)
+            entries.write(key, value, step, self.policy.new_entry_score)
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
@@ -233,11 +233,11 @@ class RaggedStore(Accounts):
 
     def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
         """Hands the entries to the policy after a decoding step, if it looks at them at all."""
-        held = self._layer(layer)
+        entries = self._layer(layer)
         if not self.policy.rescores:
             return
-        inputs.check_query(query, held.arena.keys, self.batch_size, self._num_q_heads, 1)
-        score_step(self.policy, held, query, scoring.options(), self._wrong)
+        inputs.check_query(query, entries.arena.keys, self.batch_size, self._num_q_heads, 1)
+        score_step(self.policy, entries, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1:  # once a token, since that waits for the device
             self._wrong.check(self.policy, "score_step")
 
@@ -246,11 +246,11 @@ class RaggedStore(Accounts):
 
         key, value: [B, H, n, dim];  valid: bool [B, n], False for padding
         """
-        held = self._open(layer, key, value)
+        entries = self._open(layer, key, value)
         valid = inputs.validity(valid, self.batch_size, key.shape[2])
-        self._check_turn(layer, held.seen + (key.shape[2] if valid is None else valid.sum(1)))
+        self._check_turn(layer, entries.seen + (key.shape[2] if valid is None else valid.sum(1)))
         self._finite.add(layer, keys=key, values=value)
-        return held.arrive(key, value, valid)
+        return entries.arrive(key, value, valid)
 
     def attend_chunk(
         self,
@@ -288,37 +288,37 @@ class RaggedStore(Accounts):
         hold:  last tokens that stay pending, so that they can be taken back
         extra: sources that the caller supplies, by name
         """
-        held, is_last = self._layer(layer), layer == len(self.layers) - 1
+        entries, is_last = self._layer(layer), layer == len(self.layers) - 1
         if query.shape[2]:
             inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
-        settling, scores = held.settling(chunk, hold), None
+        settling, scores = entries.settling(chunk, hold), None
         if is_last:  # else nobody waits for the device here
             self._finite.check()
-        if settling and (self.split is None or held.arena.scores is None):
-            self._grow(layer, held, held.settled + chunk.part(slice(0, settling)).count)
-        if settling and held.arena.scores is not None:
-            scores = score_chunk(self.policy, held, query, chunk, scoring.options(), extra or {})
-            scores = scores[:, : held.arena.width + settling]
+        if settling and (self.split is None or entries.arena.scores is None):
+            self._grow(entries, entries.settled + chunk.part(slice(0, settling)).count)
+        if settling and entries.arena.scores is not None:
+            scores = score_chunk(self.policy, entries, query, chunk, scoring.options(), extra or {})
+            scores = scores[:, : entries.arena.width + settling]
             self._wrong.add(scores)
             if self.split is not None or is_last:
                 self._wrong.check(self.policy, "score_prompt")
-        statistics = None
-        if self.split is not None and scores is not None:
-            statistics = attention_statistics(self.split.allocator.requires, self.policy, held, query, chunk, scoring)
-        settled = held.settle(chunk, settling)
+        statistics, split = None, self.split
+        if split is not None and scores is not None:
+            statistics = attention_statistics(split.allocator.requires, self.policy, entries, query, chunk, scoring)
+        settled = entries.settle(chunk, settling)
         if not settling:
             return
         if self.split is not None and scores is not None:
             split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled, statistics)
-        held.fold(settled, scores)
+        entries.fold(settled, scores)
 
     # --- what becomes of a batch
 
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order and as often as they stand there. rows: int64 [B']."""
         rows = inputs.row_indices(rows, self.batch_size)
-        for held in self._opened():
-            held.take(rows)
+        for layer in self._opened():
+            layer.take(rows)
         self.rows.take(rows.tolist())
         self.batch_size = len(rows)
 
@@ -330,10 +330,10 @@ class RaggedStore(Accounts):
         Where no entry was, scores stay as the tokens taken back have left them.
         """
         count = inputs.token_count(count)
-        for held in self._opened():
-            held.check_crop(count)
-        for held in self._opened():
-            held.crop(count)
+        for layer in self._opened():
+            layer.check_crop(count)
+        for layer in self._opened():
+            layer.crop(count)
 
     # --- what becomes of all of it
 
@@ -344,24 +344,24 @@ class RaggedStore(Accounts):
         these budgets from the first token on: selection looks at scores and positions alone.
         """
         self.rows, layers = RowTables(schedule, split, self.batch_size), self._opened()
-        for index, held in enumerate(layers):
+        for index, layer in enumerate(layers):
             if split is None:
-                self._grow(held.index, held, self.seen)
+                self._grow(layer, self.seen)
             else:
                 split_layers(self.rows, layers[: index + 1])
-            held.shrink()
+            layer.shrink()
 
     def withdraw(self) -> None:
         """Forgets tokens that arrived and are not to be kept."""
-        for held in self._opened():
-            held.withdraw()
+        for layer in self._opened():
+            layer.withdraw()
 
     def fork(self) -> RaggedStore:
         """A copy that goes its own way."""
         return copy_with(
             self,
             rows=self.rows.fork(),
-            layers=[None if held is None else held.fork() for held in self.layers],
+            layers=[None if layer is None else layer.fork() for layer in self.layers],
             _wrong=copy.copy(self._wrong),
             _finite=copy.copy(self._finite),
             _planned=PlannedStep([]),
@@ -385,7 +385,7 @@ class RaggedStore(Accounts):
             num_pinned=self.protection.num_pinned,
             scored=self.schedule.evicts and holds_scores(self.policy, self.split),
         )
-        held = self.layers[layer] = StoreLayer(
+        entries = self.layers[layer] = StoreLayer(
             layer,
             arena,
             self.batch_size,
@@ -393,15 +393,15 @@ class RaggedStore(Accounts):
             self.protection,
             scores_stay=scores_stay(self.policy),
         )
-        return held
+        return entries
 
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""
         layer = inputs.layer_index(layer, len(self.layers))
         inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
-        held = self.layers[layer] or self.open(layer, key.dtype, key.device)
-        inputs.check_agreement(layer, held.arena.keys, key, value)
-        return held
+        entries = self.layers[layer] or self.open(layer, key.dtype, key.device)
+        inputs.check_agreement(layer, entries.arena.keys, key, value)
+        return entries
 
     def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Before the layer is made: its first tokens decide on its dtype and its device."""
@@ -416,31 +416,31 @@ class RaggedStore(Accounts):
 
     def _seen(self, layer: int) -> Tensor:
         """int64 [B]."""
-        held = self._held(layer)
-        return torch.zeros(self.batch_size, dtype=torch.int64) if held is None else held.seen
+        entries = self._entries(layer)
+        return torch.zeros(self.batch_size, dtype=torch.int64) if entries is None else entries.seen
 
-    def _held(self, layer: int) -> StoreLayer | None:
+    def _entries(self, layer: int) -> StoreLayer | None:
         return self.layers[inputs.layer_index(layer, len(self.layers))]
 
     def _layer(self, layer: int) -> StoreLayer:
-        held = self._held(layer)
-        if held is None:
+        entries = self._entries(layer)
+        if entries is None:
             raise BudgetError(f"layer {layer} of this store is empty: its prompt comes first")
-        return held
+        return entries
 
     def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
         return inputs.scoring_of(self._shape, self.spec.model_type, self._num_q_heads, scale, sink_logits)
 
-    def _grow(self, layer: int, held: StoreLayer, seen: Tensor) -> None:
+    def _grow(self, layer: StoreLayer, seen: Tensor) -> None:
         """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
         self.rows.grow(seen.tolist())
-        held.allow(self._heads(self.rows.layer(layer)))
+        layer.allow(self._heads(self.rows.layer(layer.index)))
 
     def _begin_step(self, first: StoreLayer) -> LayerStep | None:
         """Plans a token of all layers. Returns what it is in the first one, None where each has to see for itself."""
         if (first.decoded + 1) % GROWTH_INTERVAL == 0:
-            for held in self._opened():
-                self._grow(held.index, held, held.seen + 1)
+            for layer in self._opened():
+                self._grow(layer, layer.seen + 1)
         self._planned = PlannedStep(plan_step(self.layers, evict=self.decode_mode == "evict"))
         return self._planned.next(0, first)
 

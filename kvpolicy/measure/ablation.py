@@ -47,7 +47,7 @@ class LayerAblation:
             "measure": "Spearman's rank correlation",
             "by_chance": chance_correlation(len(self.shrunk)),
             "correlation": {
-                name: None if (found := rank_correlation(values, self.increase)) != found else found
+                name: None if (rank := rank_correlation(values, self.increase)) != rank else rank
                 for name, values in layer_importance(importance).items()
             },
         }

@@ -63,7 +63,7 @@ def variants(name: str, params: Mapping[str, Any]) -> dict[str, ImportanceEstima
     Keyed as a command line would name them, `cosine head_input=slice`. A parameter that is given is not varied.
     """
     chosen = registry.create("estimator", name, params)
-    found = {_label(name, params): chosen}
+    estimators = {_label(name, params): chosen}
     hints = get_type_hints(type(chosen))
     for field in dataclasses.fields(chosen):  # type: ignore[arg-type]  # the registry admits dataclasses only
         if field.name in params or get_origin(hints[field.name]) is not Literal:
@@ -71,8 +71,8 @@ def variants(name: str, params: Mapping[str, Any]) -> dict[str, ImportanceEstima
         for value in get_args(hints[field.name]):
             if value != getattr(chosen, field.name):
                 other = {**params, field.name: value}
-                found[_label(name, other)] = registry.create("estimator", name, other)
-    return found
+                estimators[_label(name, other)] = registry.create("estimator", name, other)
+    return estimators
 
 
 def agreement(
@@ -126,18 +126,18 @@ def _rankings(
     progress: Progress,
 ) -> list[Tensor | None]:
     """What is ranked on each probe, `[L * H]`, or None with its reason in `failures`."""
-    found: list[Tensor | None] = []
+    rankings: list[Tensor | None] = []
     for where, probe in probes.items():
         try:
             values = plugin_call.importance(estimator, probe).per_head.flatten()
             if bool((values == values[0]).all()):
                 raise PluginError("all KV heads are equally important, so nothing is ranked")
-            found.append(values)
+            rankings.append(values)
         except PluginError as error:
             failures[f"{name}, {where}"] = str(error)
-            found.append(None)
+            rankings.append(None)
         progress.advance()
-    return found
+    return rankings
 
 
 def _matrix(rankings: Sequence[Tensor | None]) -> Tensor:

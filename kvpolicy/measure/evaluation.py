@@ -63,8 +63,8 @@ def measured_bytes(probe: SequenceProbe, capacities: Tensor) -> CacheBytes:
     """
     limits = capacities.clamp(max=probe.context_length)
     store = probe.filled(limits)
-    held = store.lengths[:, 0]
-    is_exact = probe.allocator is not None or torch.equal(held, limits)
-    if int(held.sum()) != int(limits.sum()) or not is_exact:
-        raise BudgetError(f"the cache holds {int(held.sum())} entries, the table says {int(limits.sum())}")
-    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(held.sum()))
+    lengths = store.lengths[:, 0]
+    is_exact = probe.allocator is not None or torch.equal(lengths, limits)
+    if int(lengths.sum()) != int(limits.sum()) or not is_exact:
+        raise BudgetError(f"the cache holds {int(lengths.sum())} entries, the table says {int(limits.sum())}")
+    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(lengths.sum()))

@@ -51,8 +51,8 @@ class ChatFrame:
             text: str = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
         parts = []
         for mark in _MARKS:
-            part, found, text = text.partition(mark)
-            if not found:
+            part, separator, text = text.partition(mark)
+            if not separator:
                 raise ModelError(f"{whose} leaves out {mark!r} of a talk of two turns")
             parts.append(tuple(token_ids(tokenizer, part)))
         return cls(*parts)

@@ -199,8 +199,8 @@ def _scale(layer: Any, model_type: str) -> float | None:
 
 def _layer_config(text: Any, index: int) -> Any:
     """The configuration as layer `index` sees it; the same for every layer in most models."""
-    each = getattr(text, "per_layer_config", None)
-    return text if each is None else each[index]
+    configs = getattr(text, "per_layer_config", None)
+    return text if configs is None else configs[index]
 
 
 def _key_shape(text: Any, layer: Any, kind: LayerKind, num_q_heads: int, model_type: str) -> tuple[int, int]:

@@ -68,8 +68,8 @@ def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
             table.add_column(name, no_wrap=name in ("method", "bytes"), overflow="fold")
         for row in rows:
             table.add_row(*(cell(row) for cell in columns.values()))
-        told = [f"{row.method}: {row.note}" for row in rows if row.error is not None or row.remark]
-        yield table, [*_said(comparison, rows), *told]
+        notes = [f"{row.method}: {row.note}" for row in rows if row.error is not None or row.remark]
+        yield table, [*_said(comparison, rows), *notes]
 
 
 def _narrow(columns: dict[str, Cell]) -> dict[str, Cell]:
@@ -132,12 +132,13 @@ def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
 
 
 def _calibration(row: Figures) -> str:
-    told = row.calibration
-    if "tokens" in told:
-        if not told["tokens"]:
+    calibration = row.calibration
+    if "tokens" in calibration:
+        if not calibration["tokens"]:
             return "none"
-        return f"{_compact(told['tokens'])} tokens, {told['forwards']} forwards, {told['seconds']:.0f} s"
-    known = [told.get(name) for name in ("trials", "search_sequences", "context_length")]
+        tokens, forwards, seconds = (calibration[name] for name in ("tokens", "forwards", "seconds"))
+        return f"{_compact(tokens)} tokens, {forwards} forwards, {seconds:.0f} s"
+    known = [calibration.get(name) for name in ("trials", "search_sequences", "context_length")]
     return "not recorded" if None in known else "{} trials on {} x {} tokens".format(*known)
 
 

@@ -13,7 +13,7 @@ from kvpolicy.cache import RaggedStore
 from kvpolicy.cache import store as store_module
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.scoring import Scoring
-from kvpolicy.cache.state import Given, pack, unpack
+from kvpolicy.cache.state import Tensors, pack, unpack
 from kvpolicy.files.fields import Fields
 from tests.cache.game_policies import Digest, Fading, Keyed, Window
 from tests.cache.naive import Naive, Schedule
@@ -227,7 +227,7 @@ class Game:
         """Away into tensors and JSON values, and back."""
         poison(self.store)
         tensors, meta = pack(self.store)
-        store, given = self.empty(len(self.naive.rows)), Given({name: x.clone() for name, x in tensors.items()})
+        store, given = self.empty(len(self.naive.rows)), Tensors({name: x.clone() for name, x in tensors.items()})
         unpack(store, given, Fields(meta, ""), torch.float32, [torch.device("cpu")] * self.layers)
         given.done()
         self.store = store

@@ -97,8 +97,8 @@ def register(base: str) -> str:
             handler = handler_on(module)
         return call.stock() if handler is None else handler(call)
 
-    def mask(**given: Any) -> Any:
-        return make_mask(base, given)
+    def mask(**arguments: Any) -> Any:
+        return make_mask(base, arguments)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)

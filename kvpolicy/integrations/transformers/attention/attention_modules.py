@@ -16,14 +16,14 @@ def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tup
     Raises `ModelError` when a layer's attention module is not found or not unique.
     """
     modules = dict(model.named_modules())
-    found: dict[int, list[str]] = {}
+    candidates: dict[int, list[str]] = {}
     for name, module in modules.items():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "attention" in type(module).__name__.lower():
-            found.setdefault(index, []).append(name)
+            candidates.setdefault(index, []).append(name)
     pairs = []
     for index in layers:
-        names = found.get(index, [])
+        names = candidates.get(index, [])
         # a decoder layer may be called after its attention and count layers too (Mllama): the innermost is meant
         names = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
         if len(names) != 1:

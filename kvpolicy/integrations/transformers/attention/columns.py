@@ -80,8 +80,8 @@ def _read_columns(mask: Tensor, before: int, filled: Tensor) -> Reading:
 
 def seen_by(store: RaggedStore, row: int) -> Tensor:
     """Tokens of each sequence that a layer has seen, int64 [B]."""
-    held = store.layers[row]
-    return torch.zeros(store.batch_size, dtype=torch.int64) if held is None else held.seen
+    layer = store.layers[row]
+    return torch.zeros(store.batch_size, dtype=torch.int64) if layer is None else layer.seen
 
 
 def filled_columns(columns: int, padding: Tensor) -> Tensor:

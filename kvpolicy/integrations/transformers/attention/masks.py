@@ -33,8 +33,8 @@ class LazyMask:
     device: where a layer wants it, None for where it is made
     """
 
-    def __init__(self, base: str, given: dict[str, Any], rows: slice = slice(None)) -> None:
-        self.base, self.given, self.rows = base, given, rows
+    def __init__(self, base: str, arguments: dict[str, Any], rows: slice = slice(None)) -> None:
+        self.base, self.arguments, self.rows = base, arguments, rows
         self.device: Any = None
         # made once and shared by the layers of one kind
         self._dense: dict[Any, Any] = {}  # by device
@@ -45,8 +45,8 @@ class LazyMask:
         """What the stock mask function returns; None where it says that plain causal attention is right."""
         if None not in self._dense:
             whole = self.rows == slice(None)
-            given = self.given if whole else self.given | {"allow_is_causal_skip": False}
-            mask = ALL_MASK_ATTENTION_FUNCTIONS[self.base](**given)
+            arguments = self.arguments if whole else self.arguments | {"allow_is_causal_skip": False}
+            mask = ALL_MASK_ATTENTION_FUNCTIONS[self.base](**arguments)
             self._dense[None] = mask if whole or mask is None else mask[:, :, self.rows]
         if self.device not in self._dense:
             mask = self._dense[None]
@@ -56,23 +56,23 @@ class LazyMask:
     def newest(self, count: int) -> Tensor:
         """What each query sees of the newest `count` tokens: bool [B, 1, n, count]."""
         if count not in self._newest:
-            end = int(self.given["q_offset"]) + int(self.given["q_length"])
+            end = int(self.arguments["q_offset"]) + int(self.arguments["q_length"])
             part = {"kv_offset": end - count, "kv_length": count, "allow_is_causal_skip": False}
-            mask: Tensor = sdpa_mask(**self.given | part)
-            self._newest[count] = mask[:, :, self.rows].expand(int(self.given["batch_size"]), -1, -1, -1)
+            mask: Tensor = sdpa_mask(**self.arguments | part)
+            self._newest[count] = mask[:, :, self.rows].expand(int(self.arguments["batch_size"]), -1, -1, -1)
         return self._newest[count] if self.device is None else self._newest[count].to(self.device)
 
     def read(self, before: int, seen: Tensor, filled: Tensor | None, may_be_cut: bool) -> Reading:
         """What the 2-D mask says of new and of earlier tokens, as in `read_mask`."""
         if before not in self._readings:
-            count = int(self.given["q_length"])
-            mask = self.given.get("attention_mask")
+            count = int(self.arguments["q_length"])
+            mask = self.arguments.get("attention_mask")
             self._readings[before] = read_mask(mask, count, before, seen, filled, may_be_cut)
         return self._readings[before]
 
     def to(self, device: Any, *_: Any, **__: Any) -> LazyMask:
         """The same for a layer on another device; accelerate asks for it. It is made where it would be, then moved."""
-        moved = LazyMask(self.base, self.given, self.rows)
+        moved = LazyMask(self.base, self.arguments, self.rows)
         moved.device = torch.device(device)
         moved._dense, moved._newest, moved._readings = self._dense, self._newest, self._readings
         return moved
@@ -83,12 +83,12 @@ class LazyMask:
         whole = rows.start in (None, 0) and rows.stop is None
         if whole:
             return self
-        part = LazyMask(self.base, self.given, rows)
+        part = LazyMask(self.base, self.arguments, rows)
         part.device = self.device
         return part
 
 
-def make_mask(base: str, given: dict[str, Any]) -> Any:
+def make_mask(base: str, arguments: dict[str, Any]) -> Any:
     """What stands for the mask of one kind of layer.
 
     Where the cache is none of ours it is the stock mask, so that a model can be detached while a forward over a stock
@@ -96,14 +96,14 @@ def make_mask(base: str, given: dict[str, Any]) -> Any:
     the forward and looks into it. A mask over no columns is None: a static cache holds no padding, and its one new
     token sees all of it.
     """
-    length = given["kv_length"]
+    length = arguments["kv_length"]
     if length == 0:
-        if isinstance(length, Seen) and given.get("attention_mask") is not None:
-            _check_static(given["attention_mask"], length.padding)
+        if isinstance(length, Seen) and arguments.get("attention_mask") is not None:
+            _check_static(arguments["attention_mask"], length.padding)
         return None
-    if not isinstance(length, Seen) or isinstance(given["q_offset"], Tensor):
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](**given)
-    return LazyMask(base, given)
+    if not isinstance(length, Seen) or isinstance(arguments["q_offset"], Tensor):
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
+    return LazyMask(base, arguments)
 
 
 def _check_static(mask: Tensor, padding: Tensor | None) -> None:

@@ -99,11 +99,11 @@ class LayerObserver:
     def _child_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.chain or "hidden_after" in self.seen:
             return
-        given = hidden_of(args, kwargs)
-        if given is self.seen["attention_input"]:
+        hidden = hidden_of(args, kwargs)
+        if hidden is self.seen["attention_input"]:
             self.seen["hidden_after"] = self._sum()
-        elif not any(given is link for link in self.chain):
-            self.seen["hidden_after"] = given
+        elif not any(hidden is link for link in self.chain):
+            self.seen["hidden_after"] = hidden
 
     def _child_done(self, _: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self.chain and "hidden_after" not in self.seen and args and any(args[0] is link for link in self.chain):
@@ -121,10 +121,10 @@ class LayerObserver:
         if "rotary" in self.requires:
             self.seen["rotary"] = rotary_of(self.attention)
         self.seen["module"] = self.attention
-        given = {name: self.seen[name] for name in self.requires}
-        given |= {name: plugin_call.lent(given[name]) for name in _OUTLIVE_THE_LAYER & given.keys()}
+        sources = {name: self.seen[name] for name in self.requires}
+        sources |= {name: plugin_call.lent(sources[name]) for name in _OUTLIVE_THE_LAYER & sources.keys()}
         self.seen, self.chain = {}, []
-        self.visit(LayerActivations(layer=self.layer, **given))
+        self.visit(LayerActivations(layer=self.layer, **sources))
 
 
 def _mass(call: AttentionCall, window: int) -> Tensor:

@@ -81,10 +81,10 @@ def _keys(attention: nn.Module, device: torch.device, count: int, angle: float) 
     hidden = torch.arange(1, width + 1, device=device).sin().to(like.dtype)[None, None]
     for columns in (2 * count, count):  # architectures differ in how many they expect
         turn = torch.full((1, 1, columns), angle, device=device)
-        given = {"position_embeddings": tuple(x.round().to(like.dtype) for x in (turn.cos(), turn.sin()))}
+        options = {"position_embeddings": tuple(x.round().to(like.dtype) for x in (turn.cos(), turn.sin()))}
         with contextlib.suppress(RuntimeError, TypeError, AttributeError, IndexError), torch.no_grad():
             try:
-                attention.forward(hidden, **given, attention_mask=None, **with_cache(attention, _Catching()))
+                attention.forward(hidden, **options, attention_mask=None, **with_cache(attention, _Catching()))
             except _CaughtKeys as caught:
                 return caught.keys
     _refuse(attention, "cannot be asked how it turns its keys")

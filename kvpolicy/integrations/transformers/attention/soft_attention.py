@@ -60,7 +60,7 @@ class BiasedAttention:
         if len(rows) > 1:  # otherwise the layer's checkpoint is enough
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         begins = range(first, query.shape[2], rows_each)
-        out += [block(begin, each, key, value) for begin, each in zip(begins, rows, strict=True)]
+        out += [block(begin, part, key, value) for begin, part in zip(begins, rows, strict=True)]
         return as_answer(torch.cat(out, dim=2))
 
     def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -90,13 +90,13 @@ class BiasedAttention:
         """[H, n, end] with causality."""
         rows = torch.arange(begin, end, device=device)
         columns = torch.arange(end, device=device)
-        given = self.bias(self.layer, rows, columns)
-        if tuple(given.shape) != (self.spec.num_kv_heads, end - begin, end):
+        bias = self.bias(self.layer, rows, columns)
+        if tuple(bias.shape) != (self.spec.num_kv_heads, end - begin, end):
             raise PluginError(
-                f"soft_loss: the bias of layer {self.layer} has shape {list(given.shape)}, expected [KV heads, "
+                f"soft_loss: the bias of layer {self.layer} has shape {list(bias.shape)}, expected [KV heads, "
                 f"queries, keys] = {[self.spec.num_kv_heads, end - begin, end]}"
             )
-        return given.masked_fill(columns > rows[:, None], float("-inf"))
+        return bias.masked_fill(columns > rows[:, None], float("-inf"))
 
 
 def _attention(

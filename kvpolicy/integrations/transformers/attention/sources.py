@@ -97,14 +97,14 @@ def _leave(model_of: Callable[[], PreTrainedModel | None]) -> None:
 
 def layer_sources(module: nn.Module, spec: ModelSpec, requires: frozenset[str]) -> dict[str, Any]:
     """What `requires` asks of the layer that runs now."""
-    found = {name: value for name, value in getattr(_NOW, "inputs", {}).items() if name in requires}
+    sources = {name: value for name, value in getattr(_NOW, "inputs", {}).items() if name in requires}
     if "module" in requires:
-        found["module"] = module
+        sources["module"] = module
     if "output_weight" in requires:
-        found["output_weight"] = output_weight(module, spec)
+        sources["output_weight"] = output_weight(module, spec)
     if "rotary" in requires:
-        found["rotary"] = rotary_of(module)
-    return found
+        sources["rotary"] = rotary_of(module)
+    return sources
 
 
 def _block_begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

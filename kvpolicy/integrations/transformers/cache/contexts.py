@@ -83,28 +83,28 @@ class _Supply:
 
     def is_meant(self) -> bool:
         """Whether this one supplies the forward that runs now in this thread, and not another of the same model."""
-        here = [each for each in tuple(_ACTIVE) if each.decoder is self.decoder]
-        own = [each for each in here if each.thread == threading.get_ident()]
+        here = [supply for supply in tuple(_ACTIVE) if supply.decoder is self.decoder]
+        own = [supply for supply in here if supply.thread == threading.get_ident()]
         return (own or here)[-1:] == [self]
 
     @untraced
     def __call__(
-        self, decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = _cache_in(args, given)
+        cache = _cache_in(args, kwargs)
         if isinstance(cache, RaggedCache) or not self.is_meant():
-            return args, given
-        if given.get("use_cache") is False:
+            return args, kwargs
+        if kwargs.get("use_cache") is False:
             raise ModelError(
                 "use_cache=False was given to a model that is attached with a budget: without a cache there is none. "
                 "Leave it out (generation_config.use_cache too), or leave the context"
             )
         if cache is None:
-            return args, given | with_cache(decoder, self.make())
+            return args, kwargs | with_cache(decoder, self.make())
         self._check(cache)
         own = self.make()
         self.exchanged.add(cache)
-        exchanged = {name: own if value is cache else value for name, value in given.items()}
+        exchanged = {name: own if value is cache else value for name, value in kwargs.items()}
         return tuple(own if value is cache else value for value in args), exchanged
 
     def _check(self, cache: Cache) -> None:
@@ -126,14 +126,14 @@ class _Supply:
 _ACTIVE: list[_Supply] = []  # of all contexts that have begun and not ended, the newest last
 
 
-def _prove(attention: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+def _prove(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the attention of a budgeted layer: raises `ModelError` where it would run without a budget."""
-    cache = _cache_in(args, given)
+    cache = _cache_in(args, kwargs)
     if not isinstance(cache, RaggedCache):
         came = "no cache" if cache is None else f"a {type(cache).__name__}"
         why = ": gradient checkpointing drops it while training, call model.eval()" if attention.training else ""
         raise ModelError(f"this model is attached with a budget, but {came} reached its attention{why}")
 
 
-def _cache_in(args: tuple[Any, ...], given: dict[str, Any]) -> Cache | None:
-    return next((value for value in (*args, *given.values()) if isinstance(value, Cache)), None)
+def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.cache import state
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
-from kvpolicy.cache.state import Given
+from kvpolicy.cache.state import Tensors
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import KVPolicyError, ModelError, PlanError
 from kvpolicy.files.fields import Fields, check_json, describe, parse, sequence, text, whole
@@ -90,25 +90,25 @@ def _read(path: str | os.PathLike[str]) -> _File:
 
 
 def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> RaggedCache:
-    fields, given = file.fields, Given(file.tensors)
+    fields, tensors = file.fields, Tensors(file.tensors)
     spec = ModelSpec.from_config(model.config)
     _check_model(model, spec, fields)
-    fixed = _read_fixed(given, fields, spec) if fields.has("fixed") else None
+    fixed = _read_fixed(tensors, fields, spec) if fields.has("fixed") else None
     recipe = read_recipe(fields.fields("recipe"), plan, needs_plan=fixed is None)
     cache = cache_of(model, recipe, fixed)
     try:
-        store = _read_store(model, cache, given, fields.fields("store"))
+        store = _read_store(model, cache, tensors, fields.fields("store"))
         cache.resume(
             store,
-            _read_columns(cache, store, given, fields),
+            _read_columns(cache, store, tensors, fields),
             recording=fields.read("recording", state.flag),
-            unfed=_read_unfed(model, given, store.batch_size) if "unfed" in given else None,
+            unfed=_read_unfed(model, tensors, store.batch_size) if "unfed" in tensors else None,
             ended=fields.read("ended", text) if fields.has("ended") else None,
         )
-        _read_stock(model, cache, store, given, fields)
-        if "rope_deltas" in given:
-            cache.state.resume(_read_deltas(given, store.batch_size).to(model.device, copy=True))
-        given.done()
+        _read_stock(model, cache, store, tensors, fields)
+        if "rope_deltas" in tensors:
+            cache.state.resume(_read_deltas(tensors, store.batch_size).to(model.device, copy=True))
+        tensors.done()
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
     return cache
@@ -140,42 +140,42 @@ def _check_model(model: PreTrainedModel, spec: ModelSpec, fields: Fields) -> Non
         )
 
 
-def _read_fixed(given: Given, fields: Fields, spec: ModelSpec) -> Fixed:
-    table = given.take("fixed", torch.int64, spec.table_shape).clone()
+def _read_fixed(tensors: Tensors, fields: Fields, spec: ModelSpec) -> Fixed:
+    table = tensors.take("fixed", torch.int64, spec.table_shape).clone()
     if int(table.min()) < 0 or int(table.max()) > UNLIMITED:
         raise KVPolicyError(f"'fixed' holds capacities from {int(table.min())} to {int(table.max())}")
     own = fields.fields("fixed")
-    asked = own.raw("asked")
-    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
-        raise KVPolicyError(f"{own.path('asked')} is {describe(asked)}, expected a whole number or null")
-    return Fixed(table, asked)
+    entries = own.raw("asked")
+    if entries is not None and (isinstance(entries, bool) or not isinstance(entries, int) or entries < 0):
+        raise KVPolicyError(f"{own.path('asked')} is {describe(entries)}, expected a whole number or null")
+    return Fixed(table, entries)
 
 
-def _read_unfed(model: PreTrainedModel, given: Given, batch_size: int) -> Tensor:
+def _read_unfed(model: PreTrainedModel, tensors: Tensors, batch_size: int) -> Tensor:
     """Tokens that the model's embedding has. Raises `KVPolicyError` for others."""
-    ids, rows = given.take("unfed", torch.int64, (batch_size, None)), len(model.get_input_embeddings().weight)
+    ids, rows = tensors.take("unfed", torch.int64, (batch_size, None)), len(model.get_input_embeddings().weight)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         raise KVPolicyError(f"'unfed' holds ids outside 0 to {rows - 1}")
     return ids.clone()
 
 
-def _read_deltas(given: Given, batch_size: int) -> Tensor:
-    deltas = given.take("rope_deltas", torch.int64, (None, 1))
+def _read_deltas(tensors: Tensors, batch_size: int) -> Tensor:
+    deltas = tensors.take("rope_deltas", torch.int64, (None, 1))
     if not len(deltas) or batch_size % len(deltas):
         raise KVPolicyError(f"'rope_deltas' is for {len(deltas)} rows, the store holds {batch_size}")
     return deltas
 
 
-def _read_store(model: PreTrainedModel, cache: RaggedCache, given: Given, fields: Fields) -> RaggedStore:
+def _read_store(model: PreTrainedModel, cache: RaggedCache, tensors: Tensors, fields: Fields) -> RaggedStore:
     store = cache.make_store(state.batch_size(fields), state.heads(fields))
     devices = layer_devices(model, cache.spec)
-    state.unpack(store, given, fields, model.dtype, [devices[index] for index in cache.spec.budgeted_layers])
-    if any(held is None for held in store.layers):
+    state.unpack(store, tensors, fields, model.dtype, [devices[index] for index in cache.spec.budgeted_layers])
+    if any(layer is None for layer in store.layers):
         raise KVPolicyError("a layer is missing")
     return store
 
 
-def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> LayerState:
+def _read_columns(cache: RaggedCache, store: RaggedStore, tensors: Tensors, fields: Fields) -> LayerState:
     """That of every budgeted layer."""
     columns, holes = (fields.read(name, sequence, len(cache.budgeted)) for name in ("columns", "has_holes"))
     least = int(store.seen.max())
@@ -185,13 +185,15 @@ def _read_columns(cache: RaggedCache, store: RaggedStore, given: Given, fields: 
         raise KVPolicyError(f"its layers have seen different numbers of columns: {columns}, or padding: {flags}")
     filled = None
     if flags[0]:
-        filled = given.take("filled", torch.bool, (store.batch_size, columns[0])).clone()
+        filled = tensors.take("filled", torch.bool, (store.batch_size, columns[0])).clone()
         if not torch.equal(filled.sum(1), store.seen):
             raise KVPolicyError(f"'filled' tells of {filled.sum(1).tolist()} tokens, seen are {store.seen.tolist()}")
     return LayerState(columns[0], filled)
 
 
-def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, given: Given, fields: Fields) -> None:
+def _read_stock(
+    model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, tensors: Tensors, fields: Fields
+) -> None:
     saved, version = fields.read("stock", sequence), fields.fields("made_by").read("transformers", text)
     if len(saved) != len(cache.layers):
         raise ModelError(
@@ -207,6 +209,6 @@ def _read_stock(model: PreTrainedModel, cache: RaggedCache, store: RaggedStore, 
             heads = cache.spec.layers[index].num_kv_heads // shares
             most = UNLIMITED if cache.spec.layers[index].kind == "linear" else columns  # an image's length is its own
             shape = (store.batch_size, heads, most)
-            unpack_stock(layer, Fields(values, f"stock[{index}]"), given, devices[index], model.dtype, shape)
+            unpack_stock(layer, Fields(values, f"stock[{index}]"), tensors, devices[index], model.dtype, shape)
             if getattr(layer, "is_sliding", False) and layer.get_seq_length() != columns:
                 raise KVPolicyError(f"layer {index} has seen {layer.get_seq_length()} columns, others {columns}")

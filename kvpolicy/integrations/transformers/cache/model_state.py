@@ -53,8 +53,8 @@ class ModelState:
     def take(self, rows: Tensor, batch_size: int) -> None:
         """Keeps these rows of `batch_size`. rows: int64 [B']."""
         if self.deltas is not None:
-            each = self.deltas.repeat_interleave(batch_size // len(self.deltas), dim=0)
-            self.deltas = each[rows.to(each.device)]
+            deltas = self.deltas.repeat_interleave(batch_size // len(self.deltas), dim=0)
+            self.deltas = deltas[rows.to(deltas.device)]
 
     def resume(self, deltas: Tensor) -> None:
         """Goes on with a text whose state was saved. deltas: int64 [rows, 1]."""
@@ -72,7 +72,7 @@ class ModelState:
     def _alive(self) -> list[nn.Module]:
         if not self._holders or torch.compiler.is_compiling():
             return []
-        return [holder for each in self._holders if (holder := each()) is not None]
+        return [holder for reference in self._holders if (holder := reference()) is not None]
 
 
 class CarryingCache(WatchedCache):

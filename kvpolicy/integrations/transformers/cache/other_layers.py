@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.state import Given
+from kvpolicy.cache.state import Tensors
 from kvpolicy.errors import KVPolicyError, ModelError
 from kvpolicy.files.fields import Fields, describe, sequence, text
 
@@ -21,13 +21,13 @@ _LATE = {"dtype": None, "device": None}  # attributes that a layer has from its 
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:
     """The tensors of a stock layer, by attribute; those in lists and dicts too."""
-    held = {}
+    tensors = {}
     for name, value in vars(layer).items():
         if isinstance(value, Tensor):
-            held[name] = value
+            tensors[name] = value
         elif isinstance(value, dict):
-            held |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
-    return held
+            tensors |= {f"{name}.{key}": x for key, x in value.items() if isinstance(x, Tensor)}
+    return tensors
 
 
 def copied(state: Any) -> Any:
@@ -67,7 +67,7 @@ def pack_stock(layer: Any, prefix: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def unpack_stock(
-    layer: Any, fields: Fields, given: Given, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+    layer: Any, fields: Fields, tensors: Tensors, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
     """Gives a fresh layer the state that was saved.
 
@@ -83,7 +83,7 @@ def unpack_stock(
         path = state.path(name)
         if name not in fresh:
             raise ModelError(f"{path} is an attribute that {kind} of this transformers does not have")
-        restored = _restored(value, fresh[name], given, device, path)
+        restored = _restored(value, fresh[name], tensors, device, path)
         if name in ("keys", "values") and restored is not None:
             _check_entries(restored, dtype, shape, path)
         elif isinstance(restored, Tensor | dict):
@@ -93,14 +93,14 @@ def unpack_stock(
         raise ModelError(f"{state.path(min(missing))} is missing, which {kind} of this transformers has")
 
 
-def _restored(value: Any, fresh: Any, given: Given, device: torch.device, path: str) -> Any:
+def _restored(value: Any, fresh: Any, tensors: Tensors, device: torch.device, path: str) -> Any:
     """A saved value; `fresh` is what stands there at the start and says what may come."""
     if isinstance(value, dict):
         fields = Fields(value, path)
         if fields.has("tensor"):
-            return _tensor(fields.read("tensor", text), fresh, given, device, path)
+            return _tensor(fields.read("tensor", text), fresh, tensors, device, path)
         if fields.has("items") and isinstance(fresh, dict):
-            return _items(fields, fresh, given, device, path)
+            return _items(fields, fresh, tensors, device, path)
         if fields.has("dtype") and fresh is None:
             dtype = getattr(torch, fields.read("dtype", text), None)
             if isinstance(dtype, torch.dtype):
@@ -119,8 +119,8 @@ def _restored(value: Any, fresh: Any, given: Given, device: torch.device, path: 
     raise KVPolicyError(f"{path} is {describe(value)}, but a fresh layer has {describe(fresh)} there")
 
 
-def _tensor(name: str, fresh: Any, given: Given, device: torch.device, path: str) -> Tensor | int:
-    tensor = given.take(name)
+def _tensor(name: str, fresh: Any, tensors: Tensors, device: torch.device, path: str) -> Tensor | int:
+    tensor = tensors.take(name)
     if isinstance(fresh, int) and not isinstance(fresh, bool) and not tensor.is_floating_point() and not tensor.dim():
         return int(tensor)  # transformers 5.17 counts in a tensor once something was taken back
     if fresh is None or (isinstance(fresh, Tensor) and (tensor.dtype, tensor.shape) == (fresh.dtype, fresh.shape)):
@@ -128,11 +128,11 @@ def _tensor(name: str, fresh: Any, given: Given, device: torch.device, path: str
     raise KVPolicyError(f"{path} is a tensor {list(tensor.shape)}, which a fresh layer does not have there")
 
 
-def _items(fields: Fields, fresh: dict[int, Any], given: Given, device: torch.device, path: str) -> dict[int, Any]:
+def _items(fields: Fields, fresh: dict[int, Any], tensors: Tensors, device: torch.device, path: str) -> dict[int, Any]:
     items = [sequence(item, fields.path(f"items[{i}]"), 2) for i, item in enumerate(fields.read("items", sequence))]
     if [key for key, _ in items] != list(fresh):
         raise KVPolicyError(f"{path} has the keys {[key for key, _ in items]}, expected {list(fresh)}")
-    return {key: _restored(item, fresh[key], given, device, f"{path}[{key}]") for key, item in items}
+    return {key: _restored(item, fresh[key], tensors, device, f"{path}[{key}]") for key, item in items}
 
 
 def _check_entries(tensor: Any, dtype: torch.dtype, shape: tuple[int, int, int], path: str) -> None:

@@ -57,5 +57,5 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         yield from _plain_tensors(list(value.values()))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _plain_tensors(each)
+        for item in value:
+            yield from _plain_tensors(item)

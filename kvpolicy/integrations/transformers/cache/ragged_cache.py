@@ -272,8 +272,8 @@ class RaggedCache(CarryingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables and stock layers included."""
-        held = 0 if self.store is None else self._enforced().nbytes
-        return held + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
+        own = 0 if self.store is None else self._enforced().nbytes
+        return own + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
 
     def report(self) -> CacheReport:
         """Who was kept, what it weighs, and whether anything was evicted at all."""

@@ -100,17 +100,17 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
 
 def _named(role: Literal["policy", "allocator"], plugin: EvictionPolicy | BudgetAllocator) -> dict[str, Any]:
     """The name, the class and the parameters of a plugin."""
-    found, params = type(plugin), plugin_call.params_of(plugin)
+    cls, params = type(plugin), plugin_call.params_of(plugin)
     if not is_json(params):
-        raise PluginError(f"the parameters of the {role} {found.__name__} are no JSON values: {params}")
+        raise PluginError(f"the parameters of the {role} {cls.__name__} are no JSON values: {params}")
     for name in registry.names(role):
         try:
-            if registry.get(role, name) is found:
-                return {"name": name, "class": _qualname(found), "params": params}
+            if registry.get(role, name) is cls:
+                return {"name": name, "class": _qualname(cls), "params": params}
         except PluginError:  # a broken one; it is not ours
             continue
     raise PluginError(
-        f"the {role} {_qualname(found)} is not registered, so it could not be found again: register it "
+        f"the {role} {_qualname(cls)} is not registered, so it could not be found again: register it "
         "(kvpolicy_register, an entry point in the group 'kvpolicy') to save caches made with it"
     )
 

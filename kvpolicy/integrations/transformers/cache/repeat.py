@@ -161,17 +161,17 @@ def _rows(cache: RaggedCache, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     return rows
 
 
-def _instruction(given: PreTrainedTokenizerBase | Tensor) -> _Instruction:
-    if isinstance(given, Tensor):
-        if given.dim() != 1 or given.dtype != torch.int64 or not len(given):
+def _instruction(source: PreTrainedTokenizerBase | Tensor) -> _Instruction:
+    if isinstance(source, Tensor):
+        if source.dim() != 1 or source.dtype != torch.int64 or not len(source):
             raise ModelError(
-                f"an instruction of your own must be int64 [k] with k >= 1, got {given.dtype} {list(given.shape)}"
+                f"an instruction of your own must be int64 [k] with k >= 1, got {source.dtype} {list(source.shape)}"
             )
-        return _Instruction(given.cpu(), given.cpu(), 0, given.cpu()[:0])
-    if not isinstance(given, PreTrainedTokenizerBase):
-        raise ModelError(f"the instruction must be the model's tokenizer or int64 [k], got {type(given).__name__}")
-    texts = (_FIRST, _LATER, _answer(given))
-    first, later, answer = (torch.tensor(given.encode(x, add_special_tokens=False), dtype=torch.int64) for x in texts)
+        return _Instruction(source.cpu(), source.cpu(), 0, source.cpu()[:0])
+    if not isinstance(source, PreTrainedTokenizerBase):
+        raise ModelError(f"the instruction must be the model's tokenizer or int64 [k], got {type(source).__name__}")
+    texts = (_FIRST, _LATER, _answer(source))
+    first, later, answer = (torch.tensor(source.encode(x, add_special_tokens=False), dtype=torch.int64) for x in texts)
     return _Instruction(first, later, _LEAD, answer)
 
 

@@ -60,7 +60,7 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         raise ModelError("it is in the middle of a forward")
     for layer in budgeted:
         layer.finish()
-    tensors, held = state.pack(store)
+    tensors, meta = state.pack(store)
     table = None
     if isinstance(store.schedule, Fixed):
         tensors["fixed"], table = store.schedule.table, {"asked": store.schedule.asked}
@@ -72,18 +72,18 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         tensors["filled"] = budgeted[0].filled
     stock: list[Any] = []
     for index, layer in enumerate(cache.layers):
-        found, values = ({}, None) if layer in budgeted else pack_stock(layer, f"stock.{index}")
-        tensors |= found
+        packed, values = ({}, None) if layer in budgeted else pack_stock(layer, f"stock.{index}")
+        tensors |= packed
         stock.append(values)
     tensors = {name: _owned(tensor) for name, tensor in sorted(tensors.items())}
     document = {
         "format": FORMAT,
         "version": VERSION,
         "made_by": {"transformers": transformers.__version__},
-        "model": identity(cache.spec, next(held.arena.keys.dtype for held in store.layers if held is not None)),
+        "model": identity(cache.spec, next(layer.arena.keys.dtype for layer in store.layers if layer is not None)),
         "recipe": recipe.to_json(),
         "fixed": table,
-        "store": held,
+        "store": meta,
         "columns": [layer.columns for layer in budgeted],
         "has_holes": [layer.filled is not None for layer in budgeted],
         "recording": cache.recording,

@@ -157,14 +157,14 @@ class StaticRaggedCache(RaggedCache):
 
         Raises `BudgetError` where the one there is was made for another batch, device or dtype.
         """
-        if (held := self.static) is not None:
-            made, asked = (held.batch_size, held.keys.device, held.keys.dtype), (store.batch_size, device, dtype)
-            if made != asked:
+        if (static := self.static) is not None:
+            made, other = (static.batch_size, static.keys.device, static.keys.dtype), (store.batch_size, device, dtype)
+            if made != other:
                 raise BudgetError(
-                    f"this static cache was made for a batch of {made[0]} on {made[1]} in {made[2]}, got {asked[0]} on "
-                    f"{asked[1]} in {asked[2]}: make another one"
+                    f"this static cache was made for a batch of {made[0]} on {made[1]} in {made[2]}, got {other[0]} on "
+                    f"{other[1]} in {other[2]}: make another one"
                 )
-            return held
+            return static
         self.static = StaticStore.beside(store, self.context_length, device=device, dtype=dtype)
         self.columns = self.columns.to(device)
         self.handle = next(handle for handle in itertools.count() if handle not in _STORES)
@@ -185,10 +185,10 @@ class StaticRaggedCache(RaggedCache):
         store, static = self.opened(), self.opened_static()
         self._left -= 1
         for index in [row] if store.split is None else range(0 if self._left else len(self.budgeted)):
-            held = store.layers[index]
-            assert held is not None  # its prompt has been kept
-            static.take(index, held, self.context_length)
-            held.arena.release()
+            layer = store.layers[index]
+            assert layer is not None  # its prompt has been kept
+            static.take(index, layer, self.context_length)
+            layer.arena.release()
         if not self._left:
             static.replan()
             self.columns.fill_(self.budgeted[0].columns)

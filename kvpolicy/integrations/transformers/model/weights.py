@@ -35,8 +35,8 @@ def weights_of(config: Any, itemsize: int) -> Weights:
         note = f"as if not quantised with {method}"
     bits = 8 * itemsize
     # mxfp4 is for the experts, which are stacked in a third dimension
-    each = [(_MXFP4_BITS if method == "mxfp4" and x.dim() == 3 else bits) * x.numel() for x in model.parameters()]
-    return Weights(round(sum(each) / 8), note)
+    sizes = [(_MXFP4_BITS if method == "mxfp4" and x.dim() == 3 else bits) * x.numel() for x in model.parameters()]
+    return Weights(round(sum(sizes) / 8), note)
 
 
 def _empty(config: Any) -> tuple[PreTrainedModel, str | None]:

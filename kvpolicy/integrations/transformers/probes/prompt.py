@@ -112,8 +112,8 @@ class PromptProbe(SequenceProbe):
         order = self._order[sequence]
 
         def rank(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-            found = F.pad(order[layer].long(), (0, 1), value=-1)[:, kv_pos.clamp(max=self.prefill_length)]
-            return found[:, None].expand(-1, len(q_pos), -1)
+            ranks = F.pad(order[layer].long(), (0, 1), value=-1)[:, kv_pos.clamp(max=self.prefill_length)]
+            return ranks[:, None].expand(-1, len(q_pos), -1)
 
         return rank
 
@@ -122,7 +122,7 @@ class PromptProbe(SequenceProbe):
         index, row = divmod(sequence, self.batch_size)
         store = self.contexts.compressed(index, self.contexts.whole)[0].opened()
         store.take(torch.tensor([row]))
-        layers = [None if held is None else held.outliving() for held in store.layers]
+        layers = [None if layer is None else layer.outliving() for layer in store.layers]
         return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
 
     def filled(self, capacities: Tensor) -> RaggedStore:

@@ -33,12 +33,12 @@ class Teacher:
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean KL(teacher || student) over rows of logits `[n, vocabulary]`, float32; gradients for the student alone."""
     parts = [
-        checkpoint(_divergence_rows, given, rows, use_reentrant=False, preserve_rng_state=False)
-        for given, rows in zip(torch.split(teacher, _LOGIT_ROWS), torch.split(student, _LOGIT_ROWS), strict=True)
+        checkpoint(_divergence_rows, targets, rows, use_reentrant=False, preserve_rng_state=False)
+        for targets, rows in zip(torch.split(teacher, _LOGIT_ROWS), torch.split(student, _LOGIT_ROWS), strict=True)
     ]
     return torch.stack(parts).sum() / len(teacher)
 
 
 def _divergence_rows(teacher: Tensor, student: Tensor) -> Tensor:
-    expected, found = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return (expected.exp() * (expected - found)).sum()
+    expected, actual = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (expected.exp() * (expected - actual)).sum()
