@@ -47,8 +47,8 @@ app.command("estimate", cls=Verb)(estimate_command)
 app.command(cls=Verb)(plugins)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         write(f"kvpolicy {version('kvpolicy')}\n")
         raise typer.Exit
 
@@ -91,9 +91,9 @@ def main() -> None:
         if _is_broken_pipe(error):
             _drop_output()
             sys.exit(_BROKEN_PIPE)
-        if (said := _said(error)) is None:
+        if (message := _said(error)) is None:
             raise
-        _fail(said)
+        _fail(message)
     if code == _INTERRUPTED:
         _say("interrupted")
     sys.exit(code or 0)

@@ -84,9 +84,9 @@ def _show(answer: Bench) -> None:
         )
     console = Console()
     console.print(table)
-    said = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
-    console.print(said, soft_wrap=True)
+    note = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
+    console.print(note, soft_wrap=True)
     for row in answer.caches:
         if not row["evicted"] and row["retention"] is not None:
-            said = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
-            console.print(said, soft_wrap=True)
+            note = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
+            console.print(note, soft_wrap=True)

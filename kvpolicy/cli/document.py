@@ -15,11 +15,11 @@ import typer
 _DOCUMENT: ContextVar[list[str] | None] = ContextVar("_DOCUMENT", default=None)  # of the verb that runs
 
 
-def reserve(context: typer.Context, asked: bool) -> bool:
+def reserve(context: typer.Context, value: bool) -> bool:
     """The callback of --json: until the verb ends standard output is standard error, then it is the document's."""
-    if asked:
+    if value:
         context.with_resource(_reserved())
-    return asked
+    return value
 
 
 def print_json(value: Any) -> None:

@@ -44,7 +44,7 @@ def estimate_command(
         _show(answer, f"{model}: {batch} x {context} tokens under {policy}, all in {dtype}")
 
 
-def _show(answer: Estimate, asked: str) -> None:
+def _show(answer: Estimate, name: str) -> None:
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
@@ -53,7 +53,7 @@ def _show(answer: Estimate, asked: str) -> None:
     first, memory = answer.rows[0], answer.device_bytes
     about = "" if answer.weights_note is None else f", {answer.weights_note}"
     columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
-    title = f"{asked} (weights {size(first.weights_bytes or 0)}{about})"
+    title = f"{name} (weights {size(first.weights_bytes or 0)}{about})"
     table = Table(*columns, *(["fits"] if memory else []), title=title)
     for row in answer.rows:
         figures = (
@@ -69,5 +69,5 @@ def _show(answer: Estimate, asked: str) -> None:
     console.print(table)
     if memory is not None:
         full = "fits" if first.dynamic_total_bytes <= memory else "does not fit"
-        said = f"{device_name(answer.device)} has {size(memory)}; the full cache {full} beside the weights"
-        console.print(said, soft_wrap=True)
+        note = f"{device_name(answer.device)} has {size(memory)}; the full cache {full} beside the weights"
+        console.print(note, soft_wrap=True)

@@ -108,5 +108,5 @@ def _show(answer: Evaluation) -> None:
     console = Console()
     console.print(table)
     first = answer.rows[0]
-    said = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
-    console.print(said, soft_wrap=True)
+    caption = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
+    console.print(caption, soft_wrap=True)

@@ -93,9 +93,9 @@ def generate(
     _run(network, cache, ids, stream, max_new_tokens, temperature)
     figures = _figures(cache, stream, ids.shape[1])
     if json:
-        asked = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "policy": choice.policy_name}
+        settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "policy": choice.policy_name}
         run = {"chat": is_chat, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
-        opt.print_json({**asked, **run, "text": stream.text, **asdict(figures)})
+        opt.print_json({**settings, **run, "text": stream.text, **asdict(figures)})
     elif not quiet:
         _report(plan, figures, min_tokens)
 
@@ -125,9 +125,9 @@ def _warn_of_lost_facts(choice: CacheChoice, kept: float | None) -> None:
         return
     from kvpolicy.report.numbers import lost_facts, sorted_levels
 
-    said = lost_facts(choice.plan.level_at(kept) or sorted_levels(choice.plan)[0])
-    if said:
-        warnings.warn(said, PlanWarning, stacklevel=2)
+    warning = lost_facts(choice.plan.level_at(kept) or sorted_levels(choice.plan)[0])
+    if warning:
+        warnings.warn(warning, PlanWarning, stacklevel=2)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -155,9 +155,9 @@ def _encode(tokenizer: Any, text: str, no_chat: bool) -> tuple[torch.Tensor, boo
     from kvpolicy.integrations.transformers.model.token_ids import chat_turn
 
     is_chat = not no_chat and bool(tokenizer.chat_template)
-    said = chat_turn(tokenizer, text) if is_chat else text
+    prompt = chat_turn(tokenizer, text) if is_chat else text
     with foreign(f"the tokenizer of {tokenizer.name_or_path} cannot read the prompt", ModelError):
-        ids = tokenizer(said, add_special_tokens=not is_chat, return_tensors="pt", verbose=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=not is_chat, return_tensors="pt", verbose=False).input_ids
     if not ids.numel():
         raise TextError(f"the prompt is empty: the tokenizer of {tokenizer.name_or_path} makes no token of it")
     return ids, is_chat
@@ -264,17 +264,17 @@ class _Figures:
 
 
 def _figures(cache: Any, stream: _Stream, prompt_tokens: int) -> _Figures:
-    store, held = cache.store, cache.report()
+    store, report = cache.store, cache.report()
     begun = stream.begun or 0.0
     prefill, decode = stream.times[0] - begun, stream.times[-1] - stream.times[0]
     steps = len(stream.times) - 1
     return _Figures(
         prompt_tokens=prompt_tokens,
         new_tokens=len(stream.ids),
-        entries=sum(held.entries),
-        entries_seen=sum(held.full),
-        kept=held.retention,
-        evicted=held.evicted,
+        entries=sum(report.entries),
+        entries_seen=sum(report.full),
+        kept=report.retention,
+        evicted=report.evicted,
         bytes=cache.nbytes,
         dense_bytes=store.dense_nbytes + cache.nbytes - store.nbytes,
         prefill_seconds=prefill,

@@ -64,19 +64,19 @@ AllocatorParams = Annotated[
 
 def retentions(default: str) -> Any:
     """The --retention option of a verb; `default` says in words what happens without it."""
-    told = f"Fraction that is kept; repeatable. Default: {default}."
-    return typer.Option("--retention", "-r", help=told, show_default=False)
+    text = f"Fraction that is kept; repeatable. Default: {default}."
+    return typer.Option("--retention", "-r", help=text, show_default=False)
 
 
 def prefills(default: str) -> Any:
     """The --prefill option of a verb; `default` says in words what comes before the policy's own default."""
-    told = f"Tokens at the start that attend densely. Default: {default}none under a window rule, otherwise half."
-    return typer.Option("--prefill", min=0, help=told, show_default=False)
+    text = f"Tokens at the start that attend densely. Default: {default}none under a window rule, otherwise half."
+    return typer.Option("--prefill", min=0, help=text, show_default=False)
 
 
 def program() -> str:
     """What to type to start this program again, as for the next command that is suggested."""
-    started, found = Path(sys.argv[0]), shutil.which("kvpolicy")
-    if started.stem != "kvpolicy" or not started.exists() or (found and started.samefile(found)):
+    started, path = Path(sys.argv[0]), shutil.which("kvpolicy")
+    if started.stem != "kvpolicy" or not started.exists() or (path and started.samefile(path)):
         return "kvpolicy"
     return shlex.quote(str(started))

@@ -91,8 +91,8 @@ def profile_command(
         return
     from kvpolicy.cli.terminal import Console
 
-    for said in _shown(answer):
-        Console().print(said)
+    for part in _shown(answer):
+        Console().print(part)
 
 
 def _shown(answer: HeadProfile | AgreementProfile) -> Iterable[Any]:
@@ -110,7 +110,7 @@ def _heads(answer: HeadProfile) -> Iterator[Any]:
     yield importance_heatmap(per_head, answer.budgeted_layers)
     if measured is None:
         return
-    for name, found in measured["correlation"].items():
-        rank = "no ranking, all are alike" if found is None else f"rank correlation {found:+.2f}"
+    for name, correlation in measured["correlation"].items():
+        rank = "no ranking, all are alike" if correlation is None else f"rank correlation {correlation:+.2f}"
         yield f"{name} of a layer, and what shrinking it costs: {rank}, {len(per_head)} layers"
     yield f"unrelated rankings stay within {measured['by_chance']:.2f} of 0 in 95 % of cases"

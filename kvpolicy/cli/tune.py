@@ -139,8 +139,8 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
     if as_json:
         shown = ("retention", "perplexity", "comparison", "retrieval")
         levels = [{name: getattr(level, name) for name in shown} for level in plan.levels]
-        told = ("objective", "protocol", "prefill_length", "passkey", "max_loss", "calibration")
-        how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in told if x in plan.provenance}
+        names = ("objective", "protocol", "prefill_length", "passkey", "max_loss", "calibration")
+        how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in names if x in plan.provenance}
         opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return
     from kvpolicy.cli.terminal import Console, say
@@ -155,5 +155,5 @@ def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
         console.print(limit_sentence(plan.provenance["max_loss"]), soft_wrap=True)
     for line in warnings_of(plan):
         say(line)
-    said = f"plan written to {out}; look at it with: {opt.program()} show {shlex.quote(str(out))}"
-    console.print(said, soft_wrap=True)
+    message = f"plan written to {out}; look at it with: {opt.program()} show {shlex.quote(str(out))}"
+    console.print(message, soft_wrap=True)

@@ -18,8 +18,8 @@ class Verb(TyperCommand):
         rest: list[str] = super().parse_args(ctx, args)
         for param in self.params:
             value = ctx.params.get(param.name)
-            for each in value if isinstance(value, list | tuple) else [value]:
-                if (wrong := _wrong(each)) is not None:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if (wrong := _wrong(item)) is not None:
                     raise typer.BadParameter(wrong, ctx=ctx, param=cast(Any, param))
         return rest
 

@@ -129,12 +129,12 @@ class AnswerTask(Task):
         for turn, question in enumerate(sample.questions):
             if turn or self.question == "agnostic":
                 logits = self._fed(cache, [*pending, *question])
-            said = [int(logits[0, -1].argmax())]
-            while said[-1] not in ends and len(said) < self.role.max_new_tokens:
-                logits = self._fed(cache, said[-1:])
-                said.append(int(logits[0, -1].argmax()))
-            pending = said[-1:] if said[-1] not in ends else []
-            answers.append(self.tokenizer.decode(said, skip_special_tokens=True))
+            tokens = [int(logits[0, -1].argmax())]
+            while tokens[-1] not in ends and len(tokens) < self.role.max_new_tokens:
+                logits = self._fed(cache, tokens[-1:])
+                tokens.append(int(logits[0, -1].argmax()))
+            pending = tokens[-1:] if tokens[-1] not in ends else []
+            answers.append(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return answers
 
     def _fed(self, cache: Any, ids: list[int]) -> Tensor:

@@ -30,7 +30,7 @@ def calibration_of(plan: BudgetPlan | None, retention: float) -> dict[str, Any]:
     for index, value in enumerate(recorded.read("calibration", sequence)):
         record = Fields(value, f"provenance.calibration[{index}]")
         level = record.read("retention", number) if record.has("retention") else None
-        if level is None or any(abs(level - each) < _SAME_RETENTION for each in used):
+        if level is None or any(abs(level - other) < _SAME_RETENTION for other in used):
             tokens += int(record.read("tokens", number))  # may be more than `whole` takes
             forwards += record.read("forwards", whole, 0)
             seconds += record.read("seconds", number)

@@ -89,7 +89,7 @@ class Method:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PlanWarning)
             self.plan.warn_if_other_policy(self.policy)
-        return "; ".join(str(each.message) for each in caught)
+        return "; ".join(str(warning.message) for warning in caught)
 
     def calibration(self, retention: float) -> dict[str, Any]:
         """What was run on calibration text before this method could be used at this retention, see `calibration_of`."""
@@ -110,8 +110,8 @@ class Method:
             "shuffled": self.shuffled,
             "quantized": self.quantized,
         }
-        found: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
-        return found
+        document: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
+        return document
 
     def table(self, spec: ModelSpec, context: int, retention: float, seed: int, dtype: torch.dtype) -> Tensor:
         """Entries each KV head may keep of `context` tokens, int64 `[L, H]`: as many as take the bytes of a window
@@ -178,9 +178,9 @@ def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill:
                 f"{method.name}: the allocator needs importance that was measured on a model: run 'kvpolicy tune' with "
                 "it and give the plan"
             )
-        below = [each for each in retentions if method.plan is not None and method.plan.level_at(each) is None]
+        below = [r for r in retentions if method.plan is not None and method.plan.level_at(r) is None]
         if method.plan is not None and below:
-            known = ", ".join(f"{each:g}" for each in method.plan.retentions)
+            known = ", ".join(f"{retention:g}" for retention in method.plan.retentions)
             raise PlanError(f"{method.name} has the levels {known} and nothing below: leave out retention={below[0]:g}")
         if prefill == 0:
             check_decodes(method)
@@ -262,9 +262,9 @@ def _shuffled(table: Tensor, seed: int) -> Tensor:
     """The same capacities for other KV heads: the first of some lots that changes the table, if one does."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_LOTS):
-        found = table.flatten()[torch.randperm(table.numel(), generator=generator)].view(table.shape)
-        if not torch.equal(found, table):
-            return found
+        shuffled = table.flatten()[torch.randperm(table.numel(), generator=generator)].view(table.shape)
+        if not torch.equal(shuffled, table):
+            return shuffled
     return table
 
 

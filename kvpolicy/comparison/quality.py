@@ -60,7 +60,7 @@ class Figures:
 
 def summary(comparison: Comparison) -> list[dict[str, Any]]:
     """The figures of all rows as JSON values."""
-    return [asdict(each) | {"note": each.note} for each in figures(comparison)]
+    return [asdict(figure) | {"note": figure.note} for figure in figures(comparison)]
 
 
 def figures(comparison: Comparison) -> list[Figures]:
@@ -104,8 +104,8 @@ def _quality(comparison: Comparison, row: Row) -> float:
 
 def _excess(comparison: Comparison, difference: PairedDifference) -> tuple[float, float, float]:
     """A mean difference of losses is the logarithm of a quotient of perplexities."""
-    found = (difference.mean, difference.low, difference.high)
-    mean, low, high = found if comparison.is_retrieval else map(math.expm1, found)
+    interval = (difference.mean, difference.low, difference.high)
+    mean, low, high = interval if comparison.is_retrieval else map(math.expm1, interval)
     return mean, low, high
 
 
@@ -141,5 +141,6 @@ def _holds_more(row: Row, other: Row) -> bool:
 def _excess_bytes(comparison: Comparison, row: Row) -> float:
     if row.error is not None or row.retention == 1:
         return 0.0
-    level = [each.bytes for each in comparison.rows.values() if each.retention == row.retention and each.error is None]
+    rows = comparison.rows.values()
+    level = [other.bytes for other in rows if other.retention == row.retention and other.error is None]
     return row.bytes / min(level) - 1

@@ -61,14 +61,14 @@ def weighed(cache: Any, table: Tensor, spec: ModelSpec, dtype: torch.dtype) -> C
 
     Raises `BudgetError` if a row does not hold as much as the table says.
     """
-    asked = int(table.sum())
+    entries = int(table.sum())
     if not isinstance(cache, RaggedCache):  # quantized: of one row
-        return CacheBytes(cache_nbytes(cache), asked * spec.entry_bytes(dtype.itemsize), asked)
+        return CacheBytes(cache_nbytes(cache), entries * spec.entry_bytes(dtype.itemsize), entries)
     store = cache.opened()
-    held, rows = store.lengths.sum((0, 2)).tolist(), store.batch_size
-    if held != [asked] * rows:
-        raise BudgetError(f"the cache holds {held} entries in its rows, the table says {asked}")
-    return CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, asked)
+    lengths, rows = store.lengths.sum((0, 2)).tolist(), store.batch_size
+    if lengths != [entries] * rows:
+        raise BudgetError(f"the cache holds {lengths} entries in its rows, the table says {entries}")
+    return CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, entries)
 
 
 def decode_ms(model: Any, method: Method, table: Tensor, prompt: Tensor, tokenizer: Any = None) -> float:

@@ -46,9 +46,9 @@ def compare(
     `full` raises: without it there is nothing to compare with.
     """
     progress = progress or Progress()
-    asked = {**task.settings, "seed": seed, **(settings or {})}
-    before = _begun(out, asked)
-    done = Comparison(asked, about or {})
+    all_settings = {**task.settings, "seed": seed, **(settings or {})}
+    before = _begun(out, all_settings)
+    done = Comparison(all_settings, about or {})
     pairs = [(m, r) for m in methods for r in ([1.0] if m.evicts_nothing else sorted(set(retentions), reverse=True))]
     device = device_name(task.model.device)
     timed_on = device if timing else None
@@ -69,16 +69,16 @@ def compare(
     return replace(done, rows=done.rows | before)
 
 
-def _begun(out: Path, asked: dict[str, Any]) -> dict[tuple[str, float], Row]:
+def _begun(out: Path, settings: dict[str, Any]) -> dict[tuple[str, float], Row]:
     """The rows of an earlier run, if there was one. Raises `KVPolicyError` where it had other settings."""
     if not out.exists():
         return {}
     earlier = load_comparison(out)
-    names = sorted(earlier.settings.keys() | asked.keys())
-    other = [name for name in names if earlier.settings.get(name) != asked.get(name)]
+    names = sorted(earlier.settings.keys() | settings.keys())
+    other = [name for name in names if earlier.settings.get(name) != settings.get(name)]
     if other:
-        told = ", ".join(f"{name} was {earlier.settings.get(name)}, now {asked.get(name)}" for name in other)
-        raise KVPolicyError(f"{out} was made under other settings ({told}): choose another file")
+        changes = ", ".join(f"{name} was {earlier.settings.get(name)}, now {settings.get(name)}" for name in other)
+        raise KVPolicyError(f"{out} was made under other settings ({changes}): choose another file")
     return dict(earlier.rows)
 
 
@@ -103,13 +103,13 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
         if method.is_full:
             raise
         return replace(row, error=" ".join(_reason(error).split()))
-    held = measured.held
+    memory = measured.memory
     return replace(
         row,
         losses=tuple(measured.losses.tolist()),
-        bytes=held.bytes,
-        dense_bytes=held.dense_bytes,
-        entries=held.entries,
+        bytes=memory.bytes,
+        dense_bytes=memory.dense_bytes,
+        entries=memory.entries,
         decode_ms=took,
     )
 

@@ -22,10 +22,10 @@ from kvpolicy.tasks.questions import Question, recalled
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """losses: float64 `[n]`, one for each sequence;  held: of one real cache after the prompt."""
+    """losses: float64 `[n]`, one for each sequence;  memory: of one real cache after the prompt."""
 
     losses: Tensor
-    held: CacheBytes
+    memory: CacheBytes
 
 
 Tables = Callable[[int], Tensor]
@@ -124,17 +124,17 @@ class PerplexityTask(Task):
 
     def _quantized(self, method: Method, table: Tensor) -> Measured:
         """The same losses over caches of transformers, one sequence at a time: a batch might share its scales."""
-        losses, held, length = [], None, self.context
+        losses, memory, length = [], None, self.context
         for ids in torch.split(self.sequences.to(self.model.device), 1):
             with ready(self.model, method):
                 cache, logits = filled_cache(self.model, method, table, ids[:, :length])
-                held = held or weighed(cache, table, self.spec, self.dtype)
+                memory = memory or weighed(cache, table, self.spec, self.dtype)
                 behind = self.model(ids[:, length:-1], **with_cache(self.model, cache), use_cache=True).logits
             targets = ids[:, length:]
             own = [losses_from(logits, targets[:, :1]), losses_from(behind, targets[:, 1:])]
             losses.append(torch.cat(own, 1).double().mean(1).cpu())
-        assert held is not None
-        return Measured(torch.cat(losses), held)
+        assert memory is not None
+        return Measured(torch.cat(losses), memory)
 
     def _probe_for(self, method: Method) -> PromptProbe:
         """The last probe again where only the table is another: it has run its prompts already."""
@@ -178,18 +178,18 @@ class RetrievalTask(Task):
 
     @property
     def tokens(self) -> Tensor:
-        return torch.stack([each.ids for each in self.questions])
+        return torch.stack([question.ids for question in self.questions])
 
     def measure(self, method: Method, tables: Tables) -> Measured:
-        wrong, held, table = [], None, tables(self.context)
+        wrong, memory, table = [], None, tables(self.context)
         size = 1 if method.quantized else self.batch_size  # a batch might share its scales
         for index, first in enumerate(range(0, self.count, size)):
             batch = self.questions[first : first + size]
             answers, own = self._answers(index, method, table)
-            held = held or own
-            wrong += [float(recalled(said) != each.answer) for said, each in zip(answers, batch, strict=True)]
-        assert held is not None
-        return Measured(torch.tensor(wrong, dtype=torch.float64), held)
+            memory = memory or own
+            wrong += [float(recalled(text) != question.answer) for text, question in zip(answers, batch, strict=True)]
+        assert memory is not None
+        return Measured(torch.tensor(wrong, dtype=torch.float64), memory)
 
     def _answers(self, index: int, method: Method, table: Tensor) -> tuple[list[str], CacheBytes]:
         """What is generated greedily behind each prompt of a batch, and what the mean row's cache holds."""
@@ -198,12 +198,12 @@ class RetrievalTask(Task):
                 cache, logits = filled_cache(self.model, method, table, self.tokens[index : index + 1])
             else:
                 cache, logits = self._prompts_for(method).compressed(index, table, method.runtime_allocator)
-            held = weighed(cache, table, self.spec, self.dtype)
-            said = [logits.argmax(-1)]
-            for _ in range(max(each.answer_tokens for each in self.questions) - 1):
-                logits = self.model(said[-1], **with_cache(self.model, cache), use_cache=True).logits[:, -1:]
-                said.append(logits.argmax(-1))
-        return self.tokenizer.batch_decode(torch.cat(said, 1).cpu(), skip_special_tokens=True), held
+            memory = weighed(cache, table, self.spec, self.dtype)
+            tokens = [logits.argmax(-1)]
+            for _ in range(max(question.answer_tokens for question in self.questions) - 1):
+                logits = self.model(tokens[-1], **with_cache(self.model, cache), use_cache=True).logits[:, -1:]
+                tokens.append(logits.argmax(-1))
+        return self.tokenizer.batch_decode(torch.cat(tokens, 1).cpu(), skip_special_tokens=True), memory
 
     def _prompts_for(self, method: Method) -> Prompts:
         """The last ones again under the same policy: they have been run already."""

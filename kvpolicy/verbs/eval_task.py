@@ -57,7 +57,7 @@ def _table(task: AnswerTask, method: Method, retention: float, seed: int, contex
 
 
 def _row(task: AnswerTask, plan: str, retention: float, measured: Measured, seed: int) -> dict[str, Any]:
-    losses, weight = measured.losses, measured.held
+    losses, weight = measured.losses, measured.memory
     low, high = mean_interval(losses, seed)
     return {
         "task": task.name,

@@ -85,8 +85,8 @@ def test_what_is_compressed_is_the_prompt_and_nothing_behind_it(question):
     measured = task.measure(method(), lambda context: torch.full(SHAPE, context // 4))
     compressed = 40 if question == "agnostic" else 48
     assert task.context == compressed
-    assert measured.held.entries == 6 * (compressed // 4)
-    assert measured.held.dense_bytes == 3 * 2 * compressed * (16 + 16) * 4
+    assert measured.memory.entries == 6 * (compressed // 4)
+    assert measured.memory.dense_bytes == 3 * 2 * compressed * (16 + 16) * 4
 
 
 def test_a_question_behind_a_compressed_context_is_fed_as_if_token_by_token():
@@ -131,7 +131,7 @@ def test_records_are_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(again, "_answers", lambda *given: run.append(1) or answered(*given))
     second = again.measure(method(), tables)
     assert run == [1]
-    assert torch.equal(first.losses, second.losses) and first.held == second.held
+    assert torch.equal(first.losses, second.losses) and first.memory == second.memory
     for other in (
         task_of(samples, records=path, question="agnostic"),
         task_of(samples, records=path, settings={"weights": "others"}),
