@@ -59,19 +59,19 @@ def check(num_segments: int) -> None:
 def calls(num_segments: int) -> dict[str, Calls]:
     """The implementations, each over `SETS` sets of rows and entries."""
     arenas = new_arenas(num_segments)
-    found: dict[str, Calls] = {
+    implementations: dict[str, Calls] = {
         name: [] for name in ("append", "append_next grow", "append_next ring", "append_next slots", "index_copy_")
     }
     for _ in range(SETS):
         entries, rows = new_entries(num_segments), torch.randperm(len(arenas[0]), device="cuda")[:num_segments]
         grow, ring = (tables(num_segments, full) for full in (False, True))
-        found["append"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="triton"))
-        found["index_copy_"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="torch"))
+        implementations["append"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="triton"))
+        implementations["index_copy_"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="torch"))
         for name, state, slots in (("grow", grow, None), ("ring", ring, None), ("slots", ring, rows % LENGTH)):
-            found[f"append_next {name}"].append(
+            implementations[f"append_next {name}"].append(
                 lambda e=entries, t=state, s=slots: append_next(arenas, e, *t, PINNED, slots=s, backend="triton")
             )
-    return found
+    return implementations
 
 
 def cat_calls(num_segments: int) -> Calls:
@@ -90,10 +90,10 @@ def main() -> None:
         check(num_segments)
         nbytes = 2 * num_segments * (2 * DIM * 2 + 4 + 4)
         whole = 2 * 2 * num_segments * (LENGTH + 1) * DIM * 2
-        cases = [(name, each, nbytes) for name, each in calls(num_segments).items()]
-        for name, each, moved in [*cases, ("cat", cat_calls(num_segments), whole)]:
+        cases = [(name, runs, nbytes) for name, runs in calls(num_segments).items()]
+        for name, runs, moved in [*cases, ("cat", cat_calls(num_segments), whole)]:
             row = {"implementation": name, "segments": num_segments}
-            lines.append(row | beside_a_copy(each, moved, limit))
+            lines.append(row | beside_a_copy(runs, moved, limit))
     write_csv(out, lines)
 
 

@@ -104,14 +104,14 @@ def varlen(case: Case) -> list[Callable[[], object]]:
     segments, longest = len(case.lengths), int(case.lengths.max())
     query = case.query.view(segments, GROUP, DIM)
     ends = F.pad(case.on_device.cumsum(0), (1, 0)).int()
-    each = torch.arange(segments + 1, dtype=torch.int32, device="cuda")
+    starts = torch.arange(segments + 1, dtype=torch.int32, device="cuda")
     calls = []
     for start in case.starts:
         rows = slice(int(start[0]), int(start[0]) + case.total)
         k, v = (x[rows].unsqueeze(1) for x in (case.keys, case.values))
         calls.append(
             functools.partial(
-                torch.ops.aten._flash_attention_forward, query, k, v, each, ends, 1, longest, 0.0, False, False
+                torch.ops.aten._flash_attention_forward, query, k, v, starts, ends, 1, longest, 0.0, False, False
             )
         )
     return calls

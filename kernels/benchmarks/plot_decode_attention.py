@@ -33,13 +33,13 @@ def cells(rows: list[dict[str, str]], path: Path) -> None:
     width = 0.8 / len(KERNELS)
     for axis, distribution in zip(axes, distributions, strict=True):
         for place, (kernel, (colour, label)) in enumerate(KERNELS.items()):
-            found = {
+            shares = {
                 (row["batch"], row["mean_length"], row["megabytes"]): float(row["share_of_read_limit"])
                 for row in rows
                 if row["kernel"] == kernel and row["distribution"] == distribution
             }
             at = [i + (place - 2) * width for i in range(len(sizes))]
-            axis.bar(at, [found.get(size, 0.0) for size in sizes], width, color=colour, label=label)
+            axis.bar(at, [shares.get(size, 0.0) for size in sizes], width, color=colour, label=label)
         goal_of = {
             (row["batch"], row["mean_length"], row["megabytes"]): float(row["goal"]) for row in rows if row["goal"]
         }

@@ -50,7 +50,7 @@ def condense(source: str, out: str) -> None:
     with open(source, newline="") as file:
         lines = [line for line in csv.reader(file) if len(line) > 10]
     rows: dict[str, dict[str, object]] = {}
-    for line in (dict(zip(lines[0], each, strict=False)) for each in lines[1:]):
+    for line in (dict(zip(lines[0], values, strict=False)) for values in lines[1:]):
         row = rows.setdefault(line["ID"], {"kernel": line["Kernel Name"], "grid": line["Grid Size"]})
         name = METRICS.get(line["Metric Name"])
         if name and not (line["Metric Name"] == "Memory Throughput" and line["Metric Unit"] == "%"):

@@ -33,11 +33,11 @@ class Segments:
         Raises `ValueError` for a segment that leaves the arena.
         """
         num_rows = self.keys.shape[0]
-        found = list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
-        for i, (start, length) in enumerate(found):
+        pairs = list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
+        for i, (start, length) in enumerate(pairs):
             if start < 0 or length < 0 or start + length > num_rows:
                 raise ValueError(f"segment {i} of {length} rows from row {start} leaves the arena of {num_rows} rows")
-        return found
+        return pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -106,13 +106,13 @@ class CosineEstimator(ImportanceEstimator):
         if self.head_input == "value":
             return activations.values.repeat_interleave(num_q_heads // activations.values.shape[1], 1), output
         if self.head_input == "slice":
-            given = activations.attention_input
-            if given.shape[-1] != num_q_heads * dim:
+            source = activations.attention_input
+            if source.shape[-1] != num_q_heads * dim:
                 raise PluginError(
                     f"cosine: head_input 'slice' needs hidden_size = query heads x head dim, this model has "
-                    f"{given.shape[-1]} and {num_q_heads} x {dim}; use 'value'"
+                    f"{source.shape[-1]} and {num_q_heads} x {dim}; use 'value'"
                 )
-            return given.reshape(*given.shape[:2], num_q_heads, dim).transpose(1, 2), output
+            return source.reshape(*source.shape[:2], num_q_heads, dim).transpose(1, 2), output
         residual, weight = activations.hidden_before, activations.output_weight
         projected = torch.einsum("bhnd,ohd->bhno", output, weight.reshape(-1, num_q_heads, dim).to(output.dtype))
         inputs = residual[:, None].expand_as(projected)

@@ -63,8 +63,8 @@ class CriticalKVPolicy(WrappingPolicy):
         scores = self.policy.score_prompt(activations)
         values = activations.values.masked_fill(absent[..., None], 0.0)  # they may hold NaN
         second = ((scores + self.epsilon) * _weights(values, activations.output_weight)).masked_fill(absent, 0.0)
-        asked = scores.masked_fill(absent, -torch.inf).masked_fill(self._protected(positions), torch.inf)
-        rank = _ranks(asked, positions)
+        first_scores = scores.masked_fill(absent, -torch.inf).masked_fill(self._protected(positions), torch.inf)
+        rank = _ranks(first_scores, positions)
         first = rank < (activations.capacity * self.first_stage).floor()[..., None]
         best, order = second.amax(2, keepdim=True), 2 - rank / rank.shape[2]
         return torch.where(first & ~absent, best + best.abs().clamp(min=1e-6) * order, second)

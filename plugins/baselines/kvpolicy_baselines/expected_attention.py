@@ -91,7 +91,8 @@ class ExpectedAttentionPolicy(EvictionPolicy):
         logits = scale * (mean @ keys.mT)
         if not self.use_covariance:
             return logits
-        spread = [(keys @ each * keys).sum(-1) for each in covariance.unbind(1)]  # one query head's products at a time
+        # one query head's products at a time
+        spread = [(keys @ matrix * keys).sum(-1) for matrix in covariance.unbind(1)]
         return logits + scale**2 / 2 * torch.stack(spread, 1)
 
 

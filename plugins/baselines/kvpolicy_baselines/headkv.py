@@ -46,8 +46,8 @@ class HeadKVAllocator(BudgetAllocator):
         if base <= 0 or best <= 0:
             return torch.ones(budget.shape, dtype=torch.float64)
         weight = (scores / best) ** self.temperature
-        given = base / self.beta
-        return self.window + base - given + given * weight / weight.mean()
+        pool = base / self.beta
+        return self.window + base - pool + pool * weight / weight.mean()
 
     @classmethod
     def suggest(cls, trial: Trial) -> Self:
