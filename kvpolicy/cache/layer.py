@@ -108,9 +108,10 @@ class StoreLayer:
     def settle(self, chunk: Chunk, settling: int) -> Chunk:
         """Returns the first tokens of a chunk, for `fold`; the others become the pending ones."""
         settled, pending = chunk.part(slice(0, settling)), chunk.part(slice(settling, None))
-        self.pending = pending.owned() if len(pending) else None
+        self.pending = pending.owned() if len(pending) else None  # a view would keep the whole prompt
+        # until `fold` has come, so that a forward that breaks off in between is noticed
         self.settled, self.is_unwritten = self.settled + settled.count, settling > 0
-        self.decoded = 0 if settling else self.decoded
+        self.decoded = 0 if settling else self.decoded  # budgets have grown now; the next time is counted from here
         return settled
 
     def arrive(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Chunk:
@@ -120,10 +121,10 @@ class StoreLayer:
         if valid is not None:
             steps = torch.where(valid, valid.cumsum(1) - 1, -1)
         positions = torch.where(steps >= 0, steps + self.seen[:, None], -1)
-        seen = torch.maximum(self.seen, positions.amax(1) + 1)
+        seen = torch.maximum(self.seen, positions.amax(1) + 1)  # a row of padding alone stays where it is
         if int(seen.max()) > MAX_TOKENS:
             raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
-        self.seen = seen
+        self.seen = seen  # only now: what is refused changes nothing
         if (pending := self.pending) is None:
             return Chunk(key, value, positions)
         return Chunk(
@@ -138,6 +139,7 @@ class StoreLayer:
         key, value: [B, H, 1, dim];  score: the new entry's
         """
         self.check_settled()
+        # first: the recent window, which protects entries below, ends behind this token
         self.seen, self.settled = self.seen + 1, self.settled + 1
         arena, limit = self.arena, self.limit(evict)
         arena.reserve(limit)
@@ -153,7 +155,7 @@ class StoreLayer:
             self.knows_order
             and self.pending is None
             and not self.is_unwritten
-            and (self.settled is self.seen or torch.equal(self.settled, self.seen))
+            and (self.settled is self.seen or torch.equal(self.settled, self.seen))  # the same behind a planned step
             and self.protection.end <= int(self.seen.min())
         )
 
@@ -167,6 +169,7 @@ class StoreLayer:
             return
         arena, seen = self.arena, self._settled_on_device()
         positions, scores = arena.padded_positions(), arena.padded_scores()
+        # pinned ones, then by age: without scores that is the order already
         columns = kept_columns(
             ranking(None, positions, seen, self.protection), positions, arena.length, self.protection
         )
@@ -174,6 +177,7 @@ class StoreLayer:
             surplus = torch.arange(arena.width, device=arena.device) >= on_device(arena.length, arena.device)[:, None]
             positions, scores = positions.gather(1, columns), scores.gather(1, columns)
             spare = on_device(limit - arena.length, arena.device)
+            # behind a segment's length the columns mean nothing
             positions, scores = positions.masked_fill(surplus, -1), scores.masked_fill(surplus, -torch.inf)
             columns = columns.gather(1, eviction_order(scores, positions, seen, spare, self.protection))
         arena.replace(columns, arena.length, arena.allocated)
@@ -262,7 +266,7 @@ class StoreLayer:
     def check_crop(self, count: int) -> None:
         """Raises `BudgetError` where the last `count` tokens cannot be taken back exactly."""
         pending = 0 if self.pending is None else len(self.pending)
-        possible = pending + int((self.settled - self.evicted_at).min())
+        possible = pending + int((self.settled - self.evicted_at).min())  # an eviction is not undone
         if count > max(pending, possible):
             why = "entries were evicted since" if bool(self.evicted_at.any()) else "there are no more"
             raise BudgetError(
@@ -272,7 +276,7 @@ class StoreLayer:
 
     def crop(self, count: int) -> None:
         """Takes back the last `count` tokens of every sequence, after `check_crop`."""
-        left = count
+        left = count  # the pending tokens are the newest: they go first
         if (pending := self.pending) is not None:
             kept = max(0, len(pending) - count)
             left -= len(pending) - kept
@@ -302,13 +306,13 @@ class StoreLayer:
     def _next_slot(self, full: Tensor) -> Tensor:
         """The slot of each segment's next entry, int64 [S]: its end, or where it is full its worst entry's."""
         arena = self.arena
-        self.is_ring = False
+        self.is_ring = False  # a new entry may lie between older ones
         slot = arena.length
         if bool(full.any()):
             settled = self._settled_on_device()
             worst = evictable(ranking(arena.padded_scores(), arena.padded_positions(), settled, self.protection))
             slot = torch.where(full.to(arena.device), worst, slot.to(arena.device))
-        arena.count(~full)
+        arena.count(~full)  # last: all above goes by the lengths before
         return slot
 
     def _note_eviction(self, segments: Tensor) -> None:

@@ -39,7 +39,7 @@ class RowTables:
             table = self.tables[row]
             if table is not None and count <= self.seen[row]:
                 continue
-            key = (id(table), count)
+            key = (id(table), count)  # by identity, as `split_layer` tells histories apart
             if key not in made and self.split is not None and table is not None:
                 made[key] = self.split.grown(table, count)
             elif key not in made:
@@ -58,8 +58,10 @@ class RowTables:
         """
         assert self.split is not None
         if not layer:
+            # what no capacity falls below, while the tables change with each layer
             self._before, self._statistics = list(self.tables), []
         self._statistics.append(statistics)
+        # under the scope "layer" there are scores of this layer alone
         all_statistics = [item.on(scores[0].device) for item in self._statistics[-len(scores) :]]
         alike: dict[tuple[int, int], list[int]] = {}
         for row, count in enumerate(seen):
@@ -72,7 +74,7 @@ class RowTables:
             tables = self.split.at_layer(layer, own, own_statistics, count, before, now)
             for row, table in zip(rows, tables, strict=True):
                 self.tables[row], self.seen[row] = table, count
-        if layer == self.schedule.shape[0] - 1:
+        if layer == self.schedule.shape[0] - 1:  # else old tables would stay, and count in `tensors`
             self._before, self._statistics = [], []
         return [self.layer(index) for index in range(layer + 1)]
 
@@ -123,5 +125,5 @@ def split_layers(
     tables = rows.split_layer(len(earlier), compared, statistics or LayerStatistics(), last.settled.tolist())
     for layer, table in zip(layers, tables, strict=True):
         layer.allow(table)
-    for layer in earlier:
+    for layer in earlier:  # the last one evicts with its caller, who has its scores
         layer.shrink()

@@ -73,10 +73,10 @@ class RuntimeSplit:
             return [
                 torch.cat([table[:layer], part, table[layer + 1 :]]) for table, part in zip(now, parts, strict=True)
             ]
-        left, tables = total - int(floors[layer + 1 :].sum()), []
+        left, tables = total - int(floors[layer + 1 :].sum()), []  # later layers get their floor in any case
         for row, table in enumerate(now):
-            ceilings = table[: layer + 1].clone()
-            ceilings[layer] = ceilings[layer].clamp(min=most)
+            ceilings = table[: layer + 1].clone()  # what earlier layers have evicted does not return
+            ceilings[layer] = ceilings[layer].clamp(min=most)  # this one has not evicted yet
             own = [scored[row : row + 1] for scored in scores]
             own_statistics = [item.of_rows([row]) for item in statistics]
             (part,) = self._apportion(own, own_statistics, left, floors[: layer + 1], ceilings)
@@ -90,6 +90,7 @@ class RuntimeSplit:
 
     def grown(self, table: Tensor, seen: int) -> Tensor:
         """The table after decoding up to `seen` tokens: the proportions of the prompt, under a larger total."""
+        # a capacity above the tokens seen stays: none ever falls
         total, ceilings = self.schedule.total(seen), table.clamp(min=self._most(seen, table))
         if not self.split_is_per_layer:
             return _apportion_within(table.double(), total, table, ceilings)
@@ -118,6 +119,7 @@ class RuntimeSplit:
         ceilings: Tensor,
     ) -> list[Tensor]:
         """A table for each sequence, int64 like `floors`. scores: float32 [b, H, n] of each of its layers."""
+        # the ceilings may have room for less: shrunk layers, or a prompt shorter than the budget
         budget = Budget(min(total, int(ceilings.sum())), (len(ceilings), int(ceilings.shape[1])), floors, ceilings)
         shares = plugin_call.split_shares(self.allocator, scores, budget, statistics)
         return [apportion(proportions, budget) for proportions in shares]

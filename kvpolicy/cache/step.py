@@ -71,6 +71,7 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
         return []
     seen = first.seen + 1
     limit = torch.stack([layer.limit(evict) for layer in opened])
+    # both move entries, so they come before the tables are read
     for layer, own in zip(opened, limit, strict=True):
         layer.make_ring(own)
     _reserve(opened, limit)
@@ -79,10 +80,10 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
     num_pinned = first.arena.num_pinned
     full = length >= limit
     slot = torch.where(full, num_pinned + cursor, length)
-    ring = (length - num_pinned).clamp(min=1)
+    ring = (length - num_pinned).clamp(min=1)  # before all pinned entries have come there is none to go round
     after, turned = length + ~full, torch.where(full, (cursor + 1) % ring, cursor)
     loses = full.view(len(opened), len(seen), -1).any(2)
-    evicted_at = torch.where(loses, seen, evicted_at)
+    evicted_at = torch.where(loses, seen, evicted_at)  # this token included: it cannot be taken back either
     position = (seen - 1).repeat_interleave(first.num_heads).expand_as(start)
     on_host = torch.stack([start, after, start + slot, position])
     arenas = [layer.arena for layer in opened]

@@ -294,13 +294,13 @@ class RaggedStore(Accounts):
         settling, scores = entries.settling(chunk, hold), None
         if is_last:  # else nobody waits for the device here
             self._finite.check()
-        if settling and (self.split is None or entries.arena.scores is None):
+        if settling and (self.split is None or entries.arena.scores is None):  # a split has to see the scores first
             self._grow(entries, entries.settled + chunk.part(slice(0, settling)).count)
         if settling and entries.arena.scores is not None:
             scores = score_chunk(self.policy, entries, query, chunk, scoring.options(), extra or {})
-            scores = scores[:, : entries.arena.width + settling]
+            scores = scores[:, : entries.arena.width + settling]  # pending tokens compete once they settle
             self._wrong.add(scores)
-            if self.split is not None or is_last:
+            if self.split is not None or is_last:  # a split would apportion by NaN
                 self._wrong.check(self.policy, "score_prompt")
         statistics, split = None, self.split
         if split is not None and scores is not None:
@@ -330,7 +330,7 @@ class RaggedStore(Accounts):
         Where no entry was, scores stay as the tokens taken back have left them.
         """
         count = inputs.token_count(count)
-        for layer in self._opened():
+        for layer in self._opened():  # all of them first: a refusal changes nothing
             layer.check_crop(count)
         for layer in self._opened():
             layer.crop(count)
@@ -439,7 +439,7 @@ class RaggedStore(Accounts):
     def _begin_step(self, first: StoreLayer) -> LayerStep | None:
         """Plans a token of all layers. Returns what it is in the first one, None where each has to see for itself."""
         if (first.decoded + 1) % GROWTH_INTERVAL == 0:
-            for layer in self._opened():
+            for layer in self._opened():  # before the plan, which is made of capacities
                 self._grow(layer, layer.seen + 1)
         self._planned = PlannedStep(plan_step(self.layers, evict=self.decode_mode == "evict"))
         return self._planned.next(0, first)

@@ -86,7 +86,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """
         self.cache.begin(key_states)
         self.cache.budgeted[self.row - 1].check_enforced()  # the layer before, or of a forward before
-        self.finish()
+        self.finish()  # followers that did not run in the forward before read nothing any more
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.arrived = key_states.shape[2]
@@ -110,10 +110,11 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return self._follow(store, call, scoring)
         self.arrived = 0
         query, key, value, mask = call.query, call.key, call.value, call.mask
-        if not self.row:
+        if not self.row:  # once a forward
             check_fed_once(call.options.get("position_ids"), key.shape[2], seen_by(store, 0))
         reading = self.read(mask, key.shape[2])
         valid, self.filled = reading.valid, reading.filled
+        # a token is written at once where it sees all entries and nobody may take it back
         plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
         if key.shape[2] == 1 and plain and not self.cache.recording and store.can_append(self.row):
             store.append(self.row, key, value)
@@ -128,7 +129,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             answer = as_answer(self._over_entries(store, query, chunk, mask, scoring, reading.visible))
         extra = layer_sources(call.module, store.spec, store.policy.requires)
         self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
-        if not self.followers:
+        if not self.followers:  # else they would attend to what is left after eviction
             self.finish()
         return answer
 
@@ -188,13 +189,13 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """Lets the store keep its part of a prompt that nobody reads any more."""
         if (waiting := self.waiting) is None:
             return
-        self.waiting, cache = None, self.cache
+        self.waiting, cache = None, self.cache  # first: what fails below is not kept a second time
         if cache.watch is not None:
             cache.watch(self.row, waiting)
             return
         hold = cache.rollback if cache.recording else 0
         if cache.awaits_repeat:
-            hold = len(waiting.chunk)
+            hold = len(waiting.chunk)  # all of it: only the repetition shows what matters
         cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
 
     def reset(self) -> None:

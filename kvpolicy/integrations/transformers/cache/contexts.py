@@ -46,6 +46,7 @@ def attached(model: PreTrainedModel, plan: BudgetPlan | None = None, **options: 
                     "this policy requires repeat_attention: the context is repeated behind the prompt, and code that "
                     "makes its own cache does not do that. Give kvpolicy.generate a cache with this policy instead"
                 )
+            # one layer tells for all of them: a forward gives every layer the same cache
             ((attention, _),) = attention_modules(model, first.spec.budgeted_layers[:1])
             supply = _Supply(model.get_decoder(), lambda: new_cache(model, plan, **options))
             handles += [supply, supply.decoder.register_forward_pre_hook(supply, with_kwargs=True)]
@@ -83,6 +84,7 @@ class _Supply:
 
     def is_meant(self) -> bool:
         """Whether this one supplies the forward that runs now in this thread, and not another of the same model."""
+        # a copy: contexts of other threads begin and end meanwhile
         here = [supply for supply in tuple(_ACTIVE) if supply.decoder is self.decoder]
         own = [supply for supply in here if supply.thread == threading.get_ident()]
         return (own or here)[-1:] == [self]
@@ -103,7 +105,7 @@ class _Supply:
             return args, kwargs | with_cache(decoder, self.make())
         self._check(cache)
         own = self.make()
-        self.exchanged.add(cache)
+        self.exchanged.add(cache)  # its owner may feed it again, and would begin a second time without the text
         exchanged = {name: own if value is cache else value for name, value in kwargs.items()}
         return tuple(own if value is cache else value for value in args), exchanged
 

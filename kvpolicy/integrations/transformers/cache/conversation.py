@@ -51,7 +51,7 @@ def generate(
     new = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     fed = torch.cat([unfed, input_ids], 1)
     past = cache.seen_mask().to(input_ids).expand(input_ids.shape[0], -1)
-    mask = torch.cat([past, torch.ones_like(unfed), new], 1)
+    mask = torch.cat([past, torch.ones_like(unfed), new], 1)  # over all that was seen: else generate cuts tokens off
     attach(model)
     options = _over_a_cache(model, options)
     if cache.awaits_repeat:
@@ -61,7 +61,7 @@ def generate(
         ids = out if isinstance(out, Tensor) else out.sequences
         beams = (_option(model, options, "num_beams") or 1) > 1
         _check_fed(int(cache.budgeted[0].get_seq_length()) - seen, ids.shape[1], beams)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C, too
         if int(cache.budgeted[0].get_seq_length()) != seen:
             cache.break_off(f"a generation over it ended with {type(error).__name__}, and its tokens are lost")
         raise
@@ -127,7 +127,7 @@ def _over_a_cache(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, 
     for name, needed in (("use_cache", True), ("cache_implementation", None)):
         if _option(model, options, name) in (None, True):
             continue
-        if name in options:
+        if name in options:  # what a caller writes is refused, what a configuration brings along is overruled
             raise ModelError(f"kvpolicy.generate runs over the cache it is given: leave {name}={options[name]!r} out")
         overruled[name] = needed
     return options | overruled
@@ -165,6 +165,7 @@ def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[i
         cache.end_turn(None, "its rows are beams or several samples of one prompt")
         return
     unfed = ids[:, int(cache.budgeted[0].get_seq_length()) - seen :].clone()
+    # a row that ends with the very last token has no filler behind it
     is_end = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
     apart = ids.shape[0] > 1 and bool(is_end.any())
     why = "some of its rows ended earlier than others, and fillers stand behind their end"

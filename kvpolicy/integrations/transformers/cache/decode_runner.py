@@ -75,10 +75,11 @@ class DecodeRunner:
         """
         check_token_ids(self.model, input_ids)
         mask = _checked(input_ids, attention_mask)
-        if not self._prepared:
+        if not self._prepared:  # before the prompt, which a capture would overwrite
             self._prepare(input_ids.shape[0])
         attach(self.model)
         self.cache.reset()
+        # a model counts positions from the first column, padding or not; only generate counts them by the mask
         position_ids = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0).to(self.model.device)
         out = self.model(
             input_ids.to(self.model.device),
@@ -109,10 +110,10 @@ class DecodeRunner:
             raise ModelError(f"a step takes one token for each of {len(self._ids)} rows, got {list(token_ids.shape)}")
         self._ids.copy_(token_ids.reshape_as(self._ids))
         if 0 < static.decoded <= static.growth + PLAN_INTERVAL and static.decoded % PLAN_INTERVAL == 0:
-            static.replan()
+            static.replan()  # the work is shared by lengths, which still grow
         if self._graph is None:
             return self._forward(self.model)
-        static.count()
+        static.count()  # on the host, which a replay does not touch
         self._graph.replay()
         return self._logits
 
@@ -153,6 +154,7 @@ class DecodeRunner:
         attach(model)
         cache.reset()
         cache.begin(torch.empty(batch_size, heads, 1, spec.attention.key_dim, dtype=model.dtype, device=model.device))
+        # at an address that stays: the graph reads it
         self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         devices = {parameter.device for parameter in model.parameters()}
         if model.device.type != "cuda":
@@ -163,7 +165,7 @@ class DecodeRunner:
             self._fall_back("layers with a sliding window count their tokens in Python, which a graph would not do")
         else:
             self._capture()
-        self._prepared = True
+        self._prepared = True  # not where it broke off: the next prompt tries again
 
     def _capture(self) -> None:
         forwards: list[Callable[..., Any]] = [self.model]
@@ -181,6 +183,7 @@ class DecodeRunner:
                 return
 
     def _captured(self, forward: Callable[..., Any]) -> torch.cuda.CUDAGraph:
+        # torch wants what comes before a capture on another stream than the current one
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of torch
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

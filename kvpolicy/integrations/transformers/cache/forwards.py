@@ -33,6 +33,7 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Raises `ModelError` unless every forward that began has ended."""
         if self.broken is not None:
             raise ModelError(f"this cache cannot be used any more: {self.broken}. reset() it, or make a new one")
+        # layers come in their order, so the furthest one tells; where none came, nothing broke off
         reached = max(layer for layer, _ in self._touched) if self._touched else self.last
         if reached < self.last:
             raise ModelError(
@@ -45,7 +46,7 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         if (layer, what) in self._touched:  # the next forward
             self.check_ended()
             self._touched.clear()
-        self._announced = 0
+        self._announced = 0  # the tokens have come
         self._touched.add((layer, what))
 
     def announce(self, count: int) -> None:
@@ -54,6 +55,7 @@ class WatchedCache(Cache):  # type: ignore[misc]  # transformers is untyped
         Raises `ModelError` where tokens were announced before that never came, and where the model would have dropped
         the cache.
         """
+        # asked for only where there is a limit: of a static cache it waits for the device
         limit, before = self.dropped_at, 0 if self.dropped_at is None else int(self.get_seq_length())
         if limit is not None and 0 < before <= limit < before + count:
             raise ModelError(

@@ -91,7 +91,7 @@ class RaggedCache(CarryingCache):
         whole = self.spec.num_kv_heads
         if whole % count:
             raise ModelError(f"a rank holds {count} KV heads, no divisor of the model's {whole}")
-        first = self.rank * count if count < whole else 0
+        first = self.rank * count if count < whole else 0  # a rank with all heads has a copy, not a part
         self.store = self.make_store(batch, (first, count))
 
     def check_enforced(self) -> None:
@@ -106,6 +106,7 @@ class RaggedCache(CarryingCache):
     @property
     def awaits_repeat(self) -> bool:
         """Whether every token is still held, until `repeat_context` has shown which entries the budget is for."""
+        # until the repetition ends, tokens are pending and no arena holds an entry; the last layer is filled last
         last = None if not self.repeats or self.store is None else self.store.layers[-1]
         return self.repeats and (last is None or not last.arena.width)
 
@@ -141,7 +142,7 @@ class RaggedCache(CarryingCache):
         self.watch = watch
         try:
             yield
-            for layer in layers:
+            for layer in layers:  # what waits for followers is handed over, too
                 layer.finish()
             self.check_enforced()
         finally:
@@ -150,7 +151,7 @@ class RaggedCache(CarryingCache):
             for layer, state in zip(layers, states, strict=True):
                 layer.resume(state)
             for layer, before in zip(others, attributes, strict=True):
-                vars(layer).clear()
+                vars(layer).clear()  # what the forward has added goes, too
                 vars(layer).update(before)
 
     def fork(self) -> RaggedCache:
@@ -158,7 +159,7 @@ class RaggedCache(CarryingCache):
 
         Entries are copied, nothing else of any size. Raises `ModelError` in the middle of a forward.
         """
-        self._settle()
+        self._settle()  # what waits for its followers is kept once, not by both
         other = copy_with(
             self,
             store=None if self.store is None else self.store.fork(),
@@ -220,7 +221,7 @@ class RaggedCache(CarryingCache):
         if count > 0:
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
         self._settle()
-        if self.store is not None and count:
+        if self.store is not None and count:  # first: where it refuses, nothing has changed
             self._crop_store(-count)
         for layer in self.budgeted:
             layer.take_back(-count)
@@ -315,7 +316,7 @@ class RaggedCache(CarryingCache):
         for layer in self.budgeted:
             layer.take(rows)
         if self.store is not None:
-            self.state.take(rows.long(), self.store.batch_size)
+            self.state.take(rows.long(), self.store.batch_size)  # before the store's batch is another
             self.store.take(rows.long())
         for layer in self._stock():
             on_stock(layer)

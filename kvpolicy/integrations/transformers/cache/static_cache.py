@@ -76,7 +76,7 @@ class StaticLayer(BudgetedLayer):
             if self.columns:
                 raise ModelError("a prompt broke off before this one, or did not fit: reset() the cache, then feed it")
             return super().update(key_states, value_states)
-        if self is self.cache.budgeted[0]:
+        if self is self.cache.budgeted[0]:  # once a step
             self.cache.check_attached()
             self.cache.check_whole()
         if key_states.shape[2] != 1:
@@ -190,9 +190,9 @@ class StaticRaggedCache(RaggedCache):
             static.take(index, layer, self.context_length)
             layer.arena.release()
         if not self._left:
-            static.replan()
+            static.replan()  # the work is shared by the lengths of all layers
             self.columns.fill_(self.budgeted[0].columns)
-            self.decoding = True
+            self.decoding = True  # last: from here on every question goes to the static store
 
     def check_attached(self) -> None:
         """Raises `ModelError` for a model whose own attention would see the new token alone."""
@@ -249,7 +249,7 @@ class StaticRaggedCache(RaggedCache):
         seen = static.seen.cpu()
         entries = self.lengths.sum((0, 2))
         full = seen * len(self.budgeted) * static.num_heads
-        dense = prompt.dense_nbytes * int(seen.sum()) // max(1, sum(prompt.seen))
+        dense = prompt.dense_nbytes * int(seen.sum()) // max(1, sum(prompt.seen))  # the prompt's, and what came since
         return replace(
             prompt,
             seen=tuple(seen.tolist()),
@@ -274,7 +274,7 @@ class StaticRaggedCache(RaggedCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def touch(self, layer: int, what: Any) -> None:
-        if not self.decoding:
+        if not self.decoding:  # a replay runs no Python: `check_whole` asks the store
             super().touch(layer, what)
 
     # --- what fixed addresses rule out
