@@ -562,7 +562,7 @@ def test_a_policy_that_takes_slot_order_for_age_is_caught_with_its_defaults() ->
 
 def test_a_later_chunk_brings_queries_of_the_chunk_alone() -> None:
     later = LaterChunk(length=24, chunk=8)
-    given = later.given(policy(requires=SOURCES)(), layer=0)
+    given = later.activations(policy(requires=SOURCES)(), layer=0)
     axes = {"queries": 2, "hidden_before": 1, "attention_input": 1}
     assert {name: getattr(given, name).shape[axis] for name, axis in axes.items()} == dict.fromkeys(axes, 8)
     assert [part.shape[1] for part in given.rope] == [8, 8]
@@ -571,7 +571,7 @@ def test_a_later_chunk_brings_queries_of_the_chunk_alone() -> None:
 
 def test_entries_in_other_slots_are_the_same_entries() -> None:
     later = LaterChunk(length=24, chunk=8)
-    given = later.given(policy(requires=SOURCES)(), layer=0)
+    given = later.activations(policy(requires=SOURCES)(), layer=0)
     moved = in_slots(given, later.other_slots)
     for name in ("positions", "scores", "keys", "values", "window_attention", "full_attention", "repeat_attention"):
         for row, head in ((0, 0), (1, 1)):

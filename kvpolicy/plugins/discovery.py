@@ -68,8 +68,8 @@ def load_plugins(entry_points: Iterable[EntryPoint]) -> tuple[list[Plugin], list
     allowed = _allowed()
     plugins: list[Plugin] = []
     taken: _Taken = {}
-    found = [(_describe_entry(entry), entry) for entry in entry_points]
-    for plugin, entry in sorted(found, key=lambda pair: (not pair[0].is_builtin, pair[0].distribution, pair[0].name)):
+    entries = [(_describe_entry(entry), entry) for entry in entry_points]
+    for plugin, entry in sorted(entries, key=lambda pair: (not pair[0].is_builtin, pair[0].distribution, pair[0].name)):
         if plugin.is_builtin or allowed is None or normalized(plugin.distribution) in allowed:
             _load(plugin, entry, taken)
         else:
@@ -120,17 +120,17 @@ def _take(plugin: Plugin, register: Register, taken: _Taken) -> None:
 
 def _unknown_hooks(manager: pluggy.PluginManager, module: object) -> dict[str, str]:
     """Functions that were meant as hooks and are never called, each with the reason. pluggy ignores them."""
-    found = {}
+    problems = {}
     for name in dir(module):
         options = manager.parse_hookimpl_opts(module, name)
         hook = (options and options["specname"]) or name
         is_spec = hasattr(hookspecs, hook) and hook.startswith(f"{PROJECT}_")
         looks_like_one = name.startswith(f"{PROJECT}_") and inspect.isroutine(getattr(module, name, None))
         if options is None and is_spec and looks_like_one:
-            found[name] = f"{name} is not marked: decorate it with @kvpolicy.hookimpl"
+            problems[name] = f"{name} is not marked: decorate it with @kvpolicy.hookimpl"
         elif not is_spec and ((options and not options["optionalhook"]) or looks_like_one):
-            found[name] = f"{name} is no hook of this kvpolicy, which has 'kvpolicy_register', and is never called"
-    return found
+            problems[name] = f"{name} is no hook of this kvpolicy, which has 'kvpolicy_register', and is never called"
+    return problems
 
 
 def _absent(allowed: set[str] | None, plugins: list[Plugin]) -> list[str]:

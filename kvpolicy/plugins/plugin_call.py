@@ -76,16 +76,16 @@ def num_forwards(estimator: ImportanceEstimator, spec: ModelSpec, *, prompts: in
 
 def importance(estimator: ImportanceEstimator, probe: ModelProbe) -> Importance:
     """Its tensors are on the CPU."""
-    found = _ask(estimator, "estimate", probe)
+    result = _ask(estimator, "estimate", probe)
     expected = f"an Importance of (budgeted layers, KV heads) = {probe.spec.table_shape}"
-    if not isinstance(found, Importance):
-        _refuse(estimator, "estimate", found, expected)
-    if not _is_real(found.per_head, probe.spec.table_shape):
-        _refuse(estimator, "estimate", found.per_head, expected)
-    with contained(_told(estimator, "estimate")):
-        values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Importance)}
+    if not isinstance(result, Importance):
+        _refuse(estimator, "estimate", result, expected)
+    if not _is_real(result.per_head, probe.spec.table_shape):
+        _refuse(estimator, "estimate", result.per_head, expected)
+    with contained(_name_of(estimator, "estimate")):
+        values = {field.name: getattr(result, field.name) for field in dataclasses.fields(Importance)}
         there = {name: value.detach().cpu() for name, value in values.items() if value is not None}
-        return dataclasses.replace(found, **there)
+        return dataclasses.replace(result, **there)
 
 
 def token_maps(estimator: ImportanceEstimator, probe: ModelProbe) -> list[Tensor]:
@@ -93,11 +93,11 @@ def token_maps(estimator: ImportanceEstimator, probe: ModelProbe) -> list[Tensor
     maps, count = _ask(estimator, "token_maps", probe), len(probe.prompts)
     if not isinstance(maps, list) or len(maps) != count:
         _refuse(estimator, "token_maps", maps, f"a list of {count} tensors")
-    for prompt, found in zip(probe.prompts, maps, strict=True):
+    for prompt, values in zip(probe.prompts, maps, strict=True):
         shape = (probe.spec.num_budgeted_layers, probe.spec.num_q_heads, len(prompt))
-        if not _is_real(found, shape) or not bool(torch.isfinite(found).all()):
-            _refuse(estimator, "token_maps", found, f"finite numbers of shape {shape}")
-    return [found.detach().cpu() for found in maps]
+        if not _is_real(values, shape) or not bool(torch.isfinite(values).all()):
+            _refuse(estimator, "token_maps", values, f"finite numbers of shape {shape}")
+    return [values.detach().cpu() for values in maps]
 
 
 # --- allocators
@@ -112,16 +112,16 @@ def suggested(allocator: type[BudgetAllocator], trial: Trial) -> BudgetAllocator
 
 def shares(allocator: BudgetAllocator, measured: Importance, budget: Budget) -> Tensor:
     """`[L, H]` on the CPU, finite, >= 0, not all zero. The allocator gets copies: what it writes to is its own."""
-    found = _ask(allocator, "shares", copy.deepcopy(measured), copy.deepcopy(budget))
-    return checked_shares(allocator, "shares", found, budget.shape)
+    result = _ask(allocator, "shares", copy.deepcopy(measured), copy.deepcopy(budget))
+    return checked_shares(allocator, "shares", result, budget.shape)
 
 
 def learned_shares(
     allocator: BudgetAllocator, probe: ModelProbe, measured: Importance, budget: Budget
 ) -> Tensor | None:
     """As `shares`; None where the allocator does not learn."""
-    found = _ask(allocator, "fit", probe, copy.deepcopy(measured), copy.deepcopy(budget))
-    return None if found is None else checked_shares(allocator, "fit", found, budget.shape)
+    result = _ask(allocator, "fit", probe, copy.deepcopy(measured), copy.deepcopy(budget))
+    return None if result is None else checked_shares(allocator, "fit", result, budget.shape)
 
 
 def split_shares(
@@ -131,32 +131,32 @@ def split_shares(
 
     statistics: of as many layers; an allocator that requires none is not given them
     """
-    shape, told = (len(scores[0]), *budget.shape), "; scores are inf for entries that stay and -inf for absent ones"
+    shape, note = (len(scores[0]), *budget.shape), "; scores are inf for entries that stay and -inf for absent ones"
     required = copy.deepcopy(statistics) if allocator.requires else ()
-    found = _ask(allocator, "split", scores, copy.deepcopy(budget), *required)
-    return _proportions(allocator, "split", found, shape, told)
+    result = _ask(allocator, "split", scores, copy.deepcopy(budget), *required)
+    return _proportions(allocator, "split", result, shape, note)
 
 
-def checked_shares(allocator: BudgetAllocator, method: str, found: object, shape: tuple[int, ...]) -> Tensor:
+def checked_shares(allocator: BudgetAllocator, method: str, result: object, shape: tuple[int, ...]) -> Tensor:
     """Shares for a plan, as the allocator gave them now, or gave them once. On the CPU."""
-    given = _proportions(allocator, method, found, shape)
-    if not bool((given > 0).any()):
-        _refuse(allocator, method, given, "a share above 0 for at least one KV head", "all of it 0")
-    return given
+    proportions = _proportions(allocator, method, result, shape)
+    if not bool((proportions > 0).any()):
+        _refuse(allocator, method, proportions, "a share above 0 for at least one KV head", "all of it 0")
+    return proportions
 
 
 def _proportions(
-    allocator: BudgetAllocator, method: str, found: object, shape: tuple[int, ...], told: str = ""
+    allocator: BudgetAllocator, method: str, result: object, shape: tuple[int, ...], note: str = ""
 ) -> Tensor:
-    if not isinstance(found, Tensor) or not _is_real(found, shape):
-        _refuse(allocator, method, found, f"numbers of shape {shape}")
-    given = found.detach().cpu()
-    bad = ~(torch.isfinite(given) & (given >= 0))
+    if not isinstance(result, Tensor) or not _is_real(result, shape):
+        _refuse(allocator, method, result, f"numbers of shape {shape}")
+    numbers = result.detach().cpu()
+    bad = ~(torch.isfinite(numbers) & (numbers >= 0))
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
-        said = f"{float(given[tuple(at)])} at {at}"
-        _refuse(allocator, method, found, f"shares that are finite and >= 0{told}", said)
-    return given
+        description = f"{float(numbers[tuple(at)])} at {at}"
+        _refuse(allocator, method, result, f"shares that are finite and >= 0{note}", description)
+    return numbers
 
 
 # --- policies
@@ -192,11 +192,11 @@ def _scores(
         and scores.device == device
     ):
         return scores.detach() if scores.requires_grad else scores
-    said = None
+    description = None
     if isinstance(scores, Tensor) and _is_plain(scores) and scores.device != device:
-        said = f"scores on {scores.device}"
-    where = "" if said is None else f" on {device}, where what it was given lies"
-    _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}{where}", said)
+        description = f"scores on {scores.device}"
+    where = "" if description is None else f" on {device}, where what it was given lies"
+    _refuse(policy, method, scores, f"float32 of shape {tuple(shape)}{where}", description)
 
 
 # --- tasks
@@ -207,8 +207,8 @@ def task_samples(task: Task, tokenizer: Any, count: int, length: int, seed: int)
     samples = _ask(task, "samples", tokenizer, count, length, seed)
     expected = f"1 to {count} samples of at most {length} tokens, with a question for every turn"
     if not isinstance(samples, Sequence) or not 1 <= len(samples) <= count:
-        said = f"{len(samples)} samples" if isinstance(samples, Sequence) else None
-        _refuse(task, "samples", samples, expected, said)
+        description = f"{len(samples)} samples" if isinstance(samples, Sequence) else None
+        _refuse(task, "samples", samples, expected, description)
     for index, sample in enumerate(samples):
         if not isinstance(sample, Sample) or not sample.turns or len(sample.turns) != len(sample.questions):
             _refuse(task, "samples", sample, expected, f"{sample!r:.60} as number {index}")
@@ -237,18 +237,18 @@ def _ask(plugin: object, method: str, *args: Any, **kwargs: Any) -> Any:
         if not is_plugins(error):
             raise
         verb, where = ("refuses:", "") if isinstance(error, KVPolicyError) else ("raised", place(error))
-        raise PluginFault(f"{_told(plugin, method)} {verb} {describe(error)}{where}") from error
+        raise PluginFault(f"{_name_of(plugin, method)} {verb} {describe(error)}{where}") from error
 
 
-def _told(plugin: object, method: str) -> str:
+def _name_of(plugin: object, method: str) -> str:
     cls = plugin if isinstance(plugin, type) else type(plugin)
     return f"{registry.whose(cls)}: {cls.__name__}.{method}"
 
 
-def _refuse(plugin: object, method: str, came: object, expected: str, said: str | None = None) -> NoReturn:
-    """said: what came, where it is not told by its type"""
-    said = _described(came) if said is None else said
-    raise PluginFault(f"{_told(plugin, method)} returned {said}, expected {expected}")
+def _refuse(plugin: object, method: str, came: object, expected: str, description: str | None = None) -> NoReturn:
+    """description: what came, where it is not told by its type"""
+    description = _described(came) if description is None else description
+    raise PluginFault(f"{_name_of(plugin, method)} returned {description}, expected {expected}")
 
 
 def _described(value: object) -> str:

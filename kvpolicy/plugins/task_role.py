@@ -72,8 +72,8 @@ def question_ids(tokenizer: Any, frame: ChatFrame, turns: Sequence[Turn]) -> tup
     """The tokens of each turn in a frame: what leads to it, its question, and the beginning of its answer."""
     questions = []
     for index, turn in enumerate(turns):
-        asked, begun = token_ids(tokenizer, turn.question), token_ids(tokenizer, turn.prefix)
-        questions.append((*(frame.between if index else ()), *asked, *frame.after, *begun))
+        question, begun = token_ids(tokenizer, turn.question), token_ids(tokenizer, turn.prefix)
+        questions.append((*(frame.between if index else ()), *question, *frame.after, *begun))
     return tuple(questions)
 
 

@@ -51,8 +51,8 @@ def check_allocator(allocator: BudgetAllocator | type[BudgetAllocator]) -> None:
 def _check_every_shares(allocator: BudgetAllocator) -> None:
     for label, importance in _importances(allocator.needs_curves):
         for budget in _budgets():
-            given = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
-            _check_shares(allocator, given, importance, budget)
+            case = f"importance {label}, a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
+            _check_shares(allocator, case, importance, budget)
 
 
 def _check_fit(allocator: BudgetAllocator) -> bool:
@@ -60,36 +60,36 @@ def _check_fit(allocator: BudgetAllocator) -> bool:
     probe = SyntheticProbe(num_layers=_SHAPE[0], num_kv_heads=_SHAPE[1])
     learned = False
     for budget in _budgets():
-        given = f"a SyntheticProbe and a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
+        case = f"a SyntheticProbe and a budget of {budget.total} entries for {_SHAPE} (layers, KV heads)"
         importance = Importance(torch.ones(_SHAPE))
         arguments = [(record, snapshot(record)) for record in (importance, budget)]
-        shares = call(allocator, "fit", given, allocator.fit, probe, importance, budget)
+        shares = call(allocator, "fit", case, allocator.fit, probe, importance, budget)
         for record, before in arguments:
-            hold_unchanged(allocator, "fit", given, record, before)
+            hold_unchanged(allocator, "fit", case, record, before)
         if shares is not None:
             learned = True
-            _hold_shares(allocator, "fit", given, shares, budget)
-            hold_same(allocator, "fit", given, shares, allocator.fit(probe, importance, budget))  # type: ignore[arg-type]
+            _hold_shares(allocator, "fit", case, shares, budget)
+            hold_same(allocator, "fit", case, shares, allocator.fit(probe, importance, budget))  # type: ignore[arg-type]
     return learned
 
 
-def _check_shares(allocator: BudgetAllocator, given: str, importance: Importance, budget: Budget) -> None:
+def _check_shares(allocator: BudgetAllocator, case: str, importance: Importance, budget: Budget) -> None:
     arguments = [(record, snapshot(record)) for record in (importance, budget)]
-    shares = call(allocator, "shares", given, allocator.shares, importance, budget)
+    shares = call(allocator, "shares", case, allocator.shares, importance, budget)
     for record, before in arguments:
-        hold_unchanged(allocator, "shares", given, record, before)
-    _hold_shares(allocator, "shares", given, shares, budget)
-    hold_same(allocator, "shares", given, shares, allocator.shares(importance, budget))
+        hold_unchanged(allocator, "shares", case, record, before)
+    _hold_shares(allocator, "shares", case, shares, budget)
+    hold_same(allocator, "shares", case, shares, allocator.shares(importance, budget))
 
 
-def _hold_shares(allocator: BudgetAllocator, what: str, given: str, shares: Tensor, budget: Budget) -> None:
-    hold_tensor(allocator, what, given, shares, budget.shape, "[L, H]")
-    hold_not_negative(allocator, what, given, shares)
+def _hold_shares(allocator: BudgetAllocator, what: str, case: str, shares: Tensor, budget: Budget) -> None:
+    hold_tensor(allocator, what, case, shares, budget.shape, "[L, H]")
+    hold_not_negative(allocator, what, case, shares)
     advice = "give at least one KV head a share; torch.ones(budget.shape) is uniform"
-    hold(bool((shares > 0).any()), allocator, f"{what} is not all zero", given, shares, advice)
+    hold(bool((shares > 0).any()), allocator, f"{what} is not all zero", case, shares, advice)
     met = int(apportion(shares, budget).sum())
     advice = "return plain proportions on one scale; rounding and bounds are apportion's"
-    hold(met == budget.total, allocator, f"apportioned shares meet the total {budget.total}", given, met, advice)
+    hold(met == budget.total, allocator, f"apportioned shares meet the total {budget.total}", case, met, advice)
 
 
 def _check_split(allocator: BudgetAllocator) -> None:
@@ -103,22 +103,22 @@ def _check_split(allocator: BudgetAllocator) -> None:
         shown = every[: last + 1] if allocator.split_scope == "model" else every[last : last + 1]
         count = len(shown)
         budget = Budget(total=10 * count * heads, shape=(count, heads), floor=5, ceiling=20)
-        given = f"scores [{batch}, {heads}, 20] of {count} layers, +inf for 4 sink tokens, -inf for absent entries"
+        case = f"scores [{batch}, {heads}, 20] of {count} layers, +inf for 4 sink tokens, -inf for absent entries"
         scores = [score.clone() for score in shown]
         statistics = _statistics(allocator, batch, count)
-        before = [snapshot(each) for each in statistics]
-        shares = call(allocator, "split", given, allocator.split, scores, budget, *statistics)
-        for each, values in zip(statistics, before, strict=True):
-            hold_unchanged(allocator, "split", given, each, values)
+        before = [snapshot(item) for item in statistics]
+        shares = call(allocator, "split", case, allocator.split, scores, budget, *statistics)
+        for item, values in zip(statistics, before, strict=True):
+            hold_unchanged(allocator, "split", case, item, values)
         untouched = len(scores) == count and all(map(torch.equal, scores, shown))
         law = "split leaves its arguments unchanged, and changed `scores`"
-        hold(untouched, allocator, law, given, scores[0], "work on a copy; avoid methods ending in '_'")
-        hold_tensor(allocator, "split", given, shares, (batch, count, heads), "[B, l + 1, H]")
-        hold_not_negative(allocator, "split", given, shares)
+        hold(untouched, allocator, law, case, scores[0], "work on a copy; avoid methods ending in '_'")
+        hold_tensor(allocator, "split", case, shares, (batch, count, heads), "[B, l + 1, H]")
+        hold_not_negative(allocator, "split", case, shares)
         positive = bool((shares.flatten(1) > 0).any(1).all())
         advice = "give at least one KV head of each sequence a share"
-        hold(positive, allocator, "split is not all zero for a sequence", given, shares, advice)
-        hold_same(allocator, "split", given, shares, allocator.split(scores, budget, *statistics))
+        hold(positive, allocator, "split is not all zero for a sequence", case, shares, advice)
+        hold_same(allocator, "split", case, shares, allocator.split(scores, budget, *statistics))
 
 
 def _statistics(allocator: BudgetAllocator, batch: int, layers: int) -> list[LayerStatistics]:
@@ -219,11 +219,11 @@ def _suggested(cls: type[BudgetAllocator]) -> Iterator[BudgetAllocator]:
     picks: tuple[Pick, ...] = ("low", "high", "default")
     for pick in picks:
         trial = RecordingTrial(pick, defaults)
-        given = f"a trial that answers with {pick} values"
-        made = call(cls, "suggest", given, cls.suggest, trial)
+        case = f"a trial that answers with {pick} values"
+        made = call(cls, "suggest", case, cls.suggest, trial)
         advice = "return cls(name=trial.suggest_float('name', ...))"
-        hold(isinstance(made, cls), cls, f"suggest returns a {cls.__name__}", given, type(made).__name__, advice)
-        held = {name: getattr(made, name) for name in trial.answers}
+        hold(isinstance(made, cls), cls, f"suggest returns a {cls.__name__}", case, type(made).__name__, advice)
+        values = {name: getattr(made, name) for name in trial.answers}
         law = f"the instance holds the answers of the trial, {trial.answers}"
-        hold(held == trial.answers, cls, law, given, held, "pass each answer unchanged to the field of its name")
+        hold(values == trial.answers, cls, law, case, values, "pass each answer unchanged to the field of its name")
         yield made

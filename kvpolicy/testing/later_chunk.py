@@ -69,7 +69,7 @@ class LaterChunk:
         lots[..., -self.chunk :] = torch.arange(1, self.chunk + 1)
         return lots.argsort(-1)
 
-    def given(self, policy: EvictionPolicy, layer: int, garbage: float = 0.0) -> LayerActivations:
+    def activations(self, policy: EvictionPolicy, layer: int, garbage: float = 0.0) -> LayerActivations:
         """What the policy requires.
 
         garbage: what the keys and values of absent entries hold, which is nobody's promise

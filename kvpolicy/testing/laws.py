@@ -23,14 +23,14 @@ class LawError(AssertionError):
     """A plugin breaks a law of its role."""
 
 
-def hold(ok: bool, plugin: object, law: str, given: str, got: object, advice: str) -> None:
+def hold(ok: bool, plugin: object, law: str, case: str, got: object, advice: str) -> None:
     """Raises `LawError` unless `ok`.
 
-    law: what must hold;  given: the input;  got: what came back;  advice: what the author can do
+    law: what must hold;  case: the input;  got: what came back;  advice: what the author can do
     """
     if not ok:
         raise LawError(
-            f"{name_of(plugin)} breaks a law: {law}\n  given: {given}\n  got:   {shown(got)}\n  to do: {advice}"
+            f"{name_of(plugin)} breaks a law: {law}\n  given: {case}\n  got:   {shown(got)}\n  to do: {advice}"
         )
 
 
@@ -65,7 +65,7 @@ def instance_of(role: Role, plugin: Any) -> Any:
     return instance
 
 
-def call(plugin: object, what: str, given: str, function: Callable[..., _T], *args: object) -> _T:
+def call(plugin: object, what: str, case: str, function: Callable[..., _T], *args: object) -> _T:
     """The result of `function(*args)`; an exception of the plugin becomes a `LawError`."""
     try:
         return function(*args)
@@ -75,7 +75,7 @@ def call(plugin: object, what: str, given: str, function: Callable[..., _T], *ar
         requires = sorted(getattr(plugin, "requires", ()))
         verb = "refuses:" if isinstance(error, KVPolicyError) else "raised"
         raise LawError(
-            f"{name_of(plugin)}: {what} {verb} {describe(error)}\n  given: {given}\n"
+            f"{name_of(plugin)}: {what} {verb} {describe(error)}\n  given: {case}\n"
             f"  to do: see the traceback above; `requires` is {requires}, and no other field can be read"
         ) from error
 
@@ -106,36 +106,34 @@ def snapshot(record: object) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors_of(record)}
 
 
-def hold_unchanged(plugin: object, what: str, given: str, record: object, before: dict[str, Tensor]) -> None:
+def hold_unchanged(plugin: object, what: str, case: str, record: object, before: dict[str, Tensor]) -> None:
     """Holds that the tensors of an argument are what they were."""
     for name, value in tensors_of(record):
         law = f"{what} leaves its arguments unchanged, and changed `{type(record).__name__}.{name}`"
-        hold(torch.equal(value, before[name]), plugin, law, given, value, "work on a copy; avoid methods ending in '_'")
+        hold(torch.equal(value, before[name]), plugin, law, case, value, "work on a copy; avoid methods ending in '_'")
 
 
-def hold_tensor(plugin: object, what: str, given: str, value: object, shape: tuple[int, ...], axes: str) -> None:
+def hold_tensor(plugin: object, what: str, case: str, value: object, shape: tuple[int, ...], axes: str) -> None:
     """Holds that `value` is a finite tensor of a shape."""
-    hold(isinstance(value, Tensor), plugin, f"{what} is a tensor", given, type(value).__name__, "return a torch.Tensor")
+    hold(isinstance(value, Tensor), plugin, f"{what} is a tensor", case, type(value).__name__, "return a torch.Tensor")
     assert isinstance(value, Tensor)
     law = f"{what} has shape {axes} = {list(shape)}"
-    hold(
-        tuple(value.shape) == shape, plugin, law, given, value, "take the sizes from the arguments, not from constants"
-    )
+    hold(tuple(value.shape) == shape, plugin, law, case, value, "take the sizes from the arguments, not from constants")
     advice = "guard divisions, logarithms and powers of zero; use a large finite number where infinity is meant"
-    hold(bool(torch.isfinite(value).all()), plugin, f"{what} is finite", given, value, advice)
+    hold(bool(torch.isfinite(value).all()), plugin, f"{what} is finite", case, value, advice)
 
 
-def hold_float32(plugin: object, what: str, given: str, value: Tensor) -> None:
-    hold(value.dtype == torch.float32, plugin, f"{what} is float32", given, value, "convert with .to(torch.float32)")
+def hold_float32(plugin: object, what: str, case: str, value: Tensor) -> None:
+    hold(value.dtype == torch.float32, plugin, f"{what} is float32", case, value, "convert with .to(torch.float32)")
 
 
-def hold_not_negative(plugin: object, what: str, given: str, value: Tensor) -> None:
-    hold(bool((value >= 0).all()), plugin, f"{what} is not negative", given, value, "clamp, or shift by the minimum")
+def hold_not_negative(plugin: object, what: str, case: str, value: Tensor) -> None:
+    hold(bool((value >= 0).all()), plugin, f"{what} is not negative", case, value, "clamp, or shift by the minimum")
 
 
-def hold_same(plugin: object, what: str, given: str, first: Tensor, second: Tensor) -> None:
+def hold_same(plugin: object, what: str, case: str, first: Tensor, second: Tensor) -> None:
     """Holds that a second call with the same arguments gave the same."""
     law = f"{what} is the same for the same arguments"
     got = f"{shown(first)}, then {shown(second)}"
     advice = "use no global random state (seed a torch.Generator from a field) and keep nothing between calls"
-    hold(torch.equal(first, second), plugin, law, given, got, advice)
+    hold(torch.equal(first, second), plugin, law, case, got, advice)

@@ -40,9 +40,9 @@ def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None
     """
     instance: EvictionPolicy = instance_of("policy", policy)
     for layer in (0, 2):
-        given = f"a first prompt of {_SHORT.length} tokens, layer {layer}"
-        _check_prompt(instance, given, first_prompt(instance, layer, _SHORT.length), _SHORT.length)
-        _check_prompt(instance, f"{_SHORT}, layer {layer}", _SHORT.given(instance, layer), _SHORT.length)
+        case = f"a first prompt of {_SHORT.length} tokens, layer {layer}"
+        _check_prompt(instance, case, first_prompt(instance, layer, _SHORT.length), _SHORT.length)
+        _check_prompt(instance, f"{_SHORT}, layer {layer}", _SHORT.activations(instance, layer), _SHORT.length)
     if "positions" in instance.requires:
         _check_absent(instance)
     if instance.window_rule:
@@ -55,20 +55,20 @@ def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None
         _check_step(instance)
 
 
-def _check_prompt(policy: EvictionPolicy, given: str, activations: LayerActivations, length: int) -> Tensor:
+def _check_prompt(policy: EvictionPolicy, case: str, activations: LayerActivations, length: int) -> Tensor:
     """Returns the scores."""
     before = snapshot(activations)
-    scores = call(policy, "score_prompt", given, policy.score_prompt, activations)
-    hold_unchanged(policy, "score_prompt", given, activations, before)
+    scores = call(policy, "score_prompt", case, policy.score_prompt, activations)
+    hold_unchanged(policy, "score_prompt", case, activations, before)
     shape = (BATCH, SyntheticProbe().spec.num_kv_heads, length)
-    hold_tensor(policy, "score_prompt", given, scores, shape, "[B, H, n]")
-    hold_float32(policy, "score_prompt", given, scores)
-    hold_same(policy, "score_prompt", given, scores, policy.score_prompt(activations))
+    hold_tensor(policy, "score_prompt", case, scores, shape, "[B, H, n]")
+    hold_float32(policy, "score_prompt", case, scores)
+    hold_same(policy, "score_prompt", case, scores, policy.score_prompt(activations))
     return scores
 
 
 def _check_slots(policy: EvictionPolicy, later: LaterChunk) -> None:
-    activations, slots = later.given(policy, 1), later.other_slots
+    activations, slots = later.activations(policy, 1), later.other_slots
     scores = _check_prompt(policy, str(later), activations, later.length).gather(2, slots)
     moved, present = policy.score_prompt(in_slots(activations, slots)), later.positions.gather(2, slots) >= 0
     flips = sum(_flipped(one[here], two[here]) for one, two, here in _heads(scores, moved, present))
@@ -85,7 +85,7 @@ def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _check_absent(policy: EvictionPolicy) -> None:
-    zero, garbage = (policy.score_prompt(_SHORT.given(policy, 1, garbage=value)) for value in (0.0, 50.0))
+    zero, garbage = (policy.score_prompt(_SHORT.activations(policy, 1, garbage=value)) for value in (0.0, 50.0))
     for one, two, present in zip(zero[:, 0], garbage[:, 0], _SHORT.positions[:, 0] >= 0, strict=True):
         flips = _flipped(one[present], two[present])
         law = "absent entries (position -1) do not change the order of the others"
@@ -105,7 +105,7 @@ def _check_window_rule(policy: EvictionPolicy) -> None:
     law = "a policy with window_rule = True keeps the most recent entries"
     advice = "score by `positions` (slots are reused, so the order of entries is not their age), or drop window_rule"
     hold("positions" in policy.requires, policy, law, "`requires`", sorted(policy.requires), advice)
-    for row_positions, row_scores in _heads(_SHORT.positions, policy.score_prompt(_SHORT.given(policy, 1))):
+    for row_positions, row_scores in _heads(_SHORT.positions, policy.score_prompt(_SHORT.activations(policy, 1))):
         _check_recency(policy, law, advice, row_positions, row_scores)
 
 
@@ -119,19 +119,19 @@ def _check_recency(policy: EvictionPolicy, law: str, advice: str, positions: Ten
 
 def _check_step(policy: EvictionPolicy) -> None:
     step = _step(policy)
-    given = f"a decoding step with {sum(_SEGMENTS)} entries in segments of {_SEGMENTS}, in {sum(_ROWS)} rows"
+    case = f"a decoding step with {sum(_SEGMENTS)} entries in segments of {_SEGMENTS}, in {sum(_ROWS)} rows"
     before = snapshot(step)
-    scores = call(policy, "score_step", given, policy.score_step, step)
-    hold_unchanged(policy, "score_step", given, step, before)
-    hold(isinstance(scores, Tensor), policy, "score_step is a tensor", given, type(scores).__name__, "return a Tensor")
+    scores = call(policy, "score_step", case, policy.score_step, step)
+    hold_unchanged(policy, "score_step", case, step, before)
+    hold(isinstance(scores, Tensor), policy, "score_step is a tensor", case, type(scores).__name__, "return a Tensor")
     shape, advice = (sum(_ROWS),), "score every row; what is returned for a free one is ignored"
-    hold(tuple(scores.shape) == shape, policy, f"score_step has shape [R] = {list(shape)}", given, scores, advice)
+    hold(tuple(scores.shape) == shape, policy, f"score_step has shape [R] = {list(shape)}", case, scores, advice)
     present = step.positions >= 0
-    hold_tensor(policy, "score_step", given, scores[present], (sum(_SEGMENTS),), "[entries]")
-    hold_float32(policy, "score_step", given, scores)
-    hold_same(policy, "score_step", given, scores[present], policy.score_step(step)[present])
-    _check_free_rows(policy, given, present, scores)
-    _check_host(policy, given, step)
+    hold_tensor(policy, "score_step", case, scores[present], (sum(_SEGMENTS),), "[entries]")
+    hold_float32(policy, "score_step", case, scores)
+    hold_same(policy, "score_step", case, scores[present], policy.score_step(step)[present])
+    _check_free_rows(policy, case, present, scores)
+    _check_host(policy, case, step)
     if policy.window_rule:
         law = "after a step too, a policy with window_rule = True keeps the most recent entries"
         advice = "leave score_step as it is, or score by step.positions"
@@ -140,19 +140,19 @@ def _check_step(policy: EvictionPolicy) -> None:
             _check_recency(policy, law, advice, step.positions[part], scores[part])
 
 
-def _check_free_rows(policy: EvictionPolicy, given: str, present: Tensor, scores: Tensor) -> None:
+def _check_free_rows(policy: EvictionPolicy, case: str, present: Tensor, scores: Tensor) -> None:
     other = policy.score_step(_step(policy, garbage=-3e4))
     law = "free rows (position -1) do not change the scores of entries"
     advice = "sum with step.total, compare with step.largest: both leave free rows out"
-    hold(torch.equal(scores[present], other[present]), policy, law, given, other[present], advice)
+    hold(torch.equal(scores[present], other[present]), policy, law, case, other[present], advice)
 
 
-def _check_host(policy: EvictionPolicy, given: str, step: DecodeStep) -> None:
+def _check_host(policy: EvictionPolicy, case: str, step: DecodeStep) -> None:
     with _Waits() as waits:
         policy.score_step(step)
     law = "score_step does not wait for the device: no number is read from it, no shape depends on what it holds"
     advice = "use torch.where instead of masks as indices, and step.max_positions instead of positions.max().item()"
-    hold(not waits.names, policy, law, given, ", ".join(waits.names), advice)
+    hold(not waits.names, policy, law, case, ", ".join(waits.names), advice)
 
 
 class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types it not
@@ -203,5 +203,5 @@ def _step(policy: EvictionPolicy, garbage: float = 0.0) -> DecodeStep:
         lengths=torch.tensor(_SEGMENTS),
         seen=torch.tensor([40, 40]),
         max_positions=64,
-        **{name: given for name, given in sources.items() if required.get(name, name) in policy.requires},
+        **{name: source for name, source in sources.items() if required.get(name, name) in policy.requires},
     )

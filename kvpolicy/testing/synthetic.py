@@ -150,10 +150,10 @@ class SyntheticProbe(ModelProbe):
         rank = distance.masked_fill(distance >= self.context_length - _NUM_SINK_TOKENS, -1)[None, None]
         (layers, heads), shape = self._spec.table_shape, (self._spec.num_kv_heads, 1, len(distance))
         seen = [bias(layer, rank) for layer in range(layers)]
-        for layer, given in enumerate(seen):
-            if tuple(given.shape) != shape:
+        for layer, part in enumerate(seen):
+            if tuple(part.shape) != shape:
                 raise PluginError(
-                    f"soft_loss: the bias of layer {layer} has shape {list(given.shape)}, expected [KV heads, queries, "
+                    f"soft_loss: the bias of layer {layer} has shape {list(part.shape)}, expected [KV heads, queries, "
                     f"keys] = {list(shape)}"
                 )
         losses = self._losses(torch.stack(seen).double().exp().sum((-2, -1)))

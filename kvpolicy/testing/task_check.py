@@ -22,35 +22,35 @@ def check_task(task: Task | type[Task], tokenizer: Any = None, *, length: int = 
     instance: Task = instance_of("task", task)
     tokenizer = tokenizer or CharacterTokenizer()
     for seed in _SEEDS:
-        given = f"{_COUNT} samples of {length} tokens, seed {seed}"
-        samples = call(instance, "samples", given, instance.samples, tokenizer, _COUNT, length, seed)
+        case = f"{_COUNT} samples of {length} tokens, seed {seed}"
+        samples = call(instance, "samples", case, instance.samples, tokenizer, _COUNT, length, seed)
         law = f"samples gives 1 to {_COUNT} samples"
-        hold(1 <= len(samples) <= _COUNT, instance, law, given, len(samples), "return up to count")
+        hold(1 <= len(samples) <= _COUNT, instance, law, case, len(samples), "return up to count")
         again = instance.samples(tokenizer, _COUNT, length, seed)
         advice = "draw from a random.Random made of the seed"
-        hold(list(samples) == list(again), instance, "samples are the same for the same seed", given, "others", advice)
+        hold(list(samples) == list(again), instance, "samples are the same for the same seed", case, "others", advice)
         for sample in samples:
-            _check_sample(instance, given, sample, length)
+            _check_sample(instance, case, sample, length)
 
 
-def _check_sample(task: Task, given: str, sample: Sample, length: int) -> None:
+def _check_sample(task: Task, case: str, sample: Sample, length: int) -> None:
     counts = len(sample.questions), len(sample.turns)
     law = "a sample has a context, and as many questions as turns, none of them empty"
     whole = bool(sample.context) and counts[0] == counts[1] > 0 and all(map(len, sample.questions))
-    hold(whole, task, law, given, f"{len(sample.context)} tokens, {counts}", "make it with Sample.from_text")
+    hold(whole, task, law, case, f"{len(sample.context)} tokens, {counts}", "make it with Sample.from_text")
     law = f"context and first question have at most {length} tokens"
-    hold(sample.length <= length, task, law, given, sample.length, "cut the context, or refuse with a TextError")
+    hold(sample.length <= length, task, law, case, sample.length, "cut the context, or refuse with a TextError")
     for turn in sample.turns:
         advice = "give Turn(question, answers) at least one answer"
-        hold(bool(turn.answers), task, "every turn has an answer", given, turn, advice)
-        said = " ".join(turn.answers)
-        best = max(_check_score(task, f"the answer {one!r}", one, turn) for one in (said, *turn.answers))
+        hold(bool(turn.answers), task, "every turn has an answer", case, turn, advice)
+        together = " ".join(turn.answers)
+        best = max(_check_score(task, f"the answer {one!r}", one, turn) for one in (together, *turn.answers))
         advice = "score(answer, turn) is 1 for what stands in turn.answers"
         hold(best > 1 - 1e-6, task, "a right answer scores 1", f"the answers {turn.answers}", best, advice)
         _check_score(task, "an empty answer", "", turn)
 
 
-def _check_score(task: Task, given: str, answer: str, turn: Turn) -> float:
-    score = call(task, "score", given, task.score, answer, turn)
-    hold(0 <= score <= 1, task, "a score is from 0 to 1", given, score, "divide by the best that can be reached")
+def _check_score(task: Task, case: str, answer: str, turn: Turn) -> float:
+    score = call(task, "score", case, task.score, answer, turn)
+    hold(0 <= score <= 1, task, "a score is from 0 to 1", case, score, "divide by the best that can be reached")
     return float(score)
