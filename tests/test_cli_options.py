@@ -68,7 +68,7 @@ def test_policy_param_goes_over_the_plans_own(kvpolicy, tuned, tiny_text):
     ],
 )
 def test_errors_name_options_and_not_arguments(said, shown):
-    assert terminal.told(said) == shown
+    assert terminal.shell_line(said) == shown
 
 
 def test_no_error_of_a_search_names_an_argument_of_python(refused, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.cli.terminal import Console, told
+from kvpolicy.cli.terminal import Console, shell_line
 from kvpolicy.report.plain import plain
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -64,7 +64,7 @@ def test_rich_styles_are_left_and_its_markup_is_not_read(capsys):
     ],
 )
 def test_messages_speak_the_language_of_the_shell(message, line):
-    assert told(message) == line
+    assert shell_line(message) == line
 
 
 def test_nothing_in_the_command_line_goes_to_the_terminal_another_way():

@@ -91,7 +91,7 @@ def main() -> None:
         if _is_broken_pipe(error):
             _drop_output()
             sys.exit(_BROKEN_PIPE)
-        if (message := _said(error)) is None:
+        if (message := _message(error)) is None:
             raise
         _fail(message)
     if code == _INTERRUPTED:
@@ -99,13 +99,13 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _said(error: BaseException) -> str | None:
+def _message(error: BaseException) -> str | None:
     """The line for a failure that is not ours; None for a bug, which is to be seen with its traceback.
 
     What libraries raise over somebody's file is a `KVPolicyError` by now (`kvpolicy.errors.foreign`).
     """
     if isinstance(error, AbsentModelError):
-        return error.said(shlex.join(["kvpolicy", *sys.argv[1:], "--model", error.name]))
+        return error.message(shlex.join(["kvpolicy", *sys.argv[1:], "--model", error.name]))
     if isinstance(error, KVPolicyError):
         return str(error)
     if isinstance(error, OSError):

@@ -69,7 +69,7 @@ class Console(rich.console.Console):
             yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
-def told(message: str) -> str:
+def shell_line(message: str) -> str:
     """A message of the library as one line of a shell: `resume=True` is `--resume` there."""
     return plain(" ".join(_ARGUMENT.sub(_option, message).split()))
 
@@ -82,7 +82,7 @@ def _option(match: re.Match[str]) -> str:
 
 def say(message: str) -> None:
     """A line on standard error."""
-    print(f"kvpolicy: {told(message)}", file=sys.stderr)
+    print(f"kvpolicy: {shell_line(message)}", file=sys.stderr)
 
 
 def write(text: str) -> None:

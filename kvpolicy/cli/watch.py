@@ -7,7 +7,7 @@ import time
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from kvpolicy.cli.terminal import Console, told
+from kvpolicy.cli.terminal import Console, shell_line
 from kvpolicy.progress import Progress
 
 
@@ -32,7 +32,7 @@ class _BarProgress(Progress):
         self._bars: Bars | None = None
 
     def note(self, message: str) -> None:
-        self._console.print(told(message))
+        self._console.print(shell_line(message))
 
     def begin(self, stage: str, total: int) -> None:
         self._bars = Bars(*self._columns, console=self._console)
@@ -57,7 +57,7 @@ class _LineProgress(Progress):
         self._stage, self._begun = "", 0.0
 
     def note(self, message: str) -> None:
-        self._console.print(told(message), soft_wrap=True)
+        self._console.print(shell_line(message), soft_wrap=True)
 
     def begin(self, stage: str, total: int) -> None:
         self._stage, self._begun = stage, time.monotonic()

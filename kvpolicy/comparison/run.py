@@ -60,7 +60,7 @@ def compare(
             row = _known(before, method, retention, timed_on)
             if row is None:
                 row = replace(_measured(task, method, retention, seed, timing), device=device)
-                progress.advance(f"{method.name}, {retention:.4g} kept: {_said(row)}")
+                progress.advance(f"{method.name}, {retention:.4g} kept: {_outcome(row)}")
             before.pop(row.key, None)
             done.rows[row.key] = row
             _save(replace(done, rows=done.rows | before), out)
@@ -124,7 +124,7 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, KVPolicyError) else f"{type(error).__name__}: {error}"
 
 
-def _said(row: Row) -> str:
+def _outcome(row: Row) -> str:
     return f"failed: {row.error}" if row.error else f"loss {sum(row.losses) / len(row.losses):.4f}"
 
 

@@ -44,7 +44,7 @@ def markdown(comparison: Comparison) -> str:
     for heading, rows in levels(comparison):
         lines += ["", f"## {heading}", "", _row(list(columns)), "|" + "---|" * len(columns)]
         lines += [_row([cell(row) for cell in columns.values()]) for row in rows]
-        lines += ["", " ".join(_said(comparison, rows))]
+        lines += ["", " ".join(_remarks(comparison, rows))]
     return "\n".join([*lines, "", NOTES, ""])
 
 
@@ -69,7 +69,7 @@ def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
         for row in rows:
             table.add_row(*(cell(row) for cell in columns.values()))
         notes = [f"{row.method}: {row.note}" for row in rows if row.error is not None or row.remark]
-        yield table, [*_said(comparison, rows), *notes]
+        yield table, [*_remarks(comparison, rows), *notes]
 
 
 def _narrow(columns: dict[str, Cell]) -> dict[str, Cell]:
@@ -119,7 +119,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
-def _said(comparison: Comparison, rows: list[Figures]) -> list[str]:
+def _remarks(comparison: Comparison, rows: list[Figures]) -> list[str]:
     """How equal the bytes of a level are, and whether its task tells anything."""
     spread = max((row.excess_bytes for row in rows), default=0.0)
     if spread <= BYTE_SPREAD:

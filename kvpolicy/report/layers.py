@@ -13,7 +13,7 @@ from kvpolicy.model.spec import Importance
 from kvpolicy.report.canvas import canvas, png
 
 _UNEVEN = 5.0  # the largest over the median: beyond that most layers would lie on top of each other
-_SAID = {"per_layer": "layer importance", "mean of per_head": "mean importance of its KV heads"}
+_LABELS = {"per_layer": "layer importance", "mean of per_head": "mean importance of its KV heads"}
 
 
 def layers_png(importance: Importance, measured: LayerAblation, layers: Sequence[int], title: str) -> bytes:
@@ -34,7 +34,7 @@ def layers_png(importance: Importance, measured: LayerAblation, layers: Sequence
     bars.set_title(f"one layer at {part}, all others whole; {len(measured.full)} sequences", fontsize=10)
     bars.axhline(0.0, color="black", linewidth=0.8)
     for column, (name, values) in enumerate(measures.items()):
-        _scatter(figure.add_subplot(grid[1, column]), values, increase, layers, _SAID[name])
+        _scatter(figure.add_subplot(grid[1, column]), values, increase, layers, _LABELS[name])
     return png(figure)
 
 

@@ -110,10 +110,10 @@ def _replaced(prompt: str, texts: dict[str, str]) -> str:
 
 def _without_middle(row: Row, tokenizer: Any, context: str, question: str, over: int) -> str:
     """The context without `over` tokens around the middle of context and question. Raises `TextError`."""
-    ids, asked = token_ids(tokenizer, context), token_ids(tokenizer, question)
+    ids, question_ids = token_ids(tokenizer, context), token_ids(tokenizer, question)
     rest = len(ids) - over
     if rest < 1:
         raise row.refusal(f"its question alone is too long: give a context of {over - len(ids) + 1} tokens more")
-    first = min((rest + len(asked)) // 2, rest)
+    first = min((rest + len(question_ids)) // 2, rest)
     parts = (ids[:first], ids[len(ids) - rest + first :])
     return "".join(str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)

@@ -30,9 +30,9 @@ def exact_match(answer: str, truth: str) -> float:
 
 def f1(answer: str, truth: str) -> float:
     """Precision and recall of the `normalized` words, each as often as it stands there, as one number."""
-    said, true = normalized(answer).split(), normalized(truth).split()
-    common = (Counter(said) & Counter(true)).total()
-    return 2 * common / (len(said) + len(true)) if common else 0.0
+    words, true = normalized(answer).split(), normalized(truth).split()
+    common = (Counter(words) & Counter(true)).total()
+    return 2 * common / (len(words) + len(true)) if common else 0.0
 
 
 def rouge_l(answer: str, truth: str) -> float:
@@ -41,11 +41,11 @@ def rouge_l(answer: str, truth: str) -> float:
     A sentence ends at every full stop. What counts are the different words of the longest common subsequences of every
     pair of sentences, over the different words of each text; 0 where one of the two has no sentence.
     """
-    said, true = _sentences(answer), _sentences(truth)
-    if not said or not true:
+    sentences, true = _sentences(answer), _sentences(truth)
+    if not sentences or not true:
         return 0.0
-    common = {word for one in true for other in said for word in _common_subsequence(one, other)}
-    precision, recall = len(common) / len(_different(said)), len(common) / len(_different(true))
+    common = {word for one in true for other in sentences for word in _common_subsequence(one, other)}
+    precision, recall = len(common) / len(_different(sentences)), len(common) / len(_different(true))
     return 2 * precision * recall / (precision + recall + _TINY)
 
 
@@ -138,8 +138,8 @@ def first_number(answer: str) -> str:
 
 def only_label(answer: str, truth: str, labels: Iterable[str], question: str) -> float:
     """1 where the answer's first sentence names the right label and no other but those of the question: BABILong's."""
-    said = answer.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
-    named = {label.lower() for label in labels if label.lower() in said and label.lower() not in question.lower()}
+    start = answer.lower().split(".")[0].split("<context>")[0].split("<example>")[0]
+    named = {label.lower() for label in labels if label.lower() in start and label.lower() not in question.lower()}
     return float(named == {truth.lower()})
 
 

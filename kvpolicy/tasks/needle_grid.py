@@ -37,13 +37,13 @@ class NeedleGridTask(Task):
         return 16
 
     def samples(self, tokenizer: Any, count: int, length: int, seed: int) -> Sequence[Sample]:
-        found = []
+        samples = []
         for index in range(count):
             part, depth = index % self.lengths + 1, index // self.lengths % self.depths / (self.depths - 1)
             whole = length * part // self.lengths
             sample = needle_sample(NEEDLES["niah_single_1"], tokenizer, whole, drawer(seed, index), depth=depth)
-            found.append(Sample(sample.context, sample.questions, sample.turns, {"depth": depth, "length": whole}))
-        return found
+            samples.append(Sample(sample.context, sample.questions, sample.turns, {"depth": depth, "length": whole}))
+        return samples
 
     def score(self, answer: str, turn: Turn) -> float:
         return contained_part(answer, turn.answers)

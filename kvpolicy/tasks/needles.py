@@ -39,9 +39,9 @@ def make_needles(tokenizer: Any, count: int, length: int, seed: int, without: Co
     fits = equal_answers(tokenizer, seed, without)
     keys = make_passkeys(tokenizer, count // 2, length, seed, fits)
     items = make_key_values(tokenizer, count // 2, length, seed, fits)
-    questions = [each for pair in zip(keys, items, strict=True) for each in pair]
-    rows = [torch.cat([each.ids, answer_of(tokenizer, each)]) for each in questions]
-    return Needles(torch.stack(rows), frozenset(each.answer for each in questions))
+    questions = [question for pair in zip(keys, items, strict=True) for question in pair]
+    rows = [torch.cat([question.ids, answer_of(tokenizer, question)]) for question in questions]
+    return Needles(torch.stack(rows), frozenset(question.answer for question in questions))
 
 
 def answer_of(tokenizer: Any, question: Question) -> Tensor:

@@ -120,8 +120,8 @@ def _parsed(path: str | os.PathLike[str], number: int, text: str) -> dict[str, A
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        said = getattr(error, "msg", None) or "nested too deep, or a number too long"
-        raise TextError(f"{path}, line {number}: no complete JSON ({said})") from None
+        reason = getattr(error, "msg", None) or "nested too deep, or a number too long"
+        raise TextError(f"{path}, line {number}: no complete JSON ({reason})") from None
     if not isinstance(value, dict):
         raise TextError(f"{path}, line {number}: {describe(value)}, expected an object")
     return value

@@ -94,16 +94,16 @@ class SCBenchTask(Task):
 
     def _of_row(self, row: Row, tokenizer: Any, length: int) -> Sample:
         context = row.text("context" if row.has("context") else "input")
-        turns = [self._turn(each) for each in row.objects("multi_turns")]
+        turns = [self._turn(turn) for turn in row.objects("multi_turns")]
         return fitting_sample(row, Sample.from_text(tokenizer, _HEADS.get(self.name, "") + context, turns), length)
 
     def _turn(self, row: Row) -> Turn:
-        asked, answers = row.text("input"), row.texts("answer")
+        question, answers = row.text("input"), row.texts("answer")
         if self.name == "qa_eng":
-            return Turn(f"\n\nQuestion: {asked}\nAnswer:", answers)
+            return Turn(f"\n\nQuestion: {question}\nAnswer:", answers)
         if self.name != "choice_eng":
-            return Turn(f"\n\n{asked}", answers)
+            return Turn(f"\n\n{question}", answers)
         options = row.texts("options")
         lines = [f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False)]
         right = answers[0] if answers[0] in _LETTERS else _LETTERS[options.index(answers[0])]
-        return Turn("\n".join([f"\n\nQuestion: {asked}", *lines, "The correct answer is"]), (right,), "", options)
+        return Turn("\n".join([f"\n\nQuestion: {question}", *lines, "The correct answer is"]), (right,), "", options)

@@ -30,11 +30,11 @@ def key_values_sample(tokenizer: Any, length: int, draw: random.Random, *, turns
     def pair() -> Pair:
         return drawn_value("uuids", draw), drawn_value("uuids", draw)
 
-    asked = [pair() for _ in range(turns)]
-    questions = [Turn(f'\nWhich value has the key "{key}"?', (value,), " The value is") for key, value in asked]
+    targets = [pair() for _ in range(turns)]
+    questions = [Turn(f'\nWhich value has the key "{key}"?', (value,), " The value is") for key, value in targets]
     head = "The JSON object below has a value for each key. Remember them.\n{"
     fitting = Fitting.of(tokenizer, head, questions, length)
-    return _filled(fitting, asked, pair, lambda key, value: f'"{key}": "{value}",\n', "}", draw)
+    return _filled(fitting, targets, pair, lambda key, value: f'"{key}": "{value}",\n', "}", draw)
 
 
 def prefix_suffix_sample(tokenizer: Any, length: int, draw: random.Random, *, turns: int) -> Sample:
@@ -50,30 +50,30 @@ def prefix_suffix_sample(tokenizer: Any, length: int, draw: random.Random, *, tu
         known.add(drawn)
         return drawn
 
-    asked = [pair() for _ in range(turns)]
-    whole = {drawn: _characters(_MIDDLE, draw).join(drawn) for drawn in asked}
+    targets = [pair() for _ in range(turns)]
+    whole = {drawn: _characters(_MIDDLE, draw).join(drawn) for drawn in targets}
     questions = [
         Turn(f'\nWhich string begins with "{first}" and ends with "{last}"?', (whole[first, last],), " The string is")
-        for first, last in asked
+        for first, last in targets
     ]
     fitting = Fitting.of(tokenizer, "Remember all of the strings below.\n", questions, length)
 
     def line(first: str, last: str) -> str:
         return f"{whole.get((first, last)) or _characters(_MIDDLE, draw).join((first, last))}\n"
 
-    return _filled(fitting, asked, pair, line, "", draw)
+    return _filled(fitting, targets, pair, line, "", draw)
 
 
 def _filled(
     fitting: Fitting,
-    asked: list[Pair],
+    targets: list[Pair],
     pair: Callable[[], Pair],
     line: Callable[[str, str], str],
     end: str,
     draw: random.Random,
 ) -> Sample:
     """The lines of what is asked for, in any place among as many others as there is room for."""
-    lines, closing = [fitting.ids(line(*each)) for each in asked], fitting.ids(end)
+    lines, closing = [fitting.ids(line(*pair)) for pair in targets], fitting.ids(end)
     room = fitting.room(len(joined(lines)) + len(closing)) - len(joined(lines)) - len(closing)
     while len(other := fitting.ids(line(*pair()))) <= room:
         lines.append(other)

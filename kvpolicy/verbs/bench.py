@@ -101,11 +101,11 @@ def bench(
     return Bench(run | {"torch": torch.__version__}, dense, tuple(caches))
 
 
-def _retentions(choice: CacheChoice, given: list[float]) -> list[float | None]:
-    for kept in given:
+def _retentions(choice: CacheChoice, retentions: list[float]) -> list[float | None]:
+    for kept in retentions:
         choice.check(kept)
-    if given:
-        return list(dict.fromkeys(given))
+    if retentions:
+        return list(dict.fromkeys(retentions))
     if choice.name == "full":
         return [None]
     if choice.plan is None:

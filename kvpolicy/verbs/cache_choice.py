@@ -24,9 +24,9 @@ class AbsentModelError(ModelError):
 
     def __init__(self, name: str, reason: ModelError) -> None:
         self.name, self.reason = name, reason
-        super().__init__(self.said(f"model='{name}'"))
+        super().__init__(self.message(f"model='{name}'"))
 
-    def said(self, remedy: str) -> str:
+    def message(self, remedy: str) -> str:
         """The message. remedy: what starts the download"""
         return (
             f"the plan names the model '{self.name}', which is not on this machine, and a plan alone starts no "
@@ -60,7 +60,7 @@ def check_splits_without_plan(name: str) -> None:
 def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None:
     """Raises `PlanError` for a retention below the plan's levels. otherwise: what else could be done"""
     if plan.level_at(retention) is None:
-        known = ", ".join(f"{each:g}" for each in sorted(plan.retentions))
+        known = ", ".join(f"{retention:g}" for retention in sorted(plan.retentions))
         raise PlanError(
             f"retention {retention:g} is below the plan's lowest level; it has {known} and everything up to 1. Tune a "
             f"plan for this retention{otherwise}"
@@ -68,7 +68,7 @@ def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None
 
 
 def load_network(
-    given: str | Path | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
+    model: str | Path | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
 ) -> tuple[str, Any, Any]:
     """(name, model, tokenizer) of the model that was named, else the plan's, else the built-in one.
 
@@ -76,8 +76,8 @@ def load_network(
     """
     from kvpolicy.integrations.transformers import load_model
 
-    by_plan = plan.model.id if plan is not None and not given else ""
-    name = str(given or by_plan or MODEL)
+    by_plan = plan.model.id if plan is not None and not model else ""
+    name = str(model or by_plan or MODEL)
     may_download = not by_plan or name == MODEL
     try:
         return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)

@@ -43,8 +43,8 @@ class SideBySide:
         """What `kvpolicy compare --json` prints."""
         from kvpolicy.comparison.quality import summary
 
-        found = self.comparison
-        return {"settings": found.settings, "about": found.about, "rows": summary(found)}
+        comparison = self.comparison
+        return {"settings": comparison.settings, "about": comparison.about, "rows": summary(comparison)}
 
 
 def compare(
@@ -97,7 +97,7 @@ def compare(
     A method that fails is a row that says why. Raises `BudgetError`, `KVPolicyError` (also for a file that was made
     under other settings), `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
-    names = [str(each) for each in arguments.several(methods)]
+    names = [str(method) for method in arguments.several(methods)]
     asked_task = chosen_task(task, question=question, data=data, task_file=task_file)
     _check(asked_task, names, context, prefill, part)
     arguments.check_least(LEAST_SEQUENCES, limit=limit)
@@ -111,8 +111,8 @@ def compare(
         arguments.check_writable(path)
     from kvpolicy.comparison.methods import check_asked, read_asked, read_methods
 
-    asked = read_asked(names)
-    check_asked(asked, retentions, prefill)
+    requests = read_asked(names)
+    check_asked(requests, retentions, prefill)
     arguments.check_text(source)
     where = arguments.pick_device(device)
     number = arguments.pick_dtype(dtype, where)
@@ -140,14 +140,14 @@ def compare(
     about |= {"model": str(model), "measured": made.described, "sequences": made.count, "dtype": number}
     options: dict[str, Any] = {"settings": settings, "about": about, "timing": not no_timing, "progress": progress}
     try:
-        found = run.compare(made, chosen, retentions, rows, seed=seed, **options)
+        comparison = run.compare(made, chosen, retentions, rows, seed=seed, **options)
     except KeyboardInterrupt:
         progress.note(f"interrupted; rows that were measured are in {rows}: the same comparison goes on from there")
         raise
-    _write(found, page, picture)
-    requested = {method.name for method in asked}
-    failed = [row for row in found.rows.values() if row.error is not None and row.method in requested]
-    return SideBySide(found, tuple(failed), rows, page)
+    _write(comparison, page, picture)
+    requested = {method.name for method in requests}
+    failed = [row for row in comparison.rows.values() if row.error is not None and row.method in requested]
+    return SideBySide(comparison, tuple(failed), rows, page)
 
 
 def _check(task: ChosenTask | None, names: list[str], context: int, prefill: int | None, part: str) -> None:
@@ -204,19 +204,19 @@ def _text_task(
 
     count = max(LEAST_SEQUENCES, min(limit, corpus.room(part, context)))
     sequences = corpus.sequences(part, count, context)
-    told = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
+    about = {"text": corpus.name if part == "whole" else f"{corpus.name}, held-out part"}
     if prefill == 0:
-        return DecodingTask(network, sequences, batch_size=batch_size), told
+        return DecodingTask(network, sequences, batch_size=batch_size), about
     options = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
-    return PerplexityTask(network, sequences, **options), told
+    return PerplexityTask(network, sequences, **options), about
 
 
-def _write(found: Comparison, page: Path, png: Path | None) -> None:
+def _write(comparison: Comparison, page: Path, png: Path | None) -> None:
     """The table, and the picture."""
     from kvpolicy.report.comparison_tables import markdown
 
-    write_bytes(page, markdown(found).encode())
+    write_bytes(page, markdown(comparison).encode())
     if png is not None:
         from kvpolicy.report.comparison_figure import comparison_png
 
-        write_bytes(png, comparison_png(found))
+        write_bytes(png, comparison_png(comparison))

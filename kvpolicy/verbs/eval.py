@@ -50,7 +50,7 @@ class Evaluation:
 
     def _document(self, row: dict[str, Any]) -> dict[str, Any]:
         beside = {"full": 1.0, "uniform": row["retention"]}
-        others = {(each["plan"], each["retention"]): each for each in self.rows if each is not row}
+        others = {(other["plan"], other["retention"]): other for other in self.rows if other is not row}
         return row | {name: others[name, kept] for name, kept in beside.items() if (name, kept) in others}
 
 
@@ -136,7 +136,7 @@ def eval(
         loaded.check_model(probe.spec)
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
     measured = _measured(probe, name, loaded, retentions, progress or Progress())
-    return Evaluation(name, tuple(_row(probe, each, task, seed) | facts for each in measured), probe.described)
+    return Evaluation(name, tuple(_row(probe, measure, task, seed) | facts for measure in measured), probe.described)
 
 
 def _answered(
@@ -183,7 +183,7 @@ class _Measured:
     plan: str
     retention: float
     losses: Tensor
-    held: CacheBytes
+    memory: CacheBytes
 
 
 def _measured(
@@ -192,16 +192,16 @@ def _measured(
     """The full cache, and at each retention uniform budgets and the plan's."""
     from kvpolicy.measure.evaluation import measured_bytes, perplexity
 
-    asked = [("full", 1.0)]
+    pairs = [("full", 1.0)]
     if name != "full":
-        asked += [(each, kept) for kept in retentions for each in dict.fromkeys(("uniform", name))]
-    progress.begin("evaluate", len(asked))
+        pairs += [(plan_name, kept) for kept in retentions for plan_name in dict.fromkeys(("uniform", name))]
+    progress.begin("evaluate", len(pairs))
     try:
-        for each, kept in asked:
-            table = _table(each, plan, probe, kept)
+        for plan_name, kept in pairs:
+            table = _table(plan_name, plan, probe, kept)
             losses = probe.loss(table)
-            progress.advance(f"{each}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
-            yield _Measured(each, kept, losses, measured_bytes(probe, table))
+            progress.advance(f"{plan_name}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
+            yield _Measured(plan_name, kept, losses, measured_bytes(probe, table))
     finally:
         progress.end()
 
@@ -215,20 +215,20 @@ def _own_dtype(plan: BudgetPlan | None) -> str:
     return str(plan.provenance.get("dtype", "auto")) if plan else "auto"
 
 
-def _retentions(name: str, plan: BudgetPlan | None, given: list[float]) -> list[float]:
+def _retentions(name: str, plan: BudgetPlan | None, retentions: list[float]) -> list[float]:
     """Those to measure. Raises `PlanError` or `BudgetError` for one that there is no table for."""
     if name == "full":
-        if given:
+        if retentions:
             raise PlanError("eval full keeps everything; leave retention= out, or evaluate uniform")
         return [1.0]
-    if plan is None and not given:
+    if plan is None and not retentions:
         raise PlanError("eval uniform needs retention=")
-    if plan is not None and not given:
+    if plan is not None and not retentions:
         return sorted(plan.retentions, reverse=True)
-    for kept in map(arguments.check_retention, given):
+    for kept in map(arguments.check_retention, retentions):
         if plan is not None:
             check_level(plan, kept)
-    return given
+    return retentions
 
 
 def _table(name: str, plan: BudgetPlan | None, probe: SequenceProbe, retention: float) -> Tensor:
@@ -247,7 +247,7 @@ def _row(probe: SequenceProbe, measured: _Measured, task: str, seed: int) -> dic
     from kvpolicy.measure.evaluation import perplexity
     from kvpolicy.measure.stats import mean_interval
 
-    losses, length, held = measured.losses, int(probe.sequences.shape[1]), measured.held
+    losses, length, memory = measured.losses, int(probe.sequences.shape[1]), measured.memory
     return {
         "task": task,
         "plan": measured.plan,
@@ -259,7 +259,7 @@ def _row(probe: SequenceProbe, measured: _Measured, task: str, seed: int) -> dic
         "scored_tokens": len(losses) * (length - probe.first_scored),
         "context_length": length,
         "prefill_length": probe.prefill_length,
-        "bytes": held.bytes,
-        "dense_bytes": held.dense_bytes,
-        "entries": held.entries,
+        "bytes": memory.bytes,
+        "dense_bytes": memory.dense_bytes,
+        "entries": memory.entries,
     }

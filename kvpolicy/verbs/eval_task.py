@@ -36,14 +36,14 @@ def answer_rows(
     """
     (full,) = read_asked([FULL])
     uniform = Method(UNIFORM, *policy, UNIFORM, registry.create("allocator", UNIFORM))
-    asked = [(full, 1.0)]
+    pairs = [(full, 1.0)]
     if name != FULL:
         own = [] if plan is None else [Method(name, *policy, plan=plan)]
-        asked += [(method, kept) for kept in retentions for method in (uniform, *own)]
+        pairs += [(method, kept) for kept in retentions for method in (uniform, *own)]
     rows = []
-    progress.begin("evaluate", len(asked))
+    progress.begin("evaluate", len(pairs))
     try:
-        for method, kept in asked:
+        for method, kept in pairs:
             measured = task.measure(method, partial(_table, task, method, kept, seed))
             rows.append(_row(task, method.name, kept, measured, seed) | facts)
             progress.advance(f"{method.name}, {kept:.4g} kept: {task.role.metric} {rows[-1]['score']:.3f}")

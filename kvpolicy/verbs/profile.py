@@ -57,7 +57,7 @@ def profile(
     Raises `BudgetError`, `KVPolicyError` for arguments that do not go together, `ModelError`, `PluginError`,
     `TextError`.
     """
-    names, texts = arguments.several(estimator), [Path(each) for each in arguments.several(text)]
+    names, texts = arguments.several(estimator), [Path(path) for path in arguments.several(text)]
     pictures = {"token_map": arguments.optional_path(token_map), "layers": arguments.optional_path(layers)}
     _check(agreement, names, texts, any(pictures.values()))
     estimators = _estimators(names or (RANKED if agreement else RANKED[:1]), dict(param or {}), agreement)

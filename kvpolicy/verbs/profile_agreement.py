@@ -59,11 +59,11 @@ def measure_agreement(
     subject.progress.note(
         f"{len(estimators)} rankings run at most {forwards} forwards of up to {subject.context} tokens"
     )
-    found = agreement(estimators, by_text, by_prompt, subject.progress)
+    result = agreement(estimators, by_text, by_prompt, subject.progress)
     if png is not None:
         from kvpolicy.report.agreement_figure import agreement_png
 
         title = subject.title("agreement of rankings of the KV heads", next(iter(by_text)))
-        write_bytes(png, agreement_png(found, title))
-    document = {"model": subject.name, "context": subject.context, "texts_sha256": digests, **found.document()}
-    return AgreementProfile(found, document)
+        write_bytes(png, agreement_png(result, title))
+    document = {"model": subject.name, "context": subject.context, "texts_sha256": digests, **result.document()}
+    return AgreementProfile(result, document)

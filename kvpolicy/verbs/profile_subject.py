@@ -27,7 +27,7 @@ class Subject:
     def probe(self, corpus: Corpus, sequences: Tensor, prompts: Sequence[Tensor] = ()) -> TransformersProbe:
         return TransformersProbe(self._network, sequences, prompts, tokenize=corpus.tokenize)
 
-    def title(self, said: str, text: str) -> str:
+    def title(self, heading: str, text: str) -> str:
         """The head of a picture: what it shows, of which model, on which text."""
         dtype = str(self._network.dtype).removeprefix("torch.")
-        return f"{said}\n{self.name}, {text}, context {self.context}, {dtype}"
+        return f"{heading}\n{self.name}, {text}, context {self.context}, {dtype}"
