@@ -123,12 +123,12 @@ class Method:
         """
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
-        table = self._asked(spec, context, retention)
+        table = self._exact_table(spec, context, retention)
         total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
         table = capacities(table, total, context, self.policy.least_capacity)
         return _shuffled(table, seed) if self.shuffled else table
 
-    def _asked(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
+    def _exact_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
         """The capacities at exactly this retention, int64 `[L, H]`."""
         if self.plan is not None:
             self.plan.check_model(spec)

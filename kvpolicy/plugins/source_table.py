@@ -37,7 +37,7 @@ def _by(*suppliers: Supplier) -> frozenset[Supplier]:
     return frozenset(suppliers)
 
 
-_EACH_TIME, _HOOKS = "a pass over the keys", "hooks on the layers"
+_KEY_PASS, _HOOKS = "a pass over the keys", "hooks on the layers"
 TABLE = {
     "positions": Source(_by("store", "step"), outlives_prompt=True),
     "scores": Source(_by("store", "step"), needs_cache=True),
@@ -47,9 +47,9 @@ TABLE = {
     "scale": Source(_by("probe", "store")),
     "capacity": Source(_by("store"), "prompts are scored for each budget", needs_cache=True, outlives_prompt=True),
     "query_attention": Source(_by("store"), "a pass over the keys for each query of the window"),
-    "window_attention": Source(_by("probe", "store"), _EACH_TIME),
+    "window_attention": Source(_by("probe", "store"), _KEY_PASS),
     "full_attention": Source(_by("probe", "store"), "all queries with all keys, as attention itself"),
-    "decode_attention": Source(_by("step"), _EACH_TIME, needs_cache=True, outlives_prompt=True),
+    "decode_attention": Source(_by("step"), _KEY_PASS, needs_cache=True, outlives_prompt=True),
     "repeat_attention": Source(_by("model"), "the context is run again, over the full cache", needs_cache=True),
     "hidden_before": Source(_by("probe", "model"), _HOOKS),
     "attention_input": Source(_by("probe", "model"), _HOOKS),

@@ -98,8 +98,8 @@ def compare(
     under other settings), `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
     names = [str(method) for method in arguments.several(methods)]
-    asked_task = chosen_task(task, question=question, data=data, task_file=task_file)
-    _check(asked_task, names, context, prefill, part)
+    subject = chosen_task(task, question=question, data=data, task_file=task_file)
+    _check(subject, names, context, prefill, part)
     arguments.check_least(LEAST_SEQUENCES, limit=limit)
     arguments.check_least(1, batch_size=batch_size)
     retentions = [_below_one(r) for r in arguments.several(retention) or RETENTIONS]
@@ -128,12 +128,12 @@ def compare(
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     if task in RETRIEVAL and question == "aware":
         made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
-    elif asked_task is not None:
+    elif subject is not None:
         sizes = {"limit": limit, "context": context, "seed": seed}
         lines = rows.with_suffix(".samples.jsonl")
-        made = asked_task.of_model(network, tokenizer, **sizes, records=lines, settings=settings)
+        made = subject.of_model(network, tokenizer, **sizes, records=lines, settings=settings)
         if made.count < LEAST_SEQUENCES:
-            raise TextError(f"{asked_task.name} has {made.count} sample here: {LEAST_SEQUENCES} are needed to compare")
+            raise TextError(f"{subject.name} has {made.count} sample here: {LEAST_SEQUENCES} are needed to compare")
     else:
         corpus = _unseen(read_corpus(tokenizer, source), part, chosen)
         made, about = _text_task(network, tokenizer, corpus, part, context, prefill, limit, batch_size)

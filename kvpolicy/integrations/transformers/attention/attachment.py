@@ -43,23 +43,23 @@ def detach(model: PreTrainedModel) -> None:
 def hold(model: PreTrainedModel) -> None:
     """Attaches the model until `release` was called as often, in whatever thread. Raises what `attach` raises."""
     with _LOCK:
-        count, before = _HELD.get(model, (0, is_attached(model)))
+        count, before = _HOLDS.get(model, (0, is_attached(model)))
         attach(model)
-        _HELD[model] = count + 1, before
+        _HOLDS[model] = count + 1, before
 
 
 def release(model: PreTrainedModel) -> None:
     """Ends a `hold`. The last one leaves the model as the first one found it."""
     with _LOCK:
-        count, before = _HELD.pop(model)
+        count, before = _HOLDS.pop(model)
         if count > 1:
-            _HELD[model] = count - 1, before
+            _HOLDS[model] = count - 1, before
         elif not before:
             detach(model)
 
 
 # how often a model is held, and whether it was attached before
-_HELD: WeakKeyDictionary[PreTrainedModel, tuple[int, bool]] = WeakKeyDictionary()
+_HOLDS: WeakKeyDictionary[PreTrainedModel, tuple[int, bool]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 

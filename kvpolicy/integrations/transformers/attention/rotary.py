@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.plugins.activations import Rotary
 
 _BUFFERS = ("inv_freq", "full_attention_inv_freq")  # budgeted layers are those of full attention
-_FOUND: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, nn.Module, str]] = WeakKeyDictionary()
+_ROTATIONS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, nn.Module, str]] = WeakKeyDictionary()
 
 
 def find_rotary(model: PreTrainedModel, attentions: Sequence[nn.Module]) -> None:
@@ -32,15 +32,15 @@ def find_rotary(model: PreTrainedModel, attentions: Sequence[nn.Module]) -> None
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     for attention in attentions:
-        if attention not in _FOUND:
+        if attention not in _ROTATIONS:
             embedding, buffer = _embedding(modules, names[attention])
             first, second = _pairs(attention, model.device, getattr(embedding, buffer).numel())
-            _FOUND[attention] = first, second, embedding, buffer
+            _ROTATIONS[attention] = first, second, embedding, buffer
 
 
 def rotary_of(attention: nn.Module) -> Rotary:
     """What `find_rotary` has found, with the frequencies of now: some models change them as the text grows."""
-    first, second, embedding, buffer = _FOUND[attention]
+    first, second, embedding, buffer = _ROTATIONS[attention]
     frequencies = getattr(embedding, buffer).float().to(first.device)
     return Rotary(first, second, frequencies[: len(first)])
 

@@ -54,12 +54,12 @@ class BiasedAttention:
         # of the call the scoring alone: a block lives until its backward, and would keep all that a call holds
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, scoring=call.scoring)
         out = [call.stock()[0][:, :first].transpose(1, 2)] if first else []
-        rows_each = _SCORES.get(query.device.type, _SCORES["cpu"]) // (query.shape[0] * query.shape[1] * query.shape[2])
-        rows_each = max(rows_each - rows_each % 8, 8)  # masks whose rows are aligned
-        rows = torch.split(query[:, :, first:], rows_each, dim=2)
+        most_rows = _SCORES.get(query.device.type, _SCORES["cpu"]) // (query.shape[0] * query.shape[1] * query.shape[2])
+        most_rows = max(most_rows - most_rows % 8, 8)  # masks whose rows are aligned
+        rows = torch.split(query[:, :, first:], most_rows, dim=2)
         if len(rows) > 1:  # otherwise the layer's checkpoint is enough
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-        begins = range(first, query.shape[2], rows_each)
+        begins = range(first, query.shape[2], most_rows)
         out += [block(begin, part, key, value) for begin, part in zip(begins, rows, strict=True)]
         return as_answer(torch.cat(out, dim=2))
 
