@@ -62,6 +62,7 @@ LISTED = "import kvpolicy; print([r.name for r in kvpolicy.registry.rows() if r.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the commands are those of GNU")
+@pytest.mark.slow  # pip builds and installs the copy
 def test_a_copy_is_renamed_and_what_is_not_needed_is_removed(own):
     texts = [path.read_text(encoding="utf-8") for path in own.rglob("*") if path.is_file()]
     assert not any("kvpolicy_template" in text or "kvpolicy-template" in text for text in texts)

@@ -84,8 +84,18 @@ def test_a_ragged_budget_equals_a_mask_per_head(model, ids, steps):
     assert torch.equal(cache.lengths[:, 0], table)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "value norm"])
-@pytest.mark.parametrize("retention", [0.5, 0.3, 0.1])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("retention", "policy"),
+    [
+        (0.3, "streaming"),
+        (0.1, "value norm"),
+        *(pytest.param(*case, marks=SLOW) for case in [(0.5, "streaming"), (0.1, "streaming")]),
+        *(pytest.param(*case, marks=SLOW) for case in [(0.5, "value norm"), (0.3, "value norm")]),
+    ],
+)
 def test_bytes_are_those_of_the_entries_kept(model, ids, retention, policy):
     spec, length = ModelSpec.from_config(model.config), 1000
     chosen = None if policy == "streaming" else ValueNorm()

@@ -218,8 +218,15 @@ def needles_of(settings, length):
     return made, make_needles(tiny_tokenizer(), 32, length, 3 * settings.seed + 1, without=made.answers)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
-@pytest.mark.parametrize("objective", ["retrieval", "mixed"])
+@pytest.mark.parametrize(
+    ("objective", "policy"),
+    [
+        ("retrieval", "streaming"),
+        ("mixed", "snapkv"),
+        pytest.param("retrieval", "snapkv", marks=pytest.mark.slow),
+        pytest.param("mixed", "streaming", marks=pytest.mark.slow),
+    ],
+)
 def test_the_figures_of_a_level_are_those_of_its_capacities(settings, corpus, policy, objective):
     context = 2 * LENGTH if (policy, objective) == ("snapkv", "mixed") else LENGTH
     settings = replace(settings, policy=policy, objective=objective, context_length=context)
@@ -412,7 +419,13 @@ def test_an_interrupted_search_keeps_what_it_ran(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("objective", "policy"), [("perplexity", "h2o"), ("retrieval", "h2o"), ("mixed", "streaming"), ("mixed", "h2o")]
+    ("objective", "policy"),
+    [
+        ("perplexity", "h2o"),
+        ("mixed", "streaming"),
+        pytest.param("retrieval", "h2o", marks=pytest.mark.slow),
+        pytest.param("mixed", "h2o", marks=pytest.mark.slow),
+    ],
 )
 def test_the_cost_that_is_announced_is_not_exceeded(settings, corpus, objective, policy):
     model, notes = a_model(), Notes()

@@ -118,6 +118,7 @@ run(make_settings(folder, trials=8, resume=True, storage=f"sqlite:///{folder / '
 """
 
 
+@pytest.mark.slow  # each process loads torch and optuna
 def test_two_processes_share_a_database(tmp_path):
     settings = make_settings(tmp_path, trials=1, storage=f"sqlite:///{tmp_path / 'study.db'}")
     run(settings)
