@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,14 @@ class Segments:
             if start < 0 or length < 0 or start + length > num_rows:
                 raise ValueError(f"segment {i} of {length} rows from row {start} leaves the arena of {num_rows} rows")
         return pairs
+
+    def on(self, device: torch.device) -> Segments:
+        """The same with its tables there. Those of the CPU are checked, and copied in one transfer."""
+        if self.lengths.device == device:
+            return self
+        self.bounds()
+        starts, lengths = torch.stack([self.starts, self.lengths]).to(device, non_blocking=True)
+        return replace(self, starts=starts, lengths=lengths)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

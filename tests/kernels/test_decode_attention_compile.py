@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency")
 
 from kvpolicy_kernels.attention import kernel as kernels  # noqa: E402
+from kvpolicy_kernels.attention.merge.kernel import _merge_kernel, merge_config  # noqa: E402
 from kvpolicy_kernels.attention.plan import unit_of  # noqa: E402
 
 from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
@@ -96,12 +97,12 @@ def test_keys_and_values_of_one_arena_compile(dim):
 
 @pytest.mark.parametrize("sizes", [(8, 264, 4, 128), (512, 264, 4, 128)], ids=str)
 def test_merge_compiles(sizes):
-    config = kernels.merge_config(*sizes)
+    config = merge_config(*sizes)
     warps = config.pop("num_warps")
     constants = {"DV": 128, "HAS_LSE": True, "EARLY": True, **config}
     types = {"out_ptr": "*bf16", "pieces_ptr": "*i32", "num_rows": "i32"}
     types |= dict.fromkeys(("lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
     aligned = [name for name in types if name.endswith("_ptr")]
-    kernel = compiled(kernels._merge_kernel, 90, constants, types, aligned, warps, 3)
+    kernel = compiled(_merge_kernel, 90, constants, types, aligned, warps, 3)
     assert "griddepcontrol.wait" in kernel.ptx
     assert kernel.spilled == 0

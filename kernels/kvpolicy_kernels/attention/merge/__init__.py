@@ -1,0 +1,1 @@
+"""The pieces of a segment, joined by their log-sum-exps."""
