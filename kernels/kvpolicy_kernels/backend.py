@@ -47,3 +47,12 @@ def _has_triton() -> bool:
 def at_least_hopper(device: torch.device) -> bool:
     """Whether a kernel on this device runs on compute capability 9.0 or later. The interpreter does not."""
     return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def multiplies_from_shared_memory(device: torch.device) -> bool:
+    """Whether tensor cores take tiles from shared memory, of which there are 227 KB: Hopper and Blackwell's sm_100.
+
+    Compute capability 12 is later, and has the tensor cores and the 99 KB of sm_89.
+    """
+    return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.get_device_capability(device)[0] in (9, 10)

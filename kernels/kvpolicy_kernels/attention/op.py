@@ -16,7 +16,7 @@ from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.segments import Chunk, Segments, check_segments
 
 MAX_QUERIES = 16
-"""Queries of one call that the Triton kernel takes."""
+"""Queries of one call that the Triton kernel of a decoding step takes."""
 
 MAX_ROWS = 128
 """Queries times query heads of a group, likewise."""
@@ -58,31 +58,42 @@ def ragged_attention(
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     entry_mask: one bool [n, lengths[i]] per segment, True is visible; default: all are
-    backend: "auto" is the Triton kernel on CUDA for the few queries that it takes, without an entry_mask, and torch for
-        the rest
+    backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes any number of queries, head dims up to 256, and
+        tensors of one dtype: float32, bfloat16 or float16. A whole prompt, causal and without entries, goes to torch's
+        flash attention, if the tables lie on the CPU
 
-    Returns [B, num_q_heads, n, Dv]. Memory beside the result is O(n + lengths.max()) for a block of queries.
-    Raises `ValueError` for shapes or strides that do not fit, segments that leave the arena (where the tables lie on
-    the CPU), and a backend that cannot do this.
+    Returns [B, num_q_heads, n, Dv]. Memory beside the result is O(n + lengths.max()) for a block of queries in torch,
+    and in Triton nothing, or where the queries are too few for the device, float32 parts of the result.
+    The tables may lie on the device, and then Triton reads nothing back: neither segments that leave the arena nor an
+    entry_mask of other lengths is noticed.
+    Raises `ValueError` for shapes or strides that do not fit, segments that leave the arena, and a backend that cannot
+    do this.
     """
     num_kv_heads = check_segments("ragged_attention", query, segments, chunk, sink_logits)
-    if entry_mask is not None and len(entry_mask) != len(segments):
-        raise ValueError(f"ragged_attention: {len(segments)} segments need as many masks, got {len(entry_mask)}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = _beyond_kernel(query, segments, num_kv_heads) if entry_mask is None else "an entry_mask"
-    if uses_triton("ragged_attention", backend, query, unsupported):
-        from kvpolicy_kernels.attention.kernel import triton_attention
+    triton = uses_triton("ragged_attention", backend, query, _beyond_kernels(query, segments, chunk))
+    on_cpu = segments.lengths.device.type == "cpu"  # else only what waits for the device anyway looks at the lengths
+    if entry_mask is not None:
+        _check_entry_mask(entry_mask, query.shape[2], segments, reads_lengths=on_cpu or not triton)
+    by_torch = not triton or (on_cpu and backend == "auto")
+    if chunk is not None and by_torch and _is_whole_prompt(query, segments, chunk, softcap, sink_logits):
+        return F.scaled_dot_product_attention(
+            query, chunk.key, chunk.value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    if triton:
+        out: Tensor
+        if entry_mask is None and _beyond_decoding(query, num_kv_heads) is None:
+            from kvpolicy_kernels.attention.kernel import triton_attention
 
-        out: Tensor = triton_attention(query, segments, chunk, scale, softcap, sink_logits)[0]
+            out = triton_attention(query, segments, chunk, scale, softcap, sink_logits)[0]
+        else:
+            from kvpolicy_kernels.attention.chunk.kernel import triton_chunk_attention
+
+            out = triton_chunk_attention(query, segments, chunk, scale, softcap, sink_logits, entry_mask)
         return out
-    if softcap is None and segments.values.shape[1] == segments.keys.shape[1]:  # what torch's flash attention can do
-        if chunk is None:
-            if entry_mask is None and query.device.type == "cpu":
-                return cpu_attention(query, segments, scale, sink_logits)
-        elif chunk.mask is None and sink_logits is None and _is_whole_prompt(query, segments, chunk):
-            return F.scaled_dot_product_attention(
-                query, chunk.key, chunk.value, is_causal=True, scale=scale, enable_gqa=True
-            )
+    plain = chunk is None and entry_mask is None and softcap is None
+    if plain and query.device.type == "cpu" and segments.values.shape[1] == segments.keys.shape[1]:
+        return cpu_attention(query, segments, scale, sink_logits)
     return reference_ragged_attention(query, segments, chunk, scale, softcap, sink_logits, entry_mask)
 
 
@@ -121,7 +132,8 @@ def decode_attention(
             f"{list(plan.pieces.shape)}; a plan of several layers is taken layer by layer: plan.layer(i)"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton("decode_attention", backend, query, _beyond_kernel(query, segments, num_kv_heads)):
+    beyond = _beyond_decoding(query, num_kv_heads) or _beyond_kernels(query, segments, chunk)
+    if uses_triton("decode_attention", backend, query, beyond):
         from kvpolicy_kernels.attention.kernel import triton_attention
 
         return Attended(
@@ -131,19 +143,39 @@ def decode_attention(
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 
-def _beyond_kernel(query: Tensor, segments: Segments, num_kv_heads: int) -> str | None:
-    """What of these arguments is beyond the Triton kernel, None if nothing is."""
+def _check_entry_mask(entry_mask: Sequence[Tensor], n: int, segments: Segments, reads_lengths: bool) -> None:
+    if len(entry_mask) != len(segments):
+        raise ValueError(f"ragged_attention: {len(segments)} segments need as many masks, got {len(entry_mask)}")
+    lengths = segments.lengths.tolist() if reads_lengths else [mask.shape[-1] for mask in entry_mask]
+    for i, (mask, length) in enumerate(zip(entry_mask, lengths, strict=True)):
+        if mask.shape != (n, length):
+            raise ValueError(f"ragged_attention: expected entry_mask[{i}] {[n, length]}, got {list(mask.shape)}")
+
+
+def _beyond_decoding(query: Tensor, num_kv_heads: int) -> str | None:
+    """What of these queries is beyond the Triton kernel of a decoding step, None if nothing is."""
     n, group = query.shape[2], query.shape[1] // num_kv_heads
-    key_dim, value_dim = segments.keys.shape[1], segments.values.shape[1]
     if n > MAX_QUERIES or n * group > MAX_ROWS:
         return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
+    return None
+
+
+def _beyond_kernels(query: Tensor, segments: Segments, chunk: Chunk | None) -> str | None:
+    """What of these arguments is beyond both Triton kernels, None if nothing is."""
+    key_dim, value_dim = segments.keys.shape[1], segments.values.shape[1]
     if max(key_dim, value_dim) > MAX_DIM:
         return f"head dims {key_dim} and {value_dim}, where {MAX_DIM} is the most"
-    dtypes = {query.dtype, segments.keys.dtype, segments.values.dtype}
+    tensors = [query, segments.keys, segments.values, *(() if chunk is None else (chunk.key, chunk.value))]
+    dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"queries, keys and values of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
     return None
 
 
-def _is_whole_prompt(query: Tensor, segments: Segments, chunk: Chunk) -> bool:
-    return len(chunk) == query.shape[2] and not bool(segments.lengths.any())
+def _is_whole_prompt(
+    query: Tensor, segments: Segments, chunk: Chunk, softcap: float | None, sink_logits: Tensor | None
+) -> bool:
+    """Whether this is causal attention of a chunk alone, such as torch's flash attention does."""
+    if chunk.mask is not None or softcap is not None or sink_logits is not None or len(chunk) != query.shape[2]:
+        return False
+    return segments.values.shape[1] == segments.keys.shape[1] and not bool(segments.lengths.any())
