@@ -126,6 +126,11 @@ class LayerArena:
         """As the ops take them: with tables on the device, where a step has brought them there."""
         if (placed := self._placed) is not None and placed.length is self.length:
             return Segments(self.keys, self.values, placed.starts, placed.lengths)
+        return self.counted_segments
+
+    @property
+    def counted_segments(self) -> Segments:
+        """As ops take them that need the longest length: with tables of the host, so that nobody waits for a device."""
         return Segments(self.keys, self.values, self.start, self.length)
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -177,9 +182,9 @@ class LayerArena:
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
         self._put(key, value, position.to(self.device), rows, score)
 
-    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float) -> None:
-        """`append`, where the tables behind it have been worked out."""
-        self._put(key, value, step.position, step.row, score)
+    def write(self, key: Tensor, value: Tensor, step: LayerStep, rows: Tensor, score: float) -> None:
+        """`append`, where the tables behind it have been worked out. rows: int64 [S] on the device."""
+        self._put(key, value, step.position, rows, score)
         self.length, self.cursor = step.length, step.cursor
         self._placed = Placed(step.length, step.start, step.placed_length, step.work)
 

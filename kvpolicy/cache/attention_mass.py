@@ -26,7 +26,7 @@ def attention_mass(
         mask = chunk_mask(chunk, num_queries)
         query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
     return column_scores(
-        query, arena.segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options
+        query, arena.counted_segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options
     )
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from kvpolicy_kernels.evict import evict
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena, on_device
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.schedule import UNLIMITED
-from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, evictable, kept_columns, ranking
+from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, kept_columns, ranking
 from kvpolicy.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -150,10 +151,9 @@ class StoreLayer:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a token may be written without a search: all have been kept, and none that is pinned can come."""
+        """Whether a token's tables follow from counts: all have been kept, and none that is pinned can come."""
         return (
-            self.knows_order
-            and self.pending is None
+            self.pending is None
             and not self.is_unwritten
             and (self.settled is self.seen or torch.equal(self.settled, self.seen))  # the same behind a planned step
             and self.protection.end <= int(self.seen.min())
@@ -164,8 +164,8 @@ class StoreLayer:
         return self.capacity if evict else torch.full_like(self.arena.length, UNLIMITED)
 
     def make_ring(self, limit: Tensor) -> None:
-        """Lays the entries in the order in which they will leave, unless they do. limit: int64 [S]."""
-        if self.is_ring:
+        """Lays the entries in the order in which they will leave, where it is known. limit: int64 [S]."""
+        if self.is_ring or not self.knows_order:
             return
         arena, seen = self.arena, self._settled_on_device()
         positions, scores = arena.padded_positions(), arena.padded_scores()
@@ -187,7 +187,11 @@ class StoreLayer:
         """`append`, where what it comes to has been worked out. Arguments as there."""
         self.seen = self.settled = step.seen
         self.evicted_at = step.evicted_at
-        self.arena.write(key.detach(), value.detach(), step, score)
+        rows = step.row
+        if step.searches:
+            slot = self._worst(step.start, step.placed_length, step.placed_seen)
+            rows = torch.where(rows < 0, step.start + slot, rows)
+        self.arena.write(key.detach(), value.detach(), step, rows, score)
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
@@ -309,11 +313,25 @@ class StoreLayer:
         self.is_ring = False  # a new entry may lie between older ones
         slot = arena.length
         if bool(full.any()):
-            settled = self._settled_on_device()
-            worst = evictable(ranking(arena.padded_scores(), arena.padded_positions(), settled, self.protection))
+            tables = torch.stack([arena.start, arena.length, self._per_segment(self.settled)])
+            worst = self._worst(*on_device(tables, arena.device))
             slot = torch.where(full.to(arena.device), worst, slot.to(arena.device))
         arena.count(~full)  # last: all above goes by the lengths before
         return slot
+
+    def _worst(self, start: Tensor, length: Tensor, settled: Tensor) -> Tensor:
+        """The slot of each segment's worst entry. All int64 [S], on the device."""
+        arena, protection = self.arena, self.protection
+        return evict(
+            arena.scores,
+            arena.positions,
+            start,
+            length,
+            settled,
+            num_sink_tokens=protection.num_sink_tokens,
+            recent_window=protection.recent_window,
+            spans=protection.spans,
+        )
 
     def _note_eviction(self, segments: Tensor) -> None:
         """segments: bool [S], those that lose an entry now."""

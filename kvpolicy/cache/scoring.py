@@ -134,7 +134,7 @@ def _decode_step(
     present = column < lengths[segment]
     sources = {name: plugin_call.lent(getattr(arena, name)) for name in policy.requires & {"keys", "values"}}
     if "decode_attention" in policy.requires:
-        mass = column_scores(query, arena.segments, power=policy.attention_power, **options)
+        mass = column_scores(query, arena.counted_segments, power=policy.attention_power, **options)
         mass = mass.flatten(0, 1)
         sources["attention"] = mass[segment, column.clamp(max=mass.shape[1] - 1)].where(present, 0.0)
     return DecodeStep(

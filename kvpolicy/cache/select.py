@@ -1,7 +1,7 @@
 """Which entries are kept: the one place where scores, sink tokens, the recent window and protected spans meet.
 
-Every candidate gets one int64 key: two bits of tier, 32 bits of score in an order-preserving form, 29 bits of
-position. Keys are distinct, so the order is total: at equal scores the more recent entry is kept.
+The order itself is that of the op `evict`, which looks for the worst entry while decoding: one int64 key a candidate,
+all of them distinct, so that at equal scores the more recent entry is kept.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from kvpolicy_kernels.evict import reference as order
 from torch import Tensor
 
 from kvpolicy.cache.arena import on_device
 from kvpolicy.errors import BudgetError
 
-_PLAIN, _RECENT, _PINNED = 1, 2, 3
-_POSITION_BITS = 29
-MAX_TOKENS = 2**_POSITION_BITS - 1
-ABSENT = -1
+MAX_TOKENS = 2**order.POSITION_BITS - 1
+ABSENT = order.ABSENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,7 @@ class Protection:
 
     def pinned(self, positions: Tensor) -> Tensor:
         """Sink tokens and spans; bool, of the shape of `positions`."""
-        pinned = positions < self.num_sink_tokens
-        for begin, end in self.spans:
-            pinned = pinned | ((positions >= begin) & (positions < end))
-        return pinned & (positions >= 0)
+        return order.is_pinned(positions, self.num_sink_tokens, self.spans)
 
 
 def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
@@ -76,19 +72,16 @@ def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: 
     positions: int64 [S, N], -1 for an absent candidate, whose key is -1
     seen:      int64 [S, 1], tokens of each segment's sequence
     """
-    tier = _tiers(positions, seen, protection)
-    key = (tier << (32 + _POSITION_BITS)) | positions
-    if scores is not None:
-        key = key | torch.where(tier == _PLAIN, _ordered(scores) << _POSITION_BITS, 0)
-    return key  # ABSENT where positions are: -1 has every bit set
+    return order.ranking(
+        scores, positions, seen, protection.num_sink_tokens, protection.recent_window, protection.spans
+    )
 
 
 def comparable(scores: Tensor, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
     """The scores as KV heads compete with them: inf for entries that stay whatever their score (sink tokens, the recent
     window), -inf for absent ones and for those of spans, which are on top. Arguments as in `ranking`.
     """
-    tier = _tiers(positions, seen, protection)
-    scores = scores.masked_fill(tier > _PLAIN, float("inf"))
+    scores = scores.masked_fill(ranking(None, positions, seen, protection) >= order.RECENT, float("inf"))
     beside = (positions < 0) | (protection.pinned(positions) & (positions >= protection.num_sink_tokens))
     return scores.masked_fill(beside, float("-inf"))
 
@@ -108,19 +101,6 @@ def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Pr
     return best.gather(1, place.argsort(dim=1))
 
 
-def evictable(keys: Tensor) -> Tensor:
-    """Column of each segment's worst candidate that is present. keys: [S, N]; returns int64 [S]."""
-    return torch.where(keys == ABSENT, torch.iinfo(torch.int64).max, keys).argmin(1)
-
-
-def _tiers(positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
-    tier = torch.full_like(positions, _PLAIN)
-    if protection.recent_window:
-        tier[positions >= seen - protection.recent_window] = _RECENT
-    tier[protection.pinned(positions)] = _PINNED
-    return tier
-
-
 def _read_span(span: Sequence[int]) -> tuple[int, int]:
     numbers: tuple[int, ...] = ()
     with contextlib.suppress(TypeError):
@@ -128,9 +108,3 @@ def _read_span(span: Sequence[int]) -> tuple[int, int]:
     if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
         raise BudgetError(f"a protected span must be (begin, end) with 0 <= begin < end, got {span!r}")
     return numbers[0], numbers[1]
-
-
-def _ordered(scores: Tensor) -> Tensor:
-    """float32 to int64 in [0, 2**32), order-preserving."""
-    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF  # + 0.0: minus zero equals zero
-    return torch.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)

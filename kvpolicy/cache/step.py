@@ -2,6 +2,7 @@
 
 What a token does to the tables follows from counts alone, so all layers' tables are worked out at once, on the host,
 and go to the device in one copy: a layer then writes its entry and attends, and no more of a step happens once a layer.
+Where scores change from step to step, a layer besides looks for the entry that a full segment gives up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class LayerStep:
     before: the lengths that this was worked out from, by identity: whatever else happens to a layer replaces them
     seen, evicted_at: int64 [B], as in `StoreLayer`, behind the token
     length, cursor:   int64 [S], as in `LayerArena`, behind the token
-    start, placed_length, row, position: int64 [S] on the layer's device; where the entry goes, and its position
+    searches: whether the row of a full segment is still to be looked for
+    start, placed_length, row, position, placed_seen: int64 [S] on the layer's device; where the entry goes (-1: to the
+        row that is to be looked for), its position, and `seen`
     work:   how the device shares the attention of this step, None where that is not planned
     """
 
@@ -34,10 +37,12 @@ class LayerStep:
     evicted_at: Tensor
     length: Tensor
     cursor: Tensor
+    searches: bool
     start: Tensor
     placed_length: Tensor
     row: Tensor
     position: Tensor
+    placed_seen: Tensor
     work: WorkPlan | None
 
 
@@ -59,7 +64,7 @@ class PlannedStep:
 
 
 def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[LayerStep]:
-    """The step of each layer; none where the layers do not all stand alike, or have to look for what they evict.
+    """The step of each layer; none where the layers do not all stand alike.
 
     evict: whether a full segment gives an entry up. Makes room where there is none, and turns entries into rings.
     """
@@ -77,18 +82,22 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
     _reserve(opened, limit)
     start, length, cursor = _stacked([layer.arena for layer in opened], "start", "length", "cursor")
     evicted_at = torch.stack([layer.evicted_at for layer in opened])
-    num_pinned = first.arena.num_pinned
     full = length >= limit
-    slot = torch.where(full, num_pinned + cursor, length)
-    ring = (length - num_pinned).clamp(min=1)  # before all pinned entries have come there is none to go round
-    after, turned = length + ~full, torch.where(full, (cursor + 1) % ring, cursor)
+    after, row, searches = length + ~full, start + length, [False] * len(opened)
+    if first.knows_order:
+        num_pinned = first.arena.num_pinned
+        row = torch.where(full, start + num_pinned + cursor, row)
+        ring = (length - num_pinned).clamp(min=1)  # before all pinned entries have come there is none to go round
+        cursor = torch.where(full, (cursor + 1) % ring, cursor)
+    else:
+        row, searches = row.masked_fill(full, -1), full.any(1).tolist()
     loses = full.view(len(opened), len(seen), -1).any(2)
     evicted_at = torch.where(loses, seen, evicted_at)  # this token included: it cannot be taken back either
-    position = (seen - 1).repeat_interleave(first.num_heads).expand_as(start)
-    on_host = torch.stack([start, after, start + slot, position])
+    seen_each = seen.repeat_interleave(first.num_heads).expand_as(start)
+    on_host = torch.stack([start, after, row, seen_each - 1, seen_each])
     arenas = [layer.arena for layer in opened]
     places = {device: _placed(on_host, device, arenas[0].head_dim) for device in {arena.device for arena in arenas}}
-    own = zip(evicted_at.unbind(), after.unbind(), turned.unbind(), strict=True)
+    own = zip(evicted_at.unbind(), after.unbind(), cursor.unbind(), searches, strict=True)
     return [
         LayerStep(arena.length, seen, *tables, *places[arena.device][i])
         for i, (arena, tables) in enumerate(zip(arenas, own, strict=True))
@@ -96,7 +105,7 @@ def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[Layer
 
 
 def _placed(tables: Tensor, device: torch.device, head_dim: int) -> list[tuple[Any, ...]]:
-    """The tables of each layer on a device, and how its programs share the attention. tables: int64 [4, L, S]."""
+    """The tables of each layer on a device, and how its programs share the attention. tables: int64 [5, L, S]."""
     moved = on_device(tables, device)
     work: list[WorkPlan | None] = [None] * tables.shape[1]
     if device.type == "cuda":  # one launch for all layers

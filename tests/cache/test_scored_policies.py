@@ -81,10 +81,10 @@ def test_the_policies_differ_so_that_the_oracle_can_fail():
 def test_nothing_is_searched_for_where_scores_stay(monkeypatch, policy):
     """Behind the prompt it is known what will leave, also where budgets grow; the oracle says that it is right."""
 
-    def search(*_):
+    def search(*_, **__):
         raise AssertionError("a search for the worst entry")
 
-    monkeypatch.setattr("kvpolicy.cache.layer.evictable", search)
+    monkeypatch.setattr("kvpolicy.cache.layer.evict", search)
     monkeypatch.setattr("kvpolicy.cache.store.GROWTH_INTERVAL", 4)
     monkeypatch.setattr("tests.cache.oracle.GROWTH_INTERVAL", 4)
     schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), Ask(0.3, min_tokens=10), 3)

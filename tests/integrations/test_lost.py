@@ -253,18 +253,19 @@ def test_a_forward_that_broke_off_is_named_at_the_next_use(llama, tmp_path, plac
 
 
 @pytest.mark.parametrize(
-    ("policy", "method", "count"),
+    ("policy", "method", "count", "options"),
     [
-        ("snapkv", "replace", 5),
-        ("streaming", "replace", 5),
-        ("snapkv", "write", 1),
-        ("streaming", "write", 1),
-        ("h2o", "append", 1),
-        ("h2o", "reserve", 1),
+        ("snapkv", "replace", 5, {}),
+        ("streaming", "replace", 5, {}),
+        ("snapkv", "write", 1, {}),
+        ("streaming", "write", 1, {}),
+        ("h2o", "write", 1, {}),
+        ("h2o", "append", 1, {"protected": [(61, 64)]}),  # a span that is still to come
+        ("h2o", "reserve", 1, {"protected": [(61, 64)]}),
     ],
 )
-def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method):
-    cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
+def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method, options):
+    cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET, **options)
     work, calls = getattr(LayerArena, method), []
 
     def exhausted(arena, *args, **kwargs):
@@ -282,7 +283,7 @@ def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, poli
         with pytest.raises(ModelError, match="a forward broke off"):
             llama(tiny_ids(1), **over(cache))
         cache.reset()
-        fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
+        fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET, **options)
         logits = [llama(tiny_ids(60), **over(each)).logits for each in (cache, fresh)]
     assert torch.equal(*logits)
 

@@ -1,0 +1,76 @@
+"""Checks the arguments and picks the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy_kernels.backend import Backend, uses_triton
+from kvpolicy_kernels.evict.reference import Spans, reference_evict
+
+
+def evict(
+    scores: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    num_sink_tokens: int = 0,
+    recent_window: int = 0,
+    spans: Spans = (),
+    backend: Backend = "auto",
+) -> Tensor:
+    """The slot of each segment's worst entry: the one that goes where one must.
+
+    Entries outside the recent window go first, then those inside, then pinned ones: sink tokens and those of `spans`.
+    Within the first tier the lowest score goes, and at equal scores the oldest; in the others the oldest, whatever its
+    score. -0 equals 0.
+
+    scores: float32 [R], without NaN in an entry, or None: then the oldest goes
+    positions: int32 or int64 [R], below 2**29, distinct within a segment; -1 for an entry that is never the worst
+    starts, lengths: int64 [S], contiguous, on the arenas' device: segment i holds the rows from `starts[i]` to
+        `starts[i] + lengths[i] - 1`. Rows outside every segment may hold anything.
+    seen: int64 [B] or [S], likewise, with S a multiple of B: tokens that each sequence, or segment, has seen
+    num_sink_tokens: first positions, which are pinned
+    recent_window: last positions, those from `seen - recent_window` on
+    spans: (begin, end) positions, which are pinned
+    backend: "auto" is Triton on CUDA and torch elsewhere; torch on CUDA waits for the device
+
+    Returns int64 [S], counted from the segment's start; -1 for a segment without entries. Equal arguments give equal
+    slots. Triton waits for nothing, so that a CUDA graph can hold the call, and does not check that segments lie in the
+    arena; it launches once where the arena has up to 2048 rows a segment, and twice where it has more.
+    Raises `ValueError` for shapes and dtypes that do not fit, and for a backend that cannot run here.
+    """
+    _check(scores, positions, starts, lengths, seen)
+    arguments = (scores, positions, starts, lengths, seen, num_sink_tokens, recent_window, spans)
+    if uses_triton("evict", backend, starts):
+        from kvpolicy_kernels.evict.kernel import triton_evict
+
+        slots: Tensor = triton_evict(*arguments)
+        return slots
+    return reference_evict(*arguments)
+
+
+def _check(scores: Tensor | None, positions: Tensor, starts: Tensor, lengths: Tensor, seen: Tensor) -> None:
+    if positions.dim() != 1 or positions.dtype not in (torch.int32, torch.int64) or not positions.is_contiguous():
+        raise ValueError(
+            f"evict: expected positions contiguous int32 or int64 [R], got {positions.dtype} {list(positions.shape)} "
+            f"with strides {list(positions.stride())}"
+        )
+    if scores is not None and not (
+        scores.dtype == torch.float32 and scores.shape == positions.shape and scores.is_contiguous()
+    ):
+        raise ValueError(
+            f"evict: expected scores contiguous float32 {list(positions.shape)}, got {scores.dtype} "
+            f"{list(scores.shape)} with strides {list(scores.stride())}"
+        )
+    for name, table in (("starts", starts), ("lengths", lengths), ("seen", seen)):
+        shape = starts.shape[:1] if name != "seen" else seen.shape[:1]
+        if table.dtype != torch.int64 or table.shape != shape or not table.is_contiguous():
+            raise ValueError(
+                f"evict: expected {name} contiguous int64 {list(shape)}, got {table.dtype} {list(table.shape)} with "
+                f"strides {list(table.stride())}"
+            )
+    if len(starts) and (not len(seen) or len(starts) % len(seen)):
+        raise ValueError(f"evict: expected seen [B] with a B that divides {len(starts)} segments, got {len(seen)}")
