@@ -218,7 +218,7 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, masked: bool, hopper:
         tile, warps, stages = 16 if dim > 128 else 32, 8 if 64 < dim <= 128 else 4, 2
         block_m, block_n = tile, tile
     elif masked or dim > 128:
-        block_m, block_n, stages, warps = 64, 32, 2, 8
+        block_m, block_n, stages, warps = 64, 16 if masked and dim > 128 else 32, 2, 8
     elif rows <= 64:
         block_m, block_n, stages, warps = 64, 32, 3, 4
     else:
