@@ -31,7 +31,7 @@ from kvpolicy.tuning.search_levels import search_levels
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.settings import TuneSettings
 from kvpolicy.tuning.storage import open_storage, storage_errors
-from kvpolicy.tuning.studies import earlier_studies, open_studies, shared_settings
+from kvpolicy.tuning.studies import earlier_studies, open_studies, refuse_other_settings, shared_settings
 from kvpolicy.tuning.study_notes import StudyNotes
 from kvpolicy.tuning.trial_count import trial_count
 
@@ -90,8 +90,11 @@ def _tune(
     spec = search.text.spec
     shared = shared_settings(settings, corpus, spec, method)
     shared["weights"] = weights_sha256(model)  # before the dtype may change
-    pace = _pace(model, search.text.sequences[0], settings, earlier_studies(settings, storage, shared))
+    earlier = earlier_studies(settings, storage, shared)
+    pace = _pace(model, search.text.sequences[0], settings, earlier)
     shared["dtype"] = str(pace.dtype)
+    if settings.resume and not earlier:
+        refuse_other_settings(settings, storage, shared)
     studies = open_studies(settings, storage, shared, progress)
     notes = StudyNotes(next(iter(studies.values())))  # of the first level: what all levels share is kept there
     journal = LossJournal(settings.losses, {name: shared[name] for name in _OF_LOSSES}, resume=settings.resume)

@@ -51,8 +51,17 @@ def earlier_studies(settings: TuneSettings, storage: BaseStorage, shared: Mappin
     """
     if not settings.resume:
         return []
-    levels = ((settings.study_name(retention), {**shared, "retention": retention}) for retention in settings.retentions)
-    return [study for name, level in levels for study in find_studies(storage, name, level)[-1:]]
+    levels = _levels(settings, shared)
+    return [study for name, level in levels.values() for study in find_studies(storage, name, level)[-1:]]
+
+
+def refuse_other_settings(settings: TuneSettings, storage: BaseStorage, shared: Mapping[str, Any]) -> None:
+    """For a search that is to be resumed and has no study yet: raises `StudyError` where all that is there was made
+    with other settings, before any work.
+    """
+    for name, level in _levels(settings, shared).values():
+        if others := find_studies(storage, name):
+            _check_same(others[-1], level)
 
 
 def open_studies(
@@ -60,9 +69,8 @@ def open_studies(
 ) -> dict[float, optuna.Study]:
     """One study per retention, largest first. All are opened before any work, so that a refusal costs nothing."""
     studies, aside = {}, 0
-    for retention in sorted(settings.retentions, reverse=True):
-        name = settings.study_name(retention)
-        studies[retention] = open_study(storage, name, {**shared, "retention": retention}, resume=settings.resume)
+    for retention, (name, level) in _levels(settings, shared).items():
+        studies[retention] = open_study(storage, name, level, resume=settings.resume)
         aside += not settings.resume and bool(find_studies(storage, name))
     if aside:
         progress.note(
@@ -70,6 +78,12 @@ def open_studies(
             "resume=True goes on with it"
         )
     return studies
+
+
+def _levels(settings: TuneSettings, shared: Mapping[str, Any]) -> dict[float, tuple[str, dict[str, Any]]]:
+    """Name and settings of the study for each retention, largest first."""
+    retentions = sorted(settings.retentions, reverse=True)
+    return {level: (settings.study_name(level), {**shared, "retention": level}) for level in retentions}
 
 
 def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | None = None) -> list[optuna.Study]:
@@ -93,15 +107,13 @@ def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, 
 
     Its name carries a hash of the settings and, behind the first one, a number, so that what is there stays as it is.
 
-    Raises `StudyError` with `resume` where all that is there was made with other settings.
+    Raises `StudyError` with `resume` where that study has another dtype.
     """
-    wanted = json.loads(json.dumps(settings))  # as a storage gives them back: tuples are lists there
+    wanted = _stored(settings)
     earlier = find_studies(storage, name, settings)
     if resume and earlier:
         _check_same(earlier[-1], wanted)
         return earlier[-1]
-    if resume and (others := find_studies(storage, name)):
-        _check_same(others[-1], wanted)
     base, number = f"{name}-{_digest(settings)}", len(earlier) + 1
     while True:
         full = base if number == 1 else f"{base}-{number}"
@@ -117,8 +129,8 @@ def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, 
         number += 1
 
 
-def _check_same(study: optuna.Study, wanted: Mapping[str, Any]) -> None:
-    stored = StudyNotes(study).settings
+def _check_same(study: optuna.Study, settings: Mapping[str, Any]) -> None:
+    stored, wanted = StudyNotes(study).settings, _stored(settings)
     different = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     if different:
         lines = ", ".join(f"{key} was {_brief(stored.get(key))}, now {_brief(wanted.get(key))}" for key in different)
@@ -126,6 +138,12 @@ def _check_same(study: optuna.Study, wanted: Mapping[str, Any]) -> None:
             f"the study '{study.study_name}' was made with other settings ({lines}): give those again, or leave "
             "out resume=True to begin a new search beside it"
         )
+
+
+def _stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As a storage gives them back: tuples are lists there."""
+    stored: dict[str, Any] = json.loads(json.dumps(settings))
+    return stored
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

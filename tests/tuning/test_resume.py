@@ -97,6 +97,16 @@ def test_an_existing_study_blocks_no_new_search_and_stays_as_it_is(tmp_path, off
     assert kept == {first.study_name: 3, f"{first.study_name}-2": 4, again.study_name: 3}
 
 
+def test_a_search_beside_another_is_resumed_before_all_its_levels_have_trials(tmp_path, monkeypatch, offered):
+    settings = make_settings(tmp_path, allocator=offered(OneHead), retentions=(0.4, 0.2), trials=2)
+    run(settings)
+    beside = replace(settings, seed=1)
+    interrupt(monkeypatch, beside, 2)
+    run(replace(beside, resume=True))
+    assert [states(the_study(beside, retention)).count("COMPLETE") for retention in beside.retentions] == [2, 2]
+    assert the_study(beside, 0.4).user_attrs["kvpolicy_settings"]["seed"] == 1
+
+
 def test_a_finished_search_that_is_resumed_measures_nothing_again(tmp_path, monkeypatch, offered):
     settings = make_settings(tmp_path, allocator=offered(OneHead), retentions=(0.4, 0.2))
     plan = run(settings)
