@@ -222,7 +222,6 @@ FOREIGN_WRITES = {
     "kvpolicy/integrations/transformers/model/dtype.py": 3,
     "kvpolicy/integrations/transformers/model/load.py": 1,
     "kvpolicy/tuning/search.py": 1,
-    "kvpolicy/tuning/search_level.py": 1,
 }
 
 

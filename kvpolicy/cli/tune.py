@@ -78,6 +78,9 @@ def tune_command(
     window rule, that of decoding from the first token on; under any other policy, that of the text behind a prompt,
     which the policy compresses once. The plan records the policy.
 
+    A policy that names parameters to search is searched first, once for all levels, under uniform budgets at the
+    smallest retention; with any --policy-param it is used as it is.
+
     --objective retrieval measures a trial by the loss on the answers to prompts that hold a fact somewhere and ask
     for it; mixed gives text and answers half of the weight each. --max-loss 0.02 goes down the retentions and stops
     at the first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.

@@ -25,6 +25,7 @@ from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEs
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 
 _Plugin = TypeVar("_Plugin", ImportanceEstimator, BudgetAllocator, EvictionPolicy, Task)
+_Searched = TypeVar("_Searched", BudgetAllocator, EvictionPolicy)
 
 
 def admitted(plugin: _Plugin) -> _Plugin:
@@ -100,14 +101,18 @@ def token_maps(estimator: ImportanceEstimator, probe: ModelProbe) -> list[Tensor
     return [values.detach().cpu() for values in maps]
 
 
-# --- allocators
+# --- what is searched
 
 
-def suggested(allocator: type[BudgetAllocator], trial: Trial) -> BudgetAllocator:
-    made = _ask(allocator, "suggest", trial)
-    if not isinstance(made, BudgetAllocator):
-        _refuse(allocator, "suggest", made, f"a {allocator.__name__}")
+def suggested(plugin: type[_Searched], trial: Trial) -> _Searched:
+    """What the class makes of a trial's answers: an object of its own."""
+    made = _ask(plugin, "suggest", trial)
+    if not isinstance(made, plugin):
+        _refuse(plugin, "suggest", made, f"a {plugin.__name__}")
     return admitted(made)
+
+
+# --- allocators
 
 
 def shares(allocator: BudgetAllocator, measured: Importance, budget: Budget) -> Tensor:

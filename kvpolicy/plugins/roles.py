@@ -286,3 +286,12 @@ class EvictionPolicy(_Role):
         Called after each decoding step. May not wait for the device: no `.item()`, no shape that depends on values.
         """
         return step.scores
+
+    @classmethod
+    def suggest(cls, trial: Trial) -> Self:
+        """An instance for one search trial. The default has nothing to search.
+
+        Name each parameter like its field: the search starts from the defaults of the class. It is run once for all
+        retentions, and not at all where a user gives parameters. `window_rule` must be the same for all instances.
+        """
+        return cls()

@@ -9,11 +9,12 @@ Give a class (its defaults are used) or an instance. Each check raises `Assertio
 the input, what came back, and what to do. pytest is not needed.
 """
 
-from kvpolicy.testing.allocator import RecordingTrial, check_allocator
+from kvpolicy.testing.allocator import check_allocator
 from kvpolicy.testing.characters import CharacterTokenizer
 from kvpolicy.testing.estimator import check_estimator
 from kvpolicy.testing.laws import LawError
 from kvpolicy.testing.policy import check_eviction_policy
+from kvpolicy.testing.suggestions import RecordingTrial
 from kvpolicy.testing.synthetic import SyntheticProbe
 from kvpolicy.testing.task_check import check_task
 

@@ -23,6 +23,7 @@ from kvpolicy.testing.laws import (
     instance_of,
     snapshot,
 )
+from kvpolicy.testing.suggestions import suggested
 from kvpolicy.testing.synthetic import SyntheticProbe
 
 _SHORT, _LONG = LaterChunk(24, 8), LaterChunk(600, 300)
@@ -35,10 +36,24 @@ _FEW = 1000  # one pair in so many may flip: a threshold, crossed by rounding
 def check_eviction_policy(policy: EvictionPolicy | type[EvictionPolicy]) -> None:
     """Checks the laws of `EvictionPolicy`: scores of prompts, later chunks and a step, absent entries, slots, recency.
 
-    Of a step also that free rows change nothing, and that no number is asked of the device.
+    Of a step also that free rows change nothing, and that no number is asked of the device. All of it holds for the
+    given instance and for what `suggest` makes of the lowest, highest and default values, where there is one.
     Raises `LawError`, an `AssertionError`.
     """
     instance: EvictionPolicy = instance_of("policy", policy)
+    _check_scores(instance)
+    suggest, inherited = (getattr(cls.suggest, "__func__", None) for cls in (type(instance), EvictionPolicy))
+    if suggest is inherited:
+        return
+    for candidate in suggested(type(instance)):
+        law = "`window_rule` is the same whatever `suggest` makes"
+        advice = "their losses could not be compared; make two policies of it"
+        is_same = candidate.window_rule == instance.window_rule
+        hold(is_same, candidate, law, f"`window_rule` = {instance.window_rule}", candidate.window_rule, advice)
+        _check_scores(instance_of("policy", candidate))
+
+
+def _check_scores(instance: EvictionPolicy) -> None:
     for layer in (0, 2):
         case = f"a first prompt of {_SHORT.length} tokens, layer {layer}"
         _check_prompt(instance, case, first_prompt(instance, layer, _SHORT.length), _SHORT.length)

@@ -15,6 +15,7 @@ class Work:
     """What there is to do besides the settings.
 
     trials:    of each level
+    policy:    trials of the policy's parameters, before all levels
     profiling: forwards of the estimator
     passkeys:  prompts of the passkey check, each run once for all levels
     seconds:   of one sequence in a trial, on average
@@ -22,6 +23,7 @@ class Work:
     """
 
     trials: int
+    policy: int
     profiling: int
     passkeys: int
     pace: Pace
@@ -41,11 +43,16 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * in_heldout) + in_heldout
     passkeys = work.passkeys
     plain = work.profiling + _prompts(search, heldout) + passkeys
+    of_policy = ""
+    if work.policy:  # its defaults are measured once more, and each trial has to run the prompts for itself
+        scored += (work.policy + 1) * search.target.num_sequences
+        plain += work.policy * sum(part.num_sequences for part in search.parts if part.protocol == "prompt")
+        of_policy = f"{work.policy} trials of the policy '{settings.policy}', "
     minutes = max(1, round((scored * work.seconds + plain * pace.seconds) / 60))
     dtype = str(pace.dtype).removeprefix("torch.")
     checks = f", {passkeys} prompts with pass keys" if passkeys else ""
     progress.note(
-        f"{levels} levels x {work.trials} trials x {_trial_contents(settings, search)}, "
+        f"{of_policy}{levels} levels x {work.trials} trials x {_trial_contents(settings, search)}, "
         f"{(2 * levels + 1) * in_heldout} held-out sequences{checks} and {work.profiling} of '{settings.estimator}': "
         f"at most {scored + plain} forwards, about {minutes} min at {work.seconds:.2f} s each in {dtype} "
         f"({pace.reason})"

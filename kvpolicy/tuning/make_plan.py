@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import optuna
 import torch
+from optuna.storages import BaseStorage
 from torch import Tensor
 
 from kvpolicy.budget.plan import BudgetPlan, PlanModel
@@ -24,16 +25,25 @@ from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.known_losses import known_losses
 from kvpolicy.tuning.loss_journal import LossJournal
 from kvpolicy.tuning.loss_limit import limit_figures
+from kvpolicy.tuning.passkey import PasskeyCheck
 from kvpolicy.tuning.passkey_levels import passkey_check, with_passkey_scores
 from kvpolicy.tuning.probes import Losses, Probes, make_probes
 from kvpolicy.tuning.provenance import calibration, provenance
 from kvpolicy.tuning.search_levels import search_levels
 from kvpolicy.tuning.search_method import SearchMethod
+from kvpolicy.tuning.search_policy import PolicySearch
 from kvpolicy.tuning.settings import TuneSettings
 from kvpolicy.tuning.storage import open_storage, storage_errors
-from kvpolicy.tuning.studies import earlier_studies, open_studies, refuse_other_settings, shared_settings
+from kvpolicy.tuning.studies import (
+    earlier_studies,
+    first_studies,
+    level_studies,
+    open_studies,
+    refuse_other_settings,
+    shared_settings,
+)
 from kvpolicy.tuning.study_notes import StudyNotes
-from kvpolicy.tuning.trial_count import trial_count
+from kvpolicy.tuning.trial_count import searching_trials, trial_count
 
 _OF_LOSSES = (
     "model",
@@ -87,39 +97,88 @@ def _tune(
     method = SearchMethod.from_settings(settings)
     search, heldout, numbers = make_probes(model, corpus, settings, method.policy)
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
-    spec = search.text.spec
-    shared = shared_settings(settings, corpus, spec, method)
-    shared["weights"] = weights_sha256(model)  # before the dtype may change
-    earlier = earlier_studies(settings, storage, shared)
-    pace = _pace(model, search.text.sequences[0], settings, earlier)
-    shared["dtype"] = str(pace.dtype)
-    if settings.resume and not earlier:
-        refuse_other_settings(settings, storage, shared)
-    studies = open_studies(settings, storage, shared, progress)
-    notes = StudyNotes(next(iter(studies.values())))  # of the first level: what all levels share is kept there
+    shared, pace = _shared(model, corpus, settings, method, search, storage)
+    studies = open_studies(settings, storage, first_studies(settings, shared), progress)
+    policy = None
+    if "policy_space" in shared:
+        [(retention, study)] = studies.items()
+        probes = partial(make_probes, model, corpus, settings)
+        policy = PolicySearch(settings, method, study, retention, lambda other: probes(other)[0], progress)
+    check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
+    work = _work(settings, method, search, studies, policy, check, pace)
+    announce(progress, settings, search, heldout, work)
+    if policy is not None:  # and from here on it is as if the user had given what is found
+        method = policy.run()
+        search, heldout, _ = make_probes(model, corpus, settings, method.policy)
+        shared["policy"] = method.policy_settings
+        studies = open_studies(settings, storage, level_studies(settings, shared), Progress())  # all was said above
+        check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
+    for study in studies.values():
+        StudyNotes(study).keep_trials(work.trials)
+    notes = _shared_notes(studies)
     journal = LossJournal(settings.losses, {name: shared[name] for name in _OF_LOSSES}, resume=settings.resume)
-    check = passkey_check(model, corpus, settings, method.policy, notes, numbers)
-    prompts, sequences = len(search.text.prompts), search.target.num_sequences
-    profiling = plugin_call.num_forwards(method.estimator, spec, prompts=prompts, sequences=sequences)
     with metered(model, partial(notes.keep_cost, "shared")):
-        seconds = search.seconds(pace.seconds)
-        trials = trial_count(settings, method, seconds * sequences, studies.values())
-        for study in studies.values():
-            StudyNotes(study).keep_trials(trials)
-        passkeys = 0 if isinstance(check, str) else check.count
-        work = Work(trials, profiling, passkeys, pace, seconds, learns=method.learner is not None)
-        announce(progress, settings, search, heldout, work)
-        importance = profile(method.estimator, search.target, profiling, progress, journal)
+        importance = profile(method.estimator, search.target, work.profiling, progress, journal)
     full = _full_losses(heldout, notes, progress)
-    job = Job(settings, spec, method, importance, search, heldout, full, trials, progress)
+    job = Job(settings, search.text.spec, method, importance, search, heldout, full, work.trials, progress)
     levels, failed = search_levels(job, studies)
     levels, passkey_facts = with_passkey_scores(job, check, levels)
     origin = provenance(corpus, job, pace)
-    origin["calibration"] = calibration(studies, len(levels) + (failed is not None))
+    origin["calibration"] = calibration(studies, len(levels) + (failed is not None), policy)
     origin["passkey"] = passkey_facts
+    if policy is not None:
+        origin["policy_search"] = policy.facts
     if settings.max_loss is not None:
         origin["max_loss"] = limit_figures(settings.max_loss, levels, failed)
-    return BudgetPlan(PlanModel.from_spec(spec, model_id, revision), method.choices, importance, levels, origin)
+    return BudgetPlan(PlanModel.from_spec(job.spec, model_id, revision), method.choices, importance, levels, origin)
+
+
+def _shared(
+    model: Any, corpus: Corpus, settings: TuneSettings, method: SearchMethod, search: Probes, storage: BaseStorage
+) -> tuple[dict[str, Any], Pace]:
+    """What all studies share in their settings, once it is known that the search may begin, and in which dtype."""
+    shared = shared_settings(settings, corpus, search.text.spec, method)
+    shared["weights"] = weights_sha256(model)  # before the dtype may change
+    earlier = earlier_studies(settings, storage, first_studies(settings, shared))
+    pace = _pace(model, search.text.sequences[0], settings, earlier)
+    shared["dtype"] = str(pace.dtype)
+    if settings.resume and not earlier:
+        refuse_other_settings(storage, first_studies(settings, shared))
+        refuse_other_settings(storage, level_studies(settings, shared))
+    return shared, pace
+
+
+def _shared_notes(studies: Mapping[float, optuna.Study]) -> StudyNotes:
+    """Of the first study: what all of them share is kept there."""
+    return StudyNotes(next(iter(studies.values())))
+
+
+def _work(
+    settings: TuneSettings,
+    method: SearchMethod,
+    search: Probes,
+    studies: Mapping[float, optuna.Study],
+    policy: PolicySearch | None,
+    check: PasskeyCheck | str,
+    pace: Pace,
+) -> Work:
+    """What there is to do. Times a sequence of the search, and chooses the number of trials."""
+    spec, prompts, sequences = search.text.spec, len(search.text.prompts), search.target.num_sequences
+    profiling = plugin_call.num_forwards(method.estimator, spec, prompts=prompts, sequences=sequences)
+    with metered(search.text.model, partial(_shared_notes(studies).keep_cost, "shared")):
+        seconds = search.seconds(pace.seconds)
+    trials = trial_count(settings, method, seconds * sequences, studies.values())
+    if policy is not None:
+        policy.keep_trials(searching_trials(settings, method, seconds * sequences, studies.values()))
+    return Work(
+        trials=trials,
+        policy=0 if policy is None else policy.trials_ahead,
+        profiling=profiling,
+        passkeys=0 if isinstance(check, str) else check.count,
+        pace=pace,
+        seconds=seconds,
+        learns=method.learner is not None,
+    )
 
 
 def _full_losses(heldout: Probes, notes: StudyNotes, progress: Progress) -> Losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ import optuna
 from kvpolicy.integrations.transformers import Pace
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.search_policy import PolicySearch
 from kvpolicy.tuning.study_notes import StudyNotes
 
 _PACKAGES = ("torch", "transformers", "optuna")
@@ -41,12 +43,20 @@ def provenance(corpus: Corpus, job: Job, pace: Pace) -> dict[str, Any]:
     }
 
 
-def calibration(studies: Mapping[float, optuna.Study], searched: int) -> list[dict[str, Any]]:
+def calibration(
+    studies: Mapping[float, optuna.Study], searched: int, policy: PolicySearch | None
+) -> list[dict[str, Any]]:
     """What was run: for all levels, with retention None, and for each of the first levels, those that were searched."""
     notes = {retention: StudyNotes(study) for retention, study in studies.items()}
-    shared = {"retention": None} | next(iter(notes.values())).cost("shared").facts
+    shared = next(iter(notes.values())).cost("shared")
+    if policy is not None:
+        for purpose in ("shared", "search"):
+            shared.add(**asdict(StudyNotes(policy.study).cost(purpose)))
     levels = list(notes.items())[:searched]
-    return [shared, *({"retention": retention} | level.cost("search").facts for retention, level in levels)]
+    return [
+        {"retention": None} | shared.facts,
+        *({"retention": retention} | level.cost("search").facts for retention, level in levels),
+    ]
 
 
 def _needles(job: Job) -> dict[str, Any]:

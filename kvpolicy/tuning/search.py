@@ -1,21 +1,24 @@
-"""One level: trials of an allocator's parameters against the loss of the search sequences."""
+"""One study: trials of a plugin's parameters against the loss of the search sequences."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optuna
 import torch
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from kvpolicy.errors import ModelError
 from kvpolicy.plugins import plugin_call
-from kvpolicy.plugins.roles import BudgetAllocator
+from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.study_notes import TrialNotes
 from kvpolicy.tuning.trials import abandon, begin, close_zombies, places_in_use
@@ -25,12 +28,12 @@ CHUNKS = 4
 """Text chunks a sequence's scored tokens are cut into; each is one pair for the Wilcoxon pruner."""
 _CHUNK_TOKENS = 8  # fewer say little: a shorter sequence, such as an answer, is one pair
 
-Evaluate = Callable[[BudgetAllocator], Iterable[Tensor]]
+_Searched = TypeVar("_Searched", BudgetAllocator, EvictionPolicy)
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best trial that ran to its end: its parameters, and its mean loss minus uniform's, nats per token."""
+    """The best trial that ran to its end: its parameters, and its mean loss minus the reference's, nats per token."""
 
     params: dict[str, Any]
     excess: float
@@ -49,10 +52,11 @@ def chunk_parts(losses: Iterable[Tensor]) -> Iterable[Tensor]:
 
 def run_trials(
     study: optuna.Study,
-    allocator: type[BudgetAllocator],
-    evaluate: Evaluate,
-    uniform: Callable[[], list[Tensor]],
+    plugin: type[_Searched],
+    evaluate: Callable[[_Searched], Iterable[Tensor]],
+    reference: Callable[[], list[Tensor]],
     *,
+    against: str,
     trials: int,
     seed: int,
     sampler: Sampler,
@@ -60,39 +64,39 @@ def run_trials(
 ) -> Best | None:
     """Runs trials until the study has `trials` finished ones, and returns the best that ran to its end, if any did.
 
-    evaluate: allocator -> token losses `[batch, n]` of the search sequences, batch by batch
-    uniform:  gives `chunk_parts` of the uniform table on the same sequences; asked for before each trial
+    plugin:    the class whose `suggest` makes what is measured
+    evaluate:  an object of it -> token losses `[batch, n]` of the search sequences, batch by batch
+    reference: gives `chunk_parts` of what it is measured against, on the same sequences; asked for before each trial
+    against:   what that is called
 
-    The objective is the mean loss above uniform's. A trial that Wilcoxon's test finds worse than the best stops early;
-    it counts as finished with the mean so far and is never the result. Interrupted trials are failed and run again.
-    Trials that other workers still run are not waited for.
+    The objective is the mean loss above the reference's. A trial that Wilcoxon's test finds worse than the best stops
+    early; it counts as finished with the mean so far and is never the result. Interrupted trials are failed and run
+    again. Trials that other workers still run are not waited for.
     """
-    first = plugin_call.params_of(plugin_call.with_defaults(allocator))
+    first = plugin_call.params_of(plugin_call.with_defaults(plugin))
     while (number := _trials_so_far(study)) < trials:
         study.sampler = make_sampler(sampler, seed, len(study.get_trials(deepcopy=False)), trials)
-        reference = uniform()  # before the trial begins: whoever is interrupted here leaves none behind
+        parts = reference()  # before the trial begins: whoever is interrupted here leaves none behind
         trial = begin(study, first, trials)
         if trial is None:  # another worker was faster; if it is killed, its place is free again: count once more
             continue
         try:
-            _run(study, trial, plugin_call.suggested(allocator, trial), evaluate, reference)
+            _run(study, trial, evaluate(plugin_call.suggested(plugin, trial)), parts)
         except BaseException:  # Ctrl-C too: this process may live on, and its trial would be no zombie
             abandon(study, trial.number)
             raise
         best = best_trial(study)
-        progress.advance(f"trial {number + 1}/{trials}, best {best.value:+.4f} against uniform" if best else "")
+        progress.advance(f"trial {number + 1}/{trials}, best {best.value:+.4f} against {against}" if best else "")
     best = best_trial(study)
     return None if best is None or best.value is None else Best(dict(best.params), best.value)
 
 
-def _run(
-    study: optuna.Study, trial: optuna.Trial, candidate: BudgetAllocator, evaluate: Evaluate, uniform: list[Tensor]
-) -> None:
+def _run(study: optuna.Study, trial: optuna.Trial, losses: Iterable[Tensor], reference: list[Tensor]) -> None:
     excess: list[float] = []
-    done, sequences = 0, sum(map(len, uniform))
-    for parts, reference in zip(chunk_parts(evaluate(candidate)), uniform, strict=False):
+    done, sequences = 0, sum(map(len, reference))
+    for parts, others in zip(chunk_parts(losses), reference, strict=False):
         done += len(parts)
-        for value in (parts - reference).flatten().tolist():
+        for value in (parts - others).flatten().tolist():
             if not math.isfinite(value):
                 raise ModelError(f"trial {trial.number}: the model's loss is {value}; another dtype= may help")
             trial.report(value, step=len(excess))
@@ -112,6 +116,13 @@ def make_sampler(name: Sampler, seed: int, number: int, trials: int) -> BaseSamp
     if name == "gp":
         return GPSampler(seed=sampler_seed, n_startup_trials=startup)
     return TPESampler(seed=sampler_seed, multivariate=True, n_startup_trials=startup)
+
+
+def make_pruner() -> WilcoxonPruner:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        # two sequences at least: on one alone, chunks that are worse together say little about the others
+        return WilcoxonPruner(p_threshold=0.1, n_startup_steps=2 * CHUNKS)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,8 +10,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import WilcoxonPruner
 from torch import Tensor
 
 from kvpolicy.errors import ModelError
@@ -21,7 +18,7 @@ from kvpolicy.plugins.roles import BudgetAllocator
 from kvpolicy.tuning.costs import metered
 from kvpolicy.tuning.fit import fitted_shares
 from kvpolicy.tuning.job import Job
-from kvpolicy.tuning.search import CHUNKS, chunk_parts, run_trials
+from kvpolicy.tuning.search import chunk_parts, run_trials
 from kvpolicy.tuning.study_notes import StudyNotes
 
 
@@ -61,7 +58,6 @@ def _search(job: Job, study: optuna.Study, notes: StudyNotes, retention: float) 
         learned = fitted_shares(method.learner, target, job.importance, budget, notes, job.progress)
     trials = job.trials if learned is None else 1  # measured as any trial is, so that uniform can beat it
     job.progress.begin(f"search {retention:.0%}", trials)
-    study.pruner = _pruner()
 
     @cache  # measured before the first trial, and not at all where all trials are done
     def reference() -> list[Tensor]:
@@ -79,6 +75,7 @@ def _search(job: Job, study: optuna.Study, notes: StudyNotes, retention: float) 
             method.allocator,
             evaluate,
             reference,
+            against="uniform",
             trials=trials,
             seed=job.settings.seed,
             sampler=job.settings.sampler,
@@ -114,10 +111,3 @@ def _uniform_parts(job: Job, notes: StudyNotes, table: Tensor) -> list[Tensor]:
 
 def _mean_loss(parts: list[Tensor]) -> float:
     return float(torch.cat([part.sum(1) for part in parts]).mean())
-
-
-def _pruner() -> WilcoxonPruner:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        # two sequences at least: on one alone, chunks that are worse together say little about the others
-        return WilcoxonPruner(p_threshold=0.1, n_startup_steps=2 * CHUNKS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import optuna
 
@@ -14,6 +15,8 @@ from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
 from kvpolicy.tuning.settings import TuneSettings
 
+_Searched = TypeVar("_Searched", BudgetAllocator, EvictionPolicy)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchMethod:
@@ -21,6 +24,7 @@ class SearchMethod:
 
     allocator: a class, as its objects are what a search proposes
     learner:   an object of it, where it learns shares from the model instead of being searched; else None
+    is_policy_free: whether the user gave the policy no parameters, so that they are searched if it has a `suggest`
     """
 
     estimator_name: str
@@ -30,6 +34,7 @@ class SearchMethod:
     learner: BudgetAllocator | None
     policy_name: str
     policy: EvictionPolicy
+    is_policy_free: bool
 
     @classmethod
     def from_settings(cls, settings: TuneSettings) -> SearchMethod:
@@ -38,16 +43,36 @@ class SearchMethod:
         allocator = registry.get("allocator", settings.allocator)
         policy = registry.create("policy", settings.policy, settings.policy_params)
         learner = _learner(allocator, settings)
-        return cls(settings.estimator, estimator, settings.allocator, allocator, learner, settings.policy, policy)
+        return cls(
+            estimator_name=settings.estimator,
+            estimator=estimator,
+            allocator_name=settings.allocator,
+            allocator=allocator,
+            learner=learner,
+            policy_name=settings.policy,
+            policy=policy,
+            is_policy_free=not settings.policy_params,
+        )
 
     def allocator_with(self, params: dict[str, Any]) -> BudgetAllocator:
         return registry.create("allocator", self.allocator_name, params)
 
     def search_space(self) -> dict[str, str]:
         """What the allocator's `suggest` asks for: name -> distribution, as text."""
-        trial = optuna.create_study().ask()
-        plugin_call.suggested(self.allocator, trial)
-        return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
+        return _space(self.allocator)
+
+    def policy_space(self) -> dict[str, str]:
+        """The same of the policy; empty where it is not searched."""
+        return _space(type(self.policy)) if self.is_policy_free else {}
+
+    def with_policy(self, params: Mapping[str, Any]) -> SearchMethod:
+        """The same with other parameters of the policy."""
+        return replace(self, policy=registry.create("policy", self.policy_name, params))
+
+    @property
+    def policy_settings(self) -> dict[str, Any]:
+        """As a study records it."""
+        return {"name": self.policy_name, "params": plugin_call.params_of(self.policy)}
 
     @property
     def choices(self) -> PlanMethod:
@@ -57,6 +82,12 @@ class SearchMethod:
             allocator=PlanChoice(self.allocator_name),
             policy=PlanChoice(self.policy_name, plugin_call.params_of(self.policy)),
         )
+
+
+def _space(plugin: type[_Searched]) -> dict[str, str]:
+    trial = optuna.create_study().ask()
+    plugin_call.suggested(plugin, trial)
+    return {name: repr(distribution) for name, distribution in sorted(trial.distributions.items())}
 
 
 def _learner(allocator: type[BudgetAllocator], settings: TuneSettings) -> BudgetAllocator | None:

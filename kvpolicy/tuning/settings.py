@@ -32,10 +32,12 @@ class TuneSettings:
     sequences:  of the text, in each trial; four needle prompts for each
     policy:     who evicts; a window rule is searched by the loss of decoding from the first token on, any other policy
                 by the loss behind a prompt that it compresses once
-    policy_params: the policy's own; its defaults otherwise
+    policy_params: the policy's own; with none, its defaults, or what a search of its parameters finds, if it has a
+                `suggest`: once for all levels, under uniform budgets at the smallest retention
     prefill_length: tokens of that prompt, None for half of the context; under a window rule, tokens at the start that
                 attend densely, None for none
-    trials:     of each level; None chooses 8 to 40 so that all levels fit about 200 seconds on this machine
+    trials:     of each level, and of a search of the policy; None chooses 8 to 40 so that all of them fit about 200
+                seconds on this machine
     allocator_params: of an allocator that learns; those of any other are searched
     out:        the plan's path, after which studies are named; saving the plan is the caller's
     storage:    where trials are kept, for `resume` and for other processes: a file, or an Optuna storage URL; None is
@@ -106,3 +108,8 @@ class TuneSettings:
     def study_name(self, retention: float) -> str:
         """What the names of a level's studies begin with; a hash of the settings follows."""
         return f"{self.out.stem}-{retention:g}"
+
+    @property
+    def policy_study_name(self) -> str:
+        """The same for the study of the policy's parameters."""
+        return f"{self.out.stem}-policy"

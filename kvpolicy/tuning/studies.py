@@ -1,4 +1,6 @@
-"""The studies of a search, one for each retention: begun anew, or found again by the settings they were made with."""
+"""The studies of a search, one for each retention and one of the policy's parameters: begun anew, or found again by the
+settings they were made with.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
+from kvpolicy.tuning.search import make_pruner
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.settings import TuneSettings
 from kvpolicy.tuning.storage_url import shown
@@ -25,52 +28,76 @@ _MEASURED = "dtype"
 """The setting that nobody asks for: a search chooses it, and a study that is resumed has its own."""
 
 
+Wanted = Mapping[float, tuple[str, Mapping[str, Any]]]
+"""What the names of studies begin with and their settings, by retention."""
+
+
 def shared_settings(settings: TuneSettings, corpus: Corpus, spec: ModelSpec, method: SearchMethod) -> dict[str, Any]:
-    """What must agree for a study to be resumed, beside the weights, the dtype and the level's retention."""
+    """What must agree for a study to be resumed, beside the weights, the dtype and the study's retention."""
     params = plugin_call.params_of
     learned = {} if method.learner is None else {"allocator_params": params(method.learner)}
-    return learned | {
-        "model": spec.config_sha256,
-        "text": corpus.sha256,
-        "context_length": settings.context_length,
-        "objective": settings.objective,
-        "sequences": settings.sequences,
-        "estimator": {"name": method.estimator_name, "params": params(method.estimator)},
-        "allocator": method.allocator_name,
-        "policy": {"name": method.policy_name, "params": params(method.policy)},
-        "prefill_length": settings.prefill_length,
-        "space": method.search_space(),
-        "seed": settings.seed,
-        "sampler": settings.sampler,
-    }
+    searched = {"policy_space": space} if (space := method.policy_space()) else {}
+    return (
+        learned
+        | searched
+        | {
+            "model": spec.config_sha256,
+            "text": corpus.sha256,
+            "context_length": settings.context_length,
+            "objective": settings.objective,
+            "sequences": settings.sequences,
+            "estimator": {"name": method.estimator_name, "params": params(method.estimator)},
+            "allocator": method.allocator_name,
+            "policy": method.policy_settings,
+            "prefill_length": settings.prefill_length,
+            "space": method.search_space(),
+            "seed": settings.seed,
+            "sampler": settings.sampler,
+        }
+    )
 
 
-def earlier_studies(settings: TuneSettings, storage: BaseStorage, shared: Mapping[str, Any]) -> list[optuna.Study]:
+def level_studies(settings: TuneSettings, shared: Mapping[str, Any]) -> Wanted:
+    """One for each retention, largest first."""
+    retentions = sorted(settings.retentions, reverse=True)
+    return {level: (settings.study_name(level), {**shared, "retention": level}) for level in retentions}
+
+
+def first_studies(settings: TuneSettings, shared: Mapping[str, Any]) -> Wanted:
+    """Those that a search begins with: that of the policy's parameters, at the smallest retention, where they are
+    searched, as the others are made for what it finds; else one for each retention.
+    """
+    if "policy_space" not in shared:
+        return level_studies(settings, shared)
+    least = min(settings.retentions)
+    return {least: (settings.policy_study_name, {**shared, "retention": least})}
+
+
+def earlier_studies(settings: TuneSettings, storage: BaseStorage, wanted: Wanted) -> list[optuna.Study]:
     """The studies that this search will resume, as far as there are any. Asked before the dtype is chosen, since they
     have one, and found without it, as it is no part of a study's name.
     """
     if not settings.resume:
         return []
-    levels = _levels(settings, shared)
-    return [study for name, level in levels.values() for study in find_studies(storage, name, level)[-1:]]
+    return [study for name, entry in wanted.values() for study in find_studies(storage, name, entry)[-1:]]
 
 
-def refuse_other_settings(settings: TuneSettings, storage: BaseStorage, shared: Mapping[str, Any]) -> None:
+def refuse_other_settings(storage: BaseStorage, wanted: Wanted) -> None:
     """For a search that is to be resumed and has no study yet: raises `StudyError` where all that is there was made
     with other settings, before any work.
     """
-    for name, level in _levels(settings, shared).values():
+    for name, entry in wanted.values():
         if others := find_studies(storage, name):
-            _check_same(others[-1], level)
+            _check_same(others[-1], entry)
 
 
 def open_studies(
-    settings: TuneSettings, storage: BaseStorage, shared: Mapping[str, Any], progress: Progress
+    settings: TuneSettings, storage: BaseStorage, wanted: Wanted, progress: Progress
 ) -> dict[float, optuna.Study]:
-    """One study per retention, largest first. All are opened before any work, so that a refusal costs nothing."""
+    """All are opened before any work, so that a refusal costs nothing."""
     studies, aside = {}, 0
-    for retention, (name, level) in _levels(settings, shared).items():
-        studies[retention] = open_study(storage, name, level, resume=settings.resume)
+    for retention, (name, entry) in wanted.items():
+        studies[retention] = open_study(storage, name, entry, resume=settings.resume)
         aside += not settings.resume and bool(find_studies(storage, name))
     if aside:
         progress.note(
@@ -78,12 +105,6 @@ def open_studies(
             "resume=True goes on with it"
         )
     return studies
-
-
-def _levels(settings: TuneSettings, shared: Mapping[str, Any]) -> dict[float, tuple[str, dict[str, Any]]]:
-    """Name and settings of the study for each retention, largest first."""
-    retentions = sorted(settings.retentions, reverse=True)
-    return {level: (settings.study_name(level), {**shared, "retention": level}) for level in retentions}
 
 
 def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | None = None) -> list[optuna.Study]:
@@ -96,7 +117,7 @@ def find_studies(storage: BaseStorage, name: str, settings: Mapping[str, Any] | 
     studies = []
     for entry in storage.get_all_studies():
         if match := pattern.fullmatch(entry.study_name):
-            study = optuna.load_study(study_name=entry.study_name, storage=storage)
+            study = optuna.load_study(study_name=entry.study_name, storage=storage, pruner=make_pruner())
             if StudyNotes(study).are_ours and study.get_trials(deepcopy=False):
                 studies.append((int(match[2] or 1), entry._study_id, study))
     return [study for *_, study in sorted(studies, key=lambda numbered: numbered[:2])]
@@ -118,7 +139,9 @@ def open_study(storage: BaseStorage, name: str, settings: Mapping[str, Any], *, 
     while True:
         full = base if number == 1 else f"{base}-{number}"
         try:
-            study = optuna.create_study(storage=storage, study_name=full, direction="minimize", load_if_exists=True)
+            study = optuna.create_study(
+                storage=storage, study_name=full, direction="minimize", pruner=make_pruner(), load_if_exists=True
+            )
         except Exception as error:  # each backend raises its own family
             raise StudyError(f"cannot open the study '{full}': {first_line(error)}") from None
         # Without trials there is nothing to lose: a search that ended before its first one, or a worker that began this

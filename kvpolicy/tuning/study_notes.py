@@ -26,6 +26,7 @@ _OWNER = "kvpolicy_owner"
 _POINT = "kvpolicy_point"
 _SURPLUS = "kvpolicy_surplus"
 _STOPPED = "kvpolicy_stopped"
+_OUTCOME = "kvpolicy_outcome"
 
 
 class StudyNotes:
@@ -152,6 +153,16 @@ class TrialNotes:
     def claim(owner: Mapping[str, Any], point: int | None) -> dict[str, Any]:
         """The attributes that a trial is made with. point: see `TrialNotes.point`"""
         return {_OWNER: owner, _POINT: point}
+
+    @staticmethod
+    def ending(outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes of a trial that measures nothing, and only says what a search has come to."""
+        return {_OUTCOME: outcome, _SURPLUS: True}
+
+    @property
+    def outcome(self) -> Mapping[str, Any] | None:
+        """See `ending`; None for any other trial."""
+        return self._trial.user_attrs.get(_OUTCOME)
 
     @property
     def owner(self) -> Mapping[str, Any] | None:

@@ -82,6 +82,21 @@ def abandon(study: optuna.Study, number: int) -> None:
         study.tell(number, state=TrialState.FAIL, skip_if_finished=True)  # another worker may close the same zombie
 
 
+def outcome_of(study: optuna.Study) -> Mapping[str, Any] | None:
+    """What the search has come to; None while it goes on."""
+    outcomes = (TrialNotes(trial).outcome for trial in study.get_trials(deepcopy=False))
+    return next((outcome for outcome in outcomes if outcome is not None), None)
+
+
+def end(study: optuna.Study, outcome: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Ends a search for good, and returns what it has come to: of several processes that of the first, for all.
+
+    outcome: JSON values
+    """
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=TrialNotes.ending(outcome)))
+    return outcome_of(study) or outcome
+
+
 def here() -> dict[str, Any]:
     """Name of this process, so that others can tell when it was killed. The start tells apart two with one number."""
     process = psutil.Process()
