@@ -17,6 +17,7 @@ from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parame
 from kvpolicy.measure.evaluation import perplexity
 from kvpolicy.measure.profiling import profile
 from kvpolicy.plugins import plugin_call
+from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.announce import Work, announce
@@ -102,13 +103,13 @@ def _tune(
     policy = None
     if "policy_space" in shared:
         [(retention, study)] = studies.items()
-        probes = partial(make_probes, model, corpus, settings)
-        policy = PolicySearch(settings, method, study, retention, lambda other: probes(other)[0], progress)
+        probes = partial(_search_probes, model, corpus, settings)
+        policy = PolicySearch(settings, method, study, retention, probes, progress)
     check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
     work = _work(settings, method, search, studies, policy, check, pace)
     announce(progress, settings, search, heldout, work)
     if policy is not None:  # and from here on it is as if the user had given what is found
-        method = policy.run()
+        method = policy.run(search)
         search, heldout, _ = make_probes(model, corpus, settings, method.policy)
         shared["policy"] = method.policy_settings
         studies = open_studies(settings, storage, level_studies(settings, shared), Progress())  # all was said above
@@ -146,6 +147,10 @@ def _shared(
         refuse_other_settings(storage, first_studies(settings, shared))
         refuse_other_settings(storage, level_studies(settings, shared))
     return shared, pace
+
+
+def _search_probes(model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy) -> Probes:
+    return make_probes(model, corpus, settings, policy)[0]
 
 
 def _shared_notes(studies: Mapping[float, optuna.Study]) -> StudyNotes:

@@ -48,8 +48,8 @@ class PolicySearch:
         if outcome_of(self.study) is None:
             StudyNotes(self.study).keep_trials(trials)
 
-    def run(self) -> SearchMethod:
-        """The method with the policy that was found."""
+    def run(self, defaults: Probes) -> SearchMethod:
+        """The method with the policy that was found. defaults: the probes under its defaults, which have been made"""
         outcome = outcome_of(self.study)
         if outcome is None:
             notes, names = StudyNotes(self.study), ", ".join(self.method.policy_space())
@@ -57,8 +57,8 @@ class PolicySearch:
                 f"searched first, once for all levels: {names} of the policy '{self.method.policy_name}', under "
                 f"uniform budgets at {self.retention:.0%}"
             )
-            with metered(self.probes(self.method.policy).text.model, partial(notes.keep_cost, "search")):
-                outcome = end(self.study, self._searched())
+            with metered(defaults.text.model, partial(notes.keep_cost, "search")):
+                outcome = end(self.study, self._searched(defaults))
         self.progress.note(self._sentence(outcome))
         return self.method.with_policy(outcome["params"])
 
@@ -68,19 +68,22 @@ class PolicySearch:
         outcome = outcome_of(self.study) or {}
         return {"retention": self.retention, "trials": StudyNotes(self.study).trials, "excess": outcome.get("excess")}
 
-    def _searched(self) -> dict[str, Any]:
+    def _searched(self, defaults: Probes) -> dict[str, Any]:
         default, trials = self.method.policy, self.trials_ahead
+
+        def losses(policy: EvictionPolicy) -> Iterable[Tensor]:
+            return self._losses(policy, defaults if policy == default else self.probes(policy))
 
         @cache  # measured before the first trial, and not at all where all trials are done
         def reference() -> list[Tensor]:
-            return list(chunk_parts(self._losses(default)))
+            return list(chunk_parts(losses(default)))
 
         self.progress.begin(f"search {self.method.policy_name} at {self.retention:.0%}", trials)
         try:
             best = run_trials(
                 self.study,
                 type(default),
-                self._losses,
+                losses,
                 reference,
                 against="its defaults",
                 trials=trials,
@@ -94,14 +97,14 @@ class PolicySearch:
             return {"params": plugin_call.params_of(default), "excess": 0.0}
         return {"params": plugin_call.params_of(self.method.with_policy(best.params).policy), "excess": best.excess}
 
-    def _losses(self, policy: EvictionPolicy) -> Iterable[Tensor]:
+    def _losses(self, policy: EvictionPolicy, probes: Probes) -> Iterable[Tensor]:
         """Of the search's tokens, under uniform budgets."""
         if policy.window_rule != self.method.policy.window_rule:
             raise PluginError(
                 f"the policy '{self.method.policy_name}' is a window rule with some of its parameters and none with "
                 f"others ({policy}): their losses cannot be compared; give its parameters instead of searching them"
             )
-        target = self.probes(policy).target
+        target = probes.target
         uniform = torch.ones(target.spec.table_shape)
         return target.token_losses(level_table(target, uniform, self.retention, target.context_length))
 
