@@ -19,7 +19,7 @@ from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.comparison.methods import Method
 from kvpolicy.model.layer_spec import LayerSpec
-from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.job import level_table
 
 SHAPE = LAYERS, HEADS = 3, 4
 KV_HEADS = LAYERS * HEADS
@@ -189,8 +189,8 @@ def test_uniform_is_ones(shares, retention, context, sinks):
 @settings(max_examples=100, deadline=None)
 @given(tables(), st.floats(0.01, 1.0), contexts, st.integers(0, 40))
 def test_a_search_measures_the_table_that_its_plan_gives(shares, retention, context, sinks):
-    job = SimpleNamespace(spec=SPEC, search=SimpleNamespace(target=SimpleNamespace(least_capacity=sinks + 1)))
-    table, fractions = Job.table(job, shares, retention, context), kept_fractions(shares, retention)
+    probe = SimpleNamespace(spec=SPEC, least_capacity=sinks + 1)
+    table, fractions = level_table(probe, shares, retention, context), kept_fractions(shares, retention)
     assert torch.equal(table, Case({retention: fractions}, sinks, 1).plan.capacities(context, retention))
     assert torch.equal(table, table_of(fractions, total_of(retention, context), context, sinks))
 
