@@ -266,11 +266,11 @@ class RaggedStore(Accounts):
         mask:       bool [B or 1, 1, n, len(chunk)]; None means causal, padding excluded
         entry_mask: bool [n, length] for each segment; None means that every entry is visible
         """
-        arena = self._layer(layer).arena
+        segments = self._layer(layer).arena.counted_segments
         inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
         if mask is None and bool((chunk.positions < 0).any()):
             mask = chunk_mask(chunk, query.shape[2])
-        return ragged_attention(query, arena.segments, chunk.masked(mask), entry_mask=entry_mask, **scoring.options())
+        return ragged_attention(query, segments, chunk.masked(mask), entry_mask=entry_mask, **scoring.options())
 
     def keep(
         self,

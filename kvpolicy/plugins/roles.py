@@ -1,4 +1,4 @@
-"""The three roles a plugin can fill.
+"""The three roles of a method; `task_role` has that of a task.
 
 A plugin object is a frozen dataclass whose fields are JSON-able hyper-parameters with defaults. It keeps no
 state between calls. Selection, movement, rounding, sink protection are the core's.
