@@ -22,6 +22,24 @@ class ModelError(KVPolicyError):
     """A model that is not found, cannot be read, or whose attention cannot be reached."""
 
 
+class AbsentModelError(ModelError):
+    """The model that a plan names is not on this machine, and a plan may come from anybody.
+
+    name: the model's;  reason: why it could not be loaded
+    """
+
+    def __init__(self, name: str, reason: ModelError) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(self.message(f"model='{name}'"))
+
+    def message(self, remedy: str) -> str:
+        """The message. remedy: what starts the download"""
+        return (
+            f"the plan names the model '{self.name}', which is not on this machine, and a plan alone starts no "
+            f"download. Name another with model=, or if you want this one: {remedy} ({self.reason})"
+        )
+
+
 class TextError(KVPolicyError):
     """Calibration text that is missing, unreadable or too short."""
 

@@ -268,3 +268,20 @@ def test_import_kvpolicy_loads_nothing_but_itself() -> None:
 def test_names_of_the_core_load_no_heavy_library() -> None:
     names = ("registry", "BudgetPlan", "RaggedStore", "ModelSpec", "EvictionPolicy", "apportion")
     assert not HEAVY & loaded_by("import kvpolicy; " + "; ".join(f"kvpolicy.{name}" for name in names))
+
+
+def test_help_and_version_load_no_heavy_library() -> None:
+    code = """
+import contextlib, io, sys
+from kvpolicy.cli import app, main
+verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
+for arguments in (["--help"], ["--version"], *([verb, "-h"] for verb in verbs)):
+    sys.argv = ["kvpolicy", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main()
+    assert out.getvalue(), arguments
+print(*sys.modules)
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "kvpolicy.cli.tune" in loaded
+    assert not {"torch", "numpy", *HEAVY} & {*loaded} - {"typer"}

@@ -26,8 +26,7 @@ from kvpolicy.cli.show import show
 from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
 from kvpolicy.cli.verb import Verb
-from kvpolicy.errors import KVPolicyError, first_line
-from kvpolicy.verbs.cache_choice import AbsentModelError
+from kvpolicy.errors import AbsentModelError, KVPolicyError, first_line
 
 app = typer.Typer(
     name="kvpolicy",

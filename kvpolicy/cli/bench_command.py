@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,9 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MIN_TOKENS
 from kvpolicy.plugins.params import parse_params
-from kvpolicy.verbs.bench import Bench, bench
+
+if TYPE_CHECKING:
+    from kvpolicy.verbs.bench import Bench
 
 
 def bench_command(
@@ -39,6 +41,8 @@ def bench_command(
     that a drift of the machine hits all of them; figures are medians over the repeats. A text that is too short is
     repeated.
     """
+    from kvpolicy.verbs.bench import bench
+
     answer = bench(
         plan,
         retention=retention,

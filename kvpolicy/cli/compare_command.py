@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import say
 from kvpolicy.cli.watch import watcher
-from kvpolicy.defaults import MODEL
-from kvpolicy.verbs.compare import LEAST_SEQUENCES, SideBySide, compare
+from kvpolicy.defaults import LEAST_SEQUENCES, MODEL
+
+if TYPE_CHECKING:
+    from kvpolicy.verbs.compare import SideBySide
 
 _MORE = "More methods, as for --methods."
 
@@ -76,6 +78,8 @@ def compare_command(
     Rows that --out already has, measured under the same settings, are not measured again. A method that fails becomes a
     row that says why; if you asked for it, the exit code is 2.
     """
+    from kvpolicy.verbs.compare import compare
+
     answer = compare(
         [*(methods or []), *(more or [])],
         task=task,

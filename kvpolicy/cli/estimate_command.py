@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.defaults import MODEL
-from kvpolicy.measure.machine import device_name
-from kvpolicy.verbs.estimate import Estimate, estimate
+
+if TYPE_CHECKING:
+    from kvpolicy.verbs.estimate import Estimate
 
 
 def estimate_command(
@@ -28,6 +29,8 @@ def estimate_command(
     It fits if weights and caches stay below the memory of --device, also at the end of a prompt, when one layer is
     still whole. Activations are not counted.
     """
+    from kvpolicy.verbs.estimate import estimate
+
     answer = estimate(
         model,
         context=context,
@@ -48,6 +51,7 @@ def _show(answer: Estimate, name: str) -> None:
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.measure.machine import device_name
     from kvpolicy.report.numbers import size
 
     first, memory = answer.rows[0], answer.device_bytes

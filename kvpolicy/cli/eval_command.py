@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +11,9 @@ from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.plugins.params import parse_params
-from kvpolicy.verbs.eval import Evaluation
-from kvpolicy.verbs.eval import eval as evaluate
+
+if TYPE_CHECKING:
+    from kvpolicy.verbs.eval import Evaluation
 
 
 def eval_command(
@@ -60,6 +61,8 @@ def eval_command(
     A task has prompts with answers. Each is compressed once, with its question or before the question comes; questions
     and answers that follow are kept on top. Answers are greedy, and their mean score is given.
     """
+    from kvpolicy.verbs.eval import eval as evaluate
+
     answer = evaluate(
         plan,
         task=task,

@@ -7,9 +7,8 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from kvpolicy.cli import cache_options
@@ -20,8 +19,11 @@ from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
 from kvpolicy.files.regular import read_bytes
 from kvpolicy.plugins.params import parse_params
-from kvpolicy.verbs import arguments
-from kvpolicy.verbs.cache_choice import CacheChoice, load_network
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpolicy.verbs.cache_choice import CacheChoice
 
 _MOST_BYTES = 64 * 2**20  # of a prompt
 
@@ -72,6 +74,11 @@ def generate(
     template, the prompt is put into it as a user's message; --no-chat leaves it as it is. Short prompts are kept
     whole: nothing is evicted before a sequence has more than --min-tokens tokens.
     """
+    import torch
+
+    from kvpolicy.verbs import arguments
+    from kvpolicy.verbs.cache_choice import CacheChoice, load_network
+
     text = _prompt(prompt, prompt_file)
     choice = CacheChoice.of(plan, policy, parse_params(policy_param, "--policy-param"), allocator, min_tokens)
     retention = _retention(choice, retention, tokens)

@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 from kvpolicy.cli import options as opt
 from kvpolicy.errors import PluginWarning
-from kvpolicy.plugins.registry import registry
 
 
 def plugins(json: opt.Json = False) -> None:
     """List every estimator, allocator, policy and task, when to use it, and what is wrong with broken ones."""
+    from kvpolicy.plugins.registry import registry
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the rows say it
         rows = registry.rows()

@@ -12,7 +12,6 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL
 from kvpolicy.plugins.params import parse_params
-from kvpolicy.verbs.profile import profile
 
 if TYPE_CHECKING:
     from kvpolicy.verbs.profile_agreement import AgreementProfile
@@ -70,6 +69,8 @@ def profile_command(
     search and the held-out part of every --text and of Python's language reference), and across estimators. A
     parameter with a fixed set of values, such as head_input of cosine, is tried with each of them.
     """
+    from kvpolicy.verbs.profile import profile
+
     answer = profile(
         model,
         estimator=estimator,

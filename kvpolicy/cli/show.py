@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.budget.plan import load_plan
 from kvpolicy.cli import options as opt
 from kvpolicy.files.regular import write_bytes
-from kvpolicy.verbs import arguments
 
 
 def show(
@@ -20,6 +18,9 @@ def show(
     json: opt.Json = False,
 ) -> None:
     """Show what a plan keeps, where, and how it did on text that the search never saw."""
+    from kvpolicy.budget.plan import load_plan
+    from kvpolicy.verbs import arguments
+
     loaded = load_plan(plan)
     for path in (html, png):
         arguments.check_writable(path)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpolicy.budget.plan import BudgetPlan, save_plan
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL, RETENTIONS
 from kvpolicy.errors import StudyError
 from kvpolicy.plugins.params import parse_params
-from kvpolicy.plugins.registry import registry
-from kvpolicy.verbs import arguments
+
+if TYPE_CHECKING:
+    from kvpolicy.budget.plan import BudgetPlan
 
 
 def tune_command(
@@ -85,6 +85,9 @@ def tune_command(
     for it; mixed gives text and answers half of the weight each. --max-loss 0.02 goes down the retentions and stops
     at the first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
     """
+    from kvpolicy.plugins.registry import registry
+    from kvpolicy.verbs import arguments
+
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
     registry.get("estimator", estimator)
@@ -94,6 +97,7 @@ def tune_command(
     arguments.check_text(text)
     progress = watcher(quiet)
     progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
+    from kvpolicy.budget.plan import save_plan
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
     from kvpolicy.tuning.search_method import SearchMethod

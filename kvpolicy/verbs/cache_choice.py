@@ -10,28 +10,10 @@ from typing import Any
 
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import MODEL
-from kvpolicy.errors import BudgetError, ModelError, PlanError
+from kvpolicy.errors import AbsentModelError, BudgetError, ModelError, PlanError
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.verbs import arguments
-
-
-class AbsentModelError(ModelError):
-    """The model that a plan names is not on this machine, and a plan may come from anybody.
-
-    name: the model's;  reason: why it could not be loaded
-    """
-
-    def __init__(self, name: str, reason: ModelError) -> None:
-        self.name, self.reason = name, reason
-        super().__init__(self.message(f"model='{name}'"))
-
-    def message(self, remedy: str) -> str:
-        """The message. remedy: what starts the download"""
-        return (
-            f"the plan names the model '{self.name}', which is not on this machine, and a plan alone starts no "
-            f"download. Name another with model=, or if you want this one: {remedy} ({self.reason})"
-        )
 
 
 def chosen_policy(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.comparison.results_file import RETRIEVAL, Comparison, Row
-from kvpolicy.defaults import MODEL, RETENTIONS
+from kvpolicy.defaults import LEAST_SEQUENCES, MODEL, RETENTIONS
 from kvpolicy.errors import BudgetError, KVPolicyError, TextError
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.progress import Progress
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from kvpolicy.text.corpus import Corpus
 
 PARTS = ("heldout", "whole")
-LEAST_SEQUENCES = 2  # of one, a bootstrap says nothing
 
 
 @dataclass(frozen=True, slots=True)
