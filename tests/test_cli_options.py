@@ -143,7 +143,7 @@ def test_eval_measures_full_and_uniform_beside_a_plan(kvpolicy, tuned, tiny_text
         assert row["uniform"]["perplexity"] == pytest.approx(level.perplexity["heldout_uniform"], rel=1e-6)
         assert row["uniform"]["entries"] == row["entries"] < row["full"]["entries"]
         assert {"task", "retention", "bytes", "dense_bytes", "n", "perplexity"} <= row["uniform"].keys()
-    shown = [line.split()[1] for line in kvpolicy("eval", path, "-r", "0.3", *run).out.splitlines() if "│" in line]
+    shown = [line.split(" ")[0] for line in kvpolicy("eval", path, "-r", "0.3", *run).out.splitlines()]
     assert [name for name in shown if name in ("full", "uniform")] == ["full", "uniform"]
     alone = kvpolicy("eval", "full", "--model", load_plan(path).model.id, *run, *FAST[:2], "--json").json
     assert not alone.keys() & {"full", "uniform"}

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress as Bars
 
 from kvpolicy.cli.terminal import Console, shell_line
+from kvpolicy.cli.watch import _BarProgress, duration
 from kvpolicy.report.plain import plain
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -73,3 +75,34 @@ def test_nothing_in_the_command_line_goes_to_the_terminal_another_way():
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.module == "rich.console"), path
             assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), path
+
+
+def test_a_bar_fits_80_columns_and_says_what_is_left():
+    clock = [0.0]
+    console = Console()
+    console.size = (80, 25)
+    bars = Bars(*_BarProgress(console)._columns, console=console, get_time=lambda: clock[0], auto_refresh=False)
+    bars.add_task("search 30%", total=40, detail="best -0.0857 against uniform")
+    for _ in range(4):
+        clock[0] += 20
+        bars.update(bars.task_ids[0], advance=1)
+    with console.capture() as capture:
+        console.print(bars)
+    (line,) = capture.get().splitlines()
+    assert "4/40" in line and "80 s, 12 min left" in line and "best -0.0857 against uniform" in line
+    assert len(line) <= 80
+
+
+def test_durations_are_those_that_people_say():
+    assert [duration(x) for x in (0.2, 25, 99, 240, 4800)] == ["0 s", "25 s", "99 s", "4 min", "80 min"]
+    assert duration(2 * 3600 + 60) == "2 h 1 min"
+
+
+@pytest.mark.parametrize("arguments", [["plugins"], ["show", "PLAN"], ["estimate", "--model", "MODEL"]])
+def test_what_is_shown_fits_80_columns(kvpolicy, tuned, tiny_checkpoint, arguments, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = {"PLAN": tuned[0], "MODEL": tiny_checkpoint}
+    shown = kvpolicy(*(names.get(argument, argument) for argument in arguments))
+    assert shown.code == 0 and "…" not in shown.out
+    tables = [line for line in shown.out.splitlines() if ": " not in line]  # sentences are the terminal's to break
+    assert max(map(len, tables)) <= 80

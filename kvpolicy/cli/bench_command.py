@@ -68,26 +68,29 @@ def bench_command(
 
 
 def _show(answer: Bench) -> None:
-    from rich.table import Table
-
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.grid import Grid
+    from kvpolicy.report.numbers import size
 
     run = answer.run
     title = "{model} on {device} in {dtype}: {batch_size} x {context_length} tokens, then {new_tokens}".format(**run)
-    table = Table("cache", "kept", "ms a token", "x", "prompt, s", "x", "MB", "x", title=title)
-    for row in (answer.dense, *answer.caches):
-        table.add_row(
+    rows = [
+        (
             row["cache"],
-            f"{row['kept']:.1%}" if "kept" in row else "100.0%",
+            f"{100 * row.get('kept', 1.0):.1f} %",
             f"{row['ms_per_token']:.2f}",
             f"{row['token_ratio']:.2f}",
-            f"{row['prefill_seconds']:.2f}",
+            f"{1e3 * run['batch_size'] / row['ms_per_token']:.1f}",
+            f"{row['prefill_seconds']:.2f} s",
             f"{row['prefill_ratio']:.2f}",
-            f"{row['bytes'] / 1e6:.2f}",
+            size(row["bytes"]),
             f"{row['bytes_ratio']:.2f}",
         )
+        for row in (answer.dense, *answer.caches)
+    ]
     console = Console()
-    console.print(table)
+    console.print(title, soft_wrap=True)
+    console.print(Grid(["cache", "kept", "ms a token", "x", "tokens/s", "prompt", "x", "bytes", "x"], rows))
     note = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
     console.print(note, soft_wrap=True)
     for row in answer.caches:

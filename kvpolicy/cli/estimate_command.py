@@ -48,29 +48,29 @@ def estimate_command(
 
 
 def _show(answer: Estimate, name: str) -> None:
-    from rich.table import Table
-
     from kvpolicy.cli.terminal import Console
     from kvpolicy.measure.machine import device_name
-    from kvpolicy.report.numbers import size
+    from kvpolicy.report.grid import Grid
+    from kvpolicy.report.numbers import percent, size
 
     first, memory = answer.rows[0], answer.device_bytes
     about = "" if answer.weights_note is None else f", {answer.weights_note}"
     columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
-    title = f"{name} (weights {size(first.weights_bytes or 0)}{about})"
-    table = Table(*columns, *(["fits"] if memory else []), title=title)
-    for row in answer.rows:
-        figures = (
-            row.cache_bytes,
-            row.table_bytes,
-            row.dynamic_cache_bytes,
-            row.prefill_peak_bytes,
-            row.total_bytes,
+    rows = [
+        (
+            percent(row.retention),
+            size(row.cache_bytes),
+            size(row.table_bytes),
+            size(row.dynamic_cache_bytes),
+            size(row.prefill_peak_bytes),
+            size(row.total_bytes),
+            *{True: ["yes"], False: ["no"], None: []}[answer.fits(row)],
         )
-        fits = {True: ["yes"], False: ["no"], None: []}[answer.fits(row)]
-        table.add_row(f"{100 * row.retention:.4g}%", *(size(figure) for figure in figures), *fits)
+        for row in answer.rows
+    ]
     console = Console()
-    console.print(table)
+    console.print(f"{name} (weights {size(first.weights_bytes or 0)}{about})", soft_wrap=True)
+    console.print(Grid([*columns, *(["fits"] if memory else [])], rows))
     if memory is not None:
         full = "fits" if first.dynamic_total_bytes <= memory else "does not fit"
         note = f"{device_name(answer.device)} has {size(memory)}; the full cache {full} beside the weights"

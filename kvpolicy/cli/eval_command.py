@@ -92,24 +92,25 @@ def eval_command(
 
 
 def _show(answer: Evaluation) -> None:
-    from rich.table import Table
-
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.grid import Grid
+    from kvpolicy.report.numbers import percent, size
 
     metric = answer.rows[0].get("metric", "perplexity")
-    table = Table("plan", "kept", metric.replace("_", " "), "95 %", "MB", "of full, MB", "n")
-    for row in answer.rows:
-        table.add_row(
+    rows = [
+        (
             row["plan"],
-            f"{row['retention']:.4g}",
+            percent(row["retention"]),
             f"{row[metric]:.3f}",
             "{:.3f} to {:.3f}".format(*row["interval"]),
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['dense_bytes'] / 1e6:.2f}",
+            size(row["bytes"]),
+            size(row["dense_bytes"]),
             str(row["n"]),
         )
+        for row in answer.rows
+    ]
     console = Console()
-    console.print(table)
+    console.print(Grid(["plan", "kept", metric.replace("_", " "), "95 %", "bytes", "of full", "n"], rows))
     first = answer.rows[0]
     caption = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
     console.print(caption, soft_wrap=True)

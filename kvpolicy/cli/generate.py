@@ -295,16 +295,17 @@ def _report(plan: str, figures: _Figures, min_tokens: int) -> None:
     from rich.table import Table
 
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.numbers import size
 
     table = Table.grid(padding=(0, 2))
     decode, steps = figures.decode_tokens_per_second, figures.new_tokens - 1
     table.add_row("kept", f"{figures.entries} of {figures.entries_seen} entries ({figures.kept:.1%})")
-    table.add_row("cache", f"{figures.bytes / 1e6:.2f} MB; {figures.dense_bytes / 1e6:.2f} MB with nothing evicted")
+    table.add_row("cache", f"{size(figures.bytes)}; {size(figures.dense_bytes)} with nothing evicted")
     speed = f"{figures.prompt_tokens} tokens in {figures.prefill_seconds:.2f} s"
-    table.add_row("prompt", f"{speed}, {figures.prefill_tokens_per_second:.1f} a second")
+    table.add_row("prompt", f"{speed}, {figures.prefill_tokens_per_second:.1f} tokens/s")
     if decode is not None:
         speed = f"{steps} more tokens in {figures.decode_seconds:.2f} s"
-        table.add_row("answer", f"{speed}, {decode:.1f} a second")
+        table.add_row("answer", f"{speed}, {decode:.1f} tokens/s")
     console = Console(stderr=True)
     console.print(table)
     if not figures.evicted:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from kvpolicy.cli.terminal import Console, shell_line
 from kvpolicy.progress import Progress
@@ -19,13 +20,33 @@ def watcher(quiet: bool) -> Progress:
     return _BarProgress(console) if console.is_terminal else _LineProgress(console)
 
 
+_SPAN = 600  # seconds; what is left is estimated from the steps of the last ones
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `25 s`, `4 min`, `1 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Times(ProgressColumn):
+    """How long a stage has taken, and about how long the rest takes once a step says so."""
+
+    def render(self, task: Task) -> Text:
+        taken = duration(task.finished_time or task.elapsed or 0.0)
+        left = "" if task.finished or task.time_remaining is None else f", {duration(task.time_remaining)} left"
+        return Text(taken + left, style="progress.elapsed")
+
+
 class _BarProgress(Progress):
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16),  # with the rest it fits 80 characters
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _Times(),
             TextColumn("{task.fields[detail]}", markup=False),
         )
         self._console, self._columns = console, columns
@@ -35,7 +56,7 @@ class _BarProgress(Progress):
         self._console.print(shell_line(message))
 
     def begin(self, stage: str, total: int) -> None:
-        self._bars = Bars(*self._columns, console=self._console)
+        self._bars = Bars(*self._columns, console=self._console, speed_estimate_period=_SPAN)
         self._bars.add_task(stage, total=total, detail="")
         self._bars.start()
 

@@ -5,39 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from kvpolicy.measure.agreement import Agreement, pairs
 from kvpolicy.measure.ranks import chance_correlation
+from kvpolicy.report.grid import Grid
 
 
-def tables(agreement: Agreement) -> Iterator[Table | Text]:
+def tables(agreement: Agreement) -> Iterator[Grid | Text]:
     """Each estimator with itself on other prompts and texts, each with each, and what must be said besides."""
-    itself = Table(
-        "",
-        "estimator",
-        "prompts",
-        "least",
-        "texts",
-        "least",
-        title="each with itself: mean and least of all pairs",
-        title_justify="left",
-    )
-    pairs = Table("", *_numbers(agreement), title="estimators with each other", title_justify="left")
-    for number, name, prompt, text, row in zip(
-        _numbers(agreement),
-        agreement.estimators,
-        agreement.prompt,
-        agreement.text,
-        agreement.estimator.tolist(),
-        strict=True,
-    ):
-        itself.add_row(number, name, *_mean_and_least(prompt), *_mean_and_least(text))
-        pairs.add_row(number, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
-    yield itself
-    yield pairs
+    numbers = _numbers(agreement)
+    itself = [
+        (f"{number} {name}", *_mean_and_least(prompt), *_mean_and_least(text))
+        for number, name, prompt, text in zip(
+            numbers, agreement.estimators, agreement.prompt, agreement.text, strict=True
+        )
+    ]
+    pairs = [
+        (number, *("" if math.isnan(value) else f"{value:+.2f}" for value in row))
+        for number, row in zip(numbers, agreement.estimator.tolist(), strict=True)
+    ]
+    title = "each with itself: mean and least of all pairs"
+    yield Grid(["estimator", "prompts", "least", "texts", "least"], itself, title=title)
+    yield Grid(["", *numbers], pairs, title="estimators with each other")
     yield Text(
         f"Spearman's rank correlation of {agreement.num_heads} KV heads; unrelated rankings stay within "
         f"{chance_correlation(agreement.num_heads):.2f} of 0 in 95 % of cases. Estimators with each other, and "

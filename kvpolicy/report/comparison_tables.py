@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from kvpolicy.comparison.methods import FULL
 from kvpolicy.comparison.quality import BYTE_SPREAD, Figures, figures
 from kvpolicy.comparison.results_file import Comparison
+from kvpolicy.report.grid import Grid
 from kvpolicy.report.numbers import percent, size
 from kvpolicy.report.plain import markdown_text
 
@@ -59,15 +57,11 @@ def _devices(comparison: Comparison) -> str:
     return "; ".join([first, *(f"{name} for {', '.join(by_device[name])}" for name in others)])
 
 
-def tables(comparison: Comparison) -> Iterator[tuple[Table, list[str]]]:
+def tables(comparison: Comparison) -> Iterator[tuple[Grid, list[str]]]:
     """For each retention a table for a terminal, and what else must be said about its rows."""
     columns = _narrow(_columns(comparison))
     for heading, rows in levels(comparison):
-        table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for name in columns:
-            table.add_column(name, no_wrap=name in ("method", "bytes"), overflow="fold")
-        for row in rows:
-            table.add_row(*(cell(row) for cell in columns.values()))
+        table = Grid([*columns], [[cell(row) for cell in columns.values()] for row in rows], title=heading)
         notes = [f"{row.method}: {row.note}" for row in rows if row.error is not None or row.remark]
         yield table, [*_remarks(comparison, rows), *notes]
 

@@ -30,12 +30,12 @@ def bytes_per_token(plan: BudgetPlan, retention: float) -> float:
 
 
 def size(count: float) -> str:
-    """A number of bytes in binary units, such as `1.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+    """A number of bytes with a unit that people use, such as `1.54 kB`: a kB is 1000 bytes, as on a GPU's box."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.995:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 def percent(retention: float) -> str:

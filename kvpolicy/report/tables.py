@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.report.grid import Grid
 from kvpolicy.report.numbers import (
     bytes_per_token,
     choice,
@@ -37,7 +38,7 @@ LEVEL_COLUMNS = (
     ("pass keys found", "passkeys"),
 )
 """Heading and key of each column that a table of levels can have."""
-_NARROW = {"kept", "heldout", "heldout_uniform", "heldout_full", "verdict", "interval"}  # fits 80 characters
+_WIDE = {"per token", "search", "excess"}  # the others fit 80 characters
 _FACTS = {"kept", "answers", "answers_uniform", "answers_full", "passkeys"}
 
 
@@ -85,26 +86,27 @@ def summary_table(plan: BudgetPlan) -> Table:
     return table
 
 
-def levels_table(plan: BudgetPlan) -> Table:
+def levels_table(plan: BudgetPlan) -> Grid:
     """One row per retention: perplexities and the comparison with uniform, as far as they were measured."""
-    return _table_of(level_rows(plan), "levels", _NARROW)
+    return _grid_of(level_rows(plan), "levels", {key for _, key in LEVEL_COLUMNS} - (_FACTS - {"kept"}))
 
 
-def facts_table(plan: BudgetPlan) -> Table | None:
+def facts_table(plan: BudgetPlan) -> Grid | None:
     """One row per retention: how well answers are found in long prompts; None where that was not measured."""
     rows = level_rows(plan)
     measured = any(row.get(key) for row in rows for key in _FACTS - {"kept"})
-    return _table_of(rows, "answers in long prompts", _FACTS) if measured else None
+    return _grid_of(rows, "answers in long prompts", _FACTS) if measured else None
 
 
-def _table_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Table:
+def _grid_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Grid:
     columns = [(head, key) for head, key in LEVEL_COLUMNS if key in keys and any(row.get(key) for row in rows)]
-    table = Table(title=title)
-    for head, key in columns:
-        table.add_column(head, justify="left" if key == "verdict" else "right", no_wrap=key != "verdict")
-    for row in rows:
-        table.add_row(*(Text(row.get(key, "")) for _, key in columns))
-    return table
+    return Grid(
+        [head for head, _ in columns],
+        [[row.get(key, "") for _, key in columns] for row in rows],
+        title=title,
+        words=[head for head, key in columns if key == "verdict"],
+        optional=[head for head, key in columns if key in _WIDE],
+    )
 
 
 def warnings_of(plan: BudgetPlan) -> list[str]:
