@@ -1,5 +1,6 @@
 """Options that every verb has, refusals that need no model, and what the messages call things."""
 
+import importlib
 import sys
 
 import pytest
@@ -134,7 +135,7 @@ def test_compare_ends_with_2_where_a_requested_row_failed_and_writes_the_table(
     assert again.code == 0, "the row that failed was not asked for"
 
 
-def test_eval_measures_full_and_uniform_beside_a_plan(kvpolicy, tuned, tiny_text):
+def test_eval_measures_full_and_uniform_beside_a_plan(kvpolicy, tuned, tiny_text, monkeypatch):
     run = ["--text", tiny_text, "--dtype", "float32"]
     path, levels = tuned[0], load_plan(tuned[0]).levels
     for row, level in zip(kvpolicy("eval", path, *run, "--json").json, levels, strict=True):
@@ -143,6 +144,7 @@ def test_eval_measures_full_and_uniform_beside_a_plan(kvpolicy, tuned, tiny_text
         assert row["uniform"]["perplexity"] == pytest.approx(level.perplexity["heldout_uniform"], rel=1e-6)
         assert row["uniform"]["entries"] == row["entries"] < row["full"]["entries"]
         assert {"task", "retention", "bytes", "dense_bytes", "n", "perplexity"} <= row["uniform"].keys()
+    monkeypatch.setenv("COLUMNS", "200")  # a path is long, and a narrow table names its rows again
     shown = [line.split(" ")[0] for line in kvpolicy("eval", path, "-r", "0.3", *run).out.splitlines()]
     assert [name for name in shown if name in ("full", "uniform")] == ["full", "uniform"]
     alone = kvpolicy("eval", "full", "--model", load_plan(path).model.id, *run, *FAST[:2], "--json").json
@@ -165,7 +167,7 @@ def test_eval_takes_the_dtype_that_a_plan_was_tuned_in(kvpolicy, tiny_checkpoint
 
 @pytest.mark.parametrize(("memory", "fits"), [(10**6, False), (10**10, True), (None, None)])
 def test_estimate_says_whether_it_fits(kvpolicy, tiny_checkpoint, monkeypatch, memory, fits):
-    monkeypatch.setattr(sys.modules["kvpolicy.verbs.estimate"], "memory_bytes", lambda device: memory)
+    monkeypatch.setattr(importlib.import_module("kvpolicy.verbs.estimate"), "memory_bytes", lambda device: memory)
     run = ["estimate", "--model", tiny_checkpoint, "--context", "2000", "--batch", "9", "-r", "0.5", "--device", "cpu"]
     row = kvpolicy(*run, "--json").json
     assert row["weights_bytes"] + row["prefill_peak_bytes"] > 10**6
