@@ -27,8 +27,14 @@ def tune_command(
     allocator_param: opt.AllocatorParams = None,
     policy_param: opt.PolicyParams = None,
     objective: Annotated[
-        str, typer.Option(help="What the search goes by: perplexity, retrieval or mixed.")
+        str,
+        typer.Option(
+            help="What the search goes by: perplexity, retrieval, mixed, or task:NAME, the answers of a task."
+        ),
     ] = "perplexity",
+    question: opt.Question = "aware",
+    data: opt.Data = None,
+    task_file: opt.TaskFile = None,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1; with --max-loss 0.9, 0.8, ... 0.1")] = None,
     max_loss: Annotated[
         float | None,
@@ -82,7 +88,8 @@ def tune_command(
     smallest retention; with any --policy-param it is used as it is.
 
     --objective retrieval measures a trial by the loss on the answers to prompts that hold a fact somewhere and ask
-    for it; mixed gives text and answers half of the weight each. --max-loss 0.02 goes down the retentions and stops
+    for it; mixed gives text and answers half of the weight each; task:NAME and --task-file take the answers to a task's
+    questions, some of which are held out. --max-loss 0.02 goes down the retentions and stops
     at the first whose held-out loss may be more than 2 % above the full cache's: the plan holds those before it.
     """
     from kvpolicy.plugins.registry import registry
@@ -95,13 +102,16 @@ def tune_command(
     registry.get("policy", policy)
     arguments.check_writable(out)
     arguments.check_text(text)
+    arguments.check_text(task_file)
+    if task_file is not None and (data is not None or objective != "perplexity"):
+        raise StudyError("--task-file is an objective of its own: leave --objective and --data out")
     progress = watcher(quiet)
     progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
     from kvpolicy.budget.plan import save_plan
     from kvpolicy.integrations.transformers import load_model, read_corpus
     from kvpolicy.tuning import TuneSettings, tune
     from kvpolicy.tuning.search_method import SearchMethod
-    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS
+    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS, OF_FILE
     from kvpolicy.tuning.storage_url import shown
 
     settings = TuneSettings(
@@ -112,7 +122,9 @@ def tune_command(
         policy=policy,
         policy_params=parse_params(policy_param, "--policy-param"),
         retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else RETENTIONS)),
-        objective=objective,  # type: ignore[arg-type]  # checked by the settings
+        objective=objective if task_file is None else OF_FILE,
+        question=question,
+        data=data if task_file is None else task_file,
         max_loss=max_loss,
         sequences=sequences,
         context_length=context,

@@ -38,8 +38,8 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
             progress.note(f"the loss under {settings.policy}: {part.described}")
     levels, pace = len(settings.retentions), work.pace
     in_heldout = sum(probe.num_sequences for probe in heldout.all)
-    # with needle prompts, text and answers are measured once more, each for itself: a level reports both
-    apart = 0 if search.needles is None else sum(probe.num_sequences for probe in search.all)
+    # where there are answers, they and the text are measured once more, each for itself: a level reports both
+    apart = 0 if search.answers is None else sum(probe.num_sequences for probe in search.all)
     scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * in_heldout) + in_heldout
     passkeys = work.passkeys
     plain = work.profiling + _prompts(search, heldout) + passkeys
@@ -66,10 +66,13 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
 def _trial_contents(settings: TuneSettings, search: Probes) -> str:
     """The sequences of one trial in words."""
     text = f"{settings.sequences} sequences of {settings.context_length} tokens"
-    if search.needles is None:
+    if search.answers is None:
         return text
-    needles = f"{search.needles.num_sequences} needle prompts of {search.needles.prefill_length} tokens"
-    return needles if settings.objective == "retrieval" else f"{text} and {needles}"
+    kind = (
+        "needle prompts" if settings.task is None else f"question-{settings.question} prompts of {settings.objective}"
+    )
+    answers = f"{search.answers.num_sequences} {kind} of {search.answers.prefill_length} tokens"
+    return answers if settings.goes_by_answers else f"{text} and {answers}"
 
 
 def _prompts(search: Probes, heldout: Probes) -> int:

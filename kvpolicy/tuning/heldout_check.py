@@ -107,11 +107,11 @@ def _answer_losses(search: Losses, heldout: _Heldout) -> dict[str, Any]:
 
 
 def _over_full(settings: TuneSettings, heldout: _Heldout) -> dict[str, Any]:
-    """The relative increase of the held-out loss that a limit is about: the answers' under the objective "retrieval",
-    else the text's.
+    """The relative increase of the held-out loss that a limit is about: the answers' where the objective goes by them
+    alone, else the text's.
     """
     ours, base = heldout.plan.text, heldout.full.text
-    if settings.objective == "retrieval" and heldout.plan.answers is not None and heldout.full.answers is not None:
+    if settings.goes_by_answers and heldout.plan.answers is not None and heldout.full.answers is not None:
         ours, base = heldout.plan.answers, heldout.full.answers
     increase, low, high = relative_increase(ours, base, settings.seed)
     return {"increase": increase, "interval": [low, high], "n": len(base)}

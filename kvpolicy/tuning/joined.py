@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers import SequenceProbe
-from kvpolicy.model.spec import ModelSpec
-from kvpolicy.plugins.activations import LayerActivations
-from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
-from kvpolicy.progress import Progress
+from kvpolicy.plugins.roles import ScoreBias, SoftTarget
+from kvpolicy.tuning.several_probes import SeveralProbes
 
 
-class JoinedProbe(ModelProbe):
+class JoinedProbe(SeveralProbes):
     """The sequences of two probes, mixed evenly. Losses are weighted: on average over all sequences each probe has
     half of the weight, whatever their numbers.
 
@@ -32,48 +30,19 @@ class JoinedProbe(ModelProbe):
                     f"two probes are joined under one table of capacities, but their {name} differs: "
                     f"{getattr(first, name)} and {getattr(second, name)}"
                 )
-        self.parts = parts
+        self.parts: Sequence[SequenceProbe] = parts
         counts = [part.num_sequences for part in parts]
         self._weights = [sum(counts) / (2 * count) for count in counts]
         places = [((index + 0.5) / count, part, index) for part, count in enumerate(counts) for index in range(count)]
         self._order = [(part, index) for _, part, index in sorted(places)]
 
     @property
-    def spec(self) -> ModelSpec:
-        return self.parts[0].spec
-
-    @property
     def context_length(self) -> int:
         return self.parts[0].context_length
 
     @property
-    def least_capacity(self) -> int:
-        return self.parts[0].least_capacity
-
-    @property
-    def prompts(self) -> Sequence[Tensor]:
-        return self.parts[0].prompts
-
-    def tokenize(self, text: str) -> Tensor:
-        return self.parts[0].tokenize(text)
-
-    def observe(
-        self,
-        visit: Callable[[LayerActivations], None],
-        requires: frozenset[str],
-        *,
-        prompts: Sequence[Tensor] | None = None,
-        observation_window: int = 32,
-    ) -> None:
-        self.parts[0].observe(visit, requires, prompts=prompts, observation_window=observation_window)
-
-    @property
     def num_sequences(self) -> int:
         return len(self._order)
-
-    @property
-    def progress(self) -> Progress:
-        return self.parts[0].progress
 
     def loss(self, capacities: Tensor) -> Tensor:
         return self.joined(*(part.loss(capacities) for part in self.parts))

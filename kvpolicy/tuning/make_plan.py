@@ -44,6 +44,7 @@ from kvpolicy.tuning.studies import (
     shared_settings,
 )
 from kvpolicy.tuning.study_notes import StudyNotes
+from kvpolicy.tuning.task_probe import TaskProbe
 from kvpolicy.tuning.trial_count import searching_trials, trial_count
 
 _OF_LOSSES = (
@@ -53,6 +54,7 @@ _OF_LOSSES = (
     "context_length",
     "sequences",
     "objective",
+    "task",
     "seed",
     "policy",
     "prefill_length",
@@ -117,7 +119,8 @@ def _tune(
     for study in studies.values():
         StudyNotes(study).keep_trials(work.trials)
     notes = _shared_notes(studies)
-    journal = LossJournal(settings.losses, {name: shared[name] for name in _OF_LOSSES}, resume=settings.resume)
+    of_losses = {name: shared[name] for name in _OF_LOSSES if name in shared}
+    journal = LossJournal(settings.losses, of_losses, resume=settings.resume)
     with metered(model, partial(notes.keep_cost, "shared")):
         importance = profile(method.estimator, search.target, work.profiling, progress, journal)
     full = _full_losses(heldout, notes, progress)
@@ -139,6 +142,8 @@ def _shared(
 ) -> tuple[dict[str, Any], Pace]:
     """What all studies share in their settings, once it is known that the search may begin, and in which dtype."""
     shared = shared_settings(settings, corpus, search.text.spec, method)
+    if isinstance(search.answers, TaskProbe):
+        shared["task"] = {"question": settings.question, "samples_sha256": search.answers.digest}
     shared["weights"] = weights_sha256(model)  # before the dtype may change
     earlier = earlier_studies(settings, storage, first_studies(settings, shared))
     pace = _pace(model, search.text.sequences[0], settings, earlier)

@@ -14,7 +14,9 @@ from kvpolicy.integrations.transformers import Pace
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.search_policy import PolicySearch
+from kvpolicy.tuning.settings import OF_TASK
 from kvpolicy.tuning.study_notes import StudyNotes
+from kvpolicy.tuning.task_probe import TaskProbe
 
 _PACKAGES = ("torch", "transformers", "optuna")
 
@@ -35,7 +37,7 @@ def provenance(corpus: Corpus, job: Job, pace: Pace) -> dict[str, Any]:
         "sampler": settings.sampler,
         "search_sequences": settings.sequences,
         "heldout_sequences": job.heldout.text.num_sequences,
-        **_needles(job),
+        **_answers(job),
         "device": str(text.model.device),
         "dtype": str(pace.dtype).removeprefix("torch."),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,9 +61,15 @@ def calibration(
     ]
 
 
-def _needles(job: Job) -> dict[str, Any]:
-    search, heldout = job.search.needles, job.heldout.needles
+def _answers(job: Job) -> dict[str, Any]:
+    """What the answers' prompts are, where there are any."""
+    search, heldout, settings = job.search.answers, job.heldout.answers, job.settings
     if search is None or heldout is None:
         return {}
-    counts = {"search": search.num_sequences, "heldout": heldout.num_sequences}
-    return {"needles": counts | {"length": search.prefill_length}}
+    counts = {"search": search.num_sequences, "heldout": heldout.num_sequences, "length": search.prefill_length}
+    if not isinstance(search, TaskProbe):
+        return {"needles": counts}
+    name = settings.objective.removeprefix(OF_TASK)
+    files = {} if settings.data is None else {"data": settings.data.name}
+    digest = {"samples_sha256": search.digest}
+    return {"task": {"name": name, "question": settings.question, **files, **counts, **digest}}

@@ -9,13 +9,20 @@ from typing import Any, Literal, get_args
 
 from kvpolicy.defaults import RETENTIONS
 from kvpolicy.errors import BudgetError, StudyError
+from kvpolicy.plugins.task_role import Task
+from kvpolicy.tasks.family import task_of
+from kvpolicy.tasks.question_time import check_question
 from kvpolicy.tuning.search import Sampler
 from kvpolicy.tuning.storage import journal_of
 
 Objective = Literal["perplexity", "retrieval", "mixed"]
+OF_TASK = "task:"
+OF_FILE = f"{OF_TASK}file"
+"""What an objective begins with that goes by the answers of a registered task, and the one of a file of questions."""
 HELDOUT_SEQUENCES, LEAST_HELDOUT = 8, 4
 NEEDLES_PER_SEQUENCE, HELDOUT_NEEDLES = 4, 32
-"""Needle prompts for each search sequence, as many as a sequence has chunks, and held-out ones; half are pass keys."""
+"""Needle prompts for each search sequence, as many as a sequence has chunks, and held-out ones; half are pass keys. As
+many samples of a task."""
 MAX_LOSS_RETENTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """What the command line goes through under `max_loss` where no retentions are given."""
 
@@ -26,7 +33,10 @@ class TuneSettings:
 
     retentions: kept fractions, each in (0, 1); one study each
     objective:  what a trial is measured by: "perplexity" on the text, "retrieval" (the loss of the answers' tokens
-                behind needle prompts that the policy compresses once), or "mixed", half and half
+                behind needle prompts that the policy compresses once), "mixed", half and half, or "task:NAME", the
+                loss of the answers of a registered task
+    question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
+    data:       the folder of a task's files; under "task:file" the file
     max_loss:   stop at the first retention, from the largest, whose held-out loss is above the full cache's by more
                 than this part of it (upper end of the 95 % interval); the plan holds those before it
     sequences:  of the text, in each trial; four needle prompts for each
@@ -54,7 +64,9 @@ class TuneSettings:
     policy: str = "streaming"
     policy_params: dict[str, Any] | None = None
     retentions: tuple[float, ...] = RETENTIONS
-    objective: Objective = "perplexity"
+    objective: str = "perplexity"
+    question: str = "aware"
+    data: Path | None = None
     max_loss: float | None = None
     sequences: int = 4
     context_length: int = 1024
@@ -74,8 +86,7 @@ class TuneSettings:
                 raise BudgetError(f"a retention to tune must lie in (0, 1), got {retention:g} (1 keeps everything)")
         if not self.retentions or len(set(self.retentions)) < len(self.retentions):
             raise BudgetError(f"give each retention once, got {', '.join(map(str, self.retentions)) or 'none'}")
-        if self.objective not in get_args(Objective):
-            raise BudgetError(f"objective must be one of {', '.join(get_args(Objective))}, got '{self.objective}'")
+        self._check_objective()
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise BudgetError(
                 f"max_loss is a part of the full cache's loss, above 0 (0.02 is 2 %); got {self.max_loss:g}"
@@ -92,6 +103,29 @@ class TuneSettings:
 
         if self.resume and self.storage is None:
             raise StudyError("resume=True goes on with a search that was kept: give storage=, the file or URL it is in")
+
+    def _check_objective(self) -> None:
+        check_question(self.question)
+        if self.task is not None:
+            return
+        if self.objective not in get_args(Objective):
+            names = ", ".join(get_args(Objective))
+            raise BudgetError(f"objective must be one of {names}, got '{self.objective}'; a task's is {OF_TASK}NAME")
+        if self.data is not None or self.question != "aware":
+            raise BudgetError(f"data= and question= go with objective={OF_TASK}NAME, not with {self.objective}")
+
+    @property
+    def task(self) -> Task | None:
+        """Whose answers the objective goes by, None where it is no task's. Raises `PluginError`."""
+        if not self.objective.startswith(OF_TASK):
+            return None
+        params = {} if self.data is None else {"data": str(self.data)}
+        return task_of(self.objective.removeprefix(OF_TASK), params)
+
+    @property
+    def goes_by_answers(self) -> bool:
+        """Whether the objective is the loss of answers alone."""
+        return self.objective not in ("perplexity", "mixed")
 
     @property
     def journal(self) -> Path | None:

@@ -24,7 +24,7 @@ from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 
 KEPT_BYTES = 4 * 1024**3
-"""Caches of prompts that are kept from one table to the next; what is beyond is run again for each."""
+"""Of one set of prompts, where nothing else is said."""
 
 
 class Prompts:
@@ -33,6 +33,7 @@ class Prompts:
     batches:   int64 [B, n] each, where n may differ from one to the next
     policy:    who evicts
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
+    kept_bytes: of caches that are kept from one table to the next; what is beyond is run again for each; None for 4 GiB
 
     Raises `PluginError` for a policy that has prompts repeated where there is no tokenizer.
     """
@@ -43,6 +44,7 @@ class Prompts:
         batches: Sequence[Tensor],
         policy: EvictionPolicy,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
@@ -52,6 +54,7 @@ class Prompts:
         for batch in batches:
             check_token_ids(model, batch, "prompts")
         self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
+        self.kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
         self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
 
     @property
@@ -107,6 +110,8 @@ class Prompts:
         """
         with torch.no_grad(), attached(self.model):
             cache, before = self.compressed(index, table, allocator)
+            if behind.shape[1] == 0:
+                return before
             cache.hold(behind.shape[1])
             after = self.model(behind, **with_cache(self.model, cache), use_cache=True).logits
             cache.check_enforced()
@@ -117,7 +122,7 @@ class Prompts:
         if index in self._kept:
             return self._kept[index]
         cache, logits = self._run(index, self._capacities(int(self.batches[index].shape[1])), None)
-        if cache.nbytes + self.nbytes <= KEPT_BYTES:
+        if cache.nbytes + self.nbytes <= self.kept_bytes:
             self._kept[index] = cache, logits
         return cache, logits
 

@@ -29,8 +29,10 @@ class PromptProbe(SequenceProbe):
     tokenizer:      the model's, for a policy that has each prompt repeated (`repeat_context`)
     prefill_length: tokens of the prompt, which attend densely; None means half of a sequence. Capacities are the
                     prompt's, and the tokens at positions >= prefill_length are scored
+    unscored:       of an answer: tokens behind the prompt that are read and not scored, such as its question
     allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
                     table's own proportions are not used
+    kept_bytes:     of the prompts' caches, which are kept from one table to the next; None for 4 GiB
     model, sequences, prompts, tokenize, batch_size: as for `TransformersProbe`
 
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
@@ -52,15 +54,18 @@ class PromptProbe(SequenceProbe):
         policy: EvictionPolicy,
         tokenize: Tokenize | None = None,
         prefill_length: int | None = None,
+        unscored: int | None = None,
         batch_size: int = 1,
         allocator: BudgetAllocator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length
-        if not 0 < prefill_length < length - 1:
+        most = length - 2 if unscored is None else length - 1 - unscored
+        if not 0 < prefill_length <= most:
             raise BudgetError(
-                f"a prompt to compress must have from 1 to {length - 2} of a sequence's {length} tokens, so that some "
+                f"a prompt to compress must have from 1 to {most} of a sequence's {length} tokens, so that some "
                 f"are scored behind it; got {prefill_length}"
             )
         super().__init__(
@@ -72,9 +77,9 @@ class PromptProbe(SequenceProbe):
             prefill_length=prefill_length,
             batch_size=batch_size,
         )
-        self.policy, self.allocator = policy, allocator
+        self.policy, self.allocator, self.unscored = policy, allocator, unscored or 0
         batches = torch.split(sequences[:, :prefill_length], batch_size)
-        self.contexts = Prompts(model, batches, policy, tokenizer)
+        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes)
         self._order: dict[int, Tensor] = {}
         with attached(model):
             prompt_cache(model, policy, self.contexts.whole, allocator)
@@ -85,11 +90,11 @@ class PromptProbe(SequenceProbe):
 
     @property
     def first_scored(self) -> int:
-        return self.prefill_length
+        return self.prefill_length + self.unscored
 
     @property
     def described(self) -> str:
-        behind = self.sequences.shape[1] - self.prefill_length
+        behind = self.sequences.shape[1] - self.first_scored
         return (
             f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on "
             'top of the budget (decode="append"), are scored'
@@ -154,4 +159,4 @@ class PromptProbe(SequenceProbe):
 
     def _batch_losses(self, index: int, ids: Tensor, capacities: Tensor) -> Tensor:
         logits = self.contexts.logits(index, capacities, ids[:, self.prefill_length : -1], self.allocator)
-        return losses_from(logits, ids[:, self.prefill_length :])
+        return losses_from(logits[:, self.unscored :], ids[:, self.first_scored :])
