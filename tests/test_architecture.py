@@ -217,6 +217,7 @@ FOREIGN_WRITES = {
     "kvpolicy/integrations/transformers/cache/static_cache.py": 1,
     # objects of other libraries, which are made to be written to
     "kvpolicy/cli/__init__.py": 1,
+    "kvpolicy/cli/configuration.py": 1,
     "kvpolicy/integrations/transformers/cache/ragged_cache.py": 1,
     "kvpolicy/integrations/transformers/attention/soft_attention.py": 2,
     "kvpolicy/integrations/transformers/model/dtype.py": 3,

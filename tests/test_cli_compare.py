@@ -41,7 +41,7 @@ def test_json_table_and_picture(compare, tmp_path):
     assert document["summary"] == result.json["rows"]
     page = (tmp_path / "c.md").read_text()
     assert page.count("\n| tova/uniform |") == 2 and "## 30 % kept" in page and "a prompt of 32 tokens" in page
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 4
 
 
 def test_from_the_first_token_on(compare):

@@ -61,3 +61,9 @@ def test_prose_is_broken_into_lines_and_takes_the_width_there_is() -> None:
 
 def test_markup_in_a_cell_is_text() -> None:
     assert any("[red]x[/no]" in line for line in printed(Grid(["a"], [["[red]x[/no]"], [Text("y")]]), 80))
+
+
+def test_a_long_path_in_prose_is_broken_and_keeps_its_place() -> None:
+    lines = printed(Grid(["what", "is", "found"], [["copy", "ok", "/root" * 30]], words=["found"]), 80)
+    assert max(map(len, lines)) <= 80 and sum("what" in line for line in lines) == 1
+    assert "/root" * 30 in "".join(line[10:].strip() for line in lines)

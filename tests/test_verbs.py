@@ -14,7 +14,7 @@ from kvpolicy.progress import Progress
 
 VERBS = {command.name: command.callback for command in app.registered_commands}
 TWINS = ("bench", "compare", "estimate", "eval", "profile")
-OF_A_SHELL = {"json", "quiet", "more"}  # `more` are further --methods
+OF_A_SHELL = {"config", "json", "quiet", "more"}  # `more` are further --methods
 SMALL = {"context": 64, "dtype": "float32"}
 
 

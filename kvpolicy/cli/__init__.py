@@ -17,6 +17,7 @@ import typer
 
 from kvpolicy.cli.bench_command import bench_command
 from kvpolicy.cli.compare_command import compare_command
+from kvpolicy.cli.doctor_command import doctor_command
 from kvpolicy.cli.estimate_command import estimate_command
 from kvpolicy.cli.eval_command import eval_command
 from kvpolicy.cli.generate import generate
@@ -25,25 +26,27 @@ from kvpolicy.cli.profile_command import profile_command
 from kvpolicy.cli.show import show
 from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
+from kvpolicy.cli.validate_command import validate_command
 from kvpolicy.cli.verb import Verb
 from kvpolicy.errors import AbsentModelError, KVPolicyError, first_line
 
 app = typer.Typer(
     name="kvpolicy",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("tune", cls=Verb)(tune_command)
 app.command("profile", cls=Verb)(profile_command)
 app.command(cls=Verb)(show)
+app.command("validate", cls=Verb)(validate_command)
 app.command("eval", cls=Verb)(eval_command)
 app.command("compare", cls=Verb)(compare_command)
 app.command(cls=Verb)(generate)
 app.command("bench", cls=Verb)(bench_command)
 app.command("estimate", cls=Verb)(estimate_command)
 app.command(cls=Verb)(plugins)
+app.command("doctor", cls=Verb)(doctor_command)
 
 
 def _print_version(value: bool) -> None:

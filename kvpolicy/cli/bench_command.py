@@ -32,6 +32,7 @@ def bench_command(
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

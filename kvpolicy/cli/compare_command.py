@@ -64,6 +64,7 @@ def compare_command(
     no_timing: Annotated[
         bool, typer.Option("--no-timing", help="Do not time decoding, as while others use the device.")
     ] = False,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> int:

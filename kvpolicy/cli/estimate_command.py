@@ -22,6 +22,7 @@ def estimate_command(
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
     device: opt.Device = "auto",
     revision: opt.Revision = None,
+    config: opt.Config = None,
     json: opt.Json = False,
 ) -> None:
     """Compute what a cache will weigh, kept and full, from the model's configuration, and whether it fits here.

@@ -47,6 +47,7 @@ def eval_command(
     ] = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -65,6 +65,7 @@ def generate(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="The text alone: no progress, no figures.")] = False,
 ) -> None:

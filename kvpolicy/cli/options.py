@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import document
+from kvpolicy.cli import configuration, document
 from kvpolicy.cli.document import print_json as print_json
 
 Model = Annotated[
@@ -40,6 +40,16 @@ Context = Annotated[int, typer.Option(help="Tokens of one sequence.")]
 Seed = Annotated[int, typer.Option(help="Seed of the search and of the bootstrap.")]
 Json = Annotated[
     bool, typer.Option("--json", callback=document.reserve, is_eager=True, help="Print JSON on standard output.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=configuration.read,
+        is_eager=True,
+        help="TOML file of options, such as the one beside an earlier result; the command line goes first.",
+        show_default=False,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Params = Annotated[

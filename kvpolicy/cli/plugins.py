@@ -25,7 +25,7 @@ _HEADINGS = {
 }
 
 
-def plugins(json: opt.Json = False) -> None:
+def plugins(config: opt.Config = None, json: opt.Json = False) -> None:
     """List every estimator, allocator, policy and task, when to use it, and what is wrong with broken ones."""
     from kvpolicy.plugins.registry import registry
 

@@ -60,6 +60,7 @@ def profile_command(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -15,6 +15,7 @@ def show(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
     html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the heat maps as one picture.")] = None,
+    config: opt.Config = None,
     json: opt.Json = False,
 ) -> None:
     """Show what a plan keeps, where, and how it did on text that the search never saw."""

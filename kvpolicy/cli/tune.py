@@ -74,6 +74,7 @@ def tune_command(
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
+    config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import typer
 from typer.core import TyperCommand
 
+from kvpolicy.cli import configuration
+
 LARGEST = 2**31 - 1
 """Positions are 32 bits wide, and seeds are multiplied."""
 
@@ -22,6 +24,11 @@ class Verb(TyperCommand):
                 if (wrong := _wrong(item)) is not None:
                     raise typer.BadParameter(wrong, ctx=ctx, param=cast(Any, param))
         return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        result = super().invoke(ctx)
+        configuration.keep(ctx)
+        return result
 
 
 def _wrong(value: Any) -> str | None:

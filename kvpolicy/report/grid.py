@@ -8,12 +8,12 @@ from functools import partial
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 _LEAST_WORDS = 24  # characters that a column of prose needs
 _MOST_NAME = 0.5  # of the width, for the first column
+_BETWEEN = 2  # characters
 
 
 class Grid:
@@ -41,7 +41,7 @@ class Grid:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._title:
             yield Text(self._title, style="bold")
-        fits = partial(self._fits, console, options)
+        fits = partial(self._fits, options.max_width)
         for block in self._blocks(fits):
             whole: set[int] = set()  # headings on one line, as far as there is room
             for column in block:
@@ -61,27 +61,29 @@ class Grid:
             blocks[-1].append(column)
         return blocks
 
-    def _fits(
-        self, console: Console, options: ConsoleOptions, block: list[int], whole: Collection[int] = frozenset()
-    ) -> bool:
-        table = self._table(block, whole, options.max_width)
-        return Measurement.get(console, options.update(max_width=10_000), table).minimum <= options.max_width
+    def _fits(self, width: int, block: list[int], whole: Collection[int] = frozenset()) -> bool:
+        return sum(self._needed(column, whole, width) + _BETWEEN for column in block) - _BETWEEN <= width
+
+    def _needed(self, column: int, whole: Collection[int], width: int) -> int:
+        """The least characters of a column. whole: the columns whose headings are on one line"""
+        heading = self._columns[column]
+        longest = max((cell_len(line) for row in self._rows for line in row[column].plain.split("\n")), default=0)
+        if heading in self._words:
+            longest = min(longest, _LEAST_WORDS)
+        needed = max(longest, *map(cell_len, [heading] if column in whole else heading.split()), 1)
+        return needed if column else min(needed, max(8, int(_MOST_NAME * width)))
 
     def _table(self, block: Sequence[int], whole: Collection[int], width: int) -> Table:
-        """whole: the columns whose headings are on one line"""
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for column in block:
-            heading = self._columns[column]
-            cells = [line for row in self._rows for line in row[column].plain.split("\n")]
-            longest = max(map(cell_len, cells), default=0)
+            heading, needed = self._columns[column], self._needed(column, whole, width)
             if heading in self._words:
-                table.add_column(heading, min_width=min(longest, _LEAST_WORDS), overflow="fold")
-                continue
-            needed = max(longest, *map(cell_len, [heading] if column in whole else heading.split()), 1)
-            if column == 0:
-                table.add_column(heading, width=min(needed, max(8, int(_MOST_NAME * width))), overflow="fold")
+                table.add_column(heading, min_width=needed, overflow="fold")
+            elif column == 0:
+                table.add_column(heading, width=needed, overflow="fold")
             else:
-                table.add_column(heading, width=needed, justify="left" if _is_prose(cells) else "right")
+                prose = _is_prose(row[column].plain for row in self._rows)
+                table.add_column(heading, width=needed, justify="left" if prose else "right")
         for row in self._rows:
             table.add_row(*(row[column] for column in block))
         return table

@@ -58,6 +58,13 @@ def sound_copy(gguf: Path) -> Path | None:
     return target if target.exists() and _damage(target) is None else None
 
 
+def copies() -> list[tuple[Path, str | None]]:
+    """The directory of each copy that is kept, and what is wrong with it, None if nothing is. Reads all of them."""
+    folder = cache_directory() / "models"
+    found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return [(path, _damage(path)) for path in found if not path.name.startswith(".partial-")]
+
+
 def _copy_of(gguf: Path) -> Path:
     """Where the copy lies or will lie: named by the content of the file."""
     with foreign(f"cannot read the GGUF file {gguf}", ModelError):
