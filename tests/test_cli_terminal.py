@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress as Bars
 
+from kvpolicy.cli import watch
 from kvpolicy.cli.terminal import Console, shell_line
-from kvpolicy.cli.watch import _BarProgress, duration
+from kvpolicy.cli.watch import _BarProgress, _LineProgress, duration
 from kvpolicy.report.plain import plain
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -91,6 +92,20 @@ def test_a_bar_fits_80_columns_and_says_what_is_left():
     (line,) = capture.get().splitlines()
     assert "4/40" in line and "80 s, 12 min left" in line and "best -0.0857 against uniform" in line
     assert len(line) <= 80
+
+
+def test_lines_say_once_a_minute_how_far_a_stage_is(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    lines = _LineProgress(Console(stderr=True))
+    lines.begin("evaluate", 40)
+    for detail in ["", "", "", "snapkv, 0.5 kept", "", ""]:
+        clock[0] += 25
+        lines.advance(detail)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate: 3 of 40, about 15 min left (75 s)",
+        "evaluate: snapkv, 0.5 kept (100 s)",
+    ]
 
 
 def test_durations_are_those_that_people_say():

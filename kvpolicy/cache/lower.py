@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.schedule import ByLength, Fixed
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError
 from kvpolicy.plugins.roles import BudgetAllocator
 
 
-def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None = None) -> None:
+def lower(store: RaggedStore, table: Tensor | ByLength, allocator: BudgetAllocator | None = None) -> None:
     """Fixes the capacities and evicts down to them.
 
-    table:     int64 [L, H]
+    table:     int64 [L, H], or one for each length of a prompt
     allocator: splits the table's total at run time instead, layer by layer as a prompt would
 
     Raises `BudgetError` below the policy's floor, for a table of another shape, and for an allocator that requires
@@ -28,5 +28,5 @@ def lower(store: RaggedStore, table: Tensor, allocator: BudgetAllocator | None =
     if tuple(table.shape) != store.spec.table_shape:
         raise BudgetError(f"the table has shape {tuple(table.shape)}, the model has {store.spec.table_shape}")
     floor = store.policy.least_capacity
-    schedule = Fixed(table).with_floor(floor)
+    schedule = (table if isinstance(table, ByLength) else Fixed(table)).with_floor(floor)
     store.rebudget(schedule, None if allocator is None else RuntimeSplit(allocator, schedule, floor))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -88,6 +88,39 @@ class Fixed:
                 f"the budget gives {int(self.table[layer, head])} entries to layer {layer}, KV head {head}, expected "
                 f"at least {floor}: the policy's sink tokens and one more. Raise the budget or use fewer sink tokens"
             )
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByLength:
+    """Prompts of several lengths in one batch: each has the capacities of its own length from then on.
+
+    tables: int64 `[L, H]` by the tokens of a prompt
+
+    Raises `BudgetError` for a table that is none.
+    """
+
+    tables: Mapping[int, Tensor]
+    evicts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for table in self.tables.values():
+            Fixed(table)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return Fixed(next(iter(self.tables.values()))).shape
+
+    def total(self, seen: int) -> int:
+        """That of the longest prompt that has as many tokens at most."""
+        return int(self.tables[max(length for length in self.tables if length <= seen)].sum())
+
+    def at(self, seen: int, before: Tensor | None) -> Tensor:
+        return self.tables[seen] if before is None else before
+
+    def with_floor(self, floor: int) -> ByLength:
+        for table in self.tables.values():
+            Fixed(table).with_floor(floor)
         return self
 
 

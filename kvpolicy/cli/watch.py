@@ -20,6 +20,7 @@ def watcher(quiet: bool) -> Progress:
     return _BarProgress(console) if console.is_terminal else _LineProgress(console)
 
 
+_SILENCE = 60  # seconds, after which a line says how far a stage is
 _SPAN = 600  # seconds; what is left is estimated from the steps of the last ones
 
 
@@ -71,21 +72,29 @@ class _BarProgress(Progress):
 
 
 class _LineProgress(Progress):
-    """A line when a stage starts and ends, and one for each step that says something."""
+    """A line for each step that says something, and one a minute where none does."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._stage, self._begun = "", 0.0
+        self._stage, self._begun, self._said = "", 0.0, 0.0
+        self._total = self._done = 0
 
     def note(self, message: str) -> None:
         self._console.print(shell_line(message), soft_wrap=True)
 
     def begin(self, stage: str, total: int) -> None:
-        self._stage, self._begun = stage, time.monotonic()
+        self._stage, self._total, self._done = stage, total, 0
+        self._begun = self._said = time.monotonic()
 
     def advance(self, detail: str = "") -> None:
+        self._done += 1
+        now = time.monotonic()
+        if not detail and now - self._said > _SILENCE:
+            left = (now - self._begun) / self._done * (self._total - self._done)
+            detail = f"{self._done} of {self._total}, about {duration(left)} left"
         if detail:
-            self.note(f"{self._stage}: {detail} ({time.monotonic() - self._begun:.0f} s)")
+            self._said = now
+            self.note(f"{self._stage}: {detail} ({now - self._begun:.0f} s)")
 
     def end(self) -> None:
         self._stage = ""

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from kvpolicy.comparison.methods import Method
-from kvpolicy.comparison.real_cache import filled_cache, ready, weighed
+from kvpolicy.comparison.real_cache import filled_cache, ready, weighed_rows
 from kvpolicy.comparison.records import Records
+from kvpolicy.comparison.talk import Talk
 from kvpolicy.comparison.task import Measured, Tables, Task
-from kvpolicy.integrations.transformers import Prompts, RaggedCache, with_cache
+from kvpolicy.integrations.transformers import Prompts, RaggedCache
 from kvpolicy.measure.evaluation import CacheBytes
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.task_role import Sample
 from kvpolicy.plugins.task_role import Task as TaskRole
+from kvpolicy.progress import Progress
 from kvpolicy.tasks.question_time import QuestionTime
 
 
@@ -31,6 +33,8 @@ class AnswerTask(Task):
     question: "aware": the prompt is the context and the first question; "agnostic": the context alone
     records:  a file for what each sample gave, see `Records`
     settings: what must agree for a record to count, besides the task's own
+    batch_size: samples that are run together, left-padded; each is answered as if it were alone
+    progress: is told of each sample but the last
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class AnswerTask(Task):
         question: QuestionTime = "aware",
         records: Path | None = None,
         settings: dict[str, Any] | None = None,
+        batch_size: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         self.name, self.role, self.model, self.tokenizer = name, role, model, tokenizer
         self.samples, self.question, self.protocol = list(samples), question, f"question-{question}"
@@ -51,6 +57,7 @@ class AnswerTask(Task):
         self.context, self.count = self.prompts[0].shape[1], len(self.samples)
         self.spec = ModelSpec.from_config(model.config)
         self.records = Records(records, self.settings | (settings or {}))
+        self.batch_size, self.progress = batch_size, progress or Progress()
         self._ready: Prompts | None = None
 
     @property
@@ -79,13 +86,23 @@ class AnswerTask(Task):
             "answers_sha256": hashlib.sha256(turns.encode()).hexdigest(),
         }
 
+    @property
+    def steps(self) -> int:
+        return self.count
+
     def measure(self, method: Method, tables: Tables) -> Measured:
+        own = [tables(prompt.shape[1]) for prompt in self.prompts]
         losses, weights = [], []
-        for index, sample in enumerate(self.samples):
-            table = tables(self.prompts[index].shape[1])
-            record = self.records.find(method, table, index) or self._record(index, sample, method, table)
-            losses.append(1 - sum(record["scores"]) / len(record["scores"]))
-            weights.append([record["bytes"], record["dense_bytes"], record["entries"]])
+        for index, batch in enumerate(self._batches(1 if method.quantized else self.batch_size)):
+            records = [self.records.find(method, own[row], row) for row in batch]
+            if None in records:
+                records = self._answered(index, batch, method, tables)
+            for row, record in zip(batch, records, strict=True):
+                assert record is not None
+                losses.append(1 - sum(record["scores"]) / len(record["scores"]))
+                weights.append([record["bytes"], record["dense_bytes"], record["entries"]])
+                if row < self.count - 1:
+                    self.progress.advance()
         mean = torch.tensor(weights, dtype=torch.float64).mean(0).round().long().tolist()
         return Measured(torch.tensor(losses, dtype=torch.float64), CacheBytes(*mean))
 
@@ -98,50 +115,66 @@ class AnswerTask(Task):
         """What is compressed."""
         return sample.context if self.question == "agnostic" else (*sample.context, *sample.questions[0])
 
-    def _record(self, index: int, sample: Sample, method: Method, table: Tensor) -> dict[str, Any]:
-        with ready(self.model, method):
-            cache, logits = self._compressed(index, method, table)
-            weight = weighed(cache, table.clamp(max=self.prompts[index].shape[1]), self.spec, self.dtype)
-            if isinstance(cache, RaggedCache):
-                most = len(sample.questions) * self.role.max_new_tokens
-                cache.hold(most + sum(map(len, sample.questions)))
-            answers = self._answers(cache, logits, sample)
-        scores = [
-            plugin_call.answer_score(self.role, answer, turn)
-            for answer, turn in zip(answers, sample.turns, strict=True)
-        ]
-        values = {"answers": answers, "scores": scores, "about": dict(sample.about), "tokens": sample.length}
-        values |= {"bytes": weight.bytes, "dense_bytes": weight.dense_bytes, "entries": weight.entries}
-        return self.records.add(method, table, index, values)
+    def _batches(self, size: int) -> list[range]:
+        """The numbers of the samples that are run together."""
+        return [range(first, min(first + size, self.count)) for first in range(0, self.count, size)]
 
-    def _compressed(self, index: int, method: Method, table: Tensor) -> tuple[Any, Tensor]:
-        """The cache of a prompt, and the logits behind it. One run of a prompt serves every table of a policy."""
+    def _answered(self, index: int, batch: range, method: Method, tables: Tables) -> list[dict[str, Any] | None]:
+        """The records of a batch."""
+        samples = [self.samples[row] for row in batch]
+        lengths = [self.prompts[row].shape[1] for row in batch]
+        own = [tables(length) for length in lengths]
+        with ready(self.model, method):
+            cache, logits = self._compressed(index, method, tables if len(set(lengths)) > 1 else own[0])
+            limits = [table.clamp(max=length) for table, length in zip(own, lengths, strict=True)]
+            memory = weighed_rows(cache, limits, self.spec, self.dtype)
+            answers = self._answers(cache, logits, samples, lengths)
+        records: list[dict[str, Any] | None] = []
+        for row, sample, table, said, weight in zip(batch, samples, own, answers, memory, strict=True):
+            pairs = zip(said, sample.turns, strict=True)
+            scores = [plugin_call.answer_score(self.role, answer, turn) for answer, turn in pairs]
+            values = {"answers": said, "scores": scores, "about": dict(sample.about), "tokens": sample.length}
+            values |= {"bytes": weight.bytes, "dense_bytes": weight.dense_bytes, "entries": weight.entries}
+            records.append(self.records.find(method, table, row) or self.records.add(method, table, row, values))
+        return records
+
+    def _compressed(self, index: int, method: Method, table: Tensor | Tables) -> tuple[Any, Tensor]:
+        """The cache of a batch of prompts, and the logits behind each. One run of them serves every table of a policy.
+
+        table: for each length where prompts differ in it
+        """
         if method.quantized:
+            assert isinstance(table, Tensor)  # one prompt at a time: a batch might share its scales
             return filled_cache(self.model, method, table, self.prompts[index])
         if self._ready is None or self._ready.policy != method.policy:
             self._ready = None  # frees its caches first
-            self._ready = Prompts(self.model, self.prompts, method.policy, self.tokenizer)
+            self._ready = self._prompts(method)
         return self._ready.compressed(index, table, method.runtime_allocator)
 
-    def _answers(self, cache: Any, logits: Tensor, sample: Sample) -> list[str]:
-        """One for each turn; each stays in the conversation."""
-        answers, ends, pending = [], self._ends(), list[int]()
-        for turn, question in enumerate(sample.questions):
-            if turn or self.question == "agnostic":
-                logits = self._fed(cache, [*pending, *question])
-            tokens = [int(logits[0, -1].argmax())]
-            while tokens[-1] not in ends and len(tokens) < self.role.max_new_tokens:
-                logits = self._fed(cache, tokens[-1:])
-                tokens.append(int(logits[0, -1].argmax()))
-            pending = tokens[-1:] if tokens[-1] not in ends else []
-            answers.append(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return answers
+    def _prompts(self, method: Method) -> Prompts:
+        batches, padding = [], []
+        for batch in self._batches(self.batch_size):
+            own = [self.prompts[row][0] for row in batch]
+            batches.append(torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left"))
+            padding.append(torch.tensor([batches[-1].shape[1] - len(ids) for ids in own]))
+        return Prompts(self.model, batches, method.policy, self.tokenizer, padding=padding)
 
-    def _fed(self, cache: Any, ids: list[int]) -> Tensor:
-        logits: Tensor = self.model(
-            torch.tensor([ids], device=self.model.device), **with_cache(self.model, cache), use_cache=True
-        ).logits
-        return logits
+    def _answers(self, cache: Any, logits: Tensor, samples: list[Sample], lengths: list[int]) -> list[list[str]]:
+        """One for each turn of each sample; each stays in the conversation."""
+        talk = Talk(self.model, cache, logits, lengths, self._ends())
+        if isinstance(cache, RaggedCache):
+            cache.hold(talk.room(samples, self.role.max_new_tokens))
+        answers: list[list[str]] = [[] for _ in samples]
+        for turn in range(max(len(sample.questions) for sample in samples)):
+            asked = [sample.questions[turn] if turn < len(sample.questions) else () for sample in samples]
+            if turn or self.question == "agnostic":
+                talk.ask(asked)
+            last = [turn + 1 >= len(sample.questions) for sample in samples]
+            said = talk.answer([bool(question) for question in asked], last, self.role.max_new_tokens)
+            for row, tokens in enumerate(said):
+                if asked[row]:
+                    answers[row].append(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return answers
 
     def _ends(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,14 +61,21 @@ def weighed(cache: Any, table: Tensor, spec: ModelSpec, dtype: torch.dtype) -> C
 
     Raises `BudgetError` if a row does not hold as much as the table says.
     """
-    entries = int(table.sum())
+    rows = cache.opened().batch_size if isinstance(cache, RaggedCache) else 1
+    return weighed_rows(cache, [table] * rows, spec, dtype)[0]
+
+
+def weighed_rows(cache: Any, tables: Sequence[Tensor], spec: ModelSpec, dtype: torch.dtype) -> list[CacheBytes]:
+    """The same for each row, with its own entries and the mean row's bytes. tables: of each row"""
+    entries = [int(table.sum()) for table in tables]
     if not isinstance(cache, RaggedCache):  # quantized: of one row
-        return CacheBytes(cache_nbytes(cache), entries * spec.entry_bytes(dtype.itemsize), entries)
+        return [CacheBytes(cache_nbytes(cache), entries[0] * spec.entry_bytes(dtype.itemsize), entries[0])]
     store = cache.opened()
     lengths, rows = store.lengths.sum((0, 2)).tolist(), store.batch_size
-    if lengths != [entries] * rows:
-        raise BudgetError(f"the cache holds {lengths} entries in its rows, the table says {entries}")
-    return CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, entries)
+    if lengths != entries:
+        says = f"the table says {entries[0]}" if len(set(entries)) == 1 else f"their tables say {entries}"
+        raise BudgetError(f"the cache holds {lengths} entries in its rows, {says}")
+    return [CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, count) for count in entries]
 
 
 def decode_ms(model: Any, method: Method, table: Tensor, prompt: Tensor, tokenizer: Any = None) -> float:

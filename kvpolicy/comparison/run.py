@@ -54,7 +54,7 @@ def compare(
     timed_on = device if timing else None
     missing = sum(_known(before, *pair, timed_on) is None for pair in pairs)
     progress.note(f"{missing} rows of {task.count} sequences to measure, {len(pairs) - missing} are in {out} already")
-    progress.begin("compare", missing)
+    progress.begin("compare", missing * task.steps)
     try:
         for method, retention in pairs:
             row = _known(before, method, retention, timed_on)

@@ -69,6 +69,11 @@ class Task(abc.ABC):
         """int64 [N, T], every token that is fed or scored."""
 
     @property
+    def steps(self) -> int:
+        """Steps of progress that a measurement takes. The task tells of all but the last itself."""
+        return 1
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What must agree for two runs to be one comparison, as JSON values."""
         return {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpolicy.errors import KVPolicyError, PluginError
 from kvpolicy.plugins import plugin_call
+from kvpolicy.progress import Progress
 from kvpolicy.tasks.family import families, task_of
 from kvpolicy.tasks.question_time import QuestionTime, check_question
 from kvpolicy.verbs import arguments
@@ -43,12 +44,15 @@ class ChosenTask:
         seed: int,
         records: Path | None = None,
         settings: dict[str, Any] | None = None,
+        batch_size: int = 1,
+        progress: Progress | None = None,
     ) -> AnswerTask:
         """Its samples for a model. Raises `TextError` for a length without room and for files, `PluginError`."""
         from kvpolicy.comparison.answers import AnswerTask
 
         samples = plugin_call.task_samples(self.role, tokenizer, limit, context, seed)
         options: dict[str, Any] = {"question": self.question, "records": records, "settings": settings}
+        options |= {"batch_size": batch_size, "progress": progress}
         return AnswerTask(self.name, self.role, model, tokenizer, samples, **options)
 
 

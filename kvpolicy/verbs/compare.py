@@ -128,9 +128,9 @@ def compare(
     if task in RETRIEVAL and question == "aware":
         made = _questions(task, network, tokenizer, context, limit, batch_size, seed)
     elif subject is not None:
-        sizes = {"limit": limit, "context": context, "seed": seed}
-        lines = rows.with_suffix(".samples.jsonl")
-        made = subject.of_model(network, tokenizer, **sizes, records=lines, settings=settings)
+        sizes: dict[str, Any] = {"limit": limit, "context": context, "seed": seed, "batch_size": batch_size}
+        sizes |= {"records": rows.with_suffix(".samples.jsonl"), "settings": settings, "progress": progress}
+        made = subject.of_model(network, tokenizer, **sizes)
         if made.count < LEAST_SEQUENCES:
             raise TextError(f"{subject.name} has {made.count} sample here: {LEAST_SEQUENCES} are needed to compare")
     else:

@@ -125,7 +125,7 @@ def eval(
 
     _, network, tokenizer = load_network(model, loaded, revision=revision, device=where, dtype=number)
     if chosen is not None:
-        sizes = {"limit": limit, "context": context, "seed": seed}
+        sizes = {"limit": limit, "context": context, "seed": seed, "batch_size": batch_size}
         subject = (network, tokenizer)
         return _answered(chosen, name, loaded, (evicting, evicts), retentions, subject, sizes, lines, progress)
     corpus = read_corpus(tokenizer, source)
@@ -150,18 +150,18 @@ def _answered(
     records: Path | None,
     progress: Progress | None,
 ) -> Evaluation:
-    """A registered task under the plan. subject: model and tokenizer;  sizes: limit, context and seed"""
+    """A registered task under the plan. subject: model and tokenizer;  sizes: limit, context, seed and batch_size"""
     from kvpolicy.integrations.transformers import weights_sha256
     from kvpolicy.verbs.eval_task import answer_rows
 
     network, tokenizer = subject
     number = str(network.dtype).removeprefix("torch.")
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
-    task = chosen.of_model(network, tokenizer, **sizes, records=records, settings=settings)
+    progress = progress or Progress()
+    options: dict[str, Any] = {**sizes, "records": records, "settings": settings, "progress": progress}
+    task = chosen.of_model(network, tokenizer, **options)
     facts = {"policy": policy[0], "dtype": number, "context_length": sizes["context"]}
-    rows = answer_rows(
-        task, name, plan, policy, retentions, seed=sizes["seed"], facts=facts, progress=progress or Progress()
-    )
+    rows = answer_rows(task, name, plan, policy, retentions, seed=sizes["seed"], facts=facts, progress=progress)
     return Evaluation(name, tuple(rows), task.described)
 
 

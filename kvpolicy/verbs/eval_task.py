@@ -41,7 +41,7 @@ def answer_rows(
         own = [] if plan is None else [Method(name, *policy, plan=plan)]
         pairs += [(method, kept) for kept in retentions for method in (uniform, *own)]
     rows = []
-    progress.begin("evaluate", len(pairs))
+    progress.begin("evaluate", len(pairs) * task.steps)
     try:
         for method, kept in pairs:
             measured = task.measure(method, partial(_table, task, method, kept, seed))

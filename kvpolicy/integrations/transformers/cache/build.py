@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticC
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.cache import schedule as schedules
-from kvpolicy.cache.schedule import Fixed, Schedule
+from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.static import check_static
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
@@ -85,7 +85,7 @@ def new_cache(
 
 
 def cache_of(
-    model: PreTrainedModel, recipe: Recipe, fixed: Fixed | None = None, *, static: bool = False
+    model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = None, *, static: bool = False
 ) -> RaggedCache:
     """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
     spec = ModelSpec.from_config(model.config)

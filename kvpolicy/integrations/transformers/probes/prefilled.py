@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.budget.ask import Ask
 from kvpolicy.cache.lower import lower
-from kvpolicy.cache.schedule import Fixed
+from kvpolicy.cache.schedule import ByLength, Fixed
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.cache.build import cache_of
 from kvpolicy.integrations.transformers.cache.contexts import attached
@@ -33,6 +34,7 @@ class Prompts:
     batches:   int64 [B, n] each, where n may differ from one to the next
     policy:    who evicts
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
+    padding:   int64 [B] each, tokens at the start of each row that are padding; None for none
     kept_bytes: of caches that are kept from one table to the next; what is beyond is run again for each; None for 4 GiB
 
     Raises `PluginError` for a policy that has prompts repeated where there is no tokenizer.
@@ -44,6 +46,7 @@ class Prompts:
         batches: Sequence[Tensor],
         policy: EvictionPolicy,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        padding: Sequence[Tensor] | None = None,
         kept_bytes: int | None = None,
     ) -> None:
         if "repeat_attention" in policy.requires and tokenizer is None:
@@ -54,6 +57,7 @@ class Prompts:
         for batch in batches:
             check_token_ids(model, batch, "prompts")
         self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
+        self.padding = [torch.zeros(len(batch), dtype=torch.int64) for batch in batches] if padding is None else padding
         self.kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
         self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
 
@@ -84,23 +88,28 @@ class Prompts:
                 break
         return len(self._kept)
 
+    def row_lengths(self, index: int) -> list[int]:
+        """Tokens of each prompt of a batch."""
+        lengths: list[int] = (self.batches[index].shape[1] - self.padding[index]).tolist()
+        return lengths
+
     def compressed(
-        self, index: int, table: Tensor, allocator: BudgetAllocator | None = None
+        self, index: int, table: Tensor | Callable[[int], Tensor], allocator: BudgetAllocator | None = None
     ) -> tuple[RaggedCache, Tensor]:
         """A cache of batch `index` that keeps what `table` allows, and the logits behind its prompts `[B, 1, vocab]`.
         What follows is kept on top. The cache is to be used while the model is attached.
 
-        table:     int [L, H], entries of the prompt
+        table:     int [L, H], entries of the prompt; where prompts differ in length, by the tokens of one
         allocator: splits the table's total at run time by the scores of each prompt instead
         """
-        table, policy = table.long().clamp(max=self.batches[index].shape[1]), self.policy
+        limits, policy = self._limits(index, table), self.policy
         # what these leave is of no use for another table: no scores, those of one capacity, or no attention
         is_split_anew = allocator is not None and (policy.window_rule or bool(allocator.requires))
         if is_split_anew or "capacity" in policy.requires:
-            return self._run(index, table, allocator)
+            return self._run(index, limits, allocator)
         whole, logits = self._whole(index)
         cache = whole.fork()
-        lower(cache.opened(), table, allocator)
+        lower(cache.opened(), limits, allocator)
         return cache, logits
 
     def logits(self, index: int, table: Tensor, behind: Tensor, allocator: BudgetAllocator | None = None) -> Tensor:
@@ -117,6 +126,14 @@ class Prompts:
             cache.check_enforced()
             return torch.cat([before, after], 1)
 
+    def _limits(self, index: int, table: Tensor | Callable[[int], Tensor]) -> Tensor | ByLength:
+        """A table of no more entries than a prompt has, or one for each length."""
+        lengths = self.row_lengths(index)
+        if isinstance(table, Tensor):
+            return table.long().clamp(max=max(lengths))
+        tables = {length: table(length).long().clamp(max=length) for length in lengths}
+        return ByLength(tables) if len(tables) > 1 else tables[lengths[0]]
+
     def _whole(self, index: int) -> tuple[RaggedCache, Tensor]:
         """As `compressed`, with nothing evicted: for all tables, so it is left as it is."""
         if index in self._kept:
@@ -126,24 +143,32 @@ class Prompts:
             self._kept[index] = cache, logits
         return cache, logits
 
-    def _run(self, index: int, table: Tensor, allocator: BudgetAllocator | None) -> tuple[RaggedCache, Tensor]:
+    def _run(
+        self, index: int, table: Tensor | ByLength, allocator: BudgetAllocator | None
+    ) -> tuple[RaggedCache, Tensor]:
         model, ids = self.model, self.batches[index].to(self.model.device)
+        mask, lengths = None, torch.tensor(self.row_lengths(index))
+        options: dict[str, Any] = {}
+        if bool(self.padding[index].any()):
+            mask = (torch.arange(ids.shape[1]) >= self.padding[index][:, None]).long().to(ids.device)
+            options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad(), attached(model):
             cache = prompt_cache(model, self.policy, table, allocator)
-            logits = model(ids, use_cache=True, **with_cache(model, cache), **keep_logits(model)).logits[:, -1:]
+            options |= with_cache(model, cache) | keep_logits(model)
+            logits = model(ids, use_cache=True, **options).logits[:, -1:]
             if cache.awaits_repeat:
                 assert self.tokenizer is not None  # asked for at the beginning
-                repeat_context(model, cache, ids, self.tokenizer)
+                repeat_context(model, cache, ids, self.tokenizer, attention_mask=mask, next_position=lengths)
             cache.check_enforced()
         return cache, logits
 
 
 def prompt_cache(
-    model: PreTrainedModel, policy: EvictionPolicy, table: Tensor, allocator: BudgetAllocator | None = None
+    model: PreTrainedModel, policy: EvictionPolicy, table: Tensor | ByLength, allocator: BudgetAllocator | None = None
 ) -> RaggedCache:
     """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
 
-    table:     int64 [L, H], the entries each KV head may keep of the prompt
+    table:     int64 [L, H], the entries each KV head may keep of the prompt, or one for each length of a prompt
     allocator: splits the table's total by the scores of the prompt instead
 
     Raises `BudgetError` for an allocator that does not split at run time: its shares make a table.
@@ -159,4 +184,4 @@ def prompt_cache(
         decode="append",
         rollback=0,
     )
-    return cache_of(model, recipe, Fixed(table))
+    return cache_of(model, recipe, table if isinstance(table, ByLength) else Fixed(table))

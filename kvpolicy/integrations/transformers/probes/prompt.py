@@ -79,7 +79,7 @@ class PromptProbe(SequenceProbe):
         )
         self.policy, self.allocator, self.unscored = policy, allocator, unscored or 0
         batches = torch.split(sequences[:, :prefill_length], batch_size)
-        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes)
+        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes=kept_bytes)
         self._order: dict[int, Tensor] = {}
         with attached(model):
             prompt_cache(model, policy, self.contexts.whole, allocator)
