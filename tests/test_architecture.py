@@ -23,7 +23,8 @@ PACKAGES = {
     for pattern in ("kvpolicy", "kernels/*", "plugins/*/kvpolicy_*", "plugins/template/src/*")
     for path in sorted(ROOT.glob(f"{pattern}/py.typed"))
 }
-PLUGINS = frozenset(PACKAGES) - {"kvpolicy", KERNELS}
+ENGINES = frozenset({"kvpolicy_vllm"})  # serve plans elsewhere: distributions of their own, on the core and the kernels
+PLUGINS = frozenset(PACKAGES) - {"kvpolicy", KERNELS} - ENGINES
 FILES = [(package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
 
 # Only these folders of the core import these libraries; `import kvpolicy` needs none of them.
@@ -32,6 +33,7 @@ OWNERS = {
     "transformers": "kvpolicy/integrations/",
     "typer": "kvpolicy/cli/",
     "matplotlib": "kvpolicy/report/",
+    "vllm": "kvpolicy_vllm/",
 }
 
 
@@ -57,12 +59,16 @@ def _problem(package: str, path: str, module: str) -> str | None:
     top = module.split(".")[0]
     if module.startswith("."):
         return f"relative import of {module}"
+    if top in ENGINES and top != package:
+        return f"{package} imports {top}, which only its engine does"
     if top in PLUGINS and top != package:
         return f"{package} imports the plugin {top}: plugins are reached through the registry alone"
     if package == KERNELS and top == "kvpolicy":
         return "kernels import the core"
     if package in PLUGINS and top in ("kvpolicy", KERNELS) and "." in module:
         return f"a plugin imports {module}: only the top level of {top} is public"
+    if package in ENGINES and top == "kvpolicy" and "." in module:
+        return f"{package} imports {module}: only the top level of {top} is public"
     if top == "triton" and (package != KERNELS or not path.endswith("/kernel.py")):
         return "triton outside a kernel.py"
     if top in OWNERS and not path.startswith(OWNERS[top]):
@@ -101,7 +107,9 @@ def relative(package: str, path: Path) -> str:
 
 
 def test_all_packages_are_found() -> None:
-    assert {"kvpolicy", KERNELS, "kvpolicy_baklava", "kvpolicy_baselines", "kvpolicy_template"} <= set(PACKAGES)
+    assert {"kvpolicy", KERNELS, "kvpolicy_baklava", "kvpolicy_baselines", "kvpolicy_template", *ENGINES} <= set(
+        PACKAGES
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -137,6 +145,12 @@ def test_imports_follow_the_rules(package: str) -> None:
         ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "from kvpolicy.model.spec import Budget"),
         ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy_kernels.gather"),
         ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy_baselines"),
+        ("kvpolicy", "kvpolicy/budget/plan.py", "import kvpolicy_vllm"),
+        ("kvpolicy", "kvpolicy/budget/plan.py", "import vllm"),
+        ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "from kvpolicy_vllm import register"),
+        ("kvpolicy_vllm", "kvpolicy_vllm/x.py", "from kvpolicy.budget.plan import load_plan"),
+        ("kvpolicy_vllm", "kvpolicy_vllm/x.py", "import kvpolicy_baselines"),
+        ("kvpolicy_vllm", "kvpolicy_vllm/x.py", "import triton"),
     ],
 )
 def test_each_rule_catches_its_violation(package: str, path: str, source: str) -> None:
@@ -150,6 +164,11 @@ def test_each_rule_catches_its_violation(package: str, path: str, source: str) -
         ("kvpolicy", "kvpolicy/cli/plugins.py", "import typer"),
         (KERNELS, "kvpolicy_kernels/gather/kernel.py", "import triton, torch"),
         ("kvpolicy_baklava", "kvpolicy_baklava/x.py", "import kvpolicy, kvpolicy_kernels, kvpolicy_baklava.y"),
+        (
+            "kvpolicy_vllm",
+            "kvpolicy_vllm/x.py",
+            "import vllm.v1, kvpolicy, kvpolicy_kernels.attention, kvpolicy_vllm.y",
+        ),
     ],
 )
 def test_rules_allow_what_is_right(package: str, path: str, source: str) -> None:

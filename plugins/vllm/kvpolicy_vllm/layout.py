@@ -1,0 +1,115 @@
+"""Where the entries of one layer lie in vLLM's blocks, and which tokens they are.
+
+A block holds `slots[h]` entries of each KV head h, head behind head, and stands for `tokens_per_block` tokens of a
+request: a head's capacity after n tokens is `slots[h] * ceil(n / tokens_per_block)`. A slab is a block for all the
+tokens that a request can have, so that the capacity is fixed. What is kept are the sink tokens and the most recent
+ones, and an entry that was evicted never returns.
+
+Everything follows from positions alone. A new block is filled first, and nothing is evicted meanwhile; then a token
+takes the slot of the oldest entry that is no sink. So there is no state that a preempted request could lose, and that a
+CUDA graph would have to carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockLayout:
+    """The blocks of one layer, on one device.
+
+    slots:            int64 [H], entries of each KV head in a block, each above `num_sink_tokens`
+    offsets:          int64 [H], the row of a block at which each head begins
+    rows:             rows of a block; heads of other ranks may have more than these
+    tokens_per_block: tokens of a request that a block stands for
+    num_sink_tokens:  first tokens, which stay
+    num_blocks:       blocks of a request, at most
+    jumps:            how often a token's place was another's before, in other blocks, at most
+    """
+
+    slots: Tensor
+    offsets: Tensor
+    rows: int
+    tokens_per_block: int
+    num_sink_tokens: int
+    num_blocks: int
+    jumps: int
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[int],
+        tokens_per_block: int,
+        num_sink_tokens: int,
+        *,
+        max_tokens: int,
+        rows: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """max_tokens: the most tokens of a request;  rows: at least so many rows in a block."""
+        table = torch.tensor(list(slots), dtype=torch.int64)
+        offsets, rows = table.cumsum(0) - table, max(int(table.sum()), rows)
+        num_blocks = -(-max_tokens // tokens_per_block)
+        layout = cls(table, offsets, rows, tokens_per_block, num_sink_tokens, num_blocks, 0)
+        position, jumps = torch.arange(max_tokens).expand(len(table), -1), 0
+        while not torch.equal(earlier := layout._jump(position), position):
+            position, jumps = earlier, jumps + 1
+        return replace(layout, slots=table.to(device), offsets=offsets.to(device), jumps=jumps)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.slots.shape[0]
+
+    def oldest(self, positions: Tensor) -> Tensor:
+        """The oldest token besides the sinks that a query at each position [N] sees, int64 [H, N]."""
+        block, inside = self._split(positions)
+        slots, kept = self.slots[:, None], self.slots[:, None] - self.tokens_per_block
+        behind = (inside + 1 - slots).clamp(min=0)
+        return (self.num_sink_tokens - block * kept + behind).clamp(min=self.num_sink_tokens)
+
+    def lengths(self, counts: Tensor) -> Tensor:
+        """Entries of each head after so many tokens [N], int64 [H, N]."""
+        last = (counts - 1).clamp(min=0)
+        block, inside = self._split(last)
+        slots = self.slots[:, None]
+        full = block * slots + torch.minimum(inside + 1, slots)
+        return torch.where(counts > 0, full, 0)
+
+    def block_lengths(self, counts: Tensor, num_blocks: int) -> Tensor:
+        """Entries of each head in each of a request's blocks, after so many tokens [B]: int64 [B, num_blocks, H]."""
+        begins = torch.arange(num_blocks, device=counts.device) * self.tokens_per_block
+        return torch.minimum((counts[:, None] - begins).clamp(min=0)[:, :, None], self.slots)
+
+    def slot(self, positions: Tensor) -> Tensor:
+        """Which of a head's entries the token at each position [N] is or was, int64 [H, N].
+
+        Entry j is the entry `j % slots[h]` of the request's block `j // slots[h]`.
+        """
+        position = positions.expand(self.num_kv_heads, -1)
+        for _ in range(self.jumps):
+            position = self._jump(position)
+        block, inside = self._split(position)
+        return block * self.slots[:, None] + inside
+
+    def rows_of(self, blocks: Tensor, slot: Tensor) -> Tensor:
+        """The arena's row of each entry, int64 [H, N].
+
+        blocks: int [P], the blocks of one request;  slot: [H, N], from `slot`
+        """
+        number, inside = slot // self.slots[:, None], slot % self.slots[:, None]
+        return blocks.long()[number] * self.rows + self.offsets[:, None] + inside
+
+    def _split(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return positions // self.tokens_per_block, positions % self.tokens_per_block
+
+    def _jump(self, position: Tensor) -> Tensor:
+        """The token whose place each one [H, N] took, one block or more ago; itself where the place was free."""
+        block, inside = self._split(position)
+        ring = (block + 1) * self.slots[:, None] - self.num_sink_tokens
+        turns = ((inside - self.slots[:, None]) // ring + 1).clamp(min=0)
+        return position - turns * ring

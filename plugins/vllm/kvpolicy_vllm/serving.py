@@ -1,0 +1,138 @@
+"""What a plan says for one engine: the entries of each KV head in a block, and what the blocks are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, PluginError, load_plan, registry
+from kvpolicy_vllm.settings import KEY, Settings
+
+BLOCKS = (64, 128, 256, 512, 1024, 2048)
+"""Tokens of a block where budgets grow with the length; the smallest that fits the plan is taken."""
+
+ROUNDING = 0.1
+"""The most that a head's share of a block may be off, relative to the plan's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """It travels to vLLM's processes in the configuration, as JSON, so that the plan is read once.
+
+    plan:             path of the plan file
+    slots:            entries of each KV head in a block, [layers, KV heads] of the whole model
+    tokens_per_block: tokens of a request that a block stands for; `max_model_len` for a slab
+    num_sink_tokens:  first tokens, which stay
+    max_model_len:    the most tokens of a request
+    """
+
+    plan: str
+    slots: tuple[tuple[int, ...], ...]
+    tokens_per_block: int
+    num_sink_tokens: int
+    max_model_len: int
+
+    @classmethod
+    def resolve(cls, settings: Settings, hf_config: Any, max_model_len: int, tp_size: int) -> Serving:
+        """Raises `BudgetError`, `PlanError` or `PluginError` in one line, each for its own."""
+        plan = load_plan(settings.plan)
+        spec = ModelSpec.from_config(hf_config)
+        plan.check_model(spec)
+        _check_policy(plan)
+        if len(spec.budgeted_layers) < len(spec.layers):
+            others = sorted({layer.kind for layer in spec.layers if not layer.is_budgeted})
+            raise BudgetError(
+                f"the model has layers without a budget ({', '.join(others)}), which kvpolicy-vllm cannot serve yet"
+            )
+        is_growing = settings.tokens is None and settings.context_length is None
+        table, tokens = (_growing if is_growing else _fixed)(plan, settings, max_model_len, tp_size)
+        least = int(table.min())
+        if least <= plan.num_sink_tokens:
+            raise BudgetError(
+                f"max_model_len is {max_model_len}, which leaves a KV head {least} entries, no more than the "
+                f"{plan.num_sink_tokens} sink tokens"
+            )
+        slots = tuple(tuple(row) for row in table.tolist())
+        return cls(settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Serving | None:
+        """What `resolve` left in the configuration; None where vLLM is to be left alone."""
+        additional = vllm_config.additional_config
+        if not isinstance(additional, Mapping) or KEY not in additional:
+            return None
+        value = additional[KEY]
+        if set(value) != {field.name for field in fields(cls)}:
+            raise BudgetError(
+                f"additional_config.{KEY} was not resolved: the engine's configuration was not made by "
+                "EngineArgs.create_engine_config, which kvpolicy-vllm needs"
+            )
+        return cls(**{**value, "slots": tuple(tuple(row) for row in value["slots"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """For `of`."""
+        return {**asdict(self), "slots": [list(row) for row in self.slots]}
+
+    @property
+    def is_slab(self) -> bool:
+        return self.tokens_per_block == self.max_model_len
+
+    def rank_slots(self, layer: int, rank: int, tp_size: int) -> tuple[int, ...]:
+        """Those of the KV heads that a tensor-parallel rank owns."""
+        row = self.slots[layer]
+        heads = len(row) // tp_size
+        return row[rank * heads : (rank + 1) * heads]
+
+    def rows(self, layer: int, tp_size: int) -> int:
+        """Rows of a block: the most of any rank, because vLLM wants equal blocks on all of them."""
+        return max(sum(self.rank_slots(layer, rank, tp_size)) for rank in range(tp_size))
+
+    def entries(self, tokens: int, tp_size: int) -> int:
+        """Entries that a request of so many tokens takes the memory of, over all layers and ranks."""
+        rows = sum(self.rows(layer, tp_size) for layer in range(len(self.slots)))
+        return rows * tp_size * -(-tokens // self.tokens_per_block)
+
+
+def _check_policy(plan: BudgetPlan) -> None:
+    choice = plan.method.policy
+    policy = registry.create("policy", choice.name, choice.params)
+    if not policy.window_rule:
+        raise PluginError(
+            f"the plan's policy '{choice.name}' scores entries by their content; kvpolicy-vllm serves window rules "
+            "alone, such as 'streaming': tune a plan for that one"
+        )
+
+
+def _fixed(plan: BudgetPlan, settings: Settings, max_model_len: int, tp_size: int) -> tuple[Tensor, int]:
+    """Entries of each KV head in a slab, and its tokens."""
+    context = settings.context_length or plan.provenance.get("context_length") or max_model_len
+    if settings.tokens is not None and settings.tokens > context:
+        raise BudgetError(
+            f"additional_config.{KEY}.tokens is {settings.tokens}, more than the {context} tokens that the plan was "
+            "made on: give context_length besides"
+        )
+    table = plan.capacities(context, settings.retention, settings.tokens, tp_size)
+    return table.clamp(max=max_model_len), max_model_len
+
+
+def _growing(plan: BudgetPlan, settings: Settings, max_model_len: int, tp_size: int) -> tuple[Tensor, int]:
+    """Entries of each KV head in a block, and the block's tokens."""
+    if settings.retention is None:
+        raise PlanError("retention is missing")
+    shares = plan.shares_at(settings.retention)
+    off = 0.0
+    for tokens in BLOCKS:
+        if tokens > max_model_len:
+            break
+        table = plan.capacities(tokens, settings.retention, tp_size=tp_size)
+        off = float(((table / tokens - shares) / shares).abs().max())
+        if off <= ROUNDING:
+            return table, tokens
+    raise BudgetError(
+        f"no block of up to {min(max_model_len, BLOCKS[-1])} tokens holds the plan's smallest shares at retention "
+        f"{settings.retention:g}: one would be off by {off:.0%}, where {ROUNDING:.0%} is the most. Give tokens= or "
+        "context_length= for fixed capacities"
+    )
