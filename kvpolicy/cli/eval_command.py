@@ -47,6 +47,10 @@ def eval_command(
     ] = "auto",
     revision: opt.Revision = None,
     batch_size: opt.BatchSize = 1,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Draw the scores of a task by depth and length (needle-grid).", show_default=False),
+    ] = None,
     config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -84,6 +88,7 @@ def eval_command(
         dtype=dtype,
         revision=revision,
         batch_size=batch_size,
+        png=png,
         progress=watcher(quiet),
     )
     if json:
@@ -94,6 +99,7 @@ def eval_command(
 
 def _show(answer: Evaluation) -> None:
     from kvpolicy.cli.terminal import Console
+    from kvpolicy.report.depth_map import depth_maps, terminal_depths
     from kvpolicy.report.grid import Grid
     from kvpolicy.report.numbers import percent, size
 
@@ -112,6 +118,8 @@ def _show(answer: Evaluation) -> None:
     ]
     console = Console()
     console.print(Grid(["plan", "kept", metric.replace("_", " "), "95 %", "bytes", "of full", "n"], rows))
+    for depths in depth_maps(answer.rows):
+        console.print(terminal_depths(depths))
     first = answer.rows[0]
     caption = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
     console.print(caption, soft_wrap=True)

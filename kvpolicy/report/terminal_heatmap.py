@@ -20,39 +20,48 @@ _NOTHING, _MUCH = (255, 255, 255), (0, 90, 50)
 
 
 class Heatmap:
-    """A rich renderable; wide tables are broken into blocks of KV heads that fit the console.
+    """A rich renderable; wide tables are broken into blocks of columns that fit the console.
 
-    values: `[L, H]`; layers: their model layer indices; shade: a value to 0 to 1 along the colours
+    values: `[L, H]`, NaN for an empty cell;  rows: what stands before each;  shade: a value to 0 to 1 along the colours
+    corner: what the rows are;  columns: what stands above each, None for the numbers of KV heads
     """
 
     def __init__(
         self,
         title: str,
         values: Tensor,
-        layers: Sequence[int],
+        rows: Sequence[object],
         shade: Callable[[float], float],
         colours: Sequence[tuple[int, int, int]],
+        *,
+        corner: str = "layer",
+        columns: Sequence[object] | None = None,
     ) -> None:
-        self._title, self._values, self._layers = title, values, layers
-        self._shade, self._colours = shade, colours
+        self._title, self._values, self._rows = title, values, rows
+        self._shade, self._colours, self._corner = shade, colours, corner
+        self._columns = range(values.shape[1]) if columns is None else columns
+        self._across = "KV heads" if columns is None else "columns"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        label = max(len("layer"), *(len(str(layer)) for layer in self._layers))
+        label = max(len(self._corner), *(len(str(name)) for name in self._rows))
         fitting = max(1, (options.max_width - label) // _CELL)
-        heads = self._values.shape[1]
-        for first in range(0, heads, fitting):
-            block = range(first, min(first + fitting, heads))
-            title = self._title if len(block) == heads else f"{self._title}, KV heads {block[0]} to {block[-1]}"
+        count = self._values.shape[1]
+        for first in range(0, count, fitting):
+            block = range(first, min(first + fitting, count))
+            title = self._title if len(block) == count else f"{self._title}, {self._across} {block[0]} to {block[-1]}"
             yield Text(title, style="bold")
-            yield Text("layer".rjust(label) + "".join(f"{head:>{_CELL - 1}} " for head in block), style="dim")
-            for row, layer in enumerate(self._layers):
-                line = Text(str(layer).rjust(label), no_wrap=True)
-                for head in block:
-                    line.append_text(self._cell(float(self._values[row, head])))
+            names = "".join(f"{self._columns[column]!s:>{_CELL - 1}} " for column in block)
+            yield Text(self._corner.rjust(label) + names, style="dim")
+            for row, name in enumerate(self._rows):
+                line = Text(str(name).rjust(label), no_wrap=True)
+                for column in block:
+                    line.append_text(self._cell(float(self._values[row, column])))
                 yield line
             yield Text()
 
     def _cell(self, value: float) -> Text:
+        if math.isnan(value):
+            return Text(" " * _CELL)
         red, green, blue = _blend(self._colours, min(1.0, max(0.0, self._shade(value))))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 140
         style = Style(

@@ -16,6 +16,7 @@ from kvpolicy.budget.entries import context_budget, unmeasured_capacities
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import CONTEXT
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
+from kvpolicy.files.regular import write_bytes
 from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.verbs import arguments
@@ -75,6 +76,7 @@ def eval(
     dtype: str = "auto",
     revision: str | None = None,
     batch_size: int = 1,
+    png: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measures quality and bytes: perplexity on the held-out part of a text, which `tune` never searches, or a task.
@@ -99,12 +101,14 @@ def eval(
     seed:       of the bootstrap, which gives the interval, and of a task's samples
     dtype:      "auto" is the plan's own
     batch_size: sequences in one forward
+    png:        draw the scores of a task by depth and length, such as those of "needle-grid"
 
-    Raises `BudgetError`, `ModelError`, `PlanError`, `PluginError`, `TextError`.
+    Raises `BudgetError`, `KVPolicyError`, `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
     chosen = chosen_task(task, question=question, data=data, task_file=task_file)
     name, source, lines = str(plan), arguments.optional_path(text), arguments.optional_path(records)
-    _check_of_task(chosen, prefill, source, lines)
+    picture = arguments.optional_path(png)
+    _check_of_task(chosen, prefill, source, lines, picture)
     loaded = None if name in ("uniform", "full") else load_plan(name)
     evicting, evicts = chosen_policy(loaded, policy, policy_param)
     other = loaded is not None and loaded.warn_if_other_policy(evicts)
@@ -127,7 +131,8 @@ def eval(
     if chosen is not None:
         sizes = {"limit": limit, "context": context, "seed": seed, "batch_size": batch_size}
         subject = (network, tokenizer)
-        return _answered(chosen, name, loaded, (evicting, evicts), retentions, subject, sizes, lines, progress)
+        files = (lines, picture)
+        return _answered(chosen, name, loaded, (evicting, evicts), retentions, subject, sizes, files, progress)
     corpus = read_corpus(tokenizer, source)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
@@ -147,33 +152,51 @@ def _answered(
     retentions: list[float],
     subject: tuple[Any, Any],
     sizes: dict[str, int],
-    records: Path | None,
+    files: tuple[Path | None, Path | None],
     progress: Progress | None,
 ) -> Evaluation:
-    """A registered task under the plan. subject: model and tokenizer;  sizes: limit, context, seed and batch_size"""
+    """A registered task under the plan. subject: model and tokenizer;  files: records, picture;  sizes: the others"""
     from kvpolicy.integrations.transformers import weights_sha256
-    from kvpolicy.verbs.eval_task import answer_rows
+    from kvpolicy.verbs.eval_task import answer_rows, name_places
 
-    network, tokenizer = subject
+    (network, tokenizer), (records, picture) = subject, files
     number = str(network.dtype).removeprefix("torch.")
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
     progress = progress or Progress()
     options: dict[str, Any] = {**sizes, "records": records, "settings": settings, "progress": progress}
     task = chosen.of_model(network, tokenizer, **options)
+    if picture is not None and not name_places(task.samples):
+        raise KVPolicyError(f"png= draws scores by depth and length, which the samples of {task.name} do not name")
     facts = {"policy": policy[0], "dtype": number, "context_length": sizes["context"]}
     rows = answer_rows(task, name, plan, policy, retentions, seed=sizes["seed"], facts=facts, progress=progress)
-    return Evaluation(name, tuple(rows), task.described)
+    answer = Evaluation(name, tuple(rows), task.described)
+    if picture is not None:
+        _draw(answer, picture)
+    return answer
 
 
-def _check_of_task(task: ChosenTask | None, prefill: int | None, text: Path | None, records: Path | None) -> None:
+def _draw(answer: Evaluation, picture: Path) -> None:
+    """The scores by depth and length."""
+    from kvpolicy.report.depth_figure import depths_png
+    from kvpolicy.report.depth_map import depth_maps
+
+    first = answer.rows[0]
+    title = f"{first['task']}, question-{first['question']}, under {first['policy']}"
+    write_bytes(picture, depths_png(depth_maps(answer.rows), title, first["metric"]))
+
+
+def _check_of_task(
+    task: ChosenTask | None, prefill: int | None, text: Path | None, records: Path | None, picture: Path | None
+) -> None:
     """Raises `BudgetError` and `KVPolicyError` for arguments of the other kind of task."""
     if task is not None and prefill is not None:
         raise BudgetError(f"prefill= goes with perplexity: the prompts of {task.name} are compressed whole")
     if task is not None and text is not None:
         raise KVPolicyError(f"text= goes with perplexity: {task.name} has prompts of its own")
-    if task is None and records is not None:
-        raise KVPolicyError("records= goes with a task whose prompts have questions, not with perplexity")
-    arguments.check_writable(records)
+    for option, path in (("records", records), ("png", picture)):
+        if task is None and path is not None:
+            raise KVPolicyError(f"{option}= goes with a task whose prompts have questions, not with perplexity")
+        arguments.check_writable(path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

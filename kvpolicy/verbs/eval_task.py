@@ -15,6 +15,7 @@ from kvpolicy.comparison.task import Measured
 from kvpolicy.measure.stats import mean_interval
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.plugins.task_role import Sample
 from kvpolicy.progress import Progress
 from kvpolicy.verbs.chosen_task import versions
 
@@ -76,4 +77,23 @@ def _row(task: AnswerTask, plan: str, retention: float, measured: Measured, seed
         "entries": weight.entries,
         "protocol": task.protocol,
         "versions": versions(),
-    }
+    } | _grid(task.samples, losses)
+
+
+def _grid(samples: Sequence[Sample], losses: Tensor) -> dict[str, Any]:
+    """The mean score of each depth and length, where the samples name theirs."""
+    if not name_places(samples):
+        return {}
+    cells: dict[tuple[float, int], list[float]] = {}
+    for sample, loss in zip(samples, losses.tolist(), strict=True):
+        cells.setdefault((sample.about["depth"], sample.about["length"]), []).append(1 - loss)
+    grid = [
+        {"depth": depth, "length": length, "score": sum(scores) / len(scores), "n": len(scores)}
+        for (depth, length), scores in sorted(cells.items())
+    ]
+    return {"grid": grid}
+
+
+def name_places(samples: Sequence[Sample]) -> bool:
+    """Whether samples say at which depth of how long a prompt stands what is asked for."""
+    return all({"depth", "length"} <= sample.about.keys() for sample in samples)
