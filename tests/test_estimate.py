@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache
 
-from kvpolicy import new_cache
+from kvpolicy import estimate, new_cache
 from kvpolicy.errors import BudgetError
+from kvpolicy.integrations.transformers import activations_of
+from kvpolicy.measure.machine import read_size
 from kvpolicy.measure.memory import estimate_memory
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.model.spec import ModelSpec
+from kvpolicy.verbs.estimate import Limits
 from tests.tiny import over, tiny_ids, tiny_model
 
 FULL = LayerSpec("full", 4, 2, 16, 8)
@@ -68,10 +75,10 @@ def test_cache_bytes_are_what_a_real_cache_holds(policy: str, batch: int) -> Non
         cache = new_cache(model, retention=retention, policy=policy)
         with torch.no_grad():
             model(tiny_ids(context, batch), **over(cache))
-        estimate = estimate_memory(spec, context, retention, batch, 4, policy=policy)
-        assert estimate.cache_bytes == cache.nbytes, (context, retention)
-        assert estimate.entries == int(cache.lengths.sum())
-        assert entries is None or estimate.entries == entries * cache.lengths.numel()
+        weight = estimate_memory(spec, context, retention, batch, 4, policy=policy)
+        assert weight.cache_bytes == cache.nbytes, (context, retention)
+        assert weight.entries == int(cache.lengths.sum())
+        assert entries is None or weight.entries == entries * cache.lengths.numel()
 
 
 def test_a_score_is_counted_where_the_policy_has_one() -> None:
@@ -93,9 +100,9 @@ def test_dense_bytes_are_dynamic_caches(name: str, more: dict[str, Any]) -> None
         key = torch.zeros(3, layer.num_kv_heads, 40, layer.key_dim, dtype=torch.bfloat16)
         cache.update(key, key.clone(), index)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    estimate = estimate_memory(spec, 40, 1.0, 3, 2)
-    assert estimate.dynamic_cache_bytes == held
-    assert estimate.kept_bytes == estimate.dense_bytes
+    weight = estimate_memory(spec, 40, 1.0, 3, 2)
+    assert weight.dynamic_cache_bytes == held
+    assert weight.kept_bytes == weight.dense_bytes
 
 
 @pytest.mark.parametrize(
@@ -116,3 +123,73 @@ def test_refused(changed: dict[str, Any], message: str) -> None:
     settings = {"context_length": 10, "retention": 0.5, "batch_size": 1, "itemsize": 2, **changed}
     with pytest.raises(BudgetError, match=message):
         estimate_memory(make_spec(FULL), **settings)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of new tensors that are alive at once."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.peak = known, 0
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        for tensor in (each for each in tree_leaves(made) if isinstance(each, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {key: item for key, item in self.live.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return made
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Mistral"])
+@pytest.mark.parametrize("sizes", [(96, 256), (192, 288)])
+def test_activations_are_those_that_live_in_a_forward(name: str, sizes: tuple[int, int]) -> None:
+    model = tiny_model(name, hidden_size=sizes[0], intermediate_size=sizes[1]).bfloat16()
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    ids = tiny_ids(500, 2)
+    with torch.no_grad(), Live(known) as live:
+        model.model(ids, use_cache=False)
+    assert 2 * 500 * activations_of(model.config, 2) == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.fixture
+def long_model(tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 100_000}
+    transformers.LlamaConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_most_that_fits_is_the_last_that_does(long_model: Path) -> None:
+    run: dict[str, Any] = {"retention": (0.5, 0.1), "gpu_memory": "4 MB", "policy": "snapkv"}
+    answer = estimate(long_model, context=1000, batch=2, **run)
+    assert answer.device_bytes == 4_000_000 and answer.limits is not None and answer.full_limits is not None
+    assert answer.full_limits.context < answer.limits[0].context < answer.limits[1].context < answer.max_context
+    for index, limits in enumerate(answer.limits):
+        for more, fits in ((0, True), (1, False)):
+            longer = estimate(long_model, context=limits.context + more, batch=2, **run)
+            wider = estimate(long_model, context=1000, batch=limits.batch + more, **run)
+            assert longer.fits(longer.rows[index]) is wider.fits(wider.rows[index]) is fits
+    row = answer.rows[0]
+    assert row.peak_bytes == (row.weights_bytes or 0) + row.prefill_peak_bytes + row.activation_bytes
+
+
+def test_what_the_model_was_made_for_ends_the_contexts(tiny_checkpoint: Path) -> None:
+    answer = estimate(tiny_checkpoint, gpu_memory="10TB", retention=0.5)
+    assert answer.limits is not None and answer.limits[0].context == answer.max_context > 0
+    none = estimate(tiny_checkpoint, gpu_memory="10kB", retention=0.5)
+    assert none.limits == (Limits(0, 0),)
+
+
+@pytest.mark.parametrize(("text", "count"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), (7, 7), ("9gb", 9 * 10**9)])
+def test_sizes_are_read(text: str | int, count: int) -> None:
+    assert read_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1e9", "24XB", "1 GB 2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="is no size: expected"):
+        read_size(text)

@@ -20,15 +20,20 @@ def estimate_command(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in the cache.")] = 1,
     policy: Annotated[str, typer.Option(help="Eviction policy; most hold a score beside each entry.")] = "streaming",
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="What it must fit into, such as 24GB; default: the memory of --device.", show_default=False),
+    ] = None,
     device: opt.Device = "auto",
     revision: opt.Revision = None,
     config: opt.Config = None,
     json: opt.Json = False,
 ) -> None:
-    """Compute what a cache will weigh, kept and full, from the model's configuration, and whether it fits here.
+    """Compute what a generation will weigh from the model's configuration, whether it fits, and the most that does.
 
-    It fits if weights and caches stay below the memory of --device, also at the end of a prompt, when one layer is
-    still whole. Activations are not counted.
+    At most, in all: weights, caches and activations at the end of a prompt that is fed at once, when one layer is still
+    whole. The largest context is that at --batch, the largest batch that at --context. What CUDA itself takes, some
+    hundred MB, is not counted.
     """
     from kvpolicy.verbs.estimate import estimate
 
@@ -39,6 +44,7 @@ def estimate_command(
         batch=batch,
         policy=policy,
         dtype=dtype,
+        gpu_memory=gpu_memory,
         device=device,
         revision=revision,
     )
@@ -55,24 +61,22 @@ def _show(answer: Estimate, name: str) -> None:
     from kvpolicy.report.numbers import percent, size
 
     first, memory = answer.rows[0], answer.device_bytes
-    about = "" if answer.weights_note is None else f", {answer.weights_note}"
-    columns = ("kept", "cache", "of that tables", "full cache", "caches in prefill", "weights + cache")
-    rows = [
-        (
-            percent(row.retention),
-            size(row.cache_bytes),
-            size(row.table_bytes),
-            size(row.dynamic_cache_bytes),
-            size(row.prefill_peak_bytes),
-            size(row.total_bytes),
-            *{True: ["yes"], False: ["no"], None: []}[answer.fits(row)],
-        )
-        for row in answer.rows
-    ]
+    note = "" if answer.weights_note is None else f", {answer.weights_note}"
+    rows = [["full cache", size(first.dynamic_cache_bytes), size(first.dynamic_peak_bytes)]]
+    rows += [[percent(row.retention), size(row.cache_bytes), size(row.peak_bytes)] for row in answer.rows]
+    columns = ["kept", "cache", "at most, in all"]
+    if memory is not None and answer.limits is not None and answer.full_limits is not None:
+        columns += ["fits", "largest context", "largest batch"]
+        peaks = [first.dynamic_peak_bytes, *(row.peak_bytes for row in answer.rows)]
+        for row, peak, limits in zip(rows, peaks, (answer.full_limits, *answer.limits), strict=True):
+            row += ["yes" if peak <= memory else "no", str(limits.context), str(limits.batch)]
     console = Console()
-    console.print(f"{name} (weights {size(first.weights_bytes or 0)}{about})", soft_wrap=True)
-    console.print(Grid([*columns, *(["fits"] if memory else [])], rows))
-    if memory is not None:
-        full = "fits" if first.dynamic_total_bytes <= memory else "does not fit"
-        note = f"{device_name(answer.device)} has {size(memory)}; the full cache {full} beside the weights"
-        console.print(note, soft_wrap=True)
+    console.print(f"{name} (weights {size(first.weights_bytes or 0)}{note})", soft_wrap=True)
+    console.print(Grid(columns, rows))
+    if memory is None:
+        return
+    where = "The memory that was given is" if answer.device == "given" else f"{device_name(answer.device)} has"
+    fits = "fits" if first.dynamic_peak_bytes <= memory else "does not fit"
+    console.print(f"{where} {size(memory)}; the full cache {fits} beside the weights", soft_wrap=True)
+    if answer.max_context:
+        console.print(f"contexts end at {answer.max_context} tokens, which the model was made for", soft_wrap=True)

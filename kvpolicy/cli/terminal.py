@@ -25,6 +25,7 @@ _OPTIONS = {
     "device": "--device",
     "dtype": "--dtype",
     "estimator": "--estimator",
+    "gpu_memory": "--gpu-memory",
     "layers": "--layers",
     "limit": "--limit",
     "max_loss": "--max-loss",

@@ -36,6 +36,7 @@ class MemoryEstimate:
     dense_bytes:   keys and values of the budgeted layers if nothing is evicted
     layer_bytes:   those of one budgeted layer
     weights_bytes: the model's parameters, or None if not known
+    activation_bytes: what one forward over the prompt holds at its largest besides weights and caches, 0 if not known
     """
 
     context_length: int
@@ -48,6 +49,7 @@ class MemoryEstimate:
     dense_bytes: int
     layer_bytes: int
     weights_bytes: int | None = None
+    activation_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -63,6 +65,16 @@ class MemoryEstimate:
     def prefill_peak_bytes(self) -> int:
         """The most that caches hold during prefill: all that is kept plus one full layer (its last is the peak)."""
         return self.cache_bytes + self.layer_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once: weights, where known, caches in prefill, and activations."""
+        return (self.weights_bytes or 0) + self.prefill_peak_bytes + self.activation_bytes
+
+    @property
+    def dynamic_peak_bytes(self) -> int:
+        """The same with DynamicCache."""
+        return (self.weights_bytes or 0) + self.dynamic_cache_bytes + self.activation_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -85,6 +97,8 @@ class MemoryEstimate:
             "cache_bytes",
             "dynamic_cache_bytes",
             "prefill_peak_bytes",
+            "peak_bytes",
+            "dynamic_peak_bytes",
             "total_bytes",
             "dynamic_total_bytes",
             "cache_ratio",
@@ -100,14 +114,16 @@ def estimate_memory(
     itemsize: int,
     weights_bytes: int | None = None,
     policy: str | EvictionPolicy | None = None,
+    token_bytes: int = 0,
 ) -> MemoryEstimate:
     """Bytes that `batch_size` sequences of `context_length` tokens hold at a retention, in the cache that `new_cache`
     makes without a plan: an even split that grows with the tokens and keeps short prompts whole.
 
     itemsize: bytes of one number in the cache (2 for bfloat16)
     policy:   who evicts, a registered name or an object; default: "streaming". Most hold a score beside each entry
+    token_bytes: activations of one token of a prompt that is fed in one forward
 
-    Activations are not counted. Raises `BudgetError` for numbers out of range, `PluginError` for a policy that is none.
+    Raises `BudgetError` for numbers out of range, `PluginError` for a policy that is none.
     """
     context_length = positive("context_length", context_length)
     if context_length > MAX_TOKENS:
@@ -134,6 +150,7 @@ def estimate_memory(
         dense_bytes=segments * context_length * entry_bytes,
         layer_bytes=batch_size * spec.num_kv_heads * context_length * entry_bytes,
         weights_bytes=weights_bytes,
+        activation_bytes=batch_size * context_length * token_bytes,
     )
 
 

@@ -21,7 +21,7 @@ from kvpolicy.integrations.transformers.model.dtype import (
 from kvpolicy.integrations.transformers.model.encoded_text import read_corpus
 from kvpolicy.integrations.transformers.model.load import load_config, load_model
 from kvpolicy.integrations.transformers.model.versions import with_cache
-from kvpolicy.integrations.transformers.model.weights import weights_of
+from kvpolicy.integrations.transformers.model.weights import activations_of, weights_of
 from kvpolicy.integrations.transformers.probes.base import SequenceProbe
 from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
 from kvpolicy.integrations.transformers.probes.prompt import PromptProbe
@@ -35,6 +35,7 @@ __all__ = [
     "RaggedCache",
     "SequenceProbe",
     "TransformersProbe",
+    "activations_of",
     "attach",
     "attached",
     "cache_nbytes",

@@ -39,6 +39,24 @@ def weights_of(config: Any, itemsize: int) -> Weights:
     return Weights(round(sum(sizes) / 8), note)
 
 
+def activations_of(config: Any, itemsize: int) -> int:
+    """Bytes for each token of a prompt that one forward holds at its largest, besides weights and caches.
+
+    That is in a gated feed-forward block: its three wide tensors, four of the hidden size, the rotary tables. Counted
+    so on Llama, Mistral and Qwen2; a fused gate (Phi-3) holds a third more there. Logits are those of the last token.
+    itemsize: bytes of a number
+    """
+    text = config.get_text_config(decoder=True)
+    hidden = int(text.hidden_size)
+    routed = getattr(text, "moe_intermediate_size", None), getattr(text, "num_experts_per_tok", None)
+    if None not in routed:
+        wide = int(routed[0]) * int(routed[1])  # type: ignore[arg-type]  # just checked
+    else:
+        wide = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    head = int(getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
+    return itemsize * (3 * wide + 4 * hidden + 2 * head) + 8  # and its position
+
+
 def _empty(config: Any) -> tuple[PreTrainedModel, str | None]:
     """The model without memory; its text part where the whole cannot be made. And what is missing then."""
     failure: Exception | None = None
