@@ -34,7 +34,7 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
     why = unsupported
     if not _has_triton():
         why = "triton is not installed"
-    elif not tensor.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+    elif not tensor.is_cuda and not (backend == "triton" and interpreted()):
         why = f"Triton runs on CUDA tensors, got {tensor.device}"
     if why is not None and backend == "triton":
         raise ValueError(f"{op}: backend='triton' cannot do this: {why}. Use backend='auto' or 'torch'")
@@ -46,10 +46,15 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels of this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def at_least_hopper(device: torch.device) -> bool:
     """Whether a kernel on this device runs on compute capability 9.0 or later. The interpreter does not."""
-    return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
@@ -58,4 +63,4 @@ def multiplies_from_shared_memory(device: torch.device) -> bool:
 
     Compute capability 12 is later, and has the tensor cores and the 99 KB of sm_89.
     """
-    return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return not interpreted() and torch.cuda.get_device_capability(device)[0] in (9, 10)

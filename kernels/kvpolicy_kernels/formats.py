@@ -20,7 +20,7 @@ from torch import Tensor
 
 MAX_DIM = 256
 ALIGNMENT = 16  # head dims are multiples of it
-CODES_IN_WORD = 4  # of 4 bits
+WORD_BITS = 16
 _LARGEST = torch.finfo(torch.float16).max
 _SIGN_SEED, _SIGN_FACTOR, _SIGN_STEP = 21, 6364136223846793005, 1442695040888963407  # Knuth's MMIX
 
@@ -28,8 +28,8 @@ _SIGN_SEED, _SIGN_FACTOR, _SIGN_STEP = 21, 6364136223846793005, 1442695040888963
 class Encoded(NamedTuple):
     """Rows of D channels.
 
-    codes:  8 bits: uint8 [..., D];  4 bits: int16 [..., D / 4], channel `j * D / 4 + i` in the bits from 4 j on of
-            word i;  16 bits: the rows themselves, [..., D]
+    codes:  int16 [..., W] with W = D * bits / 16: word i holds the channels `j * W + i`, from the lowest bits on;
+            16 bits: the rows themselves, [..., D]
     scales: float16 [..., 2], the step and the zero of each row;  16 bits: [..., 0]
     """
 
@@ -76,6 +76,11 @@ class EntryFormat:
         check_dim(dim)
         return dim * self.bits // 8 + (0 if self.bits == 16 else 2 * 2)
 
+    @property
+    def codes_in_word(self) -> int:
+        """Codes of one row that a word of 16 bits holds."""
+        return WORD_BITS // self.bits
+
     def encode(self, rows: Tensor) -> Encoded:
         """rows: [..., D], floating point. Computes in fp32; raises `ValueError` for a head dim that has no format.
 
@@ -93,15 +98,14 @@ class EntryFormat:
         safe = torch.where(step == 0, 1.0, step.float())
         codes = ((x - zero.float()) / safe).round().clamp(0, levels).to(torch.int32)
         scales = torch.cat([step, zero], -1)
-        return Encoded(codes.to(torch.uint8) if self.bits == 8 else _words(codes), scales)
+        return Encoded(_words(codes, self.bits), scales)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """[..., D], for arguments that `encode` returned. Computes in fp32."""
         if self.bits == 16:
             return encoded.codes.to(dtype)
-        codes = encoded.codes if self.bits == 8 else _codes(encoded.codes)
         scales = encoded.scales.float()
-        x = codes.float() * scales[..., :1] + scales[..., 1:]
+        x = _codes(encoded.codes, self.bits).float() * scales[..., :1] + scales[..., 1:]
         if self.rotated:
             x = x @ rotation(x.shape[-1], x.device).T
         return x.to(dtype)
@@ -151,13 +155,15 @@ def signed_hadamard(dim: int, device: torch.device) -> Tensor:
     return signed.to(device)
 
 
-def _words(codes: Tensor) -> Tensor:
-    """int32 [..., D] of 0 to 15 -> int16 [..., D / 4]."""
-    first, second, third, last = codes.chunk(CODES_IN_WORD, -1)
-    word = first | second << 4 | third << 8 | last << 12
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """int32 [..., D] of 0 to 2**bits - 1 -> int16 [..., D * bits / 16]."""
+    word = torch.zeros_like(codes[..., : codes.shape[-1] * bits // WORD_BITS])
+    for j, part in enumerate(codes.chunk(WORD_BITS // bits, -1)):
+        word += part << (bits * j)
     return torch.where(word >= 2**15, word - 2**16, word).to(torch.int16)
 
 
-def _codes(words: Tensor) -> Tensor:
-    """int16 [..., D / 4] -> int32 [..., D]."""
-    return torch.cat([(words.to(torch.int32) >> (4 * j)) & 15 for j in range(CODES_IN_WORD)], -1)
+def _codes(words: Tensor, bits: int) -> Tensor:
+    """int16 [..., W] -> int32 [..., W * 16 / bits]."""
+    word = words.to(torch.int32)
+    return torch.cat([(word >> shift) & (2**bits - 1) for shift in range(0, WORD_BITS, bits)], -1)

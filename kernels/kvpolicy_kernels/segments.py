@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvpolicy_kernels.formats import Encoded, EntryFormat
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
@@ -50,6 +52,50 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class EncodedSegments:
+    """`Segments` whose rows are encoded.
+
+    keys, values: of `entry_format`, whose bits are 8 or 4, with contiguous rows of codes and scales
+    starts, lengths: as in `Segments`
+    """
+
+    keys: Encoded
+    values: Encoded
+    starts: Tensor
+    lengths: Tensor
+    entry_format: EntryFormat
+
+    def __len__(self) -> int:
+        return self.starts.shape[0]
+
+    def decoded(self, dtype: torch.dtype) -> Segments:
+        """The same entries as rows. Decodes the whole arena."""
+        keys, values = (self.entry_format.decode(rows, dtype) for rows in (self.keys, self.values))
+        return Segments(keys, values, self.starts, self.lengths)
+
+    def on(self, device: torch.device) -> EncodedSegments:
+        """The same with its tables there. Those of the CPU are checked."""
+        tables = Segments(self.keys.codes, self.values.codes, self.starts, self.lengths).on(device)
+        return replace(self, starts=tables.starts, lengths=tables.lengths)
+
+    def check(self, op: str, dim: int) -> int:
+        """The value dim. Raises `ValueError` for columns that are no rows of this format, with keys of `dim`."""
+        count, per_word = len(self.keys.codes), self.entry_format.codes_in_word
+        value_dim: int = self.values.codes.shape[-1] * per_word
+        for name, column, width in (("keys", self.keys, dim), ("values", self.values, value_dim)):
+            for part, tensor, shape, dtype in (
+                ("codes", column.codes, (count, width // per_word), torch.int16),
+                ("scales", column.scales, (count, 2), torch.float16),
+            ):
+                if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(1) != 1:
+                    raise ValueError(
+                        f"{op}: expected {part} of {name} {list(shape)} of {dtype} with contiguous rows, got "
+                        f"{list(tensor.shape)} of {tensor.dtype} with strides {list(tensor.stride())}"
+                    )
+        return value_dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
     """The tokens of this forward, which are not in the arena yet.
 
@@ -67,8 +113,7 @@ class Chunk:
 
 def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | None, sink_logits: Tensor | None) -> int:
     """Returns the number of KV heads; raises `ValueError` for shapes and strides that do not fit."""
-    batch, num_q_heads, _, dim = query.shape
-    keys, values, starts, lengths = segments.keys, segments.values, segments.starts, segments.lengths
+    dim, keys, values = query.shape[3], segments.keys, segments.values
     if keys.dim() != 2 or keys.shape[1] != dim or keys.stride(1) != 1:
         raise ValueError(
             f"{op}: query {list(query.shape)} needs keys [R, {dim}] with contiguous rows, got {list(keys.shape)} "
@@ -79,7 +124,21 @@ def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | No
             f"{op}: expected values [{keys.shape[0]}, Dv] with contiguous rows, got {list(values.shape)} "
             f"with strides {list(values.stride())}"
         )
-    count = len(segments)
+    return check_tables(op, query, values.shape[1], segments.starts, segments.lengths, chunk, sink_logits)
+
+
+def check_tables(
+    op: str,
+    query: Tensor,
+    value_dim: int,
+    starts: Tensor,
+    lengths: Tensor,
+    chunk: Chunk | None,
+    sink_logits: Tensor | None,
+) -> int:
+    """What of `check_segments` is not about the columns."""
+    batch, num_q_heads = query.shape[:2]
+    count = starts.shape[0]
     if starts.shape != lengths.shape or count == 0 or count % batch or num_q_heads % (count // batch):
         raise ValueError(
             f"{op}: starts and lengths must be [{batch} * num_kv_heads], with a num_kv_heads that divides "
@@ -88,7 +147,7 @@ def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | No
     if sink_logits is not None and sink_logits.shape != (num_q_heads,):
         raise ValueError(f"{op}: expected sink_logits [{num_q_heads}], got {list(sink_logits.shape)}")
     if chunk is not None:
-        _check_chunk(op, query, chunk, count // batch, values.shape[1])
+        _check_chunk(op, query, chunk, count // batch, value_dim)
     return count // batch
 
 

@@ -99,13 +99,14 @@ def test_rows_that_are_constant_or_enormous(entry_format):
 
 
 def test_words_hold_every_pattern():
-    """All 65,536, each a word of four codes in its order."""
+    """All 65,536, each a word of two or four codes, from the lowest bits on."""
     words = torch.arange(-(2**15), 2**15).to(torch.int16)[:, None].expand(-1, 4)
     scales = torch.tensor([1.0, 0.0]).half().expand(len(words), 2)
-    decoded = EntryFormat(4).decode(Encoded(words, scales), torch.float32)
     word = words[:, 0].int() & 0xFFFF
-    for j in range(4):
-        assert torch.equal(decoded[:, 4 * j : 4 * j + 4], ((word >> (4 * j)) & 15).float()[:, None].expand(-1, 4))
+    for bits in (4, 8):
+        decoded = EntryFormat(bits).decode(Encoded(words, scales), torch.float32)
+        for j, part in enumerate(decoded.split(4, 1)):
+            assert torch.equal(part, ((word >> (bits * j)) & (2**bits - 1)).float()[:, None].expand(-1, 4))
 
 
 def test_sixteen_bits_are_the_rows():

@@ -1,0 +1,174 @@
+"""Decode attention over int8 and int4 entries beside the same entries in bf16, and what encoding a token costs.
+
+    python kernels/benchmarks/bench_encoded_attention.py --out kernels/benchmarks/results/encoded_attention_h200.csv
+
+Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
+the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens
+besides, as a chunk under a mask. "encode" rows are one token of a layer, keys and values, beside `append_next` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from basics import command_line, write_csv
+from bench_decode_attention import spread
+from harness import cold_time, copies_needed, machine, read_limit
+from kvpolicy_kernels.append import append_next
+from kvpolicy_kernels.attention import decode_attention, plan_work
+from kvpolicy_kernels.encode import encode
+from kvpolicy_kernels.encoded_attention import encoded_attention
+from kvpolicy_kernels.formats import FORMATS, EntryFormat
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, Segments
+from torch import Tensor
+
+# batch, mean entries of a KV head, KV heads, group, head dim, distribution
+CELLS = (
+    (1, 32768, 8, 4, 128, "uniform"), (8, 8192, 8, 4, 128, "uniform"), (8, 8192, 8, 4, 128, "lognormal"),
+    (1, 131072, 8, 4, 128, "uniform"), (64, 2048, 8, 4, 128, "uniform"), (32, 8192, 8, 4, 128, "uniform"),
+    (8, 8192, 8, 1, 128, "uniform"), (8, 8192, 8, 8, 128, "uniform"), (32, 8192, 3, 3, 64, "uniform"),
+    (8, 8192, 4, 2, 256, "uniform"),
+)  # fmt: skip
+GOALS = {"int8": 0.65, "int4": 0.5}
+BLOCK, PART = 36, 2**16  # tokens of the exact block;  rows encoded at a time
+Calls = list[Callable[[], object]]
+
+
+class Case:
+    """The same entries in bf16 and in every format, as often behind one another as a cold measurement needs."""
+
+    def __init__(self, batch: int, mean: int, heads: int, group: int, dim: int, kind: str) -> None:
+        self.lengths = spread(kind, batch * heads, batch * heads * mean, torch.Generator().manual_seed(0)).cuda()
+        self.total = int(self.lengths.sum())
+        self.nbytes = self.total * dim * 4
+        self.copies = copies_needed(self.nbytes // 4)  # for the smallest format
+        self.rows = self.total * min(self.copies, max(2, 2**33 // self.nbytes))
+        self.keys, self.values = (torch.randn(self.rows, dim, device="cuda").bfloat16() for _ in range(2))
+        self.query = torch.randn(batch, heads * group, 1, dim, device="cuda").bfloat16()
+        block = (torch.randn(batch, heads, BLOCK, dim, device="cuda").bfloat16() for _ in range(2))
+        self.block = Chunk(*block, torch.ones(batch, 1, 1, BLOCK, dtype=torch.bool, device="cuda"))
+        self.plan = plan_work(self.lengths, head_dim=dim)
+        first = self.lengths.cumsum(0) - self.lengths
+        self.starts = [first + i * self.total for i in range(self.rows // self.total)]
+
+    def encoded(self, entry_format: EntryFormat) -> list[EncodedSegments]:
+        columns = []
+        for column in (self.keys, self.values):
+            parts = [encode([part], entry_format, backend="triton")[0] for part in column.split(PART)]
+            columns.append(type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+        return [EncodedSegments(*columns, starts, self.lengths, entry_format) for starts in self.starts]
+
+    def plain(self, chunk: Chunk | None) -> Calls:
+        segments = [Segments(self.keys, self.values, starts, self.lengths) for starts in self.starts]
+        return [functools.partial(decode_attention, self.query, x, chunk, plan=self.plan) for x in segments]
+
+    def ours(self, segments: list[EncodedSegments], chunk: Chunk | None) -> Calls:
+        run = functools.partial(encoded_attention, plan=self.plan, backend="triton")
+        return [functools.partial(run, self.query, x, chunk) for x in segments]
+
+    def check(self, segments: EncodedSegments, chunk: Chunk | None) -> float:
+        """The error over the torch path's, of the longest segment's sequence; raises `AssertionError` above 2."""
+        heads = len(self.lengths) // len(self.query)
+        b = int(self.lengths.argmax()) // heads
+        mine = slice(b * heads, (b + 1) * heads)
+        one = EncodedSegments(
+            segments.keys, segments.values, segments.starts[mine], segments.lengths[mine], segments.entry_format
+        )
+        query = self.query[b : b + 1]
+        if chunk is not None:
+            chunk = Chunk(chunk.key[b : b + 1], chunk.value[b : b + 1])
+        whole = chunk and Chunk(chunk.key.float(), chunk.value.float())
+        # decoded segment by segment: the whole arena in fp32 would not fit
+        exact, plain = (self.decoded(one, query.to(x), whole if x == torch.float32 else chunk)
+                        for x in (torch.float32, torch.bfloat16))  # fmt: skip
+        found = encoded_attention(query, one, chunk, backend="triton").out
+        error, allowed = (float((x.float() - exact).abs().max()) for x in (found, plain))
+        assert error <= 2 * allowed, (segments.entry_format, error, allowed)
+        return error / allowed
+
+    def decoded(self, segments: EncodedSegments, query: Tensor, chunk: Chunk | None) -> Tensor:
+        out, heads = [], len(segments)
+        group = query.shape[1] // heads
+        for h, (start, length) in enumerate(zip(segments.starts.tolist(), segments.lengths.tolist(), strict=True)):
+            rows = slice(start, start + length)
+            keys, values = (
+                segments.entry_format.decode(type(x)(x.codes[rows], x.scales[rows]), query.dtype)
+                for x in (segments.keys, segments.values)
+            )
+            table = torch.tensor([0]), torch.tensor([length])
+            own = chunk and Chunk(chunk.key[:, h : h + 1], chunk.value[:, h : h + 1])
+            part = query[:, h * group : (h + 1) * group]
+            out.append(decode_attention(part, Segments(keys, values, *table), own, backend="torch").out)
+        return torch.cat(out, 1)
+
+
+def attention_lines(limit: float) -> list[dict[str, object]]:
+    lines = []
+    for batch, mean, heads, group, dim, kind in CELLS:
+        case = Case(batch, mean, heads, group, dim, kind)
+        for what, chunk in (("entries", None), ("entries and block", case.block)):
+            base, noise = cold_time(case.plain(chunk))
+            timed = {"bf16": (base, noise, case.nbytes, 0.0)}
+            for name, entry_format in FORMATS.items():
+                segments = case.encoded(entry_format)
+                error = case.check(segments[0], chunk)
+                nbytes = 2 * case.total * entry_format.row_bytes(dim)
+                timed[name] = *cold_time(case.ours(segments, chunk)), nbytes, error
+            for name, (seconds, noise, nbytes, error) in timed.items():
+                lines.append(
+                    {"batch": batch, "mean_length": mean, "kv_heads": heads, "group": group, "dim": dim,
+                     "distribution": kind, "megabytes": round(case.nbytes / 1e6), "what": what, "format": name,
+                     "microseconds": round(seconds * 1e6, 2), "spread": round(noise, 3),
+                     "of_bf16": round(seconds / base, 3), "goal": GOALS.get(name, ""),
+                     "share_of_read_limit": round(nbytes / seconds / limit, 3),
+                     "error_over_torch": round(error, 2), "read_limit_gigabytes_per_second": round(limit / 1e9),
+                     **machine()}
+                )  # fmt: skip
+                print(*list(lines[-1].values())[:15], sep="\t", flush=True)
+        del case
+    return lines
+
+
+def encode_lines() -> list[dict[str, object]]:
+    """A token of one layer: its rows are encoded, and all columns written to their rings."""
+    lines = []
+    for segments in (8, 64, 512):
+        keys, values = (torch.randn(1, segments, 1, 128, device="cuda").bfloat16() for _ in range(2))
+        tables = [torch.arange(segments, device="cuda") * 64, *(torch.full((segments,), 64, device="cuda"),) * 2]
+        arenas = [torch.zeros(segments * 64, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+
+        def plain(rows: list[Tensor], into: list[Tensor], at: list[Tensor] = tables) -> object:
+            return append_next(into, rows, *at, torch.zeros_like(at[0]), 4)
+
+        timed = {"bf16": cold_time([functools.partial(plain, [keys, values], arenas)] * 8)}
+        for name, entry_format in FORMATS.items():
+            coded = [column for arena in arenas for column in entry_format.encode(arena)]
+
+            def both(entry_format: EntryFormat = entry_format, coded: list[Tensor] = coded, keys: Tensor = keys,
+                     values: Tensor = values) -> object:  # fmt: skip
+                pairs = encode([keys, values], entry_format, backend="triton")
+                return plain([column for pair in pairs for column in pair], coded)
+
+            timed[name] = cold_time([both] * 8)
+        lines += [
+            {"what": "encode and append", "batch": segments // 8, "kv_heads": 8, "dim": 128, "format": name,
+             "microseconds": round(seconds * 1e6, 2), "spread": round(noise, 3), **machine()}
+            for name, (seconds, noise) in timed.items()
+        ]  # fmt: skip
+        print(*[list(line.values())[:7] for line in lines[-3:]], sep="\n", flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--out", required=True)
+    out = parser.parse_args().out
+    torch.manual_seed(0)
+    lines = attention_lines(read_limit())
+    write_csv(out, [*lines, *encode_lines()])
+
+
+if __name__ == "__main__":
+    main()

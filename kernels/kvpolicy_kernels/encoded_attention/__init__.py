@@ -1,0 +1,5 @@
+"""Attention of a decoding step over segments whose entries are codes of 8 or 4 bits."""
+
+from kvpolicy_kernels.encoded_attention.op import encoded_attention
+
+__all__ = ["encoded_attention"]

@@ -1,0 +1,1 @@
+"""The launch that attention over codes ends with."""

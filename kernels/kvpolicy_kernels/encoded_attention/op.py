@@ -1,0 +1,72 @@
+"""Checks the arguments and picks the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy_kernels.attention.op import MAX_QUERIES, MAX_ROWS, Attended
+from kvpolicy_kernels.attention.plan import WorkPlan
+from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
+from kvpolicy_kernels.encoded_attention.reference import reference_encoded_attention
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, check_tables
+
+
+def encoded_attention(
+    query: Tensor,
+    segments: EncodedSegments,
+    chunk: Chunk | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    with_lse: bool = False,
+    with_mass: bool = False,
+    backend: Backend = "auto",
+) -> Attended:
+    """`decode_attention` over entries of 8 or 4 bits: what it gives for the decoded ones.
+
+    The chunk holds what is not encoded: the tokens of this forward, and in front of them those of an exact block, with
+    a mask of which of its slots a query sees.
+
+    The arguments are those of `decode_attention`, but for the segments.
+    backend: "auto" is torch, as long as the kernels have not run on a GPU; "triton" takes what it takes in
+        `decode_attention`, and rows of any format of 8 or 4 bits
+
+    On CUDA codes are read and never written back as numbers: products of codes are scaled afterwards, the query is
+    rotated when it is loaded, and the result is rotated back once, before it meets the chunk.
+    Raises `ValueError` for shapes that do not fit and for a backend that cannot do this.
+    """
+    if segments.entry_format.bits == 16:
+        raise ValueError("encoded_attention: entries of 16 bits are not encoded: give decode_attention their segments")
+    value_dim = segments.check("encoded_attention", query.shape[-1])
+    num_kv_heads = check_tables(
+        "encoded_attention", query, value_dim, segments.starts, segments.lengths, chunk, sink_logits
+    )
+    if plan is not None and plan.pieces.shape != (len(segments), 2):
+        raise ValueError(
+            f"encoded_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
+            f"{list(plan.pieces.shape)}"
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    beyond = _beyond_kernel(query, num_kv_heads, chunk) or (UNTRIED if backend == "auto" else None)
+    if uses_triton("encoded_attention", backend, query, beyond):
+        from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
+
+        return Attended(
+            *triton_encoded_attention(query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass)
+        )
+    out, lse, mass = reference_encoded_attention(query, segments, chunk, scale, softcap, sink_logits)
+    return Attended(out, lse if with_lse else None, mass if with_mass else None)
+
+
+def _beyond_kernel(query: Tensor, num_kv_heads: int, chunk: Chunk | None) -> str | None:
+    """What of these arguments is beyond the Triton kernels, None if nothing is."""
+    n, group = query.shape[2], query.shape[1] // num_kv_heads
+    if n > MAX_QUERIES or n * group > MAX_ROWS:
+        return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
+    dtypes = {x.dtype for x in (query, *(() if chunk is None else (chunk.key, chunk.value)))}
+    if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"queries and a chunk of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
+    return None

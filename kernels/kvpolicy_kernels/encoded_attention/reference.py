@@ -1,0 +1,20 @@
+"""The definition and the torch path: the entries are decoded, all of them, and attended to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvpolicy_kernels.attention.reference import reference_decode_attention
+from kvpolicy_kernels.segments import Chunk, EncodedSegments
+
+
+def reference_encoded_attention(
+    query: Tensor,
+    segments: EncodedSegments,
+    chunk: Chunk | None,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as in `encoded_attention`. Returns (out, lse, mass)."""
+    return reference_decode_attention(query, segments.decoded(query.dtype), chunk, scale, softcap, sink_logits)

@@ -1,0 +1,39 @@
+"""The kernel compiles to machine code for sm_80 and sm_90 on a machine without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is a Linux-only dependency")
+
+from kvpolicy_kernels.encode import kernel
+from kvpolicy_kernels.formats import FORMATS
+
+from tests.kernels.compiling import NAMES, compiled
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "arch"),
+    [
+        ("int4", (128, 80), 90),
+        pytest.param("int4", (128, 80), 80, marks=slow),
+        *(
+            pytest.param(name, dims, arch, marks=slow)
+            for name in FORMATS
+            for dims in ((64, 64), (256, 256))
+            for arch in (80, 90)
+        ),
+    ],
+    ids=str,
+)
+def test_encode_compiles(name, dims, arch):
+    config = kernel.launch_config(100)
+    warps = config.pop("num_warps")
+    constants = {
+        "DIMS": dims, "TURN_SCALES": (0.125, 0.125), "PLANES": FORMATS[name].codes_in_word,
+        "ROTATED": FORMATS[name].rotated, "PRECISIONS": ("tf32", "tf32"), **config,
+    }  # fmt: skip
+    types = {"row_ptrs": (f"*{NAMES[torch.bfloat16]}",) * 2, "turn_ptrs": ("*i8",) * 2, "word_ptrs": ("*i16",) * 2}
+    types |= {"scale_ptrs": ("*fp16",) * 2, "counts": ("i32",) * 2}
+    assert compiled(kernel._encode_kernel, arch, constants, types, [], warps, 3).spilled == 0

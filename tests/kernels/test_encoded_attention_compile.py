@@ -1,0 +1,101 @@
+"""The kernels compile to machine code for sm_80 and sm_90 on a machine without a GPU."""
+
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency")
+
+from kvpolicy_kernels.attention.plan import unit_of  # noqa: E402
+from kvpolicy_kernels.encoded_attention import kernel as kernels  # noqa: E402
+from kvpolicy_kernels.encoded_attention.finish.kernel import _finish_kernel, finish_config  # noqa: E402
+from kvpolicy_kernels.formats import FORMATS  # noqa: E402
+
+from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
+
+WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of 16 bytes
+FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
+
+
+def compile_attend(name, dtype, dim, arch, *variants):
+    """variants: names of what the launch has besides, such as "SOFTCAP"."""
+    entry_format = FORMATS[name]
+    config = kernels.launch_config(dtype, dim, "LOGITS" in variants)
+    warps, planes = config.pop("num_warps"), entry_format.codes_in_word
+    constants = {
+        "D": dim, "DV": dim, "KW_ROW": dim // planes, "VW_ROW": dim // planes, "KS_ROW": 1, "VS_ROW": 1,
+        "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
+        "TURN_SCALE": 0.125, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_WV": kernels.plane_block(dim, planes),
+        "BLOCK_W": max(16, triton.next_power_of_2(dim // planes)),
+        "ROTATED": entry_format.rotated, "EARLY": arch >= 90,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config,
+        **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
+    }  # fmt: skip
+    belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
+    constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    if not entry_format.rotated:
+        constants["turn_ptr"] = None
+    types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
+    types |= {"q_ptr": f"*{NAMES[dtype]}", "turn_ptr": "*i8", "kw_ptr": "*i16", "vw_ptr": "*i16"}
+    types |= dict.fromkeys(("out_ptr", "lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"), "*fp32")
+    types |= dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i64") | dict.fromkeys(FLOATS, "fp32")
+    aligned = [x for x in types if x.startswith("stride_") or x.endswith("_ptr")]
+    aligned = [x for x in aligned if x != "quantum_ptr" and x not in constants]
+    return compiled(kernels._attend_kernel, arch, constants, types, aligned, warps, 3)
+
+
+FAST = [("int4", torch.bfloat16, 128, 80), ("int4", torch.bfloat16, 128, 90), ("int8", torch.bfloat16, 128, 90)]
+REST = [
+    (name, dtype, dim, arch)
+    for name in FORMATS
+    for dtype, dim in (
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 80),
+        (torch.float16, 256),
+        (torch.float32, 64),
+    )
+    for arch in (80, 90)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "dim", "arch"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in FAST)],
+    ids=str,
+)
+def test_attention_compiles(name, dtype, dim, arch):
+    kernel = compile_attend(name, dtype, dim, arch, "LSE")
+    assert "mma" in kernel.ptx, "the products must run on tensor cores"
+    assert kernel.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
+    assert dim == 80 or re.search(WIDE_LOAD, kernel.ptx)
+    assert ("griddepcontrol.launch_dependents" in kernel.ptx) == (arch >= 90)
+    if dtype != torch.float32:
+        assert kernel.spilled == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE")], ids=str)
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_variants_compile(name, variants):
+    assert compile_attend(name, torch.bfloat16, 128, 90, *variants).spilled == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("dim", "masked"), [(64, False), (256, True)])
+def test_finish_compiles(dim, masked, arch):
+    config = finish_config(dim)
+    warps = config.pop("num_warps")
+    constants = {
+        "D": dim, "DV": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True, "HAS_CHUNK": True,
+        "HAS_MASK": masked, "HAS_SOFTCAP": False, "PRECISION": "tf32", **config,
+    }  # fmt: skip
+    if not masked:
+        constants["chunk_mask_ptr"] = None
+    types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in _finish_kernel.arg_names}
+    types |= dict.fromkeys(("mid_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(FLOATS, "fp32")
+    types |= {"turn_ptr": "*i8", "chunk_mask_ptr": "*u8"}
+    aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
+    aligned = [x for x in aligned if x not in ("chunk_mask_ptr", "stride_mb", "stride_mn")]
+    assert compiled(_finish_kernel, arch, constants, types, aligned, warps, 3).spilled == 0
