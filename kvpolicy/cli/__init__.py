@@ -21,6 +21,7 @@ from kvpolicy.cli.doctor_command import doctor_command
 from kvpolicy.cli.estimate_command import estimate_command
 from kvpolicy.cli.eval_command import eval_command
 from kvpolicy.cli.generate import generate
+from kvpolicy.cli.lm_eval_command import lm_eval_command
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile_command import profile_command
 from kvpolicy.cli.show import show
@@ -42,6 +43,7 @@ app.command(cls=Verb)(show)
 app.command("validate", cls=Verb)(validate_command)
 app.command("eval", cls=Verb)(eval_command)
 app.command("compare", cls=Verb)(compare_command)
+app.command("lm-eval", cls=Verb)(lm_eval_command)
 app.command(cls=Verb)(generate)
 app.command("bench", cls=Verb)(bench_command)
 app.command("estimate", cls=Verb)(estimate_command)

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness over compressed caches. Needs `pip install 'kvpolicy[lm-eval]'`."""
