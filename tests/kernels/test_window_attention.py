@@ -21,6 +21,7 @@ CASES = [
     (300, 4, 1, 16, [170], 8, 299),
     (257, 7, 1, 96, [33], 4, 0),
 ]
+CHUNKS = [(CASES[i], count) for i, count in ((1, 1), (2, 127), (4, 37), (4, 200), (6, 130), (7, 129), (8, 3))]
 VARIANTS = [{}, {"softcap": 5.0}, {"sinks": True}, {"scale": 0.3}]
 
 
@@ -30,9 +31,10 @@ def inputs(length, num_q_heads, num_kv_heads, dim, dtype, batch=2):
     return make(num_q_heads), make(num_kv_heads), make(num_kv_heads)
 
 
-def check(case, variant, dtype, backend):
+def check(case, variant, dtype, backend, count=None):
     length, num_q_heads, num_kv_heads, dim, capacities, num_sinks, prefill = case
     q, k, v = inputs(length, num_q_heads, num_kv_heads, dim, dtype)
+    q = q[:, :, length - (count or length) :]
     sinks = torch.linspace(-1, 1, num_q_heads, device=DEVICE) if variant.get("sinks") else None
     scale, softcap = variant.get("scale", dim**-0.5), variant.get("softcap")
     arguments = (capacities, num_sinks)
@@ -61,6 +63,25 @@ def test_triton_matches_the_definition(case, variant, dtype, poisoned):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 as integers")
     check(case, variant, dtype, "triton")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("case", "count"), CHUNKS)
+def test_the_last_tokens_may_ask_alone(case, count, variant):
+    check(case, variant, torch.float32, "torch", count)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", [{}, {"softcap": 5.0, "sinks": True}], ids=str)
+@pytest.mark.parametrize(("case", "count"), CHUNKS[:4])
+def test_the_last_tokens_may_ask_triton_alone(case, count, variant, poisoned):
+    check(case, variant, torch.float32, "triton", count)
+
+
+def test_more_queries_than_tokens_are_refused():
+    q, k, v = inputs(8, 4, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="of a T of at least 8"):
+        window_attention(q, k[:, :, 1:], v[:, :, 1:], [5, 9], 4)
 
 
 def test_hand_written_answer():

@@ -12,7 +12,7 @@ from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr")
 
 
-def compile_window_attention(dtype, dim, group, arch, softcap, sinks):
+def compile_window_attention(dtype, dim, group, arch, softcap=False, sinks=False, before=False):
     config = launch_config(dtype, dim, arch >= 90)
     block = max(16, triton.next_power_of_2(dim))
     constants = {
@@ -26,6 +26,7 @@ def compile_window_attention(dtype, dim, group, arch, softcap, sinks):
         "BLOCK_DV": block,
         "HAS_SOFTCAP": softcap,
         "HAS_SINK": sinks,
+        "HAS_BEFORE": before,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
     types = {}
@@ -46,7 +47,7 @@ def compile_window_attention(dtype, dim, group, arch, softcap, sinks):
 @pytest.mark.parametrize("dtype", list(NAMES), ids=str)
 @pytest.mark.parametrize(("dim", "group"), [(64, 3), (80, 1), (128, 4), (256, 2)])
 def test_window_attention_compiles(dtype, dim, group, arch):
-    kernel = compile_window_attention(dtype, dim, group, arch, softcap=False, sinks=False)
+    kernel = compile_window_attention(dtype, dim, group, arch)
     assert len(kernel.cubin) > 0
     assert "mma" in kernel.ptx, "the products must run on tensor cores"
     assert kernel.shared <= SHARED_MEMORY[arch]
@@ -54,8 +55,8 @@ def test_window_attention_compiles(dtype, dim, group, arch):
         assert kernel.spilled == 0
 
 
-@pytest.mark.parametrize(("softcap", "sinks"), [(True, False), (False, True)])
-def test_window_attention_variants_compile(softcap, sinks):
-    kernel = compile_window_attention(torch.bfloat16, 128, 4, 90, softcap, sinks)
+@pytest.mark.parametrize("variant", ["softcap", "sinks", "before"])
+def test_window_attention_variants_compile(variant):
+    kernel = compile_window_attention(torch.bfloat16, 128, 4, 90, **{variant: True})
     assert kernel.shared <= SHARED_MEMORY[90]
     assert kernel.spilled == 0

@@ -27,9 +27,10 @@ def blocked_window_attention(
     prefill_length: int,
 ) -> Tensor:
     """Shapes as in `window_attention`."""
-    batch, num_q_heads, length, _ = query.shape
-    group = num_q_heads // key.shape[1]
-    out = query.new_empty(batch, num_q_heads, length, value.shape[-1])
+    batch, num_q_heads, count, _ = query.shape
+    group, length = num_q_heads // key.shape[1], key.shape[2]
+    before = length - count  # tokens that do not ask
+    out = query.new_empty(batch, num_q_heads, count, value.shape[-1])
     for head, capacity in enumerate(capacities):
         heads = slice(head * group, (head + 1) * group)
         sinks = None if sink_logits is None else sink_logits[heads]
@@ -37,24 +38,28 @@ def blocked_window_attention(
         q, o = query[:, heads], out[:, heads]
         k, v = key[:, head : head + 1], value[:, head : head + 1]
         dense = min(max(int(capacity), prefill_length), length)
-        attend.causal(q[:, :, :dense], k[:, :, :dense], v[:, :, :dense], o[:, :, :dense])
+        if before < dense:
+            some = slice(dense - before)
+            attend.causal(q[:, :, some], k[:, :, :dense], v[:, :, :dense], o[:, :, some])
         if dense < length:
-            _windows(attend, q, k, v, o, dense, int(capacity) - num_sink_tokens, num_sink_tokens)
+            _windows(attend, q, k, v, o, max(dense, before), int(capacity) - num_sink_tokens, num_sink_tokens)
     return out
 
 
 def _windows(
     attend: _Attend, q: Tensor, k: Tensor, v: Tensor, out: Tensor, first: int, window: int, num_sinks: int
 ) -> None:
-    """Fills `out[:, :, first:]`. q, out: [B, group, T, D]; k, v: [B, 1, T, D]."""
-    length = q.shape[2]
+    """Fills `out` from token `first` on. q, out: [B, group, n, D], of the last n tokens; k, v: [B, 1, T, D]."""
+    length = k.shape[2]
+    before = length - q.shape[2]
     mask = _block_mask(window, num_sinks, q)
     for begin in range(first, length, BLOCK):
         end = min(begin + BLOCK, length)
         oldest = begin - window + 1
         keys = torch.cat([k[:, :, :num_sinks], k[:, :, oldest:end]], dim=2)
         values = torch.cat([v[:, :, :num_sinks], v[:, :, oldest:end]], dim=2)
-        out[:, :, begin:end] = attend.masked(q[:, :, begin:end], keys, values, mask[: end - begin, : keys.shape[2]])
+        some = slice(begin - before, end - before)
+        out[:, :, some] = attend.masked(q[:, :, some], keys, values, mask[: end - begin, : keys.shape[2]])
 
 
 def _block_mask(window: int, num_sinks: int, like: Tensor) -> Tensor:
@@ -73,16 +78,18 @@ class _Attend:
         self.stock = softcap is None and sinks is None
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """q, out: [B, group, n, D]; k, v: [B, 1, n, D]."""
-        if self.stock:
+        """q, out: [B, group, n, D], of the last n tokens; k, v: [B, 1, m, D]."""
+        before = k.shape[2] - q.shape[2]
+        if self.stock and before == 0:
             group = q.shape[1]
             k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
             out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale))
             return
-        for begin in range(0, q.shape[2], BLOCK):
-            end = min(begin + BLOCK, q.shape[2])
+        for begin in range(before, k.shape[2], BLOCK):
+            end = min(begin + BLOCK, k.shape[2])
+            some = slice(begin - before, end - before)
             mask = torch.full((end - begin, end), float("-inf"), dtype=q.dtype, device=q.device).triu_(begin + 1)
-            out[:, :, begin:end] = self.masked(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], mask)
+            out[:, :, some] = self.masked(q[:, :, some], k[:, :, :end], v[:, :, :end], mask)
 
     def masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q: [B, group, n, D]; k, v: [B, 1, m, D]; mask: additive [n, m]. Returns [B, group, n, Dv]."""

@@ -57,10 +57,10 @@ def _window_attention_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, window_ptr, sink_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    length, num_sinks, prefill, scale_log2, softcap_log2, tanh_scale,
+    before, length, num_sinks, prefill, scale_log2, softcap_log2, tanh_scale,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # longest rows first: the last query blocks of a dense head are the most work
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -68,6 +68,10 @@ def _window_attention_kernel(
     i_h = (tl.program_id(1) % NUM_Q_HEADS).to(tl.int64)
     window = tl.load(window_ptr + i_h // GROUP)
     first = i_m * BLOCK_M
+    if HAS_BEFORE:  # the queries are those of the last tokens, and named by them from here on
+        first += before
+        q_ptr -= before.to(tl.int64) * stride_qm
+        o_ptr -= before.to(tl.int64) * stride_om
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -141,18 +145,20 @@ def triton_window_attention(
     prefill_length: int,
 ) -> Tensor:
     """Shapes as in `window_attention`; window: int32 [num_kv_heads], capacity minus sinks, on the device."""
-    batch, num_q_heads, length, dim = query.shape
+    batch, num_q_heads, count, dim = query.shape
+    length = key.shape[2]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out = query.new_empty(batch, num_q_heads, length, value.shape[-1])
+    out = query.new_empty(batch, num_q_heads, count, value.shape[-1])
     config = launch_config(query.dtype, max(dim, value.shape[-1]), at_least_hopper(query.device))
-    grid = (triton.cdiv(length, config["BLOCK_M"]), batch * num_q_heads)
+    grid = (triton.cdiv(count, config["BLOCK_M"]), batch * num_q_heads)
     _window_attention_kernel[grid](
         query, key, value, out, window, sink_logits,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        length, num_sink_tokens, prefill_length, scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
+        length - count, length, num_sink_tokens, prefill_length,
+        scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         NUM_Q_HEADS=num_q_heads, GROUP=num_q_heads // key.shape[1], D=dim, DV=value.shape[-1],
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
-        HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None,
+        HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_BEFORE=count < length,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip

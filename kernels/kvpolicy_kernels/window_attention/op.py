@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.backend import Backend, uses_triton
+from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
 from kvpolicy_kernels.window_attention.cpu import blocked_window_attention
 
 
@@ -29,19 +29,21 @@ def window_attention(
     Token q of KV head h attends to token k iff
     `k <= q and (k < num_sink_tokens or k > q - (capacities[h] - num_sink_tokens) or q < prefill_length)`.
 
-    query: [B, num_q_heads, T, D];  key: [B, num_kv_heads, T, D];  value: [B, num_kv_heads, T, Dv]
+    query: [B, num_q_heads, n, D], of the last n tokens;  key: [B, num_kv_heads, T, D];  value: [B, num_kv_heads, T, Dv]
     capacities: num_kv_heads ints, each above `num_sink_tokens`; T or more means plain causal attention
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     prefill_length: queries before it attend densely
-    backend: "auto" is Triton on CUDA and torch elsewhere
+    backend: "auto" is Triton on CUDA and torch elsewhere, and torch for fewer queries than tokens: the kernel has not run
+        on a GPU with those yet
 
-    Returns [B, num_q_heads, T, Dv]. Memory is O(T): no [heads, T, T] mask is made.
+    Returns [B, num_q_heads, n, Dv]. Memory is O(T): no [heads, T, T] mask is made.
     Raises `ValueError` for shapes or capacities that do not fit, and for a backend that cannot run here.
     """
     _check(query, key, value, capacities, num_sink_tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton("window_attention", backend, query):
+    untried = UNTRIED if query.shape[2] < key.shape[2] and backend != "triton" else None
+    if uses_triton("window_attention", backend, query, untried):
         from kvpolicy_kernels.window_attention.kernel import triton_window_attention
 
         window = torch.tensor([int(c) - num_sink_tokens for c in capacities], dtype=torch.int32, device=query.device)
@@ -55,12 +57,12 @@ def window_attention(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, capacities: Sequence[int], num_sink_tokens: int) -> None:
-    batch, num_q_heads, length, dim = query.shape
-    num_kv_heads = key.shape[1]
-    if key.shape != (batch, num_kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
+    batch, num_q_heads, count, dim = query.shape
+    num_kv_heads, length = key.shape[1:3]
+    if key.shape != (batch, num_kv_heads, length, dim) or value.shape[:3] != key.shape[:3] or length < count:
         raise ValueError(
-            f"window_attention: query {list(query.shape)} needs key [{batch}, heads, {length}, {dim}] and value "
-            f"[{batch}, heads, {length}, dim], got {list(key.shape)} and {list(value.shape)}"
+            f"window_attention: query {list(query.shape)} needs key [{batch}, heads, T, {dim}] and value "
+            f"[{batch}, heads, T, dim] of a T of at least {count}, got {list(key.shape)} and {list(value.shape)}"
         )
     if num_q_heads % num_kv_heads:
         raise ValueError(f"window_attention: {num_q_heads} query heads are no multiple of {num_kv_heads} KV heads")

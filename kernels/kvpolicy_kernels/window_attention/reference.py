@@ -30,10 +30,12 @@ def reference_window_attention(
     """Shapes as in `window_attention`; computed in the dtype of the arguments."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * scale  # [B, Hq, T, T]
+    scores = query @ key.transpose(-1, -2) * scale  # [B, Hq, n, T]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = window_mask(capacities, num_sink_tokens, query.shape[2], prefill_length).to(query.device)
+    length = key.shape[2]
+    mask = window_mask(capacities, num_sink_tokens, length, prefill_length)[:, length - query.shape[2] :]
+    mask = mask.to(query.device)
     scores = scores.masked_fill(~mask.repeat_interleave(group, 0), float("-inf"))
     if sink_logits is not None:
         column = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)

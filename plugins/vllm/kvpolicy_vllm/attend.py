@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,16 @@ class BlockAttention:
     """One layer of one rank. Query heads of a group follow each other.
 
     scale: of the scores;  softcap: scores become `softcap * tanh(score / softcap)`
+    capacities: entries of each KV head in a block, on the host
     """
 
     layout: BlockLayout
     scale: float
     softcap: float | None = None
+    capacities: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "capacities", tuple(self.layout.slots.tolist()))
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, counts: Tensor
@@ -80,10 +85,8 @@ class BlockAttention:
         Returns [m, num_q_heads, D].
         """
         layout, count = self.layout, len(query)
-        if num_before == 0 and layout.num_blocks == 1:
-            out = self._prompt(query, key, value)
-        else:
-            out = self._behind_entries(query, key, value, cache, blocks, num_before)
+        attend = self._in_one_window if layout.num_blocks == 1 else self._head_by_head
+        out = attend(query, key, value, cache, blocks, num_before)
         positions = torch.arange(num_before, num_before + count, device=query.device)
         oldest = layout.oldest(positions[-1:])
         kept = (positions < layout.num_sink_tokens) | (positions >= oldest)  # [H, m]
@@ -94,17 +97,41 @@ class BlockAttention:
             compact(arena, rows, new.transpose(0, 1)[None], head * count + token)
         return out
 
-    def _prompt(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The first tokens of a request under a slab."""
-        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        sinks, capacities = self.layout.num_sink_tokens, self.layout.slots.tolist()
-        out = window_attention(q, k, v, capacities, sinks, scale=self.scale, softcap=self.softcap)
-        return out[0].transpose(0, 1)
-
-    def _behind_entries(
+    def _in_one_window(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int
     ) -> Tensor:
-        """Head by head: its entries, then the tokens of the chunk, under a mask by position."""
+        """For a slab. Its windows do not grow, so what lies between sinks and windows is left out of the tokens.
+
+        What remains before the chunk is as long as the longest head's entries; a shorter head's begin with zeros, which
+        its window hides.
+        """
+        layout = self.layout
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        if num_before > 0:
+            sinks, longest = layout.num_sink_tokens, min(num_before, max(self.capacities))
+            column = torch.arange(longest, device=query.device)
+            position = torch.where(column < sinks, column, column + num_before - longest)
+            oldest = layout.oldest(torch.tensor([num_before], device=query.device))
+            hidden = (position >= sinks) & (position < oldest)  # [H, longest]
+            rows = layout.rows_of(blocks, layout.slot(position))
+            before = [arena[rows].masked_fill(hidden[..., None], 0)[None] for arena in _arena(cache)]
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        out = window_attention(
+            q,
+            k,
+            v,
+            self.capacities,
+            layout.num_sink_tokens,
+            scale=self.scale,
+            softcap=self.softcap,
+            backend="triton" if query.is_cuda else "auto",  # untried there, so that the check at start must pass
+        )
+        return out[0].transpose(0, 1)
+
+    def _head_by_head(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int
+    ) -> Tensor:
+        """For growing blocks: a head's entries, then the tokens of the chunk, under a mask by position."""
         layout, count, device = self.layout, len(query), query.device
         keys, values = _arena(cache)
         positions = torch.arange(num_before + count, device=device)

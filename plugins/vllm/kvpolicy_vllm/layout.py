@@ -29,7 +29,8 @@ class BlockLayout:
     tokens_per_block: tokens of a request that a block stands for
     num_sink_tokens:  first tokens, which stay
     num_blocks:       blocks of a request, at most
-    jumps:            how often a token's place was another's before, in other blocks, at most
+    table:            int32 [max_tokens, H], the slot of each token, where there are several blocks: going back from
+        token to token would cost a decoding step more than reading it
     """
 
     slots: Tensor
@@ -38,7 +39,7 @@ class BlockLayout:
     tokens_per_block: int
     num_sink_tokens: int
     num_blocks: int
-    jumps: int
+    table: Tensor | None
 
     @classmethod
     def of(
@@ -55,11 +56,9 @@ class BlockLayout:
         table = torch.tensor(list(slots), dtype=torch.int64)
         offsets, rows = table.cumsum(0) - table, max(int(table.sum()), rows)
         num_blocks = -(-max_tokens // tokens_per_block)
-        layout = cls(table, offsets, rows, tokens_per_block, num_sink_tokens, num_blocks, 0)
-        position, jumps = torch.arange(max_tokens).expand(len(table), -1), 0
-        while not torch.equal(earlier := layout._jump(position), position):
-            position, jumps = earlier, jumps + 1
-        return replace(layout, slots=table.to(device), offsets=offsets.to(device), jumps=jumps)
+        layout = cls(table, offsets, rows, tokens_per_block, num_sink_tokens, num_blocks, None)
+        found = layout._all_slots(max_tokens).to(device) if num_blocks > 1 else None
+        return replace(layout, slots=table.to(device), offsets=offsets.to(device), table=found)
 
     @property
     def num_kv_heads(self) -> int:
@@ -90,11 +89,11 @@ class BlockLayout:
 
         Entry j is the entry `j % slots[h]` of the request's block `j // slots[h]`.
         """
-        position = positions.expand(self.num_kv_heads, -1)
-        for _ in range(self.jumps):
-            position = self._jump(position)
-        block, inside = self._split(position)
-        return block * self.slots[:, None] + inside
+        if self.table is not None:
+            return self.table[positions].t().long()
+        ring = self.slots[:, None] - self.num_sink_tokens
+        turned = self.num_sink_tokens + (positions - self.num_sink_tokens) % ring
+        return torch.where(positions < self.slots[:, None], positions, turned)
 
     def rows_of(self, blocks: Tensor, slot: Tensor) -> Tensor:
         """The arena's row of each entry, int64 [H, N].
@@ -107,9 +106,13 @@ class BlockLayout:
     def _split(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return positions // self.tokens_per_block, positions % self.tokens_per_block
 
-    def _jump(self, position: Tensor) -> Tensor:
-        """The token whose place each one [H, N] took, one block or more ago; itself where the place was free."""
-        block, inside = self._split(position)
-        ring = (block + 1) * self.slots[:, None] - self.num_sink_tokens
-        turns = ((inside - self.slots[:, None]) // ring + 1).clamp(min=0)
-        return position - turns * ring
+    def _all_slots(self, max_tokens: int) -> Tensor:
+        """The table. A token that found no free place took another's, and that one a third's, blocks ago."""
+        slots, position = self.slots[:, None], torch.arange(max_tokens).expand(self.num_kv_heads, -1)
+        while True:
+            block, inside = self._split(position)
+            ring = (block + 1) * slots - self.num_sink_tokens
+            turns = ((inside - slots) // ring + 1).clamp(min=0)
+            if not bool(turns.any()):
+                return (block * slots + inside).t().to(torch.int32).contiguous()
+            position = position - turns * ring

@@ -12,7 +12,10 @@ from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, PluginError,
 from kvpolicy_vllm.settings import KEY, Settings
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048)
-"""Tokens of a block where budgets grow with the length; the smallest that fits the plan is taken."""
+"""Tokens of a block where budgets grow with the length; the smallest that fits the plan is taken, but for `MOST`."""
+
+MOST = 32
+"""Blocks of a request that are better not exceeded: each is attended to by itself, and merged."""
 
 ROUNDING = 0.1
 """The most that a head's share of a block may be off, relative to the plan's."""
@@ -124,7 +127,8 @@ def _growing(plan: BudgetPlan, settings: Settings, max_model_len: int, tp_size: 
         raise PlanError("retention is missing")
     shares = plan.shares_at(settings.retention)
     off = 0.0
-    for tokens in BLOCKS:
+    enough = [tokens for tokens in BLOCKS if tokens * MOST >= max_model_len] or list(BLOCKS[-1:])
+    for tokens in enough:
         if tokens > max_model_len:
             break
         table = plan.capacities(tokens, settings.retention, tp_size=tp_size)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CAPACITIES, MAX_MODEL_LEN, prompts, save_plan
 from kvpolicy_vllm import hooks, report
 from kvpolicy_vllm.serving import Serving
@@ -152,6 +153,9 @@ def test_blocks_are_the_smallest_that_keep_the_shares(model: str, tmp_path: Path
     small = save_plan(model, tmp_path / "small.json", [[13, 300]] * 3)
     serving = Serving.of(config(model, {"plan": small, "retention": 313 / 1024}))
     assert serving is not None and serving.tokens_per_block == 256
+    hf_config = transformers.AutoConfig.from_pretrained(model)
+    long = Serving.resolve(Settings(plan, retention=352 / 1024), hf_config, 4096, 1)
+    assert long.tokens_per_block == 128  # no more than 32 of them
 
 
 def test_start_tells_what_it_saves_and_vllm_agrees(model: str, plan: str, engine: Any, lines: list[str]) -> None:
