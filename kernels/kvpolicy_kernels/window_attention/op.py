@@ -34,8 +34,8 @@ def window_attention(
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     prefill_length: queries before it attend densely
-    backend: "auto" is Triton on CUDA and torch elsewhere, and torch for fewer queries than tokens: the kernel has not run
-        on a GPU with those yet
+    backend: "auto" is Triton on CUDA and torch elsewhere; torch for fewer queries than tokens, with which the kernel
+        has not run on a GPU yet
 
     Returns [B, num_q_heads, n, Dv]. Memory is O(T): no [heads, T, T] mask is made.
     Raises `ValueError` for shapes or capacities that do not fit, and for a backend that cannot run here.
