@@ -1,0 +1,243 @@
+r"""Policies, allocators and plans on tasks whose prompts are made here, with the question in the prompt and behind it.
+
+    python benchmarks/task_table.py --model DIR --device cuda --dtype bfloat16 --seconds 3000 --out ruler_h200.jsonl
+    python benchmarks/task_table.py --table ruler_h200.jsonl
+
+RULER's six tasks that need no files, at 4096 tokens. By default four policies with uniform budgets and with adakv at
+0.5, 0.25 and 0.125 kept, and the other policies with uniform budgets at 0.25; name methods as `compare` does, plans too
+(`snapkv/plan.json`, at every retention that the plan has). A prompt is run once for each policy, and each budget goes
+on with a copy.
+
+One line of JSON for each batch of samples under one method. Batches come first, so that a run that --seconds ends has
+measured every method on the same samples; the same command goes on behind the last line. With the last line, or with
+--table, OUT.md and OUT.csv are written: means, 95 % intervals, and the paired difference to uniform budgets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import command_line, device_name, versions, write_csv
+
+import kvpolicy
+from kvpolicy.comparison.answers import AnswerTask
+from kvpolicy.comparison.methods import FULL, Method, read_asked
+from kvpolicy.measure.stats import mean_interval, paired_difference
+from kvpolicy.plugins.registry import registry
+from kvpolicy.tasks.family import task_of
+
+TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+POLICIES = ("snapkv", "expected_attention", "keydiff", "h2o")
+ALLOCATORS = ("uniform", "adakv")
+RETENTIONS, ONE_RETENTION = (0.5, 0.25, 0.125), 0.25
+_WRAPPERS = ("critical_kv",)  # around another policy, which would have to be named
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one task under one time of the question."""
+
+    task: str
+    question: str
+    first: int
+    samples: list[Any]
+
+
+def main() -> None:
+    options = parsed()
+    if options.table is not None:
+        write_tables(options.table)
+        return
+    begun, known = time.monotonic(), read_lines(options.out)
+    model, tokenizer = kvpolicy.load_model(options.model, device=options.device, dtype=options.dtype)
+    about = {"model": Path(options.model).name, "dtype": str(model.dtype).removeprefix("torch.")}
+    about |= {"context": options.context, "limit": options.limit, "seed": options.seed}
+    asked, left = pairs(options), 0
+    for batch in batches(options, tokenizer):
+        role, name = task_of(batch.task), {"question": batch.question}
+        task = AnswerTask(batch.task, role, model, tokenizer, batch.samples, **name, batch_size=len(batch.samples))
+        for method, kept in asked:
+            key = about | name | {"task": batch.task, "method": method.name, "retention": kept, "first": batch.first}
+            if identity(key) in known:
+                continue
+            if time.monotonic() - begun > options.seconds:
+                left += 1
+                continue
+            line = key | measured(task, method, kept, options.seed)
+            machine = {"device": device_name(options.device), **versions("kvpolicy", "torch", "transformers")}
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line | machine) + "\n")
+            said = line["error"] if "error" in line else f"{sum(line['scores']) / len(line['scores']):.3f}"
+            place = f"{batch.task}, {batch.question}, from sample {batch.first}, {method.name} at {kept:g}"
+            print(f"{time.monotonic() - begun:6.0f} s  {place}: {said}", flush=True)
+    print(f"{left} batches are left for the next run" if left else "all measured", flush=True)
+    write_tables(options.out)
+
+
+def parsed() -> Any:
+    parser = command_line(__doc__)
+    parser.add_argument("--table", type=Path, help="only make the tables of a file of results")
+    parser.add_argument("--out", type=Path, default=Path("task_table.jsonl"))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tasks", nargs="+", default=[f"ruler/{name}" for name in TASKS])
+    parser.add_argument("--questions", nargs="+", default=["agnostic", "aware"])
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--limit", type=int, default=100, help="samples of each task")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", help="instead of the four policies, at --retentions")
+    parser.add_argument("--others", nargs="*", help="policies under uniform budgets at 0.25; default: all others")
+    parser.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
+    return parser.parse_args()
+
+
+def pairs(options: Any) -> list[tuple[Method, float]]:
+    """Methods and retentions, those of one policy behind each other."""
+    named = options.methods or [f"{policy}/{allocator}" for policy in POLICIES for allocator in ALLOCATORS]
+    found = [(method, kept) for method in read_asked(named) for kept in options.retentions if reaches(method, kept)]
+    others = options.others
+    if others is None:
+        used = {method.policy_name for method, _ in found} | set(_WRAPPERS)
+        others = [] if options.methods else [name for name in registry.names("policy") if name not in used]
+    found += [(method, ONE_RETENTION) for method in read_asked([f"{name}/uniform" for name in others])]
+    policies = [method.policy_label for method, _ in found]
+    (full,) = read_asked([FULL])
+    return [(full, 1.0), *sorted(found, key=lambda pair: policies.index(pair[0].policy_label))]
+
+
+def reaches(method: Method, kept: float) -> bool:
+    return method.plan is None or method.plan.level_at(kept) is not None
+
+
+def batches(options: Any, tokenizer: Any) -> Iterator[Batch]:
+    """The first samples of every task, then the next ones."""
+    sizes = (tokenizer, options.limit, options.context, options.seed)
+    made = {name: list(task_of(name).samples(*sizes)) for name in options.tasks}
+    for first in range(0, options.limit, options.batch_size):
+        for name, samples in made.items():
+            for question in options.questions if samples[first:] else []:
+                yield Batch(name, question, first, samples[first : first + options.batch_size])
+
+
+def measured(task: AnswerTask, method: Method, kept: float, seed: int) -> dict[str, Any]:
+    """The scores of a batch, or why there are none."""
+    begun = time.monotonic()
+    tables = partial(table_of, task, method, kept, seed)
+    try:
+        found = task.measure(method, tables)
+    except Exception as error:  # one method's failure is a line, and the others go on
+        if method.is_full:
+            raise
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    memory = found.memory
+    figures = {"scores": [1 - loss for loss in found.losses.tolist()], "metric": task.role.metric}
+    figures |= {"bytes": memory.bytes, "dense_bytes": memory.dense_bytes, "entries": memory.entries}
+    return figures | {"uniform": method.uniform_name, "seconds": round(time.monotonic() - begun, 2)}
+
+
+def table_of(task: AnswerTask, method: Method, kept: float, seed: int, context: int) -> torch.Tensor:
+    return method.table(task.spec, context, kept, seed, task.dtype)
+
+
+# --- lines and tables
+
+_KEY = ("model", "dtype", "context", "limit", "seed", "question", "task", "method", "retention", "first")
+
+
+def identity(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in _KEY)
+
+
+def read_lines(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The lines of a file by what they are of; the last one of a run that was killed may be broken."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        lines[identity(line)] = line
+    return lines
+
+
+def write_tables(path: Path) -> None:
+    """OUT.csv, and OUT.md with a table for each time of the question."""
+    lines = [line for line in read_lines(path).values() if "scores" in line]
+    if not lines:
+        sys.exit(f"{path} has no measurements")
+    rows = table_rows(lines)
+    write_csv(path.with_suffix(".csv"), rows)
+    first = lines[0]
+    page = [
+        f"{first['model']}, {first['dtype']}, prompts of {first['context']} tokens, seed {first['seed']}; "
+        f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}. Mean score in %, and its "
+        "distance from uniform budgets under the same policy with its 95 % interval, paired by sample."
+    ]
+    for question in dict.fromkeys(line["question"] for line in lines):
+        page += ["", f"## question-{question}", "", *markdown([row for row in rows if row["question"] == question])]
+    path.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
+
+
+def table_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each question, task, method and retention, and one of all tasks together."""
+    scores: dict[tuple[str, str, str, float], dict[tuple[str, int], float]] = {}
+    parts: dict[tuple[str, str, str, float], list[float]] = {}
+    uniform = {line["method"]: line["uniform"] for line in lines}
+    for line in lines:
+        for task in (line["task"], "all"):
+            key = (line["question"], task, line["method"], line["retention"])
+            places = [(line["task"], line["first"] + index) for index in range(len(line["scores"]))]
+            scores.setdefault(key, {}).update(zip(places, line["scores"], strict=True))
+            parts.setdefault(key, []).append(line["bytes"] / line["dense_bytes"])
+    rows = []
+    for (question, task, method, kept), own in scores.items():
+        values = torch.tensor([own[place] for place in sorted(own)], dtype=torch.float64)
+        low, high = mean_interval(values)
+        bytes_part = sum(parts[question, task, method, kept]) / len(parts[question, task, method, kept])
+        row = {"question": question, "task": task, "method": method, "retention": kept, "n": len(own)}
+        row |= {"score": float(values.mean()), "low": low, "high": high, "bytes_of_full": bytes_part}
+        other = scores.get((question, task, uniform[method], kept), {})
+        shared = sorted(own.keys() & other.keys())
+        if method != uniform[method] and len(shared) > 1:
+            both = [torch.tensor([side[place] for place in shared], dtype=torch.float64) for side in (own, other)]
+            difference = paired_difference(*both)
+            row |= {"minus_uniform": difference.mean, "minus_low": difference.low, "minus_high": difference.high}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """Methods down, tasks across."""
+    tasks = [*dict.fromkeys(row["task"] for row in rows if row["task"] != "all"), "all"]
+    cells = {(row["method"], row["retention"], row["task"]): row for row in rows}
+    names = list(dict.fromkeys((row["method"], row["retention"]) for row in rows))
+    head = ["method", "kept", *tasks, "all minus uniform", "n", "bytes"]
+    table = [" | ".join(["", *head, ""]).strip(), " | ".join(["", *["---"] * len(head), ""]).strip()]
+    for method, kept in sorted(names, key=lambda name: -name[1]):
+        own = cells[method, kept, "all"]
+        scores = [
+            f"{100 * cells[method, kept, task]['score']:.1f}" if (method, kept, task) in cells else "" for task in tasks
+        ]
+        minus = ""
+        if "minus_uniform" in own:
+            minus = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * own[name] for name in ("minus_uniform", "minus_low", "minus_high"))
+            )
+        cell = [method, f"{kept:g}", *scores, minus, str(own["n"]), f"{100 * own['bytes_of_full']:.1f} %"]
+        table.append(" | ".join(["", *cell, ""]).strip())
+    return table
+
+
+if __name__ == "__main__":
+    main()
