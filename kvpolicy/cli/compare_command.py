@@ -56,6 +56,7 @@ def compare_command(
     png: Annotated[
         Path | None, typer.Option(help="Draw quality over bytes, and a bar for each row.", show_default=False)
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report as one HTML file.", show_default=False)] = None,
     model: opt.Model = MODEL,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -96,6 +97,7 @@ def compare_command(
         seed=seed,
         out=out,
         png=png,
+        html=html,
         model=model,
         device=device,
         dtype=dtype,

@@ -39,6 +39,7 @@ _OPTIONS = {
     "out": "--out",
     "param": "--param",
     "part": "--part",
+    "html": "--html",
     "png": "--png",
     "policy": "--policy",
     "policy_param": "--policy-param",

@@ -12,6 +12,7 @@ from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL, RETENTIONS
 from kvpolicy.errors import StudyError
+from kvpolicy.files.regular import write_bytes
 from kvpolicy.plugins.params import parse_params
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def tune_command(
     out: Annotated[Path, typer.Option(help="Where the plan is written; the study's journal lies beside it.")] = Path(
         "plan.json"
     ),
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a report as one HTML file, with what is kept of a prompt.", show_default=False),
+    ] = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     revision: opt.Revision = None,
@@ -101,7 +106,8 @@ def tune_command(
     registry.get("estimator", estimator)
     registry.get("allocator", allocator)
     registry.get("policy", policy)
-    arguments.check_writable(out)
+    for path in (out, html):
+        arguments.check_writable(path)
     arguments.check_text(text)
     arguments.check_text(task_file)
     if task_file is not None and (data is not None or objective != "perplexity"):
@@ -152,6 +158,11 @@ def tune_command(
         )
         raise
     save_plan(plan, out)
+    if html is not None:
+        from kvpolicy.report.html import plan_html
+        from kvpolicy.verbs.kept_sample import kept_sample
+
+        write_bytes(html, plan_html(plan, kept_sample(loaded, tokenizer, corpus, plan)).encode())
     _report(plan, out, json)
 
 

@@ -36,14 +36,24 @@ def levels(comparison: Comparison) -> Iterator[tuple[str, list[Figures]]]:
 def markdown(comparison: Comparison) -> str:
     """The whole page."""
     lines = ["# Methods at equal bytes", ""]
-    lines += [f"- {markdown_text(name)}: {markdown_text(str(value))}" for name, value in comparison.about.items()]
-    lines += [f"- device: {markdown_text(_devices(comparison))}"]
+    lines += [f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in about(comparison)]
+    for heading, columns, rows, remarks in level_tables(comparison):
+        lines += ["", f"## {heading}", "", _row(columns), "|" + "---|" * len(columns), *map(_row, rows)]
+        lines += ["", " ".join(remarks)]
+    return "\n".join([*lines, "", NOTES, ""])
+
+
+def about(comparison: Comparison) -> list[tuple[str, str]]:
+    """Name and text of what was compared, and where."""
+    return [*((str(name), str(value)) for name, value in comparison.about.items()), ("device", _devices(comparison))]
+
+
+def level_tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """(heading, columns, rows, remarks) of each retention, with everything that is known, for a page."""
     columns: dict[str, Cell] = {**_columns(comparison), "calibration": _calibration, "note": lambda row: row.note}
     for heading, rows in levels(comparison):
-        lines += ["", f"## {heading}", "", _row(list(columns)), "|" + "---|" * len(columns)]
-        lines += [_row([cell(row) for cell in columns.values()]) for row in rows]
-        lines += ["", " ".join(_remarks(comparison, rows))]
-    return "\n".join([*lines, "", NOTES, ""])
+        cells = [[cell(row) for cell in columns.values()] for row in rows]
+        yield heading, list(columns), cells, _remarks(comparison, rows)
 
 
 def _devices(comparison: Comparison) -> str:

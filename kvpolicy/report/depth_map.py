@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.report.numbers import percent
+from kvpolicy.report.shades import Shade
 from kvpolicy.report.terminal_heatmap import Heatmap
 
 _LOST, _HALF, _FOUND = (178, 24, 43), (247, 247, 247), (33, 102, 172)
@@ -38,7 +39,7 @@ def depth_maps(rows: Sequence[Mapping[str, Any]]) -> list[DepthMap]:
 def terminal_depths(grid: DepthMap) -> Heatmap:
     """Red where what was asked for is lost, blue where it is found."""
     colours, depths = (_LOST, _HALF, _FOUND), [percent(depth) for depth in grid.depths]
-    return Heatmap(grid.title, grid.values, depths, float, colours, corner="depth", columns=grid.lengths)
+    return Heatmap(grid.title, grid.values, depths, Shade(float, colours), corner="depth", columns=grid.lengths)
 
 
 def _grid(row: Mapping[str, Any]) -> DepthMap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,16 +13,15 @@ from torch import Tensor
 
 from kvpolicy.budget.plan import BudgetPlan, PlanLevel
 from kvpolicy.report.numbers import percent, relative_budgets
+from kvpolicy.report.shades import Shade, budget_shade, importance_shade, relative_importance
 
 _CELL = 6
-_LESS, _EVEN, _MORE = (33, 102, 172), (247, 247, 247), (178, 24, 43)
-_NOTHING, _MUCH = (255, 255, 255), (0, 90, 50)
 
 
 class Heatmap:
     """A rich renderable; wide tables are broken into blocks of columns that fit the console.
 
-    values: `[L, H]`, NaN for an empty cell;  rows: what stands before each;  shade: a value to 0 to 1 along the colours
+    values: `[L, H]`, NaN for an empty cell;  rows: what stands before each;  shade: their colours
     corner: what the rows are;  columns: what stands above each, None for the numbers of KV heads
     """
 
@@ -31,14 +30,13 @@ class Heatmap:
         title: str,
         values: Tensor,
         rows: Sequence[object],
-        shade: Callable[[float], float],
-        colours: Sequence[tuple[int, int, int]],
+        shade: Shade,
         *,
         corner: str = "layer",
         columns: Sequence[object] | None = None,
     ) -> None:
         self._title, self._values, self._rows = title, values, rows
-        self._shade, self._colours, self._corner = shade, colours, corner
+        self._shade, self._corner = shade, corner
         self._columns = range(values.shape[1]) if columns is None else columns
         self._across = "KV heads" if columns is None else "columns"
 
@@ -62,8 +60,7 @@ class Heatmap:
     def _cell(self, value: float) -> Text:
         if math.isnan(value):
             return Text(" " * _CELL)
-        red, green, blue = _blend(self._colours, min(1.0, max(0.0, self._shade(value))))
-        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 140
+        (red, green, blue), bright = self._shade.of(value)
         style = Style(
             color=Color.from_rgb(0, 0, 0) if bright else Color.from_rgb(255, 255, 255),
             bgcolor=Color.from_rgb(red, green, blue),
@@ -74,28 +71,13 @@ class Heatmap:
 def budget_heatmap(plan: BudgetPlan, level: PlanLevel) -> Heatmap:
     """Budgets of one level as multiples of uniform: blue is less, red is more, four times either way is full colour."""
     title = f"{percent(level.retention)} kept: budget as a multiple of uniform"
-    return Heatmap(title, relative_budgets(level), plan.model.budgeted_layers, _diverging, (_LESS, _EVEN, _MORE))
+    return Heatmap(title, relative_budgets(level), plan.model.budgeted_layers, budget_shade())
 
 
 def importance_heatmap(per_head: Tensor, layers: Sequence[int]) -> Heatmap:
     """Importance `[L, H]` as multiples of its mean, from none (white) to the largest (green)."""
-    relative = per_head / (float(per_head.mean()) or 1.0)
-    peak = float(relative.max()) or 1.0
-    title = "importance as a multiple of its mean"
-    return Heatmap(title, relative, layers, lambda value: value / peak, (_NOTHING, _MUCH))
-
-
-def _diverging(value: float) -> float:
-    return 0.5 + 0.25 * math.log2(value) if value > 0 else 0.0
-
-
-def _blend(colours: Sequence[tuple[int, int, int]], place: float) -> tuple[int, int, int]:
-    steps = len(colours) - 1
-    index = min(int(place * steps), steps - 1)
-    weight = place * steps - index
-    low, high = colours[index], colours[index + 1]
-    red, green, blue = (round(a + weight * (b - a)) for a, b in zip(low, high, strict=True))
-    return red, green, blue
+    relative = relative_importance(per_head)
+    return Heatmap("importance as a multiple of its mean", relative, layers, importance_shade(relative))
 
 
 def _short(value: float) -> str:

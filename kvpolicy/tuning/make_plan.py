@@ -29,7 +29,7 @@ from kvpolicy.tuning.loss_limit import limit_figures
 from kvpolicy.tuning.passkey import PasskeyCheck
 from kvpolicy.tuning.passkey_levels import passkey_check, with_passkey_scores
 from kvpolicy.tuning.probes import Losses, Probes, make_probes
-from kvpolicy.tuning.provenance import calibration, provenance
+from kvpolicy.tuning.provenance import calibration, history, provenance
 from kvpolicy.tuning.search_levels import search_levels
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.search_policy import PolicySearch
@@ -129,6 +129,7 @@ def _tune(
     levels, passkey_facts = with_passkey_scores(job, check, levels)
     origin = provenance(corpus, job, pace)
     origin["calibration"] = calibration(studies, len(levels) + (failed is not None), policy)
+    origin["history"] = history(studies)
     origin["passkey"] = passkey_facts
     if policy is not None:
         origin["policy_search"] = policy.facts

@@ -9,13 +9,14 @@ from importlib.metadata import version
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from kvpolicy.integrations.transformers import Pace
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.search_policy import PolicySearch
 from kvpolicy.tuning.settings import OF_TASK
-from kvpolicy.tuning.study_notes import StudyNotes
+from kvpolicy.tuning.study_notes import StudyNotes, TrialNotes
 from kvpolicy.tuning.task_probe import TaskProbe
 
 _PACKAGES = ("torch", "transformers", "optuna")
@@ -58,6 +59,22 @@ def calibration(
     return [
         {"retention": None} | shared.facts,
         *({"retention": retention} | level.cost("search").facts for retention, level in levels),
+    ]
+
+
+def history(studies: Mapping[float, optuna.Study]) -> list[dict[str, Any]]:
+    """Of each level its trials in order: the loss less uniform's, nats per token; None where it was stopped early."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [
+        {
+            "retention": retention,
+            "loss_minus_uniform": [
+                None if TrialNotes(trial).is_stopped or trial.state == TrialState.PRUNED else trial.value
+                for trial in study.get_trials(deepcopy=False, states=states)
+                if not TrialNotes(trial).is_surplus
+            ],
+        }
+        for retention, study in studies.items()
     ]
 
 

@@ -62,6 +62,7 @@ def compare(
     seed: int = 0,
     out: str | Path = "compare.json",
     png: str | Path | None = None,
+    html: str | Path | None = None,
     model: str | Path = MODEL,
     device: str = "auto",
     dtype: str = "auto",
@@ -89,6 +90,7 @@ def compare(
     out:        the rows as JSON; a table beside it as .md, and what each sample of a task gave as .samples.jsonl. Rows
                 and samples that the files already have are not measured again
     png:        draw quality over bytes, and a bar for each row
+    html:       write a report as one file that needs no network
     model:      a Hub id, a directory, a .gguf file, or the built-in smollm2-135m
     batch_size: sequences in one forward
     no_timing:  do not time decoding, as while others use the device
@@ -102,11 +104,12 @@ def compare(
     arguments.check_least(LEAST_SEQUENCES, limit=limit)
     arguments.check_least(1, batch_size=batch_size)
     retentions = [_below_one(r) for r in arguments.several(retention) or RETENTIONS]
-    rows, picture, source = Path(out), arguments.optional_path(png), arguments.optional_path(text)
+    rows, picture, report = Path(out), arguments.optional_path(png), arguments.optional_path(html)
+    source = arguments.optional_path(text)
     page = rows.with_suffix(".md")
     if page == rows:
         raise KVPolicyError(f"out= is the JSON file, and {page} its table: give another name than {rows}")
-    for path in (rows, page, picture):
+    for path in (rows, page, picture, report):
         arguments.check_writable(path)
     from kvpolicy.comparison.methods import check_asked, read_asked, read_methods
 
@@ -143,7 +146,7 @@ def compare(
     except KeyboardInterrupt:
         progress.note(f"interrupted; rows that were measured are in {rows}: the same comparison goes on from there")
         raise
-    _write(comparison, page, picture)
+    _write(comparison, page, picture, report)
     requested = {method.name for method in requests}
     failed = [row for row in comparison.rows.values() if row.error is not None and row.method in requested]
     return SideBySide(comparison, tuple(failed), rows, page)
@@ -210,8 +213,8 @@ def _text_task(
     return PerplexityTask(network, sequences, **options), about
 
 
-def _write(comparison: Comparison, page: Path, png: Path | None) -> None:
-    """The table, and the picture."""
+def _write(comparison: Comparison, page: Path, png: Path | None, html: Path | None) -> None:
+    """The table, the picture, and the report."""
     from kvpolicy.report.comparison_tables import markdown
 
     write_bytes(page, markdown(comparison).encode())
@@ -219,3 +222,7 @@ def _write(comparison: Comparison, page: Path, png: Path | None) -> None:
         from kvpolicy.report.comparison_figure import comparison_png
 
         write_bytes(png, comparison_png(comparison))
+    if html is not None:
+        from kvpolicy.report.comparison_html import comparison_html
+
+        write_bytes(html, comparison_html(comparison).encode())
