@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvpolicy.plugins.activations import LayerActivations, LayerStatistics, Rotary
     from kvpolicy.plugins.decode_step import DecodeStep
     from kvpolicy.plugins.hookspecs import Register, hookimpl
+    from kvpolicy.plugins.layer_gradients import LayerGradients
     from kvpolicy.plugins.registry import registry
     from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator, ModelProbe, Trial
     from kvpolicy.plugins.task_role import Sample, Task, Turn
@@ -70,6 +71,7 @@ _LAZY = {
     "ImportanceEstimator": "kvpolicy.plugins.roles",
     "KVPolicyError": "kvpolicy.errors",
     "LayerActivations": "kvpolicy.plugins.activations",
+    "LayerGradients": "kvpolicy.plugins.layer_gradients",
     "LayerSpec": "kvpolicy.model.layer_spec",
     "LayerStatistics": "kvpolicy.plugins.activations",
     "ModelError": "kvpolicy.errors",
@@ -145,6 +147,7 @@ __all__ = [
     "ImportanceEstimator",
     "KVPolicyError",
     "LayerActivations",
+    "LayerGradients",
     "LayerSpec",
     "LayerStatistics",
     "ModelError",

@@ -160,6 +160,7 @@ def test_profile_by_retrieval_says_when_there_is_no_room(refused, tiny_checkpoin
         ("retrieval", "headkv"),
         ("sensitivity", "power"),
         ("sensitivity", "hull"),
+        ("fisher", "hull"),
     ],
 )
 def test_tune_with_the_estimator_that_an_allocator_is_made_for(kvpolicy, tune, tmp_path, estimator, allocator):
@@ -189,7 +190,7 @@ def test_plugins_lists_the_built_in_ones(kvpolicy):
     policies += ("kv_compress", "expected_attention", "critical_kv")
     allocators = ("baklava", "uniform", "pyramid", "adakv", "squeeze", "zigzag", "headkv", "kv_compress", "same_count")
     allocators += ("power", "hull", "learned", "cake")
-    estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity")
+    estimators = ("cosine", "uniform", "layer_cosine", "entropy", "retrieval", "shuffled", "sensitivity", "fisher")
     named_by_role = {"policy": policies, "allocator": allocators, "estimator": estimators}
     for key in [(role, name) for role, names in named_by_role.items() for name in names]:
         assert named[key]["status"] == "ok"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.layer_gradients import LayerGradients
 from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.progress import Progress
 
@@ -57,6 +58,13 @@ class DelegateProbe(ModelProbe):
 
     def soft_loss(self, bias: ScoreBias, target: SoftTarget = "full", *, sequence: int | None = None) -> Tensor:
         return self._probe.soft_loss(bias, target, sequence=sequence)
+
+    def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
+        self._probe.observe_gradients(visit, sequence=sequence, seed=seed)
+
+    @property
+    def num_scored(self) -> int:
+        return self._probe.num_scored
 
     def saved(self) -> Any:
         return self._probe.saved()

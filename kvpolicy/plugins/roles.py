@@ -18,6 +18,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
 from kvpolicy.plugins.activations import LayerActivations, LayerStatistics
 from kvpolicy.plugins.decode_step import DecodeStep
+from kvpolicy.plugins.layer_gradients import LayerGradients
 from kvpolicy.progress import Progress
 
 SplitScope = Literal["none", "layer", "model"]
@@ -120,6 +121,25 @@ class ModelProbe(abc.ABC):
         Raises `PluginError` where the probe has none, and for a bias, target or sequence that does not fit.
         """
         raise PluginError(f"{type(self).__name__} has no soft_loss: budgets cannot be learned on it")
+
+    def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
+        """One forward and one backward of a sequence with nothing evicted; `visit` is called once for each attention
+        that reads entries of a budgeted layer, the last layer first.
+
+        The loss is that of tokens which the model draws from its own predictions, the sum over the scored positions in
+        nats: the products of its gradients are what a divergence from the full cache is made of (Fisher information).
+
+        sequence: its number;  seed: of the draws
+
+        The tensors are valid during the call; one layer is held at a time.
+        Raises `PluginError` where the probe has none, and for a sequence that there is not.
+        """
+        raise PluginError(f"{type(self).__name__} has no gradients")
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of a sequence that `loss`, `soft_loss` and `observe_gradients` score."""
+        raise PluginError(f"{type(self).__name__} does not say how many tokens it scores")
 
     def saved(self) -> Any:
         """What `save` was last given for this `fit`, also by a run that was interrupted; None if nothing was kept."""

@@ -14,6 +14,7 @@ from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.activations import LayerActivations, Rotary
+from kvpolicy.plugins.layer_gradients import LayerGradients
 from kvpolicy.plugins.roles import ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.plugins.source_table import NEED_CACHE, SOURCES
 from kvpolicy.testing.laws import LawError, snapshot, tensors_of
@@ -161,11 +162,36 @@ class SyntheticProbe(ModelProbe):
             losses = losses - self._losses(torch.full((layers, heads), float(len(distance)), dtype=torch.float64))
         return (losses if sequence is None else losses[sequence : sequence + 1]).float()
 
+    @property
+    def num_scored(self) -> int:
+        return 1
+
+    def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
+        """Attention of the layers' own, and gradients drawn at random."""
+        if not 0 <= sequence < self.num_sequences:
+            raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
+        self.forwards += 1
+        generator = torch.Generator().manual_seed(hash((self._seed, sequence, seed)) % 2**31)
+        ids = self._prompts[sequence][None]
+        distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
+        rank = distance.clamp(min=0).masked_fill(torch.arange(ids.shape[1]) < _NUM_SINK_TOKENS, -1)[None]
+        for layer in reversed(range(self._spec.num_budgeted_layers)):
+            known = self._forward(layer, ids, frozenset({"queries", "keys", "values"}), _OBSERVATION_WINDOW)
+            q, k = known.queries[0], known.keys[0].repeat_interleave(self._spec.group_size, 0)
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(distance < 0, -math.inf).softmax(-1)
+            gradients = torch.randn(q.shape, generator=generator)
+            visit(LayerGradients(layer, 0, gradients, known.values[0], _blocks_of(weights), _blocks_of(rank)))
+
     def _losses(self, capacities: Tensor) -> Tensor:
         """float64 `[num_prompts]`; capacities: float64 `[L, H]`."""
         weight = torch.arange(1, capacities.numel() + 1, dtype=torch.float64).reshape(capacities.shape)
         excess = (weight / (1 + capacities)).mean()
         return torch.stack([2 + (1 + 0.1 * prompt) * excess for prompt in range(len(self._prompts))])
+
+
+def _blocks_of(whole: Tensor) -> Callable[[int, int], Tensor]:
+    """Some queries' rows up to the last of them, as copies. whole: [heads, T, T]"""
+    return lambda begin, end: whole[:, begin:end, :end].clone()
 
 
 class _Attention(nn.Module):

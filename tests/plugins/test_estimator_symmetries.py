@@ -6,6 +6,7 @@ import pytest
 import torch
 from kvpolicy_baklava.estimator import CosineEstimator
 from kvpolicy_baselines.entropy import EntropyEstimator
+from kvpolicy_baselines.fisher import FisherEstimator
 from kvpolicy_baselines.layer_cosine import LayerCosineEstimator
 from kvpolicy_baselines.retrieval import RetrievalEstimator
 from kvpolicy_baselines.sensitivity import SensitivityEstimator
@@ -31,6 +32,7 @@ SEEN = {
 ESTIMATORS = {name: estimator for name, (estimator, _) in SEEN.items()} | {
     "layer_cosine": LayerCosineEstimator(),
     "sensitivity": SensitivityEstimator(),
+    "fisher": FisherEstimator(),
 }
 
 

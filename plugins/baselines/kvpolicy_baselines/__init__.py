@@ -48,6 +48,13 @@ ESTIMATORS = [
         "",
         "With the allocator power, where measured budgets are worth hundreds of forwards.",
     ),
+    (
+        "fisher",
+        "fisher:FisherEstimator",
+        "The divergence that each capacity of a KV head costs, from one backward pass a sequence.",
+        "",
+        "With the allocator power or hull: measured budgets for the price of a few forwards.",
+    ),
 ]
 ALLOCATORS = [
     (

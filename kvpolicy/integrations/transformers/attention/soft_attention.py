@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +116,17 @@ def _attention(
     return weights @ value
 
 
+class OfModule(Protocol):
+    """A handler that knows whose attention it answers for."""
+
+    module: nn.Module
+
+    def __call__(self, call: AttentionCall) -> Answer: ...
+
+
 @contextmanager
-def biased(model: PreTrainedModel, handlers: Sequence[BiasedAttention], blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the context the model runs under the handlers' bias, layer by layer checkpointed, its parameters frozen.
+def biased(model: PreTrainedModel, handlers: Sequence[OfModule], blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context the handlers answer, the model is checkpointed layer by layer, and its parameters are frozen.
 
     blocks: the decoder layers. Gradients may be taken after the context has ended; the model is left as it was.
     """

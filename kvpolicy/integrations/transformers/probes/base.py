@@ -27,8 +27,10 @@ from kvpolicy.integrations.transformers.attention.soft_attention import (
 from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.probes.teacher import Teacher, divergence
+from kvpolicy.integrations.transformers.probes.watched import WatchedAttention
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.layer_gradients import LayerGradients
 from kvpolicy.plugins.roles import BudgetAllocator, ModelProbe, ScoreBias, SoftTarget
 from kvpolicy.plugins.source_table import listed
 from kvpolicy.progress import Progress
@@ -216,6 +218,25 @@ class SequenceProbe(ModelProbe):
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
         return torch.stack([self._soft_loss(bias, target, index) for index in chosen])
 
+    @property
+    def num_scored(self) -> int:
+        return int(self.sequences.shape[1]) - self.first_scored
+
+    def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
+        if not 0 <= sequence < self.num_sequences:
+            raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
+        ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
+        handlers = [
+            WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit)
+            for module, row in self._windowed
+        ]
+        with torch.enable_grad(), biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
+            logits = self.scored_logits(ids)
+            drawn = drawn_tokens(logits.detach(), seed)
+            loss = losses_from(logits, drawn).sum()
+        self._check_reached([handler.calls for handler in handlers], 1)
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def _soft_loss(self, bias: ScoreBias, target: SoftTarget, index: int) -> Tensor:
         device = self.model.device
         ids = self.sequences[index : index + 1].to(device)
@@ -254,6 +275,14 @@ class SequenceProbe(ModelProbe):
                     f"{type(self.model).__name__}: the attention of budgeted layer {index} was reached {count} times "
                     f"in {expected} forwards: this model cannot be probed"
                 )
+
+
+def drawn_tokens(logits: Tensor, seed: int) -> Tensor:
+    """A token of each position from the model's own prediction, int64 `[B, n]`. logits: `[B, n, vocabulary]`"""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.split(logits.reshape(-1, logits.shape[-1]), _LOSS_ROWS)
+    drawn = [torch.multinomial(x.float().softmax(-1).cpu(), 1, generator=generator) for x in parts]
+    return torch.cat(drawn).reshape(logits.shape[:2]).to(logits.device)
 
 
 def losses_from(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Fisher: what every capacity of every KV head costs, from one forward and one backward pass of each sequence.
+
+No paper of its own. A small change d of what a head says moves the model's predictions by a divergence of half the
+expected square of g . d, where g is the gradient of the log-probability of a token that the model itself draws (the
+Fisher information; see Amari, Natural Gradient Works Efficiently in Learning, 1998). What a head says under a smaller
+capacity follows from its attention without another forward, so one backward pass serves all capacities of all heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy import Importance, ImportanceEstimator, LayerGradients, ModelProbe, ModelSpec, PluginError
+
+_QUERIES = 128  # at a time: the weights of all heads over all keys are held for so many
+_ROUNDING = 1e-5
+_FORWARDS = 4  # what a forward and a backward cost, whose layers are run once more
+
+
+@dataclass(frozen=True, slots=True)
+class FisherEstimator(ImportanceEstimator):
+    """Curves of the divergence from the full cache, KL(full || one KV head at c entries), in nats per scored token.
+
+    sizes: parts of the context that the curves have a point at, each in (0, 1)
+    size:  one of them: importance is the divergence there
+    seed:  of the tokens that the model draws
+
+    To second order in the change of a head's output, and as if changes at different positions were independent. The
+    curves end with 0 at the full context. Capacities are never below the probe's least one.
+    """
+
+    sizes: tuple[float, ...] = (0.015625, 0.03125, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
+    size: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sizes or not all(0 < size < 1 for size in self.sizes) or self.size not in self.sizes:
+            raise PluginError(
+                "fisher: sizes must be parts of the context in (0, 1) and size one of them, got "
+                f"{list(self.sizes)} and {self.size}"
+            )
+
+    def estimate(self, probe: ModelProbe) -> Importance:
+        context, least = probe.context_length, probe.least_capacity
+        capacity = {size: min(max(round(size * context), least), context) for size in self.sizes}
+        points = sorted({*capacity.values(), context})
+        kept = torch.tensor(points[:-1]) - (least - 1)  # entries behind the sink tokens
+        squares = torch.zeros(*probe.spec.table_shape, len(points), dtype=torch.float64)
+
+        def visit(part: LayerGradients) -> None:
+            squares[part.layer, :, :-1] += squared_changes(part, kept).cpu()
+
+        count = probe.num_sequences
+        probe.progress.begin("backward passes", count)
+        try:
+            for sequence in range(count):
+                probe.observe_gradients(visit, sequence=sequence, seed=self.seed + sequence)
+                probe.progress.advance(f"sequence {sequence + 1}/{count}")
+        finally:
+            probe.progress.end()
+        curves = (squares / (2 * probe.num_scored * count)).float()
+        place = points.index(capacity[self.size])
+        return Importance(curves[..., place].clone(), curves=curves, curve_capacities=torch.tensor(points))
+
+    def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
+        return _FORWARDS * sequences
+
+
+def squared_changes(part: LayerGradients, kept: Tensor) -> Tensor:
+    """float64 [num_kv_heads, K]: the sum over queries of (g . d)^2, d the change of what a KV head's queries get.
+
+    kept: int64 [K], ascending, how many of the entries that may be evicted each of K capacities keeps
+    """
+    heads, length = part.values.shape[:2]
+    edges = kept.to(part.values.device)
+    total = torch.zeros(heads, len(kept), dtype=torch.float64, device=edges.device)
+    for begin in range(part.first, length, _QUERIES):
+        end = min(begin + _QUERIES, length)
+        weights = part.weights(begin, end).reshape(heads, -1, end - begin, end)  # [H, G, n, end]
+        gradients = part.gradients[:, begin:end].reshape(heads, -1, end - begin, part.gradients.shape[2]).float()
+        along = weights * (gradients @ part.values[:, None, :end].float().mT)  # an entry's part of g . output
+        # place k: what capacity k keeps and the one below it does not; the last: what none keeps
+        place = torch.bucketize(part.ranks(begin, end).contiguous(), edges, right=True)[:, None].expand_as(weights)
+        mass, output = (_sums(x, place, len(kept)) for x in (weights, along))
+        sink = 1 - weights.sum(-1, keepdim=True)  # what a learned sink takes, or the rounding of a sum
+        after = output / (mass + sink.where(sink > _ROUNDING, 0.0)).clamp(min=torch.finfo(mass.dtype).tiny)
+        change = after - along.sum(-1, keepdim=True)
+        total += change.sum(1).double().square().sum(1)  # the query heads of a group change together
+    return total
+
+
+def _sums(x: Tensor, place: Tensor, count: int) -> Tensor:
+    """[..., K], what each capacity keeps of x [..., keys]."""
+    binned = x.new_zeros(*x.shape[:-1], count + 1).scatter_add_(-1, place, x)
+    return binned[..., :-1].cumsum(-1)

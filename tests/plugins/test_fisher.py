@@ -1,0 +1,86 @@
+import pytest
+import torch
+from kvpolicy_baselines.fisher import FisherEstimator, squared_changes
+from kvpolicy_baselines.hull import HullAllocator
+
+from kvpolicy import Budget, LayerGradients, PluginError, TransformersProbe, apportion
+from kvpolicy.testing import SyntheticProbe, check_estimator
+from tests.plugins.test_estimator_symmetries import sharp_model
+from tests.tiny import tiny_ids
+
+
+def test_laws():
+    check_estimator(FisherEstimator)
+    check_estimator(FisherEstimator(sizes=(0.5,), size=0.5, seed=3))
+
+
+@pytest.mark.parametrize("sinks", [0.0, 0.3])
+@pytest.mark.parametrize("first", [0, 150])
+def test_changes_are_those_of_attention_over_what_is_kept(first, sinks):
+    """Two KV heads of three query heads, ranks of each head's own, blocks of queries, and mass that a sink takes."""
+    length, heads, group = 200, 2, 3
+    torch.manual_seed(0)
+    logits = torch.randn(heads * group, length, length)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    weights = logits.masked_fill(~causal, float("-inf")).softmax(-1) * (1 - sinks)
+    values, gradients = torch.randn(heads, length, 8), torch.randn(heads * group, length, 8)
+    rank = torch.stack([torch.randperm(length) for _ in range(heads)]) - 4
+    rank = rank.clamp(min=-1)[:, None].expand(-1, length, -1)
+    part = LayerGradients(0, first, gradients, values, lambda b, e: weights[:, b:e, :e], lambda b, e: rank[:, b:e, :e])
+    kept = torch.tensor([1, 20, 150])
+    found = squared_changes(part, kept)
+    for place, count in enumerate(kept.tolist()):
+        seen = (rank < count).repeat_interleave(group, 0) & causal
+        own = values.repeat_interleave(group, 0).double()
+        total = weights.double().masked_fill(~seen, 0.0)
+        sink = 1 - weights.double().sum(-1, keepdim=True)
+        after = total / (total.sum(-1, keepdim=True) + sink * (sinks > 0)).clamp(min=1e-30)
+        change = ((after - weights.double()) @ own * gradients).sum(-1)[:, first:]
+        expected = change.unflatten(0, (heads, group)).sum(1).square().sum(1)
+        torch.testing.assert_close(found[:, place], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_curves_are_the_divergence_of_a_head_alone():
+    """Over many draws: the smaller the change, the closer; large ones are taken for larger than they are."""
+    probe = TransformersProbe(sharp_model(), tiny_ids(64))
+    sizes = (0.25, 0.5, 0.75)
+    found = torch.stack([FisherEstimator(sizes, 0.5, seed).estimate(probe).curves for seed in range(40)]).mean(0)
+    exact = torch.zeros_like(found)
+    for layer in range(3):
+        for head in range(3):
+            for place, size in enumerate(sizes):
+                exact[layer, head, place] = divergence(probe, layer, head, round(64 * size))
+    assert (found[..., -1] == 0).all()
+    ratio = found[..., :-1].sum((0, 1)) / exact[..., :-1].sum((0, 1))
+    assert 0.9 < ratio[2] < 1.2
+    assert 0.9 < ratio[0] < 2.0
+    order = torch.corrcoef(torch.stack([found[..., :-1].flatten(), exact[..., :-1].flatten()]))[0, 1]
+    assert order > 0.9
+
+
+def divergence(probe, layer, head, capacity):
+    def bias(at, rank):
+        out = torch.zeros(3, *rank.shape[1:])
+        if at == layer:
+            out[head].masked_fill_(rank[0] >= capacity - probe.num_sink_tokens, float("-inf"))
+        return out
+
+    return float(probe.soft_loss(bias))
+
+
+def test_importance_is_read_off_the_curves_and_hull_takes_them():
+    found = FisherEstimator(sizes=(0.5, 0.125), size=0.125).estimate(SyntheticProbe())
+    assert found.curve_capacities.tolist() == [8, 32, 64]
+    assert torch.equal(found.per_head, found.curves[..., 0])
+    budget = Budget(3 * 2 * 20, (3, 2), 5, 64)
+    assert int(apportion(HullAllocator().shares(found, budget), budget).sum()) == 120
+
+
+def test_its_cost_is_told():
+    assert FisherEstimator().num_forwards(SyntheticProbe().spec, prompts=9, sequences=3) == 12
+
+
+@pytest.mark.parametrize("values", [{"sizes": ()}, {"sizes": (0.5, 1.0)}, {"sizes": (0.5,)}], ids=str)
+def test_sizes_that_do_not_fit_are_refused(values):
+    with pytest.raises(PluginError, match="fisher: sizes must be parts of the context"):
+        FisherEstimator(**values)
