@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 from kvpolicy.cli import watch
 from kvpolicy.cli.terminal import Console, shell_line
 from kvpolicy.cli.watch import _BarProgress, _LineProgress, duration
-from kvpolicy.report.plain import plain
+from kvpolicy.files.plain import plain
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 TITLE = "\x1b]0;owned\x07\x9b31m\u202e[link=http://x]l[/link]"

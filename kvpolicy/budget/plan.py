@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpolicy.budget import entries
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.plan_card import plan_card
 from kvpolicy.budget.plan_parts import (
     PlanChoice,
     PlanLevel,
@@ -37,6 +38,7 @@ from kvpolicy.budget.plan_parts import (
 )
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError, PlanWarning, PluginError
 from kvpolicy.files.fields import (
+    MAX_BYTES,
     Fields,
     check_json,
     describe,
@@ -47,6 +49,7 @@ from kvpolicy.files.fields import (
     sequence,
     whole,
 )
+from kvpolicy.files.hub import Place, fetch, publish
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.model.spec import Importance, ModelSpec
 from kvpolicy.plugins import plugin_call
@@ -67,6 +70,8 @@ __all__ = [
 
 FORMAT = "kvpolicy-plan"
 VERSION = 1
+PLAN_FILE = "plan.json"
+"""The name of a plan that is shared."""
 _SAME_RETENTION = 1e-9
 _MAX_LEVELS = 1000
 
@@ -320,6 +325,32 @@ class BudgetPlan:
             provenance=fields.mapping("provenance"),
         )
 
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> BudgetPlan:
+        """The plan in a repository of the Hugging Face Hub, or in a directory that looks like one.
+
+        source:   a Hub id (owner/name), or a directory with a plan.json
+        revision: branch, tag or commit; a commit is for ever the same plan
+
+        Nothing but plan.json is fetched, at most 8 MiB of JSON. Raises `PlanError` naming source and field or reason.
+        """
+        return pull_plan(source, revision)[0]
+
+    def push_to_hub(self, target: str | os.PathLike[str], *, private: bool = False) -> str:
+        """Writes plan.json, and a README of the plan's own figures, to a repository of the Hub, or into a directory.
+
+        target:  a Hub id (owner/name), whose repository is made where there is none, or a directory
+        private: whether a new repository is for its owner alone
+
+        Returns the commit that holds them, "" for a directory. Raises `PlanError`.
+        """
+        name = os.fspath(target)
+        files = {PLAN_FILE: render(self.to_json()).encode(), "README.md": plan_card(self, name).encode()}
+        try:
+            return publish(name, files, f"Plan for {self.model.id or 'a model'}", private=private).commit
+        except KVPolicyError as error:
+            raise PlanError(f"the plan was not pushed: {error}") from None
+
     def _known(self) -> str:
         return ", ".join(f"{value:g}" for value in self.retentions)
 
@@ -362,6 +393,15 @@ def load_plan(path: str | os.PathLike[str]) -> BudgetPlan:
         return BudgetPlan.from_json(parse(read_bytes(path)))
     except PlanError as error:
         raise PlanError(f"plan file '{os.fspath(path)}': {error}") from None
+
+
+def pull_plan(source: str | os.PathLike[str], revision: str | None = None) -> tuple[BudgetPlan, Place]:
+    """As `BudgetPlan.from_pretrained`, and where the plan lay, with its commit."""
+    try:
+        content, place = fetch(os.fspath(source), PLAN_FILE, revision, MAX_BYTES)
+        return BudgetPlan.from_json(parse(content)), place
+    except KVPolicyError as error:
+        raise PlanError(f"no plan from '{os.fspath(source)}': {error}") from None
 
 
 def save_plan(plan: BudgetPlan, path: str | os.PathLike[str]) -> None:

@@ -24,6 +24,7 @@ from kvpolicy.cli.generate import generate
 from kvpolicy.cli.lm_eval_command import lm_eval_command
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.profile_command import profile_command
+from kvpolicy.cli.share_commands import pull, push
 from kvpolicy.cli.show import show
 from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
@@ -46,6 +47,8 @@ app.command("compare", cls=Verb)(compare_command)
 app.command("lm-eval", cls=Verb)(lm_eval_command)
 app.command(cls=Verb)(generate)
 app.command("bench", cls=Verb)(bench_command)
+app.command(cls=Verb)(push)
+app.command(cls=Verb)(pull)
 app.command("estimate", cls=Verb)(estimate_command)
 app.command(cls=Verb)(plugins)
 app.command("doctor", cls=Verb)(doctor_command)

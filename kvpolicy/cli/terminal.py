@@ -10,7 +10,7 @@ import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from kvpolicy.report.plain import plain
+from kvpolicy.files.plain import plain
 
 _OPTIONS = {
     "agreement": "--agreement",

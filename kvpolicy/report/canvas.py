@@ -8,7 +8,7 @@ import textwrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kvpolicy.report.plain import plain
+from kvpolicy.files.plain import plain
 
 _DPI = 130
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from kvpolicy.comparison.quality import Figures, figures
 from kvpolicy.comparison.results_file import Comparison
+from kvpolicy.files.plain import plain
 from kvpolicy.report.numbers import percent
-from kvpolicy.report.plain import plain
 
 _DPI = 130
 _MARKERS = "osD^vP*X<>"

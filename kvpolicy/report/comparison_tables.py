@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from kvpolicy.comparison.methods import FULL
 from kvpolicy.comparison.quality import BYTE_SPREAD, Figures, figures
 from kvpolicy.comparison.results_file import Comparison
+from kvpolicy.files.plain import markdown_text
 from kvpolicy.report.grid import Grid
 from kvpolicy.report.numbers import percent, size
-from kvpolicy.report.plain import markdown_text
 
 NOTES = (
     "above full, lost: with a 95 % bootstrap interval over the sequences, paired with the full cache. "

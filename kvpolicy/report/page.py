@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from kvpolicy.report.plain import plain
+from kvpolicy.files.plain import plain
 
 _STYLE = """
 :root { color-scheme: light; }
