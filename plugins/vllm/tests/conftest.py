@@ -76,7 +76,7 @@ def engine(model: str) -> Iterator[Any]:
         close()
         additional = {} if settings is None else {"additional_config": {"kvpolicy": settings}}
         common = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8, "dtype": "float32", "enforce_eager": True}
-        made.append(LLM(model=model, skip_tokenizer_init=True, **{**common, **additional, **options}))
+        made.append(LLM(**{"model": model, "skip_tokenizer_init": True, **common, **additional, **options}))
         return made[-1]
 
     def close() -> None:
