@@ -1,0 +1,45 @@
+"""The head to head with peers, at tiny size and without them: what their environment has to offer stands in here."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "peers"
+
+
+@pytest.fixture
+def head_to_head(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import head_to_head
+
+    yield head_to_head
+    for name in ("head_to_head", "conversation"):
+        sys.modules.pop(name, None)
+
+
+def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    asked, out = [], tmp_path / "peers.csv"
+
+    def run(command, **options):
+        asked.append(json.loads(Path(command[2]).read_text()))
+        row = {"tool": "kvpress 0.5.5", "method": "snapkv", "kept": 0.5, "n": 2, "score": 0.0, "ms_a_token": 3.0}
+        return type("Done", (), {"stdout": f"a warning\n{json.dumps(row)}\n"})
+
+    monkeypatch.setattr(head_to_head.subprocess, "run", run)
+    monkeypatch.setattr(head_to_head, "METHODS", (("snapkv", "uniform"), ("snapkv", "adakv"), ("nothing", "uniform")))
+    monkeypatch.setattr(head_to_head, "QUANTIZED", ("fp8",))
+    command = ["--model", tiny_checkpoint, "--context", 260, "--limit", 2, "--retentions", 0.5, "--new-tokens", 2]
+    command += ["--kvpress", "python-of-kvpress", "--no-timing", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["head_to_head.py", *map(str, command)])
+    head_to_head.main()
+    with out.open(newline="") as file:
+        rows = {(row["tool"].split()[0], row["method"]): row for row in csv.DictReader(file)}
+    assert asked[0]["retentions"] == [0.5] and len(asked[0]["prompts"]) == 2
+    assert rows["kvpress", "snapkv"]["score"] == "0.0" and "ms_a_token" not in rows["kvpress", "snapkv"]
+    dense, ours = rows["transformers", "DynamicCache"], rows["kvpolicy", "snapkv"]
+    assert float(ours["bytes"]) < 0.6 * float(dense["bytes"])
+    assert [row["padded_batch"] for row in (dense, ours, rows["kvpolicy", "snapkv/adakv"])] == ["equal"] * 3
+    assert "nothing" in rows["kvpolicy", "nothing"]["error"]
