@@ -1,6 +1,6 @@
-"""Draws docs/images/rooms.svg and token_life.svg. The rooms and their arrows come from the imports in the code.
+"""Draws the diagrams in docs/images. The rooms and their arrows come from the imports in the code.
 
-`python docs/make_architecture.py` writes both, `--check` fails where one differs from what is committed.
+`python docs/make_architecture.py` writes them, `--check` fails where one differs from what is committed.
 """
 
 from __future__ import annotations
@@ -87,6 +87,84 @@ def token_life() -> str:
     return _svg(480, 80 + 92 * (len(steps) - 1), parts)
 
 
+def main_job() -> str:
+    """From calibration text to a plan."""
+    boxes = {
+        "calibration text": (80, 60, ""),
+        "estimator": (270, 60, "how much a head matters"),
+        "allocator": (510, 60, "splits the budget"),
+        "apportion": (725, 60, "to whole entries"),
+        "search": (510, 190, "Optuna"),
+        "one forward": (725, 190, "the loss under the table"),
+        "plan.json": (270, 190, "the best of each level"),
+        "eviction policy": (725, 300, "which entries a head keeps"),
+    }
+    ways = [
+        ("calibration text", "estimator", ""),
+        ("estimator", "allocator", "importance"),
+        ("allocator", "apportion", "shares"),
+        ("apportion", "one forward", "capacities"),
+        ("one forward", "search", "loss"),
+        ("search", "allocator", "parameters"),
+        ("search", "plan.json", "best"),
+        ("eviction policy", "one forward", ""),
+    ]
+    parts = [_way(boxes[start], boxes[end], says) for start, end, says in ways]
+    parts += [_box(x, y, name, says) for name, (x, y, says) in boxes.items()]
+    return _svg(830, 340, parts)
+
+
+def _way(start: tuple[float, float, str], end: tuple[float, float, str], says: str) -> str:
+    """A straight arrow from box to box, along a row or a column, with what goes along it."""
+    (x, y, of), (u, v, at) = start, end
+    if y == v:
+        side = 1 if u > x else -1
+        x, u = x + side * _half(of), u - side * _half(at)
+        return f'<path d="M{x:.0f} {y}L{u:.0f} {v}"/>' + _label((x + u) / 2, y - 8, says)
+    side = 1 if v > y else -1
+    y, v = y + side * TALL / 2, v - side * TALL / 2
+    return f'<path d="M{x} {y:.0f}L{u} {v:.0f}"/>' + _label(x + 42, (y + v) / 2 + 4, says)
+
+
+def roles() -> str:
+    """Who asks whom, from top to bottom."""
+    lanes = {"tune": 70, "estimator": 230, "allocator": 390, "search": 550, "model": 710}
+    steps = [
+        ("tune", "estimator", "estimate(probe)"),
+        ("estimator", "model", "activations of calibration prompts"),
+        ("estimator", "tune", "importance"),
+        ("tune", "model", "for each retention: loss of uniform capacities"),
+        ("tune", "allocator", "if it learns: fit(probe, ...)"),
+        ("allocator", "model", "soft_loss(bias), step by step"),
+        ("search", "allocator", "for each trial: suggest, shares"),
+        ("search", "model", "loss(apportion(shares))"),
+        ("tune", "model", "held-out loss: the best, and uniform"),
+        ("tune", "tune", "write the plan"),
+    ]
+    bottom = 90 + 46 * len(steps)
+    parts = [
+        f'<path d="M{x} 62V{bottom}" style="stroke-dasharray:3 4;marker-end:none"/>{_box(x, 40, name, "")}'
+        for name, x in lanes.items()
+    ]
+    for index, (start, end, says) in enumerate(steps):
+        y, x, u = 105 + 46 * index, lanes[start], lanes[end]
+        if start == end:
+            parts += [f'<path d="M{x} {y}h28v14h-28"/>', _note(x + 36, y + 11, says)]
+            continue
+        parts += [f'<path d="M{x} {y}H{u}"/>', _label((x + u) / 2, y - 6, says)]
+    return _svg(800, bottom + 10, parts)
+
+
+def _half(says: str) -> float:
+    return max(WIDE / 2, 3.6 * len(says))
+
+
+def _label(x: float, y: float, says: str) -> str:
+    """On a ground of its own, for it may lie on lines."""
+    ground = 'style="paint-order:stroke;stroke:#fff;stroke-width:5"'
+    return f'<text class="small" x="{x:.0f}" y="{y:.0f}" {ground}>{escape(says)}</text>' if says else ""
+
+
 def _below(graph: house.Graph, room: str) -> set[str]:
     return graph[room] | {other for target in graph[room] for other in _below(graph, target)}
 
@@ -103,7 +181,7 @@ def _box(x: float, y: float, name: str, says: str) -> str:
     label = f'<text x="{x:.0f}" y="{y + (-2 if says else 5):.0f}">{escape(name)}</text>'
     if says:
         label += f'<text class="small" x="{x:.0f}" y="{y + 15:.0f}">{escape(says)}</text>'
-    half = max(WIDE / 2, 3.6 * len(says))
+    half = _half(says)
     return f'<rect x="{x - half:.0f}" y="{y - TALL / 2:.0f}" width="{2 * half:.0f}" height="{TALL}"/>{label}'
 
 
@@ -119,7 +197,8 @@ def _svg(width: float, height: float, parts: list[str]) -> str:
 
 
 def main(check: bool) -> None:
-    for name, picture in (("rooms.svg", rooms()), ("token_life.svg", token_life())):
+    drawn = {"rooms": rooms(), "token_life": token_life(), "main_job": main_job(), "roles": roles()}
+    for name, picture in ((f"{name}.svg", picture) for name, picture in drawn.items()):
         path = IMAGES / name
         if not check:
             path.write_text(picture, encoding="utf-8")
