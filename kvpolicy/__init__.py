@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvpolicy.budget.apportion import apportion
     from kvpolicy.budget.plan import BudgetPlan, load_plan, save_plan
-    from kvpolicy.cache import RaggedStore, StaticStore
+    from kvpolicy.cache import RaggedStore
     from kvpolicy.errors import (
         BudgetError,
         GraphWarning,
@@ -89,7 +89,6 @@ _LAZY = {
     "Register": "kvpolicy.plugins.hookspecs",
     "Rotary": "kvpolicy.plugins.activations",
     "Sample": "kvpolicy.plugins.task_role",
-    "StaticStore": "kvpolicy.cache",
     "StudyError": "kvpolicy.errors",
     "Task": "kvpolicy.plugins.task_role",
     "TextError": "kvpolicy.errors",
@@ -165,7 +164,6 @@ __all__ = [
     "Register",
     "Rotary",
     "Sample",
-    "StaticStore",
     "StudyError",
     "Task",
     "TextError",

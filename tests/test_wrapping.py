@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import pytest
+from kvpolicy.cache.static import check_static
 
 from kvpolicy import BudgetError, EvictionPolicy, PluginError, WrappingPolicy, registry
-from kvpolicy.cache.static import check_static
 from kvpolicy.plugins.checks import class_problems
 from kvpolicy.testing import check_eviction_policy
 from tests.cache.play import store_of, tensors

@@ -16,9 +16,6 @@ LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch: triton 3.9 warns where nobody says whether to fuse multiply-adds, and 3.10 will not fuse."""
 
 
-UNTRIED = "this kernel has not run on a GPU yet: backend='auto' leaves its work to torch until it has"
-
-
 def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | None = None) -> bool:
     """Whether Triton runs an op on the device of `tensor`; torch does otherwise.
 

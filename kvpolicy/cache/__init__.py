@@ -1,7 +1,6 @@
 """Caches whose bytes are the budget's."""
 
 from kvpolicy.cache.report import CacheReport
-from kvpolicy.cache.static import StaticStore
 from kvpolicy.cache.store import RaggedStore
 
-__all__ = ["CacheReport", "RaggedStore", "StaticStore"]
+__all__ = ["CacheReport", "RaggedStore"]

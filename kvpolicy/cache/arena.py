@@ -7,7 +7,7 @@ alone, so keeping them needs no word from the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
 
-LEAST_GROWTH = 16  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
+LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
 _ENTRIES = ("keys", "values", "positions", "scores")
 
@@ -69,11 +69,13 @@ class Placed(NamedTuple):
     """Tables of an arena that are on its device, and the attention over them as its programs share it.
 
     length: the lengths on the host that these are a copy of
+    seen:   int64 [S], tokens of each segment's sequence
     """
 
     length: Tensor
     starts: Tensor
     lengths: Tensor
+    seen: Tensor
     work: WorkPlan | None
 
 
@@ -84,6 +86,7 @@ class LayerArena:
     start, length, allocated: int64 [S], in rows
     cursor:     int64 [S], the ring's oldest entry, counted from `num_pinned`
     num_pinned: first entries of a segment, which the ring leaves alone
+    layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
     """
 
     start: Tensor
@@ -106,7 +109,7 @@ class LayerArena:
         self.values = torch.empty(0, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, dtype=torch.int32, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
-        self.num_pinned = num_pinned
+        self.num_pinned, self.layout = num_pinned, object()
         self._placed: Placed | None = None
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
@@ -117,14 +120,19 @@ class LayerArena:
         names = ("keys", "values", "positions", "scores", *_TABLES)
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if (placed := self._placed) is not None:
-            tensors |= {"placed.starts": placed.starts, "placed.lengths": placed.lengths}
+            tensors |= {f"placed.{name}": getattr(placed, name) for name in ("starts", "lengths", "seen")}
             tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
         return tensors
 
     @property
+    def placed(self) -> Placed | None:
+        """What a step has brought to the device, unless something has changed since."""
+        return self._placed if self._placed is not None and self._placed.length is self.length else None
+
+    @property
     def segments(self) -> Segments:
         """As the ops take them: with tables on the device, where a step has brought them there."""
-        if (placed := self._placed) is not None and placed.length is self.length:
+        if (placed := self.placed) is not None:
             return Segments(self.keys, self.values, placed.starts, placed.lengths)
         return self.counted_segments
 
@@ -135,10 +143,17 @@ class LayerArena:
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
-        placed = self._placed
-        if placed is None or placed.work is None or placed.length is not self.length:
+        placed = self.placed
+        if placed is None or placed.work is None:
             return ragged_attention(query, self.segments, **options)
         return decode_attention(query, self.segments, plan=placed.work, **options).out
+
+    def attend_with_mass(self, query: Tensor, options: Mapping[str, Any], power: float) -> tuple[Tensor, Tensor]:
+        """`attend`, and the attention that each row got: float32 [R], raised to a power and summed over the group."""
+        work = None if self.placed is None else self.placed.work
+        attended = decode_attention(query, self.segments, plan=work, with_mass=True, mass_power=power, **options)
+        assert attended.mass is not None  # as it was asked for
+        return attended.out, attended.mass
 
     @property
     def head_dim(self) -> int:
@@ -174,6 +189,15 @@ class LayerArena:
             return rows.float()
         return self.scores[rows.clamp(min=0)].masked_fill(rows < 0, float("-inf"))
 
+    def owners(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The segment of each row, and its place there, int64 [R] both; the lengths, int64 [S]. On the device."""
+        if (placed := self.placed) is None or self.device.type == "cpu":
+            return *each_entry(self.allocated, self.device), on_device(self.length, self.device)
+        row = torch.arange(len(self.positions), device=self.device)
+        # of segments without a row the last one begins where the next that has some does
+        segment = torch.searchsorted(placed.starts, row, right=True) - 1
+        return segment, row - placed.starts[segment], placed.lengths
+
     def append(self, key: Tensor, value: Tensor, position: Tensor, slot: Tensor, score: float) -> None:
         """Writes one entry per segment. key, value: [B, H, 1, dim]; position: int [S]; slot: int64 [S] in the segment.
 
@@ -182,11 +206,22 @@ class LayerArena:
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
         self._put(key, value, position.to(self.device), rows, score)
 
-    def write(self, key: Tensor, value: Tensor, step: LayerStep, rows: Tensor, score: float) -> None:
+    def write(
+        self, key: Tensor, value: Tensor, step: LayerStep, rows: Tensor, score: float, work: WorkPlan | None
+    ) -> None:
         """`append`, where the tables behind it have been worked out. rows: int64 [S] on the device."""
         self._put(key, value, step.position, rows, score)
-        self.length, self.cursor = step.length, step.cursor
-        self._placed = Placed(step.length, step.start, step.placed_length, step.work)
+        self.pass_step(step)
+        self._placed = Placed(step.length, step.start, step.placed_length, step.placed_seen, work)
+
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what takes the tables back to here; entries stay where they are."""
+        own = dict(vars(self))
+        return lambda: vars(self).update(own)
+
+    def pass_step(self, step: LayerStep) -> None:
+        """The host's part of `write`."""
+        self.length, self.cursor, self._placed = step.length, step.cursor, None
 
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
         arenas, entries = [self.keys, self.values, self.positions], [key, value, position]
@@ -232,11 +267,12 @@ class LayerArena:
             free: Tensor = getattr(self, name)
             setattr(self, name, free.new_zeros(int(self.allocated.sum()), *free.shape[1:]))
             getattr(self, name)[rows] = values.to(self.device)
+        self.layout = object()
 
     def fork(self) -> LayerArena:
         """A copy: entries in memory of their own, tables shared, as nobody writes into one."""
         entries = {name: tensor for name in _ENTRIES if (tensor := getattr(self, name)) is not None}
-        return copy_with(self, **{name: tensor.clone() for name, tensor in entries.items()})
+        return copy_with(self, layout=object(), _placed=None, **{name: x.clone() for name, x in entries.items()})
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
@@ -280,18 +316,28 @@ class LayerArena:
             arrived = chunk.key.detach(), chunk.value.detach(), chunk.positions_on(self.device)
             for out, source in zip(new, arrived, strict=True):
                 compact(out, out_rows[fresh], source, source_rows)
+        new_scores = None
         if self.scores is not None:
             known = self.padded_scores() if scores is None else scores
             assert known is not None
-            self.scores = torch.zeros(len(new[2]), device=self.device).index_copy_(0, out_rows, known[segment, column])
-        self.keys, self.values, self.positions = new
+            new_scores = torch.zeros(len(new[2]), device=self.device).index_copy_(0, out_rows, known[segment, column])
+        self._take_over((*new, new_scores), stays=chunk is None)
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor, self._placed = torch.zeros_like(counts), None
 
-    def release(self) -> None:
-        """Gives the entries up and their memory back. The arena is of no use afterwards; its tables stay."""
-        self.keys, self.values, self.positions = (x[:0].clone() for x in (self.keys, self.values, self.positions))
-        self.scores = None if self.scores is None else self.scores[:0].clone()
+    def _take_over(self, columns: Sequence[Tensor | None], *, stays: bool) -> None:
+        """New columns in the place of the old. stays: at the addresses of the old, where they are as many rows."""
+        for name, new in zip(_ENTRIES, columns, strict=True):
+            old: Tensor | None = getattr(self, name)
+            if old is None or new is None:
+                continue
+            stays = stays and old.shape == new.shape
+            if stays:
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
+        if not stays:
+            self.layout = object()
 
     def take(self, segments: Tensor) -> None:
         """Keeps these segments, in this order and as often as they stand there. segments: int64 [S'] on the CPU."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.evict import evict
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from kvpolicy.errors import BudgetError
 
 if TYPE_CHECKING:
     from kvpolicy.cache.step import LayerStep
+
+
+POSITIONS_STEP = 4096
 
 
 class StoreLayer:
@@ -141,7 +145,7 @@ class StoreLayer:
         """
         self.check_settled()
         # first: the recent window, which protects entries below, ends behind this token
-        self.seen, self.settled = self.seen + 1, self.settled + 1
+        self.seen, self.settled, self.decoded = self.seen + 1, self.settled + 1, self.decoded + 1
         arena, limit = self.arena, self.limit(evict)
         arena.reserve(limit)
         full = arena.length >= limit
@@ -183,15 +187,34 @@ class StoreLayer:
         arena.replace(columns, arena.length, arena.allocated)
         self.is_ring = True
 
-    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float) -> None:
+    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
         """`append`, where what it comes to has been worked out. Arguments as there."""
-        self.seen = self.settled = step.seen
-        self.evicted_at = step.evicted_at
+        self._pass(step)
         rows = step.row
         if step.searches:
             slot = self._worst(step.start, step.placed_length, step.placed_seen)
             rows = torch.where(rows < 0, step.start + slot, rows)
-        self.arena.write(key.detach(), value.detach(), step, rows, score)
+        self.arena.write(key.detach(), value.detach(), step, rows, score, work)
+
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what takes the counts back to here; entries stay where they are."""
+        own, arena = dict(vars(self)), self.arena.bookmark()
+
+        def restore() -> None:
+            vars(self).update(own)
+            arena()
+
+        return restore
+
+    @property
+    def max_positions(self) -> int:
+        """An int above every position, which changes seldom: a graph holds it."""
+        return (int(self.seen.max()) // POSITIONS_STEP + 1) * POSITIONS_STEP
+
+    def pass_step(self, step: LayerStep) -> None:
+        """The host's part of a step whose entry a graph has written."""
+        self._pass(step)
+        self.arena.pass_step(step)
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
@@ -239,10 +262,10 @@ class StoreLayer:
             self.is_ring = False  # what the recent window protects has more time to become free
         self.table = table
 
-    def count_step(self) -> int:
-        """Counts a single token. Returns how many have come since the last longer forward."""
+    def _pass(self, step: LayerStep) -> None:
+        self.seen = self.settled = step.seen
+        self.evicted_at = step.evicted_at
         self.decoded += 1
-        return self.decoded
 
     def withdraw(self) -> None:
         """Forgets tokens that arrived and are not to be kept: the forward that brought them was only a look."""
@@ -341,6 +364,12 @@ class StoreLayer:
     def _per_segment(self, per_row: Tensor) -> Tensor:
         """[B, ...] to [S, ...]."""
         return per_row.repeat_interleave(self.num_heads, 0)
+
+    def seen_on_device(self) -> Tensor:
+        """int64 [B]."""
+        if (placed := self.arena.placed) is not None:
+            return placed.seen[:: self.num_heads]
+        return on_device(self.seen, self.arena.device)
 
     def _settled_on_device(self) -> Tensor:
         """int64 [S, 1]."""

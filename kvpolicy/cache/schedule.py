@@ -38,6 +38,10 @@ class Schedule(Protocol):
     def evicts(self) -> bool:
         """Whether anything is ever evicted."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether capacities rise with the tokens seen."""
+
     def total(self, seen: int) -> int:
         """Entries asked for one sequence after `seen` tokens; floors may add to them."""
 
@@ -60,6 +64,8 @@ class Fixed:
 
     table: Tensor
     asked: int | None = None
+
+    grows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.table.dim() != 2 or self.table.dtype == torch.bool or self.table.is_floating_point():
@@ -141,6 +147,7 @@ class Growing:
     groups: Tensor | None = None
 
     evicts: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
 
     def total(self, seen: int) -> int:
         return self.ask.total(max(seen, self.ask.min_tokens), self.shape)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpolicy_kernels.column_scores import column_scores
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena, each_entry, on_device
+from kvpolicy.cache.arena import Chunk, LayerArena
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.prompt_sources import Candidates
 from kvpolicy.errors import PluginError
@@ -108,35 +107,35 @@ def score_step(
     query: Tensor,
     options: Mapping[str, Any],
     wrong: NotANumber,
-) -> None:
-    """Lets the policy rescore the entries after a decoding step, if it does that at all. query: [B, num_q_heads, 1, D].
+) -> Tensor:
+    """The attention of a decoding step, after which the policy rescores the entries. query: [B, num_q_heads, 1, D].
 
     wrong: is given the scores, to be checked once for all layers
 
-    Raises `PluginError` for scores of another type, shape or device.
+    Returns [B, num_q_heads, 1, Dv]. Raises `PluginError` for scores of another type, shape or device.
     """
-    arena = layer.arena
-    if arena.scores is None or not policy.rescores:
-        return
-    step = _decode_step(policy, layer, arena.scores, query, options)
+    arena, mass = layer.arena, None
+    if arena.scores is None:  # nothing is ever evicted
+        return arena.attend(query, options)
+    if "decode_attention" in policy.requires:
+        out, mass = arena.attend_with_mass(query, options, policy.attention_power)
+    else:
+        out = arena.attend(query, options)
+    step = _decode_step(policy, layer, arena.scores, mass)
     scores = plugin_call.step_scores(policy, step).where(step.positions >= 0, -torch.inf)
     wrong.add(scores)
     arena.scores.copy_(scores)
+    return out
 
 
-def _decode_step(
-    policy: EvictionPolicy, layer: StoreLayer, scores: Tensor, query: Tensor, options: Mapping[str, Any]
-) -> DecodeStep:
-    """Every row of the arena, the free ones too. Its tensors are the policy's own."""
+def _decode_step(policy: EvictionPolicy, layer: StoreLayer, scores: Tensor, mass: Tensor | None) -> DecodeStep:
+    """Every row of the arena, the free ones too. Its tensors are the policy's own. mass: float32 [R]."""
     arena = layer.arena
-    segment, column = each_entry(arena.allocated, arena.device)
-    lengths = on_device(arena.length, arena.device)
+    segment, column, lengths = arena.owners()
     present = column < lengths[segment]
     sources = {name: plugin_call.lent(getattr(arena, name)) for name in policy.requires & {"keys", "values"}}
-    if "decode_attention" in policy.requires:
-        mass = column_scores(query, arena.counted_segments, power=policy.attention_power, **options)
-        mass = mass.flatten(0, 1)
-        sources["attention"] = mass[segment, column.clamp(max=mass.shape[1] - 1)].where(present, 0.0)
+    if mass is not None:
+        sources["attention"] = mass
     return DecodeStep(
         layer=layer.index,
         num_kv_heads=layer.num_heads,
@@ -144,8 +143,8 @@ def _decode_step(
         scores=scores.where(present, -torch.inf),
         positions=arena.positions.where(present, -1),
         lengths=lengths,
-        seen=on_device(layer.seen, arena.device),
-        max_positions=int(layer.seen.max()),
+        seen=layer.seen_on_device(),
+        max_positions=layer.max_positions,
         **sources,
     )
 
@@ -161,17 +160,22 @@ def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
 class NotANumber:
     """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
 
-    fault: bool [], since the last check; None where nothing has come
+    fault: bool [], since the last check, at an address that stays; None where nothing has come
     """
 
     fault: Tensor | None = None
 
     def add(self, scores: Tensor) -> None:
-        fault = scores.isnan().any()
-        self.fault = fault if self.fault is None else fault | self.fault.to(fault.device)
+        if self.fault is None:
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                self.fault = torch.zeros((), dtype=torch.bool, device=scores.device)
+        self.fault |= scores.isnan().any().to(self.fault.device)
+
+    def fork(self) -> NotANumber:
+        return NotANumber(None if self.fault is None else self.fault.clone())
 
     def check(self, policy: EvictionPolicy, method: str) -> None:
         """Raises `PluginError` where any of the scores since the last check was none."""
-        fault, self.fault = self.fault, None
-        if fault is not None and bool(fault):
+        if self.fault is not None and bool(self.fault):
+            self.fault.zero_()
             plugin_call.refuse_nan(policy, method)

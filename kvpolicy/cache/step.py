@@ -3,20 +3,23 @@
 What a token does to the tables follows from counts alone, so all layers' tables are worked out at once, on the host,
 and go to the device in one copy: a layer then writes its entry and attends, and no more of a step happens once a layer.
 Where scores change from step to step, a layer besides looks for the entry that a full segment gives up.
+
+The copy goes to an address that stays. So a CUDA graph that holds what the layers do on the device serves every token:
+each is worked out here, its tables are copied, and the graph is replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from kvpolicy_kernels.attention import WorkPlan, plan_work
 from torch import Tensor
 
-from kvpolicy.cache.arena import LayerArena, on_device
+from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.schedule import UNLIMITED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +32,6 @@ class LayerStep:
     searches: whether the row of a full segment is still to be looked for
     start, placed_length, row, position, placed_seen: int64 [S] on the layer's device; where the entry goes (-1: to the
         row that is to be looked for), its position, and `seen`
-    work:   how the device shares the attention of this step, None where that is not planned
     """
 
     before: Tensor
@@ -43,14 +45,39 @@ class LayerStep:
     row: Tensor
     position: Tensor
     placed_seen: Tensor
-    work: WorkPlan | None
+
+
+class StepTables:
+    """The tables of the token under way, on each device at an address that stays."""
+
+    def __init__(self) -> None:
+        self._placed: dict[torch.device, Tensor] = {}
+
+    def place(self, tables: Tensor, device: torch.device) -> Tensor:
+        """A copy on a device, which is not waited for; the one before is overwritten. tables: int64, on the host."""
+        if device.type != "cuda":
+            return tables.to(device)
+        placed = self._placed.get(device)
+        if placed is None or placed.shape != tables.shape:
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                placed = self._placed[device] = torch.empty_like(tables, device=device)
+        return placed.copy_(tables.pin_memory(), non_blocking=True)
 
 
 class PlannedStep:
-    """A step that is under way: it is handed out layer by layer, in their order, and forgotten behind the last."""
+    """A step that is under way: it is handed out layer by layer, in their order, and forgotten behind the last.
 
-    def __init__(self, steps: Sequence[LayerStep]) -> None:
-        self._steps, self._due = steps, 0
+    steps:   of each layer; empty where nothing is planned
+    lengths: int64 [L, S] on each device behind the token; L counts the layers of all devices
+    """
+
+    def __init__(self, steps: Sequence[LayerStep] = (), lengths: Mapping[torch.device, Tensor] | None = None) -> None:
+        self._steps, self._lengths, self._due = steps, lengths or {}, 0
+        self._work: dict[torch.device, WorkPlan] = {}
+
+    def is_for(self, first: StoreLayer) -> bool:
+        """Whether the next token is planned, and nothing has changed since. first: the first layer"""
+        return bool(self._steps) and not self._due and self._steps[0].before is first.arena.length
 
     def next(self, layer: int, entries: StoreLayer) -> LayerStep | None:
         """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""
@@ -62,56 +89,69 @@ class PlannedStep:
             self._steps = ()
         return step
 
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what takes it back to here."""
+        own = dict(vars(self), _work=dict(self._work))
+        return lambda: vars(self).update(own)
 
-def plan_step(layers: Sequence[StoreLayer | None], *, evict: bool) -> list[LayerStep]:
+    def work(self, layer: int, arena: LayerArena) -> WorkPlan | None:
+        """How the programs of the device share the attention of a layer, worked out there in one launch for all.
+
+        None on the CPU.
+        """
+        device = arena.device
+        if device.type != "cuda":
+            return None
+        if device not in self._work:
+            self._work[device] = plan_work(self._lengths[device], head_dim=arena.head_dim)
+        return self._work[device].layer(layer)
+
+
+def plan_step(layers: Sequence[StoreLayer | None], tables: StepTables, *, evict: bool, grows: bool) -> PlannedStep:
     """The step of each layer; none where the layers do not all stand alike.
 
     evict: whether a full segment gives an entry up. Makes room where there is none, and turns entries into rings.
+    grows: whether limits rise with the tokens seen, so that segments get room beyond them
     """
     opened = [layer for layer in layers if layer is not None and layer.is_ready]
     if len(opened) < len(layers):
-        return []
+        return PlannedStep()
     first = opened[0]
     if not all(layer.seen is first.seen or torch.equal(layer.seen, first.seen) for layer in opened):
-        return []
+        return PlannedStep()
     seen = first.seen + 1
     limit = torch.stack([layer.limit(evict) for layer in opened])
     # both move entries, so they come before the tables are read
     for layer, own in zip(opened, limit, strict=True):
         layer.make_ring(own)
-    _reserve(opened, limit)
-    start, length, cursor = _stacked([layer.arena for layer in opened], "start", "length", "cursor")
+    arenas = [layer.arena for layer in opened]
+    _reserve(arenas, limit, grows=grows)
+    start, length, cursor = _stacked(arenas, "start", "length", "cursor")
     evicted_at = torch.stack([layer.evicted_at for layer in opened])
     full = length >= limit
-    after, row, searches = length + ~full, start + length, [False] * len(opened)
+    after, row = length + ~full, start + length
     if first.knows_order:
-        num_pinned = first.arena.num_pinned
+        num_pinned, searches = first.arena.num_pinned, [False] * len(opened)
         row = torch.where(full, start + num_pinned + cursor, row)
         ring = (length - num_pinned).clamp(min=1)  # before all pinned entries have come there is none to go round
         cursor = torch.where(full, (cursor + 1) % ring, cursor)
     else:
-        row, searches = row.masked_fill(full, -1), full.any(1).tolist()
+        # on a GPU always, so that every token is the same launches
+        row, searches = row.masked_fill(full, -1), (full.any(1) | first.arena.keys.is_cuda).tolist()
     loses = full.view(len(opened), len(seen), -1).any(2)
     evicted_at = torch.where(loses, seen, evicted_at)  # this token included: it cannot be taken back either
     seen_each = seen.repeat_interleave(first.num_heads).expand_as(start)
     on_host = torch.stack([start, after, row, seen_each - 1, seen_each])
-    arenas = [layer.arena for layer in opened]
-    places = {device: _placed(on_host, device, arenas[0].head_dim) for device in {arena.device for arena in arenas}}
+    placed = {device: tables.place(on_host, device) for device in {arena.device for arena in arenas}}
+    on_device = {
+        device: list(zip(*(table.unbind() for table in x.unbind()), strict=True)) for device, x in placed.items()
+    }
     own = zip(evicted_at.unbind(), after.unbind(), cursor.unbind(), searches, strict=True)
-    return [
-        LayerStep(arena.length, seen, *tables, *places[arena.device][i])
-        for i, (arena, tables) in enumerate(zip(arenas, own, strict=True))
+    steps = [
+        LayerStep(arena.length, seen, *host, *on_device[arena.device][i])
+        for i, (arena, host) in enumerate(zip(arenas, own, strict=True))
     ]
-
-
-def _placed(tables: Tensor, device: torch.device, head_dim: int) -> list[tuple[Any, ...]]:
-    """The tables of each layer on a device, and how its programs share the attention. tables: int64 [5, L, S]."""
-    moved = on_device(tables, device)
-    work: list[WorkPlan | None] = [None] * tables.shape[1]
-    if device.type == "cuda":  # one launch for all layers
-        plan = plan_work(moved[1], head_dim=head_dim)
-        work = [plan.layer(index) for index in range(tables.shape[1])]
-    return list(zip(*(table.unbind() for table in moved.unbind()), work, strict=True))
+    return PlannedStep(steps, {device: x[1] for device, x in placed.items()})
 
 
 def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
@@ -120,12 +160,16 @@ def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
     return tables.view(len(names), len(arenas), -1).unbind()
 
 
-def _reserve(layers: Sequence[StoreLayer], limit: Tensor) -> None:
+def _reserve(arenas: Sequence[LayerArena], limit: Tensor, *, grows: bool) -> None:
     """Room for one more entry in every segment below its limit. limit: int64 [L, S]."""
-    arenas = [layer.arena for layer in layers]
     length, allocated, cursor = _stacked(arenas, "length", "allocated", "cursor")
+    below = length < limit
     # behind a ring that has turned there is no place for one more: it would leave before entries that are older
-    short = ((length < limit) & ((length == allocated) | (cursor > 0))).any(1)
-    if bool(short.any()):
-        for index in short.nonzero()[:, 0].tolist():
-            arenas[index].extend(limit[index])
+    cramped, turned = below & (length == allocated), below & (cursor > 0)
+    if not bool((cramped | turned).any()):
+        return
+    for arena, own, is_cramped, is_turned in zip(arenas, limit, cramped.any(1), turned.any(1), strict=True):
+        if is_cramped:
+            arena.extend(torch.full_like(own, UNLIMITED) if grows else own)
+        elif is_turned:
+            arena.relayout(arena.allocated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from kvpolicy_kernels.attention import ragged_attention
@@ -15,37 +15,32 @@ from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
-from kvpolicy.cache.accounts import Accounts
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.attention_statistics import attention_statistics
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.decoding import Decoding
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.layers import DecodeMode as DecodeMode
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Schedule
-from kvpolicy.cache.scoring import NotANumber, check_sources, score_chunk, score_step, scores_stay
+from kvpolicy.cache.scoring import NotANumber, check_sources, score_chunk
 from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
-from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
-from kvpolicy.cache.step import LayerStep, PlannedStep, plan_step
+from kvpolicy.cache.step import PlannedStep, StepTables
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
-DecodeMode = Literal["evict", "append"]
-
-GROWTH_INTERVAL = 64
-"""Decoded tokens after which a growing budget is apportioned again."""
-
 ROLLBACK = 64
 """Last tokens that stay above the capacity while they may be taken back (speculative decoding)."""
 
 
-class RaggedStore(Accounts):
+class RaggedStore(Decoding):
     """Keys and values of every budgeted layer, a segment per (sequence, KV head).
 
     spec:       the model's layers and heads
@@ -97,7 +92,8 @@ class RaggedStore(Accounts):
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(schedule, split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
-        self._wrong, self._finite, self._planned = NotANumber(), Finiteness(), PlannedStep([])
+        self._wrong, self._finite = NotANumber(), Finiteness()
+        self._planned, self._tables = PlannedStep(), StepTables()
 
     @classmethod
     def from_plan(
@@ -191,55 +187,15 @@ class RaggedStore(Accounts):
             self._finite.add(layer, queries=query)
         scoring = self._scoring(scale, sink_logits)
         self.append(layer, key, value)
-        out = self.attend(layer, query, scoring)
-        self.rescore(layer, query, scoring)
-        return out
+        return self.attend_newest(layer, query, scoring)
 
     # --- its parts, for callers that compute the attention of a prompt themselves
-
-    def can_append(self, layer: int) -> bool:
-        """Whether a single token can be appended; else it goes the way of a longer chunk."""
-        entries = self._entries(layer)
-        return entries is not None and entries.pending is None and (entries.decoded > 0 or bool(entries.seen.any()))
 
     def positions(self, layer: int) -> list[Tensor]:
         """int64 [length] of each (sequence, KV head): the positions of its entries, in no order."""
         arena = self._layer(layer).arena
         parts = zip(arena.start.tolist(), arena.length.tolist(), strict=True)
         return [arena.positions[start : start + length].long() for start, length in parts]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Writes one token into every segment. key, value: [B, H, 1, dim]."""
-        entries = self._open(layer, key, value)
-        inputs.check_single(layer, key, self.can_append(layer))
-        step = self._planned.next(layer, entries)
-        if step is None:  # else it was its turn when the token was planned
-            self._check_turn(layer, entries.seen + 1)
-        if key.device.type == "cpu":
-            self._finite.add(layer, keys=key, values=value)
-        if layer == 0:
-            step = self._begin_step(entries)
-        entries.count_step()
-        if step is None:
-            entries.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
-        else:
-            entries.write(key, value, step, self.policy.new_entry_score)
-
-    def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
-        """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
-        arena = self._layer(layer).arena
-        inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads)
-        return arena.attend(query, scoring.options())
-
-    def rescore(self, layer: int, query: Tensor, scoring: Scoring) -> None:
-        """Hands the entries to the policy after a decoding step, if it looks at them at all."""
-        entries = self._layer(layer)
-        if not self.policy.rescores:
-            return
-        inputs.check_query(query, entries.arena.keys, self.batch_size, self._num_q_heads, 1)
-        score_step(self.policy, entries, query, scoring.options(), self._wrong)
-        if layer == len(self.layers) - 1:  # once a token, since that waits for the device
-            self._wrong.check(self.policy, "score_step")
 
     def arrive(self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Chunk:
         """Counts new tokens and returns them behind those still pending.
@@ -344,6 +300,7 @@ class RaggedStore(Accounts):
         these budgets from the first token on: selection looks at scores and positions alone.
         """
         self.rows, layers = RowTables(schedule, split, self.batch_size), self._opened()
+        self._planned = PlannedStep()  # it was planned under other capacities
         for index, layer in enumerate(layers):
             if split is None:
                 self._grow(layer, self.seen)
@@ -362,88 +319,12 @@ class RaggedStore(Accounts):
             self,
             rows=self.rows.fork(),
             layers=[None if layer is None else layer.fork() for layer in self.layers],
-            _wrong=copy.copy(self._wrong),
+            _wrong=self._wrong.fork(),
             _finite=copy.copy(self._finite),
-            _planned=PlannedStep([]),
+            _planned=PlannedStep(),
+            _tables=StepTables(),
         )
 
     def report(self) -> CacheReport:
         """What was kept, what it weighs, and whether anything was evicted at all."""
         return report_of(self)
-
-    # --- inside
-
-    def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
-        """A layer that holds nothing yet."""
-        shape = self._shape
-        arena = LayerArena(
-            self.batch_size * self.num_heads,
-            shape.key_dim,
-            shape.value_dim,
-            dtype,
-            device,
-            num_pinned=self.protection.num_pinned,
-            scored=self.schedule.evicts and holds_scores(self.policy, self.split),
-        )
-        entries = self.layers[layer] = StoreLayer(
-            layer,
-            arena,
-            self.batch_size,
-            self.num_heads,
-            self.protection,
-            scores_stay=scores_stay(self.policy),
-        )
-        return entries
-
-    def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
-        """The layer that these new tokens belong to, made if they are the first."""
-        layer = inputs.layer_index(layer, len(self.layers))
-        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
-        entries = self.layers[layer] or self.open(layer, key.dtype, key.device)
-        inputs.check_agreement(layer, entries.arena.keys, key, value)
-        return entries
-
-    def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Before the layer is made: its first tokens decide on its dtype and its device."""
-        inputs.layer_index(layer, len(self.layers))
-        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
-        inputs.check_query(query, key, self.batch_size, self._num_q_heads, key.shape[2])
-
-    def _check_turn(self, layer: int, after: Tensor) -> None:
-        """after: int64 [B], the tokens that the layer will have seen."""
-        other = layer - 1 if layer else len(self.layers) - 1
-        inputs.check_turn(layer, self._seen(layer), after, other, self._seen(other))
-
-    def _seen(self, layer: int) -> Tensor:
-        """int64 [B]."""
-        entries = self._entries(layer)
-        return torch.zeros(self.batch_size, dtype=torch.int64) if entries is None else entries.seen
-
-    def _entries(self, layer: int) -> StoreLayer | None:
-        return self.layers[inputs.layer_index(layer, len(self.layers))]
-
-    def _layer(self, layer: int) -> StoreLayer:
-        entries = self._entries(layer)
-        if entries is None:
-            raise BudgetError(f"layer {layer} of this store is empty: its prompt comes first")
-        return entries
-
-    def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
-        return inputs.scoring_of(self._shape, self.spec.model_type, self._num_q_heads, scale, sink_logits)
-
-    def _grow(self, layer: StoreLayer, seen: Tensor) -> None:
-        """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
-        self.rows.grow(seen.tolist())
-        layer.allow(self._heads(self.rows.layer(layer.index)))
-
-    def _begin_step(self, first: StoreLayer) -> LayerStep | None:
-        """Plans a token of all layers. Returns what it is in the first one, None where each has to see for itself."""
-        if (first.decoded + 1) % GROWTH_INTERVAL == 0:
-            for layer in self._opened():  # before the plan, which is made of capacities
-                self._grow(layer, layer.seen + 1)
-        self._planned = PlannedStep(plan_step(self.layers, evict=self.decode_mode == "evict"))
-        return self._planned.next(0, first)
-
-    def _heads(self, table: Tensor) -> Tensor:
-        """The part of [B, all KV heads] that is held here, in memory of its own."""
-        return table[:, self.first_head : self.first_head + self.num_heads].clone()

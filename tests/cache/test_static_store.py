@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kvpolicy.cache.static import StaticStore, check_static
 
 from kvpolicy import BudgetError
 from kvpolicy.cache import static
-from kvpolicy.cache.static import StaticStore, check_static
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import store_of, tensors
 from tests.cache.policies import Coarse, HeavyHitter, KeyNorm, LastQueries, Recent, Repeated, ValueNorm

@@ -253,10 +253,10 @@ def _attend_kernel(
 
 @triton.jit
 def _mass_kernel(
-    mass_ptr, logits_ptr, lse_ptr, starts_ptr, lengths_ptr, num_rows,
+    mass_ptr, logits_ptr, lse_ptr, starts_ptr, lengths_ptr, num_rows, power,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """exp(logit - lse), summed over a segment's queries. Programs of one segment take its tiles in turn."""
+    """exp(logit - lse) to a power, summed over a segment's queries. Programs of one segment take its tiles in turn."""
     i_s = tl.program_id(0)
     start = tl.load(starts_ptr + i_s).to(tl.int64)
     length = tl.load(lengths_ptr + i_s).to(tl.int32)
@@ -273,7 +273,7 @@ def _mass_kernel(
             mask=m_n[:, None] & m_m[None, :],
             other=float("-inf"),
         )
-        tl.store(mass_ptr + start + o_n, tl.sum(tl.exp2(b_logits - b_lse[None, :]), 1), mask=m_n)
+        tl.store(mass_ptr + start + o_n, tl.sum(tl.exp2((b_logits - b_lse[None, :]) * power), 1), mask=m_n)
 
 
 def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[str, int]:
@@ -311,6 +311,7 @@ def triton_attention(
     plan: WorkPlan | None = None,
     with_lse: bool = False,
     with_mass: bool = False,
+    mass_power: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Shapes as in `decode_attention`."""
     segments = segments.on(query.device)
@@ -357,7 +358,7 @@ def triton_attention(
         return out, lse, None
     mass = query.new_zeros(keys.shape[0], dtype=single)
     _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
-        mass, logits, lse, starts, lengths, rows, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH
+        mass, logits, lse, starts, lengths, rows, mass_power, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH
     )
     return out, lse if with_lse else None, mass
 

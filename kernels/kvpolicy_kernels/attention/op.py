@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy_kernels.attention.cpu import cpu_attention
 from kvpolicy_kernels.attention.plan import WorkPlan
 from kvpolicy_kernels.attention.reference import reference_decode_attention, reference_ragged_attention
-from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.segments import Chunk, Segments, check_segments
 
 MAX_QUERIES = 16
@@ -30,7 +30,8 @@ class Attended(NamedTuple):
 
     out:  [B, num_q_heads, n, Dv]
     lse:  float32 [B, num_q_heads, n], log of the sum over all that a query sees, its sink included; -inf for nothing
-    mass: float32 [R], for each row of the arena its attention summed over queries and query group; 0 outside segments
+    mass: float32 [R], for each row of the arena its attention, raised to `mass_power` and summed over queries and query
+        group; 0 outside segments
     """
 
     out: Tensor
@@ -58,9 +59,8 @@ def ragged_attention(
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     entry_mask: one bool [n, lengths[i]] per segment, True is visible; default: all are
-    backend: "auto" is Triton on CUDA for the few queries of `decode_attention` and torch elsewhere. "triton" takes any
-        number of queries, head dims up to 256, and tensors of one dtype: float32, bfloat16 or float16; its kernel for
-        many queries has not been checked on a GPU yet. A whole prompt, causal and without entries, goes to torch's
+    backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes any number of queries, head dims up to 256, and
+        tensors of one dtype: float32, bfloat16 or float16. A whole prompt, causal and without entries, goes to torch's
         flash attention, if the tables lie on the CPU
 
     Returns [B, num_q_heads, n, Dv]. Memory beside the result is O(n + lengths.max()) for a block of queries in torch,
@@ -73,8 +73,7 @@ def ragged_attention(
     num_kv_heads = check_segments("ragged_attention", query, segments, chunk, sink_logits)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     few = entry_mask is None and _beyond_decoding(query, num_kv_heads) is None
-    untried = None if few or backend == "triton" else UNTRIED
-    triton = uses_triton("ragged_attention", backend, query, untried or _beyond_kernels(query, segments, chunk))
+    triton = uses_triton("ragged_attention", backend, query, _beyond_kernels(query, segments, chunk))
     on_cpu = segments.lengths.device.type == "cpu"  # else only what waits for the device anyway looks at the lengths
     if entry_mask is not None:
         _check_entry_mask(entry_mask, query.shape[2], segments, reads_lengths=on_cpu or not triton)
@@ -111,6 +110,7 @@ def decode_attention(
     plan: WorkPlan | None = None,
     with_lse: bool = False,
     with_mass: bool = False,
+    mass_power: float = 1.0,
     backend: Backend = "auto",
 ) -> Attended:
     """`ragged_attention` for the few queries of a decoding step, a rejected draft, or a short turn.
@@ -120,6 +120,7 @@ def decode_attention(
 
     plan: of `plan_work` for these segments, to be used again from step to step; None makes one
     with_lse, with_mass: what to return besides; `mass` covers entries, not the chunk
+    mass_power: above 0, what attention is raised to before it is summed
     backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes 16 queries at most, and 128 together with the
         query heads of a group, head dims up to 256, and tensors of one dtype: float32, bfloat16 or float16
 
@@ -140,9 +141,11 @@ def decode_attention(
         from kvpolicy_kernels.attention.kernel import triton_attention
 
         return Attended(
-            *triton_attention(query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass)
+            *triton_attention(
+                query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass, mass_power
+            )
         )
-    out, lse, mass = reference_decode_attention(query, segments, chunk, scale, softcap, sink_logits)
+    out, lse, mass = reference_decode_attention(query, segments, chunk, scale, softcap, sink_logits, mass_power)
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 

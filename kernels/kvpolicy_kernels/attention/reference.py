@@ -62,6 +62,7 @@ def reference_decode_attention(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    mass_power: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `decode_attention`. Returns (out, lse, mass)."""
     n = query.shape[2]
@@ -81,7 +82,7 @@ def reference_decode_attention(
             p = (logits - whole[..., None]).exp().masked_fill_(logits.isneginf(), 0.0)  # -inf - -inf is NaN
             out[b, heads, rows] = p.to(v.dtype) @ v[:columns]
             lse[b, heads, rows] = whole
-            mass[head.rows] += p[..., : head.length].sum((0, 1))
+            mass[head.rows] += p[..., : head.length].pow(mass_power).sum((0, 1))
     return out, lse, mass
 
 

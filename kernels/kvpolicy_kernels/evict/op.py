@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.evict.reference import Spans, reference_evict
 
 
@@ -35,7 +35,7 @@ def evict(
     num_sink_tokens: first positions, which are pinned
     recent_window: last positions, those from `seen - recent_window` on
     spans: (begin, end) positions, which are pinned
-    backend: "auto" is torch, until the Triton kernel has been checked on a GPU; torch on CUDA waits for the device
+    backend: "auto" is Triton on CUDA and torch elsewhere; torch on CUDA waits for the device
 
     Returns int64 [S], counted from the segment's start; -1 for a segment without entries. Equal arguments give equal
     slots. Triton waits for nothing, so that a CUDA graph can hold the call, and does not check that segments lie in the
@@ -44,7 +44,7 @@ def evict(
     """
     _check(scores, positions, starts, lengths, seen)
     arguments = (scores, positions, starts, lengths, seen, num_sink_tokens, recent_window, spans)
-    if uses_triton("evict", backend, starts, UNTRIED if backend == "auto" else None):
+    if uses_triton("evict", backend, starts):
         from kvpolicy_kernels.evict.kernel import triton_evict
 
         slots: Tensor = triton_evict(*arguments)

@@ -1,7 +1,8 @@
 """Attaching a model, so that its attention can run over a ragged cache. Stock caches work as before.
 
-Attaching is a name in the configuration, nothing else: no module is patched; all that is kept is how many contexts want
-a model attached. (What some models note of a text on themselves travels with its cache: `model_state`.)
+Attaching is a name in the configuration, and a forward in front of the model's own that lets a cache answer for a
+decoded token (`replaying`). All that is kept besides is how many contexts want a model attached. (What some models note
+of a text on themselves travels with its cache: `model_state`.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from kvpolicy.integrations.transformers.attention import replaying
 from kvpolicy.integrations.transformers.attention.attention_call import PREFIX, register
 from kvpolicy.integrations.transformers.attention.exchange import attention_name, set_attention, text_config
 from kvpolicy.integrations.transformers.attention.sources import install_hooks, remove_hooks
@@ -29,6 +31,7 @@ def attach(model: PreTrainedModel) -> None:
         return
     warn_if_untested()
     set_attention(model, register(attention_name(model)))
+    replaying.install(model)
     install_hooks(model)
 
 
@@ -37,6 +40,7 @@ def detach(model: PreTrainedModel) -> None:
     model = unwrapped(model)
     if is_attached(model):
         set_attention(model, attention_name(model).removeprefix(PREFIX))
+        replaying.remove(model)
         remove_hooks(model)
 
 

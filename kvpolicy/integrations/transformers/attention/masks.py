@@ -18,12 +18,7 @@ from kvpolicy.integrations.transformers.attention.columns import Reading, read_m
 
 
 class Seen(int):
-    """Columns that a layer of ours reports to a mask function, which learns by the type whom its mask is for.
-
-    padding: int64 [B], at the start of each row of a static cache that decodes; None of other caches
-    """
-
-    padding: Tensor | None = None
+    """Columns that a layer of ours reports to a mask function, which learns by the type whom its mask is for."""
 
 
 class LazyMask:
@@ -92,31 +87,14 @@ def make_mask(base: str, arguments: dict[str, Any]) -> Any:
     """What stands for the mask of one kind of layer.
 
     Where the cache is none of ours it is the stock mask, so that a model can be detached while a forward over a stock
-    cache runs. So it is for the prompt of a static cache, which counts in a tensor: generate makes that mask ahead of
-    the forward and looks into it. A mask over no columns is None: a static cache holds no padding, and its one new
-    token sees all of it.
+    cache runs. A mask over no columns is None: the token of a step that may be recorded sees all that is there.
     """
     length = arguments["kv_length"]
     if length == 0:
-        if isinstance(length, Seen) and arguments.get("attention_mask") is not None:
-            _check_static(arguments["attention_mask"], length.padding)
         return None
-    if not isinstance(length, Seen) or isinstance(arguments["q_offset"], Tensor):
+    if not isinstance(length, Seen):
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
     return LazyMask(base, arguments)
-
-
-def _check_static(mask: Tensor, padding: Tensor | None) -> None:
-    """Raises `ModelError` for a 2-D mask that hides more from a static cache than the padding that it has left out."""
-    if padding is None:
-        return
-    before = mask.shape[1] - 1
-    reading = read_mask(mask, 1, before, before - padding, None)
-    if reading.valid is not None or reading.visible is not None:
-        raise ModelError(
-            "attention_mask hides tokens that a static cache holds: a step of it sees all of them. Make the cache "
-            "without static=True"
-        )
 
 
 def dense_mask(mask: Any) -> Any:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.split import RuntimeSplit
-from kvpolicy.cache.static import check_static
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, ModelError
@@ -23,7 +21,6 @@ from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import check_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.recipe import Recipe
-from kvpolicy.integrations.transformers.cache.static_cache import StaticRaggedCache
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
@@ -44,7 +41,6 @@ def new_cache(
     decode: DecodeMode = "evict",
     min_tokens: int = MIN_TOKENS,
     rollback: int = ROLLBACK,
-    static: bool = False,
 ) -> RaggedCache:
     """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
 
@@ -59,8 +55,6 @@ def new_cache(
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     min_tokens: mean entries per KV head that a growing budget never goes below
     rollback:  last tokens that assisted generation can take back
-    static:    fixed addresses, for `DecodeRunner` and for compiled decoding in `model.generate`. Needs
-        `context_length`, takes its prompt in one forward, and can be used for prompt after prompt (`reset`)
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -81,12 +75,10 @@ def new_cache(
         decode=decode,
         rollback=rollback,
     )
-    return cache_of(model, recipe, static=static)
+    return cache_of(model, recipe)
 
 
-def cache_of(
-    model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = None, *, static: bool = False
-) -> RaggedCache:
+def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = None) -> RaggedCache:
     """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
     spec = ModelSpec.from_config(model.config)
     rank, size = rank_and_size(model, spec)
@@ -115,20 +107,21 @@ def cache_of(
     count = spec.num_kv_heads // size
     check_devices(model, spec)
     make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
-    length = _static_length(recipe) if static else None
     prepare(model, spec, policy.requires)
     attach(model)
     attached = attachment_of(model)  # lives as long as the cache and its copies
     watch_inputs(model, spec, policy.requires, attached)
-    shared: dict[str, Any] = {"rank": rank, "recipe": recipe, "dropped_at": _dropped_at(model)}
-    cache: RaggedCache
-    if length is not None:
-        layers = StaticCache(config=text_config(model), max_cache_len=length).layers
-        cache = StaticRaggedCache(spec, make_store, layers, attached, context_length=length, **shared)
-    else:
-        layers = DynamicCache(config=text_config(model)).layers
-        repeats = schedule.evicts and "repeat_attention" in policy.requires
-        cache = RaggedCache(spec, make_store, layers, attached, rollback=recipe.rollback, repeats=repeats, **shared)
+    cache = RaggedCache(
+        spec,
+        make_store,
+        DynamicCache(config=text_config(model)).layers,
+        attached,
+        rank=rank,
+        rollback=recipe.rollback,
+        recipe=recipe,
+        repeats=schedule.evicts and "repeat_attention" in policy.requires,
+        dropped_at=_dropped_at(model),
+    )
     cache.carry(model)
     return cache
 
@@ -139,16 +132,6 @@ def _dropped_at(model: PreTrainedModel) -> int | None:
         getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation
     )
     return getattr(text_config(model), "original_max_position_embeddings", None) if own else None
-
-
-def _static_length(recipe: Recipe) -> int:
-    """The tokens that a static cache is made for. Raises `BudgetError` for what fixed addresses rule out."""
-    check_static(recipe.policy)
-    if recipe.ask.context_length is None:
-        raise BudgetError("static=True needs context_length=: memory is set aside for that many tokens up front")
-    if recipe.decode != "evict":
-        raise BudgetError(f"static=True holds the capacities at every step, got decode={recipe.decode!r}")
-    return recipe.ask.context_length
 
 
 def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:

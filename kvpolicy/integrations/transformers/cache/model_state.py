@@ -69,6 +69,11 @@ class ModelState:
         self.leave()
         self.deltas = None
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether the model notes anything."""
+        return bool(self._holders)
+
     def _alive(self) -> list[nn.Module]:
         if not self._holders or torch.compiler.is_compiling():
             return []
@@ -88,6 +93,11 @@ class CarryingCache(WatchedCache):
     def carry(self, model: nn.Module) -> None:
         """Carries what this model notes, from the next forward on."""
         self.state = ModelState(model)
+
+    @property
+    def carries_positions(self) -> bool:
+        """Whether the model counts positions by what it has noted of the text."""
+        return self.state.is_carried
 
     def forget(self) -> None:
         super().forget()

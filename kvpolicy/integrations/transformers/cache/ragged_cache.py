@@ -10,20 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.store import ROLLBACK, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.columns import Reading
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
 from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
 from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
+from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.save import save_cache
+from kvpolicy.integrations.transformers.cache.step_op import handle_of
 from kvpolicy.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -47,11 +51,11 @@ class RaggedCache(CarryingCache):
     repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
 
     watch: takes the tokens of a forward instead of the store, while the context is repeated
+    stepping: whether a forward runs whose token was planned, and which may be recorded: nothing is counted in Python
+    replays: how decoded tokens run: as replays of a CUDA graph, or why not
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
     """
-
-    layer_class: ClassVar[type[BudgetedLayer]] = BudgetedLayer
 
     def __init__(
         self,
@@ -70,7 +74,7 @@ class RaggedCache(CarryingCache):
         self.budgeted: list[BudgetedLayer] = []
         for row, index in enumerate(spec.budgeted_layers):
             followers = sum(layer.shared_with == index for layer in spec.layers)
-            self.budgeted.append(self.layer_class(self, row, index, followers))
+            self.budgeted.append(BudgetedLayer(self, row, index, followers))
             layers[index] = self.budgeted[-1]
         attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
         super().__init__(layers, max(attends), dropped_at)
@@ -80,6 +84,8 @@ class RaggedCache(CarryingCache):
         self.recipe, self.repeats = recipe, repeats
         self.watch: Callable[[int, Waiting], None] | None = None
         self.recording = False
+        self.stepping, self.handle = False, -1
+        self.replays = Replays()
         self.unfed: Tensor | None = None
         self.ended: str | None = None
 
@@ -125,6 +131,62 @@ class RaggedCache(CarryingCache):
             raise ModelError("this cache is empty: a prompt comes first")
         return self.store
 
+    # --- a token as a replay
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a prompt is there, and the next token is decoded behind it under the budget."""
+        if self.store is None or self.watch is not None or self.offloading or not self.budgeted[-1].columns:
+            return False
+        self.check_ended()
+        return not self.awaits_repeat
+
+    @property
+    def stock_layers(self) -> list[Any]:
+        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
+        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
+
+    def replay(self, model: PreTrainedModel, own: Callable[..., Any], call: dict[str, Any]) -> Any:
+        """What a forward of the attached model returns, where a graph knows it; None where its own has to run."""
+        return self.replays.run(self, model, own, call)
+
+    def run_step(self, forward: Callable[[], Any], *, on_device: bool = True) -> Any:
+        """A forward of one token that was planned. on_device: whether it is done now, not only recorded."""
+        self.stepping, self.handle = True, handle_of(self, self.handle)
+        try:
+            return forward()
+        except BaseException as error:
+            if on_device:
+                self.break_off(f"a step broke off with {type(error).__name__}, and its token is in some layers only")
+            raise
+        finally:
+            self.stepping = False
+
+    def pass_step(self, replay: Callable[[], None]) -> None:
+        """A token that was planned, by the replay of a graph."""
+        try:
+            replay()
+            self.opened().pass_step()
+        except BaseException as error:
+            self.break_off(f"a step broke off with {type(error).__name__}")
+            raise
+
+    def count_step(self, reading: Reading) -> None:
+        """Counts the token of a step. reading: what its mask says"""
+        for layer in self.budgeted:
+            layer.count_step(reading)
+
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what takes the counts back to here, from behind a step that was only recorded."""
+        store, states = self.opened().bookmark(), [layer.state for layer in self.budgeted]
+
+        def restore() -> None:
+            store()
+            for layer, state in zip(self.budgeted, states, strict=True):
+                layer.resume(state)
+
+        return restore
+
     # --- what others have it do, since what it is made of is its own
 
     def hold(self, count: int) -> None:
@@ -137,7 +199,7 @@ class RaggedCache(CarryingCache):
 
         watch: is handed the new tokens of each layer, by index among the budgeted layers, in the store's place
         """
-        store, layers, others = self.opened(), self.budgeted, self._stock()
+        store, layers, others = self.opened(), self.budgeted, self.stock_layers
         states, attributes = [layer.state for layer in layers], [copied(vars(layer)) for layer in others]
         self.watch = watch
         try:
@@ -164,6 +226,7 @@ class RaggedCache(CarryingCache):
             self,
             store=None if self.store is None else self.store.fork(),
             state=self.state.fork(),
+            replays=Replays(),
             _touched=set(self._touched),
         )
         other._own(self.layers)
@@ -185,9 +248,21 @@ class RaggedCache(CarryingCache):
 
     # --- what transformers calls on a cache
 
-    @untraced
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises `ModelError` for a model that is not attached, and for a cache that offloads."""
+        if self.stepping:  # a compiler may look on
+            return self.layers[layer_idx].update(key_states, value_states)
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers; in a step over no columns, since its token sees all that is there."""
+        if self.stepping:
+            return 0, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    @untraced
+    def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == self.budgeted[0].model_layer and not self.attached():  # asked once a forward
             raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
         if self.offloading:
@@ -200,14 +275,14 @@ class RaggedCache(CarryingCache):
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
         self.check_repeated()
         self.recording = True
-        for layer in self._stock():
+        for layer in self.stock_layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def stop_recording(self) -> None:
         """Ends what `activate_past_recording` began; transformers never does."""
         self.recording = False
-        for layer in self._stock():
+        for layer in self.stock_layers:
             if getattr(layer, "record_past", False):
                 layer.crop(0)  # lets it go back to its working size, without which the next forward fails
                 layer.record_past = False
@@ -225,7 +300,7 @@ class RaggedCache(CarryingCache):
             self._crop_store(-count)
         for layer in self.budgeted:
             layer.take_back(-count)
-        for layer in self._stock():
+        for layer in self.stock_layers:
             layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -247,7 +322,8 @@ class RaggedCache(CarryingCache):
         """Forgets everything."""
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
         self.forget()
-        for layer in (*self.budgeted, *self._stock()):
+        self.replays.forget()
+        for layer in (*self.budgeted, *self.stock_layers):
             layer.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -274,7 +350,7 @@ class RaggedCache(CarryingCache):
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables and stock layers included."""
         own = 0 if self.store is None else self._enforced().nbytes
-        return own + sum(tensor.nbytes for layer in self._stock() for tensor in tensors_of(layer).values())
+        return own + sum(tensor.nbytes for layer in self.stock_layers for tensor in tensors_of(layer).values())
 
     def report(self) -> CacheReport:
         """Who was kept, what it weighs, and whether anything was evicted at all."""
@@ -285,10 +361,6 @@ class RaggedCache(CarryingCache):
         store = self.opened()
         self.check_repeated()
         return store
-
-    def _stock(self) -> list[Any]:
-        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
-        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
 
     def _crop_store(self, count: int) -> None:
         try:
@@ -318,5 +390,5 @@ class RaggedCache(CarryingCache):
         if self.store is not None:
             self.state.take(rows.long(), self.store.batch_size)  # before the store's batch is another
             self.store.take(rows.long())
-        for layer in self._stock():
+        for layer in self.stock_layers:
             on_stock(layer)

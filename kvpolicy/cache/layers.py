@@ -1,0 +1,105 @@
+"""The layers of a store: made when their first tokens come, and asked for in their turn."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache import inputs
+from kvpolicy.cache.accounts import Accounts
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.inputs import Finiteness
+from kvpolicy.cache.layer import StoreLayer
+from kvpolicy.cache.scoring import NotANumber, Scoring, scores_stay
+from kvpolicy.cache.select import Protection
+from kvpolicy.cache.size import holds_scores
+from kvpolicy.errors import BudgetError
+from kvpolicy.model.layer_spec import LayerSpec
+from kvpolicy.plugins.roles import EvictionPolicy
+
+DecodeMode = Literal["evict", "append"]
+
+
+class Layers(Accounts):
+    """The layers of a `RaggedStore`, and what is checked before one of them is used.
+
+    first_head: the first of the KV heads held here
+    """
+
+    policy: EvictionPolicy
+    decode_mode: DecodeMode
+    protection: Protection
+    first_head: int
+    _shape: LayerSpec
+    _num_q_heads: int
+    _wrong: NotANumber
+    _finite: Finiteness
+
+    def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
+        """A layer that holds nothing yet."""
+        shape = self._shape
+        arena = LayerArena(
+            self.batch_size * self.num_heads,
+            shape.key_dim,
+            shape.value_dim,
+            dtype,
+            device,
+            num_pinned=self.protection.num_pinned,
+            scored=self.schedule.evicts and holds_scores(self.policy, self.split),
+        )
+        entries = self.layers[layer] = StoreLayer(
+            layer,
+            arena,
+            self.batch_size,
+            self.num_heads,
+            self.protection,
+            scores_stay=scores_stay(self.policy),
+        )
+        return entries
+
+    def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
+        """The layer that these new tokens belong to, made if they are the first."""
+        layer = inputs.layer_index(layer, len(self.layers))
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
+        entries = self.layers[layer] or self.open(layer, key.dtype, key.device)
+        inputs.check_agreement(layer, entries.arena.keys, key, value)
+        return entries
+
+    def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Before the layer is made: its first tokens decide on its dtype and its device."""
+        inputs.layer_index(layer, len(self.layers))
+        inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
+        inputs.check_query(query, key, self.batch_size, self._num_q_heads, key.shape[2])
+
+    def _check_turn(self, layer: int, after: Tensor) -> None:
+        """after: int64 [B], the tokens that the layer will have seen."""
+        other = layer - 1 if layer else len(self.layers) - 1
+        inputs.check_turn(layer, self._seen(layer), after, other, self._seen(other))
+
+    def _seen(self, layer: int) -> Tensor:
+        """int64 [B]."""
+        entries = self._entries(layer)
+        return torch.zeros(self.batch_size, dtype=torch.int64) if entries is None else entries.seen
+
+    def _entries(self, layer: int) -> StoreLayer | None:
+        return self.layers[inputs.layer_index(layer, len(self.layers))]
+
+    def _layer(self, layer: int) -> StoreLayer:
+        entries = self._entries(layer)
+        if entries is None:
+            raise BudgetError(f"layer {layer} of this store is empty: its prompt comes first")
+        return entries
+
+    def _scoring(self, scale: float | None, sink_logits: Tensor | None) -> Scoring:
+        return inputs.scoring_of(self._shape, self.spec.model_type, self._num_q_heads, scale, sink_logits)
+
+    def _grow(self, layer: StoreLayer, seen: Tensor) -> None:
+        """Brings a layer's capacities up to the tokens seen. seen: int64 [B]."""
+        self.rows.grow(seen.tolist())
+        layer.allow(self._heads(self.rows.layer(layer.index)))
+
+    def _heads(self, table: Tensor) -> Tensor:
+        """The part of [B, all KV heads] that is held here, in memory of its own."""
+        return table[:, self.first_head : self.first_head + self.num_heads].clone()

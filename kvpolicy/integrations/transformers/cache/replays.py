@@ -1,0 +1,259 @@
+"""The decoded tokens of a cache as replays of one CUDA graph.
+
+What a token changes in the tables is worked out on the host (`RaggedStore.advance`), and what the model does on the
+device is the same for every token, as long as the entries stay where they are. So the model's forward is recorded once,
+the second time that a token comes, and replayed from then on. Where entries get another place (a later turn, segments
+that have grown beyond their room) it is recorded again, which takes about as long as two tokens without a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from kvpolicy.errors import GraphWarning
+from kvpolicy.integrations.transformers.attention.columns import Reading, read_mask
+from kvpolicy.integrations.transformers.cache.cuda_graph import Recording, record, unrecordable
+
+if TYPE_CHECKING:
+    from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+
+Forward = Callable[..., Any]
+
+_INPUTS = frozenset({"input_ids", "position_ids", "cache_position"})
+"""Tensors that a forward of a token may be given besides its mask."""
+
+_SHORT, _TOO_OFTEN = 8, 3  # tokens of a recording that did not pay, and how many such in a row are given a try
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A recorded forward.
+
+    key:    what has to be the same for a replay
+    inputs: at the addresses that it reads
+    out:    what it returned, whose tensors each replay fills anew
+    """
+
+    key: list[Any]
+    inputs: dict[str, Tensor]
+    recording: Recording
+    out: Any
+    replayed: int = 0
+
+
+class Replays:
+    """How the tokens of one cache are decoded.
+
+    mode: "graph", or "eager" where the last token ran without a graph; None before the first one
+    why:  the reason for "eager"
+    """
+
+    def __init__(self) -> None:
+        self.mode: Literal["graph", "eager"] | None = None
+        self.why: str | None = None
+        self.compiled = False
+        self._step: _Step | None = None
+        self._ran: list[Any] | None = None  # the call that has run, so that its kernels are loaded
+        self._forward: Forward | None = None
+        self._short_lived = 0
+        self._hopeless: str | None = None  # why it is not tried again
+        self._told: set[str] = set()
+        self._hooks = _Hooks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a graph belongs to one cache
+
+    def forget(self) -> None:
+        """Another text begins."""
+        self.mode, self.why, self._step = None, None, None
+        self._short_lived, self._hopeless = 0, None
+
+    def compile(self, forward: Forward) -> None:
+        """Has `torch.compile` fuse the model's small operations before a step is recorded. forward: the model's own."""
+        self.compiled, self._step, self._ran = True, None, None
+        self._forward = torch.compile(forward, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+    def run(self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any]) -> Any:
+        """The output of a model's forward of one token behind what the cache holds; None where its own has to run.
+
+        own: the model's forward;  call: its arguments by name
+        """
+        if not is_token(cache, call):
+            return None
+        why = obstacle(cache, model, call) or self._hooks.obstacle(model)
+        reading = None if why else _reading(cache, call.get("attention_mask"))
+        if reading is None or reading.valid is not None or reading.visible is not None:
+            self._fall_back(why or "attention_mask hides tokens that the cache holds", cache)
+            return None
+        if self._hopeless is not None:
+            self._fall_back(self._hopeless, cache)
+            return None
+        store = cache.opened()
+        if not store.advance():
+            self._fall_back("a protected span or another policy's state has to be looked at in each layer", cache)
+            return None
+        inputs = _inputs(cache, call)
+        constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
+        kind = [self.compiled, id(model), constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
+        key = [*kind, *store.layouts]
+        forward = self._forward or own
+        if self._step is not None and self._step.key == key:
+            out = self._replay(cache, self._step, inputs)
+        elif self._ran != kind:
+            out = cache.run_step(lambda: forward(**inputs, **constant))
+            self._ran = kind
+        else:
+            step = self._record(cache, forward, inputs, constant, key)
+            if step is None:
+                return None
+            out = _copied(step.out)
+        cache.count_step(reading)
+        return out
+
+    def _replay(self, cache: RaggedCache, step: _Step, inputs: dict[str, Tensor]) -> Any:
+        for name, value in inputs.items():
+            step.inputs[name].copy_(value)
+        cache.pass_step(step.recording.replay)
+        step.replayed += 1
+        self.mode, self.why = "graph", None
+        return _copied(step.out)
+
+    def _record(
+        self, cache: RaggedCache, forward: Forward, inputs: dict[str, Tensor], constant: dict[str, Any], key: list[Any]
+    ) -> _Step | None:
+        """Records the forward, and has the device do it. None where it cannot be recorded."""
+        before, self._step = self._step, None  # its memory is free before the next one takes its own
+        if before is not None:
+            self._short_lived = self._short_lived + 1 if before.replayed < _SHORT else 0
+        if self._short_lived == _TOO_OFTEN:
+            self._hopeless = "its entries move every few tokens, so that recording them would not pay"
+        del before
+        with torch.inference_mode(False):  # else they could not be written to outside of that mode
+            own = {name: value.detach().clone() for name, value in inputs.items()}
+        restore = cache.bookmark()
+        try:
+            recording, out = record(lambda: cache.run_step(lambda: forward(**own, **constant), on_device=False))
+        except BaseException as error:
+            restore()
+            if not isinstance(error, Exception):
+                raise
+            text = str(error).splitlines()
+            self._hopeless = f"{type(error).__name__}: {text[0] if text else ''}"
+            self._fall_back(self._hopeless, cache)
+            return None
+        recording.replay()
+        self._step = _Step(key, own, recording, out)
+        self.mode, self.why = "graph", None
+        return self._step
+
+    def _fall_back(self, why: str, cache: RaggedCache) -> None:
+        self.mode, self.why = "eager", why
+        if cache.opened().layers[0].arena.device.type == "cuda" and why not in self._told:  # type: ignore[union-attr]
+            self._told.add(why)
+            warnings.warn(f"decoding runs without a CUDA graph, and slower: {why}", GraphWarning, stacklevel=6)
+
+
+def is_token(cache: RaggedCache, call: dict[str, Any]) -> bool:
+    """Whether a forward is one of a single token behind a prompt."""
+    ids = call.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or call.get("inputs_embeds") is not None:
+        return False
+    return cache.is_decoding and cache.attached()
+
+
+def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -> str | None:
+    """Why a forward of a token cannot be recorded, or None."""
+    device = call["input_ids"].device
+    if why := unrecordable(device):
+        return why
+    if len({layer.arena.device for layer in cache.opened().layers if layer is not None} | {device}) > 1:
+        return "the layers lie on several devices, a CUDA graph on one"
+    if cache.opened().num_heads != cache.spec.num_kv_heads:
+        return "processes share the model, and what they exchange is not recorded"
+    if cache.recording:
+        return "the last tokens may be taken back (assisted generation), so they are not in the cache yet"
+    if kinds := sorted({type(layer).__name__ for layer in cache.stock_layers}):
+        return f"layers of other kinds ({', '.join(kinds)}) count their tokens in Python, which a graph would not do"
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        return "gradients are recorded: call the model under torch.no_grad()"
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    if torch.is_autocast_enabled(device.type):
+        return "torch.autocast casts the weights at each token: load the model in the dtype that it is to run in"
+    for name, value in call.items():
+        if isinstance(value, Tensor) and name not in _INPUTS and name != "attention_mask":
+            return f"the model is given {name}, which a graph would not look at again"
+    mask = call.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return "the attention mask is not one of columns, [B, n]"
+    if call.get("position_ids") is None and (cache.carries_positions or not _takes_positions(type(model).forward)):
+        return "the model works out positions of its own for each token"
+    return None
+
+
+@functools.cache
+def _takes_positions(forward: Forward) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
+
+
+def _reading(cache: RaggedCache, mask: Tensor | None) -> Reading:
+    layer = cache.budgeted[0]
+    return read_mask(mask, 1, layer.columns, cache.opened().seen, layer.filled)
+
+
+def _inputs(cache: RaggedCache, call: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that differ from token to token; with positions, which a model would otherwise count in Python."""
+    inputs = {name: call[name] for name in _INPUTS if isinstance(call.get(name), Tensor)}
+    if "position_ids" not in inputs:
+        ids = inputs["input_ids"]
+        inputs["position_ids"] = torch.full_like(ids, cache.budgeted[0].columns)
+    return inputs
+
+
+class _Hooks:
+    """The hooks on a model's modules, looked through again only when there are more or fewer of them."""
+
+    def __init__(self) -> None:
+        self._tables: list[Mapping[int, Any]] = []
+        self._count = -1
+        self._why: str | None = None
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    def obstacle(self, model: PreTrainedModel) -> str | None:
+        """Why a graph would leave something out, or None."""
+        if self._model is None or self._model() is not model:
+            modules = [(module._forward_pre_hooks, module._forward_hooks) for module in model.modules()]
+            self._tables, self._model, self._count = (
+                [table for pair in modules for table in pair],
+                weakref.ref(model),
+                -1,
+            )
+        count = sum(map(len, self._tables))
+        if count != self._count:
+            hooks = [hook for table in self._tables for hook in table.values()]
+            self._count, self._why = count, None
+            if any(not getattr(hook, "__module__", type(hook).__module__).startswith("kvpolicy.") for hook in hooks):
+                self._why = "a hook is registered on one of the model's modules, which a graph would not call"
+        return self._why
+
+
+def _copied(out: Any) -> Any:
+    """An output whose tensors the next replay does not overwrite."""
+    if isinstance(out, Tensor):
+        return out.clone()
+    if isinstance(out, ModelOutput):
+        return type(out)(**{name: _copied(value) for name, value in out.items()})
+    if type(out) in (list, tuple):
+        return type(out)(_copied(value) for value in out)
+    return out

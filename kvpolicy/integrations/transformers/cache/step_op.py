@@ -1,0 +1,61 @@
+"""One decoding step of one layer as an operator that a compiler neither looks into nor reorders.
+
+The store behind it changes, out of a compiler's sight; the layers of a step depend on one another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.scoring import Scoring
+
+_CACHES: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""By handle, a constant in compiled code. Small numbers are used again, and what was compiled with them."""
+
+
+def handle_of(cache: Any, before: int) -> int:
+    """A number for a cache, as long as it lives.
+
+    before: the one that it has; if it is a copy, that may be the other's
+    """
+    if _CACHES.get(before) is cache:
+        return before
+    handle = next(number for number in itertools.count() if number not in _CACHES)
+    _CACHES[handle] = cache
+    return handle
+
+
+@torch.library.custom_op("kvpolicy::step_attention", mutates_args=())
+def step_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    handle: int,
+    layer: int,
+    append: bool,
+) -> Tensor:
+    """The attention of a token, which is written before by the layer that owns its key. query: [B, num_q_heads, 1, D].
+
+    Returns [B, 1, num_q_heads, Dv].
+    """
+    store, scoring = _CACHES[handle].opened(), Scoring(scale, softcap, sink_logits)
+    if append:
+        store.append(layer, key, value)
+        out: Tensor = store.attend_newest(layer, query, scoring)
+    else:
+        out = store.attend(layer, query, scoring)
+    return out.transpose(1, 2).contiguous()
+
+
+@step_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, num_q_heads, n, _dim = query.shape
+    return query.new_empty(batch, n, num_q_heads, value.shape[-1])

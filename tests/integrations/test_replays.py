@@ -1,0 +1,213 @@
+"""Decoded tokens as replays: the same tokens as without, whatever came before, and who decodes need not know."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.integrations.transformers.attention.replaying import ReplayedForward
+from tests.integrations.recording import record_on_cpu
+from tests.tiny import over, tiny_ids, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICIES = ("streaming", "snapkv", "h2o", "tova", "corm", "r_kv", "kv_compress", "keydiff")
+
+
+@pytest.fixture
+def model():
+    return tiny_model("Llama").to(DEVICE)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    return record_on_cpu(monkeypatch) if DEVICE == "cpu" else None
+
+
+def cache_over(model, policy="streaming", **options):
+    options = {"retention": 0.4, "allocator": "uniform", "min_tokens": 8} | options
+    return kvpolicy.new_cache(model, policy=policy, **options)
+
+
+def eager(model, ids, cache):
+    """Logits of each token, by the model's own forward."""
+    with torch.no_grad():
+        return model.forward.own(ids, **over(cache)).logits
+
+
+def text(length, batch=1):
+    return tiny_ids(length, batch=batch).to(DEVICE)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("context", [None, 90], ids=["growing", "fixed"])
+def test_a_replayed_token_is_the_one_without_a_graph(policy, context, model, recorded):
+    """Prompt, 150 tokens, a second turn, 80 more: across evictions, growth and the re-layouts of both."""
+    ids = text(300)
+    caches = [cache_over(model, policy, context_length=context) for _ in range(2)]
+    logits = []
+    with torch.no_grad():
+        for cache, forward in zip(caches, (model, model.forward.own), strict=True):
+            out = [forward(ids[:, :60], **over(cache)).logits[:, -1]]
+            out += [forward(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(60, 210)]
+            out += [forward(ids[:, 210:220], **over(cache)).logits[:, -1]]
+            out += [forward(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(220, 300)]
+            logits.append(torch.stack(out, 1))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
+    assert caches[0].replays.mode == "graph"
+    assert caches[1].replays.mode is None
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+    assert torch.equal(caches[0].capacities, caches[1].capacities)
+    stores = [cache.opened() for cache in caches]
+    for layer in range(len(stores[0].layers)):
+        kept = [[sorted(x.tolist()) for x in store.positions(layer)] for store in stores]
+        assert kept[0] == kept[1]
+    if recorded is not None:
+        assert (
+            sum(x.replays for x in recorded) == 149 + 80  # all but the first one
+        )  # the first two tokens and the first of the turn run by themselves
+
+
+def test_generate_replays(model, recorded):
+    cache = cache_over(model, context_length=50)
+    expected = model.generate(text(50), max_new_tokens=60, do_sample=False, **over(cache))
+    kvpolicy.detach(model)
+    assert "forward" not in vars(model)
+    cache = cache_over(model, context_length=50)
+    restored = kvpolicy.generate(model, cache, text(50), max_new_tokens=60, do_sample=False)
+    assert torch.equal(restored, expected)
+    assert cache.replays.mode == "graph"
+
+
+def test_left_padding(model, recorded):
+    ids, mask = text(40, batch=2), torch.ones(2, 40, dtype=torch.int64, device=DEVICE)
+    mask[1, :13] = 0
+    out = kvpolicy.generate(model, (cache := cache_over(model)), ids, mask, max_new_tokens=40, do_sample=False)
+    assert cache.replays.mode == "graph"
+    alone = kvpolicy.generate(model, cache_over(model), ids[1:, 13:], max_new_tokens=40, do_sample=False)
+    assert torch.equal(out[1, 13:], alone[0])
+
+
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
+def test_what_a_graph_would_leave_out_runs_without_one(model, recorded):
+    cache, ids, seen = cache_over(model), text(90), []
+    feed = lambda i, **more: model(ids[:, i : i + 1], **over(cache), **more)  # noqa: E731
+    with torch.no_grad():
+        model(ids[:, :50], **over(cache))
+        for i in range(50, 55):
+            feed(i)
+        assert cache.replays.mode == "graph"
+        hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+        feed(55)
+        assert (cache.replays.mode, seen) == ("eager", [1])
+        assert "hook" in cache.replays.why
+        hook.remove()
+        feed(56)
+        assert cache.replays.mode == "graph"
+        mask = torch.ones(1, 58, dtype=torch.int64, device=DEVICE)
+        mask[:, 3] = 0
+        feed(57, attention_mask=mask)
+        assert "hides" in cache.replays.why
+    with torch.enable_grad():
+        feed(58)
+    assert "no_grad" in cache.replays.why
+
+
+def test_beams(model, recorded):
+    """Rows change places between two tokens, and their entries stay in the same memory."""
+    found = []
+    for mode in ("graph", "eager"):
+        cache = cache_over(model)
+        if mode == "eager":
+            kvpolicy.attach(model)
+            del model.forward
+        options = {"num_beams": 3, "max_new_tokens": 40, "do_sample": False}
+        found.append(model.generate(text(50), **over(cache), **options))
+        assert cache.replays.mode == (mode if mode == "graph" else None)
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
+def test_drafts_run_without_one(model, recorded):
+    cache, options = cache_over(model), {"prompt_lookup_num_tokens": 3, "max_new_tokens": 40, "do_sample": False}
+    kvpolicy.generate(model, cache, text(50), **options)
+    assert cache.replays.mode == "eager"
+    assert "assisted" in cache.replays.why
+
+
+def test_a_recording_that_fails_changes_nothing(model, recorded, monkeypatch):
+    from kvpolicy.integrations.transformers.cache import replays
+
+    ids = text(120)
+    caches = [cache_over(model) for _ in range(2)]
+
+    def record(work):
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    if DEVICE == "cuda":
+        pytest.skip("the recording is a fake")
+    with torch.no_grad():
+        expected = [model.forward.own(part, **over(caches[0])).logits for part in ids.split([50, *[1] * 70], 1)]
+        monkeypatch.setattr(replays, "record", record)
+        found = []
+        for index, part in enumerate(ids.split([50, *[1] * 70], 1)):
+            keys = [x.arena.keys.clone() for x in caches[1].store.layers] if index == 2 else []
+            if keys:  # the fake's work is done on the device too, which a capture would not do: over copies
+                monkeypatch.setattr(replays, "record", lambda work: _failing(work, caches[1]))
+            found.append(model(part, **over(caches[1])).logits)
+    torch.testing.assert_close(torch.cat(found, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
+    assert caches[1].replays.mode == "eager"
+    assert "not permitted" in caches[1].replays.why
+
+
+def _failing(work, cache):
+    """Runs into an error in the middle of the layers, as a forward does that waits for the device."""
+    layer, append = len(cache.store.layers) - 1, cache.store.append
+
+    def fail(index, *args):
+        if index == layer:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        append(index, *args)
+
+    cache.store.append = fail
+    try:
+        work()
+    finally:
+        del cache.store.append
+
+
+def test_the_forward_in_front(model, recorded):
+    """It is the model's own to look at, goes with the copy of a model, and leaves as it came."""
+    import inspect
+
+    signature = inspect.signature(model.forward)
+    kvpolicy.attach(model)
+    assert isinstance(vars(model)["forward"], ReplayedForward)
+    assert inspect.signature(model.forward) == signature
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.forward.own.__self__ is copied
+        cache = cache_over(copied)
+        kvpolicy.generate(copied, cache, text(30), min_new_tokens=20, max_new_tokens=20)
+        assert cache.replays.mode == "graph"
+    kvpolicy.detach(model)
+    assert "forward" not in vars(model)
+    model.forward = other = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    kvpolicy.attach(model)
+    assert model.forward.own is other
+    kvpolicy.detach(model)
+    assert vars(model)["forward"] is other
+
+
+def test_forks_and_resets(model, recorded):
+    cache = cache_over(model)
+    ids = text(60)
+    first = kvpolicy.generate(model, cache, ids, max_new_tokens=20, do_sample=False)
+    fork = cache.fork()
+    assert fork.replays.mode is None
+    more = [kvpolicy.generate(model, each, ids[:, :5], max_new_tokens=20, do_sample=False) for each in (cache, fork)]
+    assert torch.equal(*more)
+    cache.reset()
+    assert torch.equal(kvpolicy.generate(model, cache, ids, max_new_tokens=20, do_sample=False), first)
+    assert cache.replays.mode == "graph"
