@@ -24,6 +24,7 @@ from kvpolicy.cache.copies import copy_with
 LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
 _ENTRIES = ("keys", "values", "positions", "scores")
+_FREE = {"positions": -1, "scores": -torch.inf}
 
 if TYPE_CHECKING:
     from kvpolicy.cache.step import LayerStep
@@ -111,6 +112,7 @@ class LayerArena:
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
         self.num_pinned, self.layout = num_pinned, object()
         self._placed: Placed | None = None
+        self._new_scores: Tensor | None = None  # float32 [S], of decoded tokens: always the same
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
 
@@ -189,14 +191,17 @@ class LayerArena:
             return rows.float()
         return self.scores[rows.clamp(min=0)].masked_fill(rows < 0, float("-inf"))
 
-    def owners(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The segment of each row, and its place there, int64 [R] both; the lengths, int64 [S]. On the device."""
+    def owners(self) -> Tensor:
+        """The segment of each row, int64 [R] on the device."""
         if (placed := self.placed) is None or self.device.type == "cpu":
-            return *each_entry(self.allocated, self.device), on_device(self.length, self.device)
+            return each_entry(self.allocated, self.device)[0]
         row = torch.arange(len(self.positions), device=self.device)
         # of segments without a row the last one begins where the next that has some does
-        segment = torch.searchsorted(placed.starts, row, right=True) - 1
-        return segment, row - placed.starts[segment], placed.lengths
+        return torch.searchsorted(placed.starts, row, right=True) - 1
+
+    def lengths_on_device(self) -> Tensor:
+        """int64 [S]."""
+        return on_device(self.length, self.device) if self.placed is None else self.placed.lengths
 
     def append(self, key: Tensor, value: Tensor, position: Tensor, slot: Tensor, score: float) -> None:
         """Writes one entry per segment. key, value: [B, H, 1, dim]; position: int [S]; slot: int64 [S] in the segment.
@@ -206,11 +211,9 @@ class LayerArena:
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
         self._put(key, value, position.to(self.device), rows, score)
 
-    def write(
-        self, key: Tensor, value: Tensor, step: LayerStep, rows: Tensor, score: float, work: WorkPlan | None
-    ) -> None:
-        """`append`, where the tables behind it have been worked out. rows: int64 [S] on the device."""
-        self._put(key, value, step.position, rows, score)
+    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
+        """`append`, where the tables behind it have been worked out."""
+        self._put(key, value, step.position, step.row, score)
         self.pass_step(step)
         self._placed = Placed(step.length, step.start, step.placed_length, step.placed_seen, work)
 
@@ -227,7 +230,9 @@ class LayerArena:
         arenas, entries = [self.keys, self.values, self.positions], [key, value, position]
         if self.scores is not None:
             arenas.append(self.scores)
-            entries.append(torch.full_like(rows, score, dtype=torch.float32))
+            if self._new_scores is None or len(self._new_scores) != len(rows):
+                self._new_scores = torch.full_like(rows, score, dtype=torch.float32)
+            entries.append(self._new_scores)
         append(arenas, rows, entries)
 
     def reserve(self, limit: Tensor) -> None:
@@ -265,7 +270,7 @@ class LayerArena:
         rows = rows[rows >= 0]
         for name, values in entries.items():
             free: Tensor = getattr(self, name)
-            setattr(self, name, free.new_zeros(int(self.allocated.sum()), *free.shape[1:]))
+            setattr(self, name, free.new_full((int(self.allocated.sum()), *free.shape[1:]), _FREE.get(name, 0)))
             getattr(self, name)[rows] = values.to(self.device)
         self.layout = object()
 
@@ -302,7 +307,8 @@ class LayerArena:
         out_rows = first[segment] + offset
         column = columns[segment, offset]
         old = (self.keys, self.values, self.positions)
-        new = tuple(x.new_zeros(int(allocated.sum()), *x.shape[1:]) for x in old)  # free rows are read by policies
+        # free rows are read by policies: they hold finite keys and values, no position, and the lowest score
+        new = tuple(x.new_full((int(allocated.sum()), *x.shape[1:]), -1 if x is self.positions else 0) for x in old)
         everything: Tensor | slice = slice(None)
         if width:
             stored = everything if chunk is None else (column < width).nonzero()[:, 0]
@@ -320,7 +326,8 @@ class LayerArena:
         if self.scores is not None:
             known = self.padded_scores() if scores is None else scores
             assert known is not None
-            new_scores = torch.zeros(len(new[2]), device=self.device).index_copy_(0, out_rows, known[segment, column])
+            new_scores = torch.full((len(new[2]),), -torch.inf, device=self.device)
+            new_scores.index_copy_(0, out_rows, known[segment, column])
         self._take_over((*new, new_scores), stays=chunk is None)
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor, self._placed = torch.zeros_like(counts), None

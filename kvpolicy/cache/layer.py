@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from kvpolicy_kernels.attention import WorkPlan
-from kvpolicy_kernels.evict import evict
+from kvpolicy_kernels.evict import evict, evict_into
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena, on_device
@@ -190,11 +190,11 @@ class StoreLayer:
     def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
         """`append`, where what it comes to has been worked out. Arguments as there."""
         self._pass(step)
-        rows = step.row
+        arena = self.arena
         if step.searches:
-            slot = self._worst(step.start, step.placed_length, step.placed_seen)
-            rows = torch.where(rows < 0, step.start + slot, rows)
-        self.arena.write(key.detach(), value.detach(), step, rows, score, work)
+            tables = step.start, step.placed_length, step.placed_seen
+            evict_into(step.row, arena.scores, arena.positions, *tables, **self._protection_options())
+        arena.write(key.detach(), value.detach(), step, score, work)
 
     def bookmark(self) -> Callable[[], None]:
         """Returns what takes the counts back to here; entries stay where they are."""
@@ -344,17 +344,16 @@ class StoreLayer:
 
     def _worst(self, start: Tensor, length: Tensor, settled: Tensor) -> Tensor:
         """The slot of each segment's worst entry. All int64 [S], on the device."""
-        arena, protection = self.arena, self.protection
-        return evict(
-            arena.scores,
-            arena.positions,
-            start,
-            length,
-            settled,
-            num_sink_tokens=protection.num_sink_tokens,
-            recent_window=protection.recent_window,
-            spans=protection.spans,
-        )
+        arena = self.arena
+        return evict(arena.scores, arena.positions, start, length, settled, **self._protection_options())
+
+    def _protection_options(self) -> dict[str, Any]:
+        protection = self.protection
+        return {
+            "num_sink_tokens": protection.num_sink_tokens,
+            "recent_window": protection.recent_window,
+            "spans": protection.spans,
+        }
 
     def _note_eviction(self, segments: Tensor) -> None:
         """segments: bool [S], those that lose an entry now."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kvpolicy_kernels.rescore import rescore
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
@@ -15,7 +16,7 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.prompt_sources import Candidates
 from kvpolicy.errors import PluginError
 from kvpolicy.plugins import plugin_call
-from kvpolicy.plugins.activations import LayerActivations
+from kvpolicy.plugins.activations import LayerActivations, deferred
 from kvpolicy.plugins.decode_step import DecodeStep
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 from kvpolicy.plugins.source_table import OUTLIVE_PROMPT, listed, supplied_by
@@ -122,27 +123,24 @@ def score_step(
     else:
         out = arena.attend(query, options)
     step = _decode_step(policy, layer, arena.scores, mass)
-    scores = plugin_call.step_scores(policy, step).where(step.positions >= 0, -torch.inf)
-    wrong.add(scores)
-    arena.scores.copy_(scores)
+    scores = plugin_call.step_scores(policy, step)
+    rescore(arena.scores, scores.contiguous(), arena.positions, wrong.flag(arena.device))
     return out
 
 
 def _decode_step(policy: EvictionPolicy, layer: StoreLayer, scores: Tensor, mass: Tensor | None) -> DecodeStep:
     """Every row of the arena, the free ones too. Its tensors are the policy's own. mass: float32 [R]."""
     arena = layer.arena
-    segment, column, lengths = arena.owners()
-    present = column < lengths[segment]
     sources = {name: plugin_call.lent(getattr(arena, name)) for name in policy.requires & {"keys", "values"}}
     if mass is not None:
         sources["attention"] = mass
     return DecodeStep(
         layer=layer.index,
         num_kv_heads=layer.num_heads,
-        segment=segment,
-        scores=scores.where(present, -torch.inf),
-        positions=arena.positions.where(present, -1),
-        lengths=lengths,
+        segment=deferred(arena.owners),
+        scores=deferred(lambda: plugin_call.lent(scores)),
+        positions=deferred(lambda: plugin_call.lent(arena.positions)),
+        lengths=arena.lengths_on_device().clone(),
         seen=layer.seen_on_device(),
         max_positions=layer.max_positions,
         **sources,
@@ -165,11 +163,16 @@ class NotANumber:
 
     fault: Tensor | None = None
 
-    def add(self, scores: Tensor) -> None:
+    def flag(self, device: torch.device) -> Tensor:
+        """What becomes True, made on this device if there is none."""
         if self.fault is None:
             with torch.inference_mode(False):  # else it could not be written to outside of that mode
-                self.fault = torch.zeros((), dtype=torch.bool, device=scores.device)
-        self.fault |= scores.isnan().any().to(self.fault.device)
+                self.fault = torch.zeros((), dtype=torch.bool, device=device)
+        return self.fault
+
+    def add(self, scores: Tensor) -> None:
+        fault = self.flag(scores.device)
+        fault |= scores.isnan().any().to(fault.device)
 
     def fork(self) -> NotANumber:
         return NotANumber(None if self.fault is None else self.fault.clone())

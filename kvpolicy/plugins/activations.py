@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,6 +38,24 @@ class Rotary:
 ABSENT: Any = None  # so that a source has the type of its values, and not `| None`
 
 
+def deferred(make: Callable[[], Tensor]) -> Any:
+    """A source that is made when it is read for the first time."""
+    return _Deferred(make)
+
+
+class _Deferred:
+    __slots__ = ("_make", "_value")
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._value = make, None
+
+    @property
+    def value(self) -> Any:
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+
 class Sources:
     """Fields that nobody supplied cannot be read: what a policy or an estimator uses, it has to list in `requires`."""
 
@@ -49,7 +67,7 @@ class Sources:
             value = object.__getattribute__(self, name)
             if value is None and name in type(self).__dataclass_fields__:
                 raise PluginError(f"nobody supplied '{name}': list it in `requires`")
-            return value
+            return value.value if type(value) is _Deferred else value
 
         def __getattr__(self, name: str) -> Any:
             known = ", ".join(field.name for field in fields(self))

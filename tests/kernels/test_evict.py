@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpolicy_kernels.evict import evict
+from kvpolicy_kernels.evict import evict, evict_into
 
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
@@ -136,7 +136,7 @@ def test_it_is_the_entry_that_ranks_last(game, gap, scored, backend):
 
 
 @needs_triton
-@pytest.mark.parametrize(("lengths", "parts"), [((3000, 0, 1, 2049), 1), ((9000, 20_000, 0, 5), 4), ((40_000,), 20)])
+@pytest.mark.parametrize(("lengths", "parts"), [((1000, 0, 1, 1025), 1), ((9000, 20_000, 0, 5), 15), ((40_000,), 79)])
 def test_long_segments_are_shared(lengths, parts):
     """Few scores, so that the least stands in many tiles and age decides between programs."""
     from kvpolicy_kernels.evict.kernel import parts_of
@@ -152,6 +152,16 @@ def test_long_segments_are_shared(lengths, parts):
         slots = arena.evict(seen, "triton", **options)
         assert slots == arena.evict(seen, "torch", **options)
         assert slots == arena.evict(seen, "triton", **options)
+        for known in ([-1] * len(lengths), [7 if slot < 0 or place % 2 else -1 for place, slot in enumerate(slots)]):
+            rows = table(*(7 if slot < 0 else row for slot, row in zip(slots, known, strict=True)))
+            expected = [
+                start + slot if row < 0 else row
+                for start, slot, row in zip(arena.starts.tolist(), slots, rows.tolist(), strict=True)
+            ]
+            evict_into(
+                rows, arena.scores, arena.positions, arena.starts, arena.lengths, seen, backend="triton", **options
+            )
+            assert rows.tolist() == expected
 
 
 @backends

@@ -17,8 +17,8 @@ TYPES = {"scores_ptr": "*fp32", "positions_ptr": "*i32", "num_heads": "i32", "re
 def test_evict_compiles(num_spans, scored, arch):
     function = kernel._evict_kernel
     types = dict.fromkeys(function.arg_names, "*i64") | TYPES | {"spans": (("i32", "i32"),) * num_spans}
-    constants = {"NUM_SPANS": num_spans, "HAS_SCORES": scored, "IS_SPLIT": True, "BLOCK": kernel.CONFIG["BLOCK"]}
-    constants |= {} if scored else {"scores_ptr": None}
+    constants = {"NUM_SPANS": num_spans, "HAS_SCORES": scored, "HAS_ROWS": scored, "IS_SPLIT": True}
+    constants |= {"BLOCK": kernel.CONFIG["BLOCK"]} | ({} if scored else {"scores_ptr": None, "rows_ptr": None})
     code = compiled(function, arch, constants, types, [], kernel.CONFIG["num_warps"], 3)
     assert code.spilled == 0
     assert "atom" not in code.ptx
@@ -30,5 +30,6 @@ def test_merge_compiles(num_parts, arch):
     function = kernel._merge_kernel
     types = dict.fromkeys(function.arg_names, "*i64") | TYPES
     config = kernel.merge_config(num_parts)
-    code = compiled(function, arch, {"BLOCK_P": config["BLOCK_P"]}, types, [], config["num_warps"], 3)
+    constants = {"BLOCK_P": config["BLOCK_P"], "HAS_ROWS": True}
+    code = compiled(function, arch, constants, types, [], config["num_warps"], 3)
     assert code.spilled == 0

@@ -20,8 +20,8 @@ from kvpolicy_kernels.evict.reference import RECENT as _RECENT
 from kvpolicy_kernels.evict.reference import Spans
 
 PROGRAMS = 528  # four for each multiprocessor of an H200
-SHORT = 2048  # entries that one program looks through without help
-CONFIG = {"BLOCK": 1024, "num_warps": 4}
+SHORT = 512  # entries that one program looks through without help
+CONFIG = {"BLOCK": 512, "num_warps": 4}
 NO_KEY, POSITION_BITS = tl.constexpr(_NO_KEY), tl.constexpr(_POSITION_BITS)
 PLAIN, RECENT, PINNED = tl.constexpr(_PLAIN), tl.constexpr(_RECENT), tl.constexpr(_PINNED)
 
@@ -40,14 +40,27 @@ def _least(key, column):
     return least, tl.min(tl.where(key == least, column, NO_KEY))
 
 
+@triton.jit
+def _store_slot(slots_ptr, rows_ptr, i_s, start, column, HAS_ROWS: tl.constexpr):
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + i_s)
+        tl.store(rows_ptr + i_s, tl.where(row < 0, start + column, row))
+    else:
+        tl.store(slots_ptr + i_s, column)
+
+
 @triton.jit(do_not_specialize=["num_heads", "recent_window"])
 def _evict_kernel(
-    scores_ptr, positions_ptr, starts_ptr, lengths_ptr, seen_ptr, keys_ptr, slots_ptr, num_heads, recent_window, spans,
-    NUM_SPANS: tl.constexpr, HAS_SCORES: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    scores_ptr, positions_ptr, starts_ptr, lengths_ptr, seen_ptr, rows_ptr, keys_ptr, slots_ptr, num_heads,
+    recent_window, spans,
+    NUM_SPANS: tl.constexpr, HAS_SCORES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_s, i_p, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     # scalars of this program's segment, which need no mask
     start, length = tl.load(starts_ptr + i_s), tl.load(lengths_ptr + i_s)
+    if HAS_ROWS:
+        length = tl.where(tl.load(rows_ptr + i_s) < 0, length, 0)  # else there is nothing to look for
     recent = tl.load(seen_ptr + i_s // num_heads) - recent_window
     o_n = tl.arange(0, BLOCK).to(tl.int64)
     best = tl.full([BLOCK], NO_KEY, tl.int64)
@@ -69,20 +82,24 @@ def _evict_kernel(
         best = tl.minimum(key, best)
     key, column = _least(best, slot)
     place = i_s * num_parts + i_p
-    tl.store(slots_ptr + place, column)
     if IS_SPLIT:
+        tl.store(slots_ptr + place, column)
         tl.store(keys_ptr + place, key)
+    else:
+        _store_slot(slots_ptr, rows_ptr, i_s, start, column, HAS_ROWS)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def _merge_kernel(keys_ptr, slots_ptr, out_ptr, num_parts, BLOCK_P: tl.constexpr):
+def _merge_kernel(
+    keys_ptr, slots_ptr, starts_ptr, rows_ptr, out_ptr, num_parts, HAS_ROWS: tl.constexpr, BLOCK_P: tl.constexpr
+):
     i_s = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BLOCK_P)
     m_p = o_p < num_parts
     key = tl.load(keys_ptr + i_s * num_parts + o_p, mask=m_p, other=NO_KEY)
     slot = tl.load(slots_ptr + i_s * num_parts + o_p, mask=m_p, other=-1)
     column = _least(key, slot)[1]
-    tl.store(out_ptr + i_s, column)
+    _store_slot(out_ptr, rows_ptr, i_s, tl.load(starts_ptr + i_s), column, HAS_ROWS)
 
 
 def parts_of(num_segments: int, num_rows: int) -> int:
@@ -105,9 +122,10 @@ def triton_evict(
     num_sink_tokens: int,
     recent_window: int,
     spans: Spans,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Shapes as in `evict`."""
-    slots = torch.empty_like(starts)
+    """Shapes as in `evict`. rows: int64 [S], of `fill_rows`, which is what is returned then."""
+    slots = torch.empty_like(starts) if rows is None else rows
     if not len(starts):
         return slots
     num_parts = parts_of(len(starts), len(positions))
@@ -115,9 +133,13 @@ def triton_evict(
     found = starts.new_empty(2, len(starts), num_parts) if is_split else (None, slots)
     pinned = ((0, num_sink_tokens), *spans)
     _evict_kernel[(len(starts), num_parts)](
-        scores, positions, starts, lengths, seen, found[0], found[1], len(starts) // len(seen), recent_window, pinned,
-        NUM_SPANS=len(pinned), HAS_SCORES=scores is not None, IS_SPLIT=is_split, **CONFIG, **LAUNCH,
+        scores, positions, starts, lengths, seen, rows, found[0], found[1], len(starts) // len(seen), recent_window,
+        pinned, NUM_SPANS=len(pinned), HAS_SCORES=scores is not None, HAS_ROWS=rows is not None, IS_SPLIT=is_split,
+        **CONFIG, **LAUNCH,
     )  # fmt: skip
     if is_split:
-        _merge_kernel[(len(starts),)](found[0], found[1], slots, num_parts, **merge_config(num_parts), **LAUNCH)
+        _merge_kernel[(len(starts),)](
+            found[0], found[1], starts, rows, slots, num_parts, HAS_ROWS=rows is not None, **merge_config(num_parts),
+            **LAUNCH,
+        )  # fmt: skip
     return slots

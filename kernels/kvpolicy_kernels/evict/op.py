@@ -39,7 +39,7 @@ def evict(
 
     Returns int64 [S], counted from the segment's start; -1 for a segment without entries. Equal arguments give equal
     slots. Triton waits for nothing, so that a CUDA graph can hold the call, and does not check that segments lie in the
-    arena; it launches once where the arena has up to 2048 rows a segment, and twice where it has more.
+    arena; it launches once where the arena has up to 512 rows a segment, and twice where it has more.
     Raises `ValueError` for shapes and dtypes that do not fit, and for a backend that cannot run here.
     """
     _check(scores, positions, starts, lengths, seen)
@@ -50,6 +50,40 @@ def evict(
         slots: Tensor = triton_evict(*arguments)
         return slots
     return reference_evict(*arguments)
+
+
+def evict_into(
+    rows: Tensor,
+    scores: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    num_sink_tokens: int = 0,
+    recent_window: int = 0,
+    spans: Spans = (),
+    backend: Backend = "auto",
+) -> None:
+    """Fills in where it is -1, in place, the arena's row of the segment's worst entry; other segments are left alone.
+
+    rows: int64 [S], contiguous; no segment without entries is asked for
+
+    The other arguments and errors are those of `evict`, and the launches too.
+    """
+    _check(scores, positions, starts, lengths, seen)
+    if rows.dtype != torch.int64 or rows.shape != starts.shape or not rows.is_contiguous():
+        raise ValueError(
+            f"evict_into: expected rows contiguous int64 {list(starts.shape)}, got {rows.dtype} {list(rows.shape)} "
+            f"with strides {list(rows.stride())}"
+        )
+    arguments = (scores, positions, starts, lengths, seen, num_sink_tokens, recent_window, spans)
+    if uses_triton("evict_into", backend, starts):
+        from kvpolicy_kernels.evict.kernel import triton_evict
+
+        triton_evict(*arguments, rows)
+    else:
+        rows.copy_(torch.where(rows < 0, starts + reference_evict(*arguments), rows))
 
 
 def _check(scores: Tensor | None, positions: Tensor, starts: Tensor, lengths: Tensor, seen: Tensor) -> None:
