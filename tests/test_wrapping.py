@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from kvpolicy.cache.static import check_static
 
-from kvpolicy import BudgetError, EvictionPolicy, PluginError, WrappingPolicy, registry
+from kvpolicy import EvictionPolicy, PluginError, WrappingPolicy, registry
 from kvpolicy.plugins.checks import class_problems
 from kvpolicy.testing import check_eviction_policy
 from tests.cache.play import store_of, tensors
@@ -67,12 +66,6 @@ def test_an_inner_policy_that_does_not_rescore_is_not_asked_in_a_step():
     store = store_of(Silent("snapkv"), [6, 9])
     store.prefill(0, *tensors(16))
     store.decode(0, *tensors(1))
-
-
-def test_a_static_cache_asks_the_object():
-    check_static(Passing("snapkv"))
-    with pytest.raises(BudgetError, match="Passing changes its scores at every decoded token"):
-        check_static(Passing("h2o"))
 
 
 def test_what_a_policy_says_of_its_steps_is_checked():

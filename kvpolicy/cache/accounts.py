@@ -10,7 +10,9 @@ from torch import Tensor
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.rows import RowTables
 from kvpolicy.cache.schedule import Schedule
+from kvpolicy.cache.scoring import NotANumber
 from kvpolicy.cache.split import RuntimeSplit
+from kvpolicy.cache.step import PlannedStep, StepTables
 from kvpolicy.model.spec import ModelSpec
 
 
@@ -25,6 +27,9 @@ class Accounts:
     num_heads: int
     rows: RowTables
     layers: list[StoreLayer | None]
+    _planned: PlannedStep
+    _tables: StepTables
+    _wrong: NotANumber
 
     @property
     def schedule(self) -> Schedule:
@@ -56,7 +61,8 @@ class Accounts:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables included; memory that several tensors share counts once."""
-        tensors = [tensor for layer in self._opened() for tensor in layer.tensors.values()] + self.rows.tensors
+        tensors = [tensor for layer in self._opened() for tensor in layer.tensors.values()]
+        tensors += [*self.rows.tensors, *self._planned.tensors, *self._tables.tensors, *self._wrong.tensors]
         storages = {x.data_ptr(): x.nbytes() for x in (tensor.untyped_storage() for tensor in tensors)}
         return sum(storages.values())
 

@@ -10,7 +10,7 @@ from kvpolicy.cache import inputs
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.layers import Layers
 from kvpolicy.cache.scoring import Scoring, score_step
-from kvpolicy.cache.step import PlannedStep, StepTables, plan_step
+from kvpolicy.cache.step import plan_step
 
 GROWTH_INTERVAL = 64
 """Decoded tokens after which a growing budget is apportioned again, and the device is asked what went wrong on it."""
@@ -22,9 +22,6 @@ class Decoding(Layers):
     A token is planned for all layers, then each layer writes it, attends and rescores. On a GPU nothing of that waits
     for the device, and a CUDA graph may hold the layers' part: see `advance`.
     """
-
-    _planned: PlannedStep
-    _tables: StepTables
 
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""

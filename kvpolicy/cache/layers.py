@@ -12,7 +12,7 @@ from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
-from kvpolicy.cache.scoring import NotANumber, Scoring, scores_stay
+from kvpolicy.cache.scoring import Scoring, scores_stay
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import holds_scores
 from kvpolicy.errors import BudgetError
@@ -34,7 +34,6 @@ class Layers(Accounts):
     first_head: int
     _shape: LayerSpec
     _num_q_heads: int
-    _wrong: NotANumber
     _finite: Finiteness
 
     def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:

@@ -163,6 +163,11 @@ class NotANumber:
 
     fault: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [] if self.fault is None else [self.fault]
+
     def flag(self, device: torch.device) -> Tensor:
         """What becomes True, made on this device if there is none."""
         if self.fault is None:

@@ -11,7 +11,7 @@ each is worked out here, its tables are copied, and the graph is replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from kvpolicy_kernels.attention import WorkPlan, plan_work
@@ -53,6 +53,11 @@ class StepTables:
     def __init__(self) -> None:
         self._placed: dict[torch.device, Tensor] = {}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return list(self._placed.values())
+
     def place(self, tables: Tensor, device: torch.device) -> Tensor:
         """A copy on a device, which is not waited for; the one before is overwritten. tables: int64, on the host."""
         if device.type != "cuda":
@@ -74,6 +79,13 @@ class PlannedStep:
     def __init__(self, steps: Sequence[LayerStep] = (), lengths: Mapping[torch.device, Tensor] | None = None) -> None:
         self._steps, self._lengths, self._due = steps, lengths or {}, 0
         self._work: dict[torch.device, WorkPlan] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        own = [getattr(step, field.name) for step in self._steps for field in fields(step)]
+        work = [plan.units for plan in self._work.values()]  # all of it is one tensor
+        return [*(x for x in own if isinstance(x, Tensor)), *self._lengths.values(), *work]
 
     def is_for(self, first: StoreLayer) -> bool:
         """Whether the next token is planned, and nothing has changed since. first: the first layer"""

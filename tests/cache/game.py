@@ -9,8 +9,7 @@ import torch
 
 from kvpolicy import BudgetError, LayerSpec, ModelSpec
 from kvpolicy.budget.ask import Ask
-from kvpolicy.cache import RaggedStore
-from kvpolicy.cache import store as store_module
+from kvpolicy.cache import RaggedStore, decoding
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.state import Tensors, pack, unpack
@@ -135,7 +134,7 @@ class Game:
     # --- playing
 
     def play(self, monkeypatch, steps):
-        monkeypatch.setattr(store_module, "GROWTH_INTERVAL", self.interval)
+        monkeypatch.setattr(decoding, "GROWTH_INTERVAL", self.interval)
         self.prompt(self.random.randint(1, 24))
         moves = [self.prompt] * 3 + [self.decode] * 4 + [self.crop, self.take, self.fork, self.reload]
         for _ in range(steps):
@@ -288,7 +287,7 @@ class Game:
         held = int(store.lengths.sum())
         pending = sum(self.naive.num_heads * len(row.pending) for row in self.naive.rows) * self.layers
         inside = [len(kept) for row in self.naive.rows for layer in row.kept for kept in layer]
-        room = sum(n + max(16, n // 32) for n in inside)
+        room = sum(n + max(64, n // 32) for n in inside)
         tables = 8 * (8 * len(inside) + (5 + len(store.layers)) * len(self.naive.rows) * self.layers * 4)
         tables += 8 * 3 * len(self.naive.rows) * self.layers * self.all_heads + 8 * pending
         assert held * entry <= store.nbytes + pending * entry

@@ -184,7 +184,7 @@ def test_a_decoding_step():
             store.decode(layer, *parts(given, begin, begin + 1))
     _, first, _, second = Recording.steps
     assert first.layer == 1 and first.lengths.tolist() == [5, 8] and first.seen.tolist() == [10]
-    assert second.lengths.tolist() == [5, 8] and second.num_kv_heads == 2 and second.max_positions == 11
+    assert second.lengths.tolist() == [5, 8] and second.num_kv_heads == 2 and second.max_positions == 4096
     assert second.segment.tolist() == [0] * 5 + [1] * 8
     held = torch.cat(store.positions(1))
     assert second.positions.tolist() == held.tolist()
@@ -220,14 +220,14 @@ def test_free_rows_of_a_step_mean_nothing():
             self.steps.append(step)
             return (step.scores + 1).where(step.positions >= 0, torch.nan)
 
-    given, store = tensors(12), store_of(Spoiling(), [5, 40])
+    given, store = tensors(12), store_of(Spoiling(), [5, 100])
     store.prefill(0, *parts(given, 0, 9))
     for begin in range(9, 12):
         store.decode(0, *parts(given, begin, begin + 1))
     *_, step = Recording.steps
     free = step.positions < 0
-    assert step.lengths.tolist() == [5, 12] and int(free.sum()) == 9 + 16 - 12
-    assert step.segment.tolist() == [0] * 5 + [1] * 25 and len(step.scores) == 30
+    assert step.lengths.tolist() == [5, 12] and int(free.sum()) == 9 + 64 - 12
+    assert step.segment.tolist() == [0] * 5 + [1] * 73 and len(step.scores) == 78
     assert bool((step.scores[free] == -torch.inf).all()) and not step.attention[free].any()
     assert not step.keys[free].any() and not step.values[free].any()
     # a token of the prompt has minus its position and one for each step; it starts from 7.5 if it was decoded

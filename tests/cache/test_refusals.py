@@ -246,7 +246,7 @@ def test_a_layer_that_is_not_there(layer):
         "positions": (),
         "append": one[1:],
         "attend": (query, scoring),
-        "rescore": (one[0], scoring),
+        "attend_newest": (one[0], scoring),
         "arrive": (key, value),
         "attend_chunk": (query, chunk, scoring),
         "keep": (query, chunk, scoring),

@@ -8,7 +8,7 @@ from kvpolicy import ModelError
 from tests.tiny import over, tiny_ids, tiny_model
 
 
-@pytest.mark.parametrize("options", [{}, {"context_length": 64, "static": True}])
+@pytest.mark.parametrize("options", [{}, {"context_length": 64}])
 def test_a_layer_that_attends_twice_is_refused(options):
     model = tiny_model("DiffLlama", num_kv_heads=2, group=2)
     cache = kvpolicy.new_cache(model, retention=1.0, **options)

@@ -69,9 +69,6 @@ def test_an_empty_cache_can_be_forked():
 
 def test_what_cannot_be_forked():
     model = tiny_model("Llama")
-    static = kvpolicy.new_cache(model, retention=0.5, context_length=64, static=True)
-    with pytest.raises(ModelError, match="a static cache does not offer fork"):
-        static.fork()
     cache = kvpolicy.new_cache(model, **BUDGETS["streaming"])
 
     def stop(*_):

@@ -30,7 +30,7 @@ CACHES = {
     "streaming": {"retention": 0.5, "min_tokens": 8},
     "snapkv": {"retention": 0.5, "min_tokens": 8, "policy": "snapkv"},
     "all": {"retention": 1.0},
-    "static": {"retention": 0.5, "min_tokens": 8, "context_length": 64, "static": True},
+    "fixed": {"retention": 0.5, "min_tokens": 8, "context_length": 64},
 }
 
 
@@ -38,7 +38,7 @@ CACHES = {
 def test_a_dropped_cache_is_freed_without_the_collector(name, no_collector):
     model = tiny_model("Llama")
     cache = fed(kvpolicy.new_cache(model, **CACHES[name]), model)
-    entries = (cache.static if name == "static" else cache.store.layers[0].arena).keys
+    entries = cache.store.layers[0].arena.keys
     held = [weakref.ref(cache), weakref.ref(entries)]
     del cache, entries
     assert [each() for each in held] == [None, None]

@@ -147,11 +147,3 @@ def test_what_cannot_be_served_is_refused(form, message):
     model = tiny_model("Llama")
     with pytest.raises(ModelError, match=message):
         logits(model, kvpolicy.new_cache(model, retention=1.0), form, NEW)
-
-
-@pytest.mark.parametrize("form", ["2-D", "4-D bool"])
-def test_a_static_cache_refuses_what_it_cannot_hide(form):
-    model = tiny_model("Llama")
-    cache = kvpolicy.new_cache(model, retention=1.0, context_length=64, static=True)
-    with pytest.raises(ModelError, match="static=True"):
-        logits(model, cache, FORMS[form], 1)

@@ -48,9 +48,7 @@ def test_a_prompt_that_is_none(tiny, ids, said):
         lambda model, ids: kvpolicy.TransformersProbe(model, GOOD, [ids[0]]),
         lambda model, ids: kvpolicy.PromptProbe(model, ids, policy=kvpolicy.registry.create("policy", "snapkv")),
         lambda model, ids: measure_decode(model, ids, {}, new_tokens=2),
-        lambda model, ids: kvpolicy.DecodeRunner(
-            model, kvpolicy.new_cache(model, retention=0.5, context_length=64, static=True), compiled=False
-        ).prefill(ids),
+        lambda model, ids: kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, retention=0.5)).prefill(ids),
     ],
 )
 def test_tokens_of_another_model(tiny, use):
