@@ -121,6 +121,7 @@ class LayerArena:
         """Every tensor held, by name."""
         names = ("keys", "values", "positions", "scores", *_TABLES)
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        tensors |= {} if self._new_scores is None else {"new_scores": self._new_scores}
         if (placed := self._placed) is not None:
             tensors |= {f"placed.{name}": getattr(placed, name) for name in ("starts", "lengths", "seen")}
             tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor

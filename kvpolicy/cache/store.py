@@ -19,10 +19,8 @@ from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.attention_statistics import attention_statistics
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.decoding import Decoding
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
-from kvpolicy.cache.layers import DecodeMode as DecodeMode
 from kvpolicy.cache.report import CacheReport, report_of
 from kvpolicy.cache.rows import RowTables, split_layers
 from kvpolicy.cache.schedule import Schedule
@@ -31,6 +29,8 @@ from kvpolicy.cache.scoring import Scoring as Scoring
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.step import PlannedStep, StepTables
+from kvpolicy.cache.store_decoding import Decoding
+from kvpolicy.cache.store_layers import DecodeMode as DecodeMode
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec

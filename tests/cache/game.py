@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy import BudgetError, LayerSpec, ModelSpec
 from kvpolicy.budget.ask import Ask
-from kvpolicy.cache import RaggedStore, decoding
+from kvpolicy.cache import RaggedStore, store_decoding
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.state import Tensors, pack, unpack
@@ -134,7 +134,7 @@ class Game:
     # --- playing
 
     def play(self, monkeypatch, steps):
-        monkeypatch.setattr(decoding, "GROWTH_INTERVAL", self.interval)
+        monkeypatch.setattr(store_decoding, "GROWTH_INTERVAL", self.interval)
         self.prompt(self.random.randint(1, 24))
         moves = [self.prompt] * 3 + [self.decode] * 4 + [self.crop, self.take, self.fork, self.reload]
         for _ in range(steps):

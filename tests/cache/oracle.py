@@ -2,7 +2,7 @@
 
 import torch
 
-from kvpolicy.cache.decoding import GROWTH_INTERVAL
+from kvpolicy.cache.store_decoding import GROWTH_INTERVAL
 from tests.cache.policies import HeavyHitter, oracle_scores
 
 

@@ -85,7 +85,7 @@ def test_nothing_is_searched_for_where_scores_stay(monkeypatch, policy):
         raise AssertionError("a search for the worst entry")
 
     monkeypatch.setattr("kvpolicy.cache.layer.evict", search)
-    monkeypatch.setattr("kvpolicy.cache.decoding.GROWTH_INTERVAL", 4)
+    monkeypatch.setattr("kvpolicy.cache.store_decoding.GROWTH_INTERVAL", 4)
     monkeypatch.setattr("tests.cache.oracle.GROWTH_INTERVAL", 4)
     schedule = Growing((1, 2), lambda kept, context: torch.tensor([[1.0, 3.0]]), Ask(0.3, min_tokens=10), 3)
     Play(policy, schedule, tokens=100).prompt(40).decode(60)

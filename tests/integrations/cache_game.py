@@ -14,7 +14,7 @@ from kvpolicy_baselines.streaming import StreamingPolicy
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec
 from kvpolicy.budget.plan import PlanChoice
-from kvpolicy.cache import decoding
+from kvpolicy.cache import store_decoding
 from kvpolicy.cache.store import RaggedStore
 from tests.cache.game import poison
 from tests.cache.game_policies import Digest, Fading, Keyed, Window
@@ -106,7 +106,7 @@ class CacheGame:
         )
         self.ids = torch.randint(3, 97, (POOL,), generator=self.generator).tolist()
         self.used, self.hold, self.forks, self.columns, self.unfed = 0, 0, [], 0, None
-        monkeypatch.setattr(decoding, "GROWTH_INTERVAL", self.interval)
+        monkeypatch.setattr(store_decoding, "GROWTH_INTERVAL", self.interval)
         self.recorder = Recorder(monkeypatch)
 
     def _schedule(self, pick, options):

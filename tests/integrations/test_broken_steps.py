@@ -43,16 +43,13 @@ def broken_off(monkeypatch, module, work):
         work()
 
 
-@pytest.mark.parametrize("prompted", [False, True], ids=["first step", "later step"])
-def test_a_step_broken_off_between_layers(model, runner, monkeypatch, prompted):
+def test_a_step_broken_off_between_layers(model, runner, monkeypatch):
     cache, token = runner.cache, torch.tensor([5])
-    if not prompted:  # behind a new prompt, where a graph is still to be recorded
-        runner.prefill(tiny_ids(50))
     broken_off(monkeypatch, model.model.layers[1].mlp, lambda: runner.step(token))
     with torch.no_grad():
         steps = (lambda: runner.step(token), lambda: model(token[None], **over(cache)))
         for use in (*steps, cache.report, cache.fork):
-            with pytest.raises(ModelError, match=r"broke off.*: reset\(\)|broke off.*\. reset\(\) it"):
+            with pytest.raises(ModelError, match=r"broke off.* reset\(\) it"):
                 use()
     for table in ("lengths", "capacities", "nbytes"):
         with pytest.raises(ModelError, match="broke off"):
@@ -60,6 +57,31 @@ def test_a_step_broken_off_between_layers(model, runner, monkeypatch, prompted):
     found = runner.generate(tiny_ids(50), 4)
     expected = kvpolicy.DecodeRunner(model, cache_over(model)).generate(tiny_ids(50), 4)
     assert found.tolist() == expected.tolist(), "a new prompt makes it good again"
+
+
+def test_the_first_token_of_a_cache_that_broke_off(model, monkeypatch):
+    """It is planned, and runs by itself: the second one is recorded."""
+    record_on_cpu(monkeypatch)
+    runner = kvpolicy.DecodeRunner(model, cache_over(model))
+    runner.prefill(tiny_ids(50))
+    broken_off(monkeypatch, model.model.layers[1].mlp, lambda: runner.step(torch.tensor([5])))
+    with pytest.raises(ModelError, match=r"a step broke off with KeyboardInterrupt.* reset\(\) it"):
+        runner.step(torch.tensor([5]))
+
+
+def test_a_recording_that_broke_off(model, monkeypatch):
+    """The device has done nothing of it yet, so the cache is what it was."""
+    recorded = record_on_cpu(monkeypatch)
+    runner = kvpolicy.DecodeRunner(model, cache_over(model, retention=1.0))
+    runner.prefill(tiny_ids(50))
+    runner.step(torch.tensor([5]))
+    broken_off(monkeypatch, model.model.layers[1].mlp, lambda: runner.step(torch.tensor([6])))
+    assert not recorded
+    assert runner.cache.report().seen == (51,)
+    found = [runner.step(torch.tensor([token])) for token in (6, 7, 8)]
+    assert runner.mode == "graph"
+    ids = torch.cat([tiny_ids(50), torch.tensor([[5, 6, 7, 8]])], 1)
+    torch.testing.assert_close(torch.cat(found), model(ids).logits[0, -3:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before its first layer", "behind its last layer"])
@@ -127,5 +149,6 @@ def test_one_row_for_a_batch_of_two(model, monkeypatch):
         model(tiny_ids(50, batch=2), **over(cache))
         for _ in range(3):
             model(tiny_ids(1, batch=2), **over(cache))
-        with pytest.raises(BudgetError, match=r"2 sequences of 2 KV heads .* \(1, 2, 1, 16\)"):
+        with pytest.raises(BudgetError, match=r"2 sequences of 2 KV heads: .* got \(1, 2, 1, 16\)"):
             model(tiny_ids(1), **over(cache))
+    assert cache.store.seen.tolist() == [53, 53], "the refused token has not been counted"

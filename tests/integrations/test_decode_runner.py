@@ -108,26 +108,24 @@ def test_a_padded_batch(runner, recorded):
     assert found.cache.seen_mask().tolist() == torch.cat([mask, torch.ones(2, 22)], 1).tolist()
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o"])
-@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GptOss"])
+@pytest.mark.parametrize(("name", "policy"), [("Llama", "h2o"), ("GptOss", "streaming")])
 def test_it_is_compiled_once_in_one_piece(monkeypatch, recorded, name, policy):
+    """For all steps, of all prompts."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda work, **_: compile_(work, fullgraph=True, backend="eager"))
-    model, ids = tiny_model(name, attention=attention_of(name)), tiny_ids(50)
+    model, ids = tiny_model(name, layers=2, attention=attention_of(name)), tiny_ids(50)
     options = {"retention": 0.4, "policy": policy, "allocator": "uniform", "min_tokens": 8}
     cache = kvpolicy.new_cache(model, **options)
-    expected = model.generate(ids, **over(cache), max_new_tokens=20, do_sample=False)
+    expected = model.generate(ids, **over(cache), max_new_tokens=20, do_sample=False, eos_token_id=None)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     cache = kvpolicy.new_cache(model, **options)
     found = kvpolicy.DecodeRunner(model, cache, compiled=True)
     for _ in range(2):
-        assert found.generate(ids, 20, eos_token_id=model.generation_config.eos_token_id).tolist() == expected.tolist()
+        assert found.generate(ids, 20).tolist() == expected.tolist()
         assert found.mode == "graph"
-    cache.reset()
-    assert model.generate(ids, **over(cache), max_new_tokens=20, do_sample=False).tolist() == expected.tolist()
-    assert counters["stats"]["unique_graphs"] == 1, "for all steps, all prompts, and whoever decodes"
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_generate(runner):
@@ -174,10 +172,7 @@ def test_what_a_cache_can_do_it_can_do_between_steps(runner, recorded):
     def both(columns, rows=slice(None)):
         given = ids[rows, columns]
         expected = model.forward.own(given, **over(cache)).logits[:, -1]
-        if given.shape[1] == 1:
-            logits = found.step(given)
-        else:
-            logits = model(given, **over(found.cache)).logits[:, -1]
+        logits = found.step(given) if given.shape[1] == 1 else model(given, **over(found.cache)).logits[:, -1]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvpolicy
-from tests.integrations.test_static_cache import CONTEXT, stepped
+from tests.integrations.test_decode_runner import CONTEXT, stepped
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 pytestmark = [

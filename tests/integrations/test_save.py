@@ -10,7 +10,7 @@ import torch
 
 import kvpolicy
 from kvpolicy import BudgetAllocator, EvictionPolicy, ModelError, hookimpl
-from kvpolicy.cache import decoding
+from kvpolicy.cache import store_decoding
 from kvpolicy.plugins.registry import _installed, registry
 from tests.integrations.saving import LENGTH, PROMPT, STEPS, assert_same, facts, feed, left_padded, plan_of
 from tests.tiny import attention_of, tiny_ids, tiny_model
@@ -60,7 +60,7 @@ class Slanted(BudgetAllocator):
 
 @pytest.fixture(autouse=True)
 def growing_often(monkeypatch):
-    monkeypatch.setattr(decoding, "GROWTH_INTERVAL", 4)
+    monkeypatch.setattr(store_decoding, "GROWTH_INTERVAL", 4)
 
 
 @pytest.fixture(autouse=True)

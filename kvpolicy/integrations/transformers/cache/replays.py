@@ -51,6 +51,12 @@ class _Step:
     out: Any
     replayed: int = 0
 
+    def replay(self, inputs: dict[str, Tensor]) -> None:
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.recording.replay()
+        self.replayed += 1
+
 
 class Replays:
     """How the tokens of one cache are decoded.
@@ -122,10 +128,7 @@ class Replays:
         return out
 
     def _replay(self, cache: RaggedCache, step: _Step, inputs: dict[str, Tensor]) -> Any:
-        for name, value in inputs.items():
-            step.inputs[name].copy_(value)
-        cache.pass_step(step.recording.replay)
-        step.replayed += 1
+        cache.pass_step(lambda: step.replay(inputs))
         self.mode, self.why = "graph", None
         return _copied(step.out)
 
@@ -165,11 +168,11 @@ class Replays:
 
 
 def is_token(cache: RaggedCache, call: dict[str, Any]) -> bool:
-    """Whether a forward is one of a single token behind a prompt."""
+    """Whether a forward is one of a single token for each row, behind a prompt."""
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or call.get("inputs_embeds") is not None:
         return False
-    return cache.is_decoding and cache.attached()
+    return cache.is_decoding and cache.attached() and len(ids) == cache.opened().batch_size
 
 
 def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -> str | None:

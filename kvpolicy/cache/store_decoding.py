@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kvpolicy.cache import inputs
 from kvpolicy.cache.layer import StoreLayer
-from kvpolicy.cache.layers import Layers
 from kvpolicy.cache.scoring import Scoring, score_step
 from kvpolicy.cache.step import plan_step
+from kvpolicy.cache.store_layers import Layers
 
 GROWTH_INTERVAL = 64
 """Decoded tokens after which a growing budget is apportioned again, and the device is asked what went wrong on it."""
