@@ -1,22 +1,25 @@
 """Decoding in a CUDA graph: the same tokens as without, whatever came before, and nothing waits or grows."""
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 
 import kvpolicy
-from tests.integrations.test_decode_runner import CONTEXT, stepped
-from tests.tiny import attention_of, over, tiny_ids, tiny_model
+from kvpolicy.integrations.transformers.cache import replays
+from tests.integrations.test_decode_runner import CONTEXT, run, stepped
+from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny_architectures import ALL_FULL, COMPOSITE, CROSSING, SHARED_KEYS, WITH_LINEAR, WITH_WINDOWS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # torch's compiler, of itself
     pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),  # one that inductor begins with
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning"),
 ]
+POLICIES = ("streaming", "snapkv", "h2o", "tova", "kv_compress")
 
 
 @pytest.fixture(scope="module")
@@ -24,44 +27,73 @@ def smollm2():
     return kvpolicy.load_model("smollm2-135m", device="cuda", dtype="float32")
 
 
+@contextlib.contextmanager
+def no_graphs(monkeypatch):
+    """Within the context tokens run one by one, for comparison."""
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(replays, "unrecordable", lambda device: "for comparison")
+        warnings.simplefilter("ignore", kvpolicy.GraphWarning)
+        yield
+
+
 def runner_of(model, *, compiled=False, **options):
-    """A runner that was captured, and compiled if it was to be: a fall-back is an error."""
-    runner = kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, static=True, **options), compiled=compiled)
+    """A runner whose third token was a replay: a fall-back is an error."""
+    runner = kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, **options), compiled=compiled)
     with warnings.catch_warnings():
         warnings.simplefilter("error", kvpolicy.GraphWarning)
-        runner.prefill(tiny_ids(20).cuda())
-    assert runner.mode == "graph"
+        token = runner.prefill(tiny_ids(20).cuda()).argmax(-1)
+        for _ in range(3):
+            token = runner.step(token).argmax(-1)
+    assert (runner.mode, runner.why) == ("graph", None)
     return runner
 
 
-def check_architecture(name, make):
+def check_architecture(name, runner_of):
     """Two prompts, behind the first of which more has been decoded than the second holds."""
     model, ids = tiny_model(name, attention=attention_of(name)).cuda(), tiny_ids(72).cuda()
     options = {"policy": "snapkv", "allocator": "uniform", "retention": 0.5, "context_length": CONTEXT}
-    runner = make(model, **options)
+    runner = runner_of(model, **options)
     for prompt in (50, 12):
         with torch.no_grad():
             expected = stepped(model, kvpolicy.new_cache(model, **options), ids, prompt)
-            logits = [runner.prefill(ids[:, :prompt])]
-            logits += [runner.step(ids[:, column]).clone() for column in range(prompt, 72)]
-        torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(run(runner, ids, prompt), expected, rtol=0, atol=2e-4)
+    return runner
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [*ALL_FULL, *COMPOSITE[:1], "Gemma2", "Gemma3"])
+def test_architectures(name):
+    assert check_architecture(name, runner_of).mode == "graph"
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Phi3", "Gemma2"])
-def test_architectures(name, compiled):
-    check_architecture(name, lambda model, **options: runner_of(model, compiled=compiled, **options))
+def test_architectures_that_are_compiled(name):
+    def make(model, **options):
+        return runner_of(model, compiled=True, **options)
+
+    assert check_architecture(name, make).mode == "graph"
 
 
-@pytest.mark.parametrize("name", ["GptOss", "Gemma3n", "Gemma3Window", "Llama4", "Qwen3Next"])
+@pytest.mark.parametrize("name", [*WITH_WINDOWS, *SHARED_KEYS, *WITH_LINEAR, *COMPOSITE[1:], *CROSSING, "GptOss"])
 @pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
 def test_architectures_that_may_fall_back(name):
     """Some models copy from the CPU in every step, or count in Python. The logits are right all the same."""
 
     def make(model, **options):
-        return kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, static=True, **options))
+        return kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, **options))
 
-    check_architecture(name, make)
+    runner = check_architecture(name, make)
+    assert (runner.mode == "graph") == (runner.why is None)
+    if runner.cache.stock_layers:
+        assert "layers of other kinds" in runner.why
+
+
+def test_a_fall_back_is_told_once():
+    model = tiny_model("Gemma3Window").cuda()
+    runner = kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, retention=0.5))
+    with pytest.warns(kvpolicy.GraphWarning, match="without a CUDA graph, and slower: layers of other kinds") as told:
+        runner.generate(tiny_ids(50).cuda(), 10)
+        runner.generate(tiny_ids(50).cuda(), 10)
+    assert len(told) == 1
 
 
 PLANS = ("uniform", "ragged", "steep")
@@ -85,37 +117,66 @@ def prompt_of(tokenizer, length, skip):
     return text[:, skip:].cuda()
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
-def test_one_graph_for_three_prompts(smollm2, policy):
-    """600 tokens behind each, across evictions; memory that is free between them is poisoned."""
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("context", [None, 1024], ids=["growing", "fixed"])
+def test_600_tokens_behind_each_of_three_prompts(smollm2, policy, context, monkeypatch):
+    """Across evictions, growth and the re-layouts of both; memory that is free between prompts is poisoned."""
     model, tokenizer = smollm2
-    options = {"plan": plan_of(model, "ragged", 1024), "context_length": 1024, "policy": policy}
+    plan = plan_of(model, "ragged", 1024)
+    options = {"plan": plan, "retention": 0.3, "policy": policy, "context_length": context}
     runner = runner_of(model, **options)
     for length in (900, 150, 500):
         prompt = prompt_of(tokenizer, length, skip=length)
+        found = runner.generate(prompt, 600)
+        assert runner.mode == "graph"
+        plain = kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, **options))
+        with no_graphs(monkeypatch):
+            assert found.tolist() == plain.generate(prompt, 600).tolist()
+        assert plain.mode == "eager"
+        assert torch.equal(runner.cache.lengths, plain.cache.lengths)
+        assert torch.equal(runner.cache.capacities, plain.cache.capacities)
+        for layer in runner.cache.store.layers:
+            layer.arena.keys.fill_(float("nan"))
+            layer.arena.values.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", ["ragged", None])
+def test_turns_of_a_conversation(smollm2, policy, shape, monkeypatch):
+    model, tokenizer = smollm2
+    options = {"retention": 0.3, "policy": policy, "min_tokens": 64}
+    if shape is not None:
+        options["plan"] = plan_of(model, shape, 1024)
+    turns = [prompt_of(tokenizer, length, skip=length) for length in (300, 40, 170)]
+
+    def talk():
         cache = kvpolicy.new_cache(model, **options)
-        expected = model.generate(
-            prompt, **over(cache), max_new_tokens=600, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        assert runner.generate(prompt, 600).tolist() == expected.tolist()
-        assert torch.equal(runner.cache.lengths, cache.lengths.cpu())
-        for name in ("keys", "values"):
-            getattr(runner.cache.static, name).fill_(float("nan"))
+        answers = [
+            kvpolicy.generate(model, cache, turn, max_new_tokens=90, do_sample=False, eos_token_id=None).tolist()
+            for turn in turns
+        ]
+        return cache, answers
+
+    cache, found = talk()
+    assert cache.replays.mode == "graph"
+    with no_graphs(monkeypatch):
+        plain, expected = talk()
+    assert plain.replays.mode == "eager"
+    assert found == expected
+    assert torch.equal(cache.lengths, plain.lengths)
 
 
 @pytest.mark.parametrize("shape", PLANS)
 def test_tokens_of_the_torch_path(smollm2, shape):
-    """Against the ragged cache on the CPU, where everything is torch's: 200 tokens in fp32."""
+    """Against the cache on the CPU, where everything is torch's: 200 tokens in fp32."""
     model, tokenizer = smollm2
     prompt = prompt_of(tokenizer, 600, skip=2000)
-    runner = runner_of(model, plan=plan_of(model, shape, 1024), context_length=1024)
-    found = runner.generate(prompt, 200).tolist()
-    with torch.no_grad():
+    found = runner_of(model, plan=plan_of(model, shape, 1024), context_length=1024).generate(prompt, 200).tolist()
+    try:
         on_cpu = model.cpu()
         cache = kvpolicy.new_cache(on_cpu, plan_of(on_cpu, shape, 1024), context_length=1024)
-        expected = on_cpu.generate(
-            prompt.cpu(), **over(cache), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        expected = kvpolicy.DecodeRunner(on_cpu, cache).generate(prompt.cpu(), 200)
+    finally:
         model.cuda()
     assert found == expected.tolist()
 
@@ -130,35 +191,63 @@ def test_bf16_is_as_near_to_fp32_as_torch_is(smollm2, shape):
         exact = stepped(single, kvpolicy.new_cache(single, plan, context_length=1024), ids, 600)
         half = kvpolicy.load_model("smollm2-135m", device="cuda", dtype="bfloat16")[0]
         runner = runner_of(half, plan=plan, context_length=1024)
-        found = [runner.prefill(ids[:, :600])]
-        found += [runner.step(ids[:, column]).clone() for column in range(600, 800)]
+        found = run(runner, ids, 600)
+        assert runner.mode == "graph"
         half = half.cpu()
         torch_path = stepped(half, kvpolicy.new_cache(half, plan, context_length=1024), ids.cpu(), 600)
-    error = (torch.stack(found, 1).float() - exact).norm()
+    error = (found.float() - exact).norm()
     allowed = (torch_path.float().cuda() - exact).norm()
     assert error <= 2 * allowed, f"{shape}: {error:.3f}, torch {allowed:.3f}"
 
 
-def test_nothing_waits_nothing_grows_nothing_is_joined():
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    # what is wrong with a policy's scores is looked at once in 64 tokens, which waits: with the 64th of a prompt
+    [("streaming", 64), *((policy, 60) for policy in POLICIES[1:])],
+)
+@pytest.mark.parametrize("context", [None, 512], ids=["growing", "fixed"])
+def test_nothing_waits_nothing_grows_nothing_is_joined(policy, steps, context):
     model = tiny_model("Llama").cuda()
-    runner = runner_of(model, retention=0.3, context_length=512)
-    logits = runner.prefill(tiny_ids(100).cuda())
-    token = runner.step(logits.argmax(-1)).argmax(-1)
+    runner = runner_of(model, policy=policy, allocator="uniform", retention=0.3, context_length=context)
+    token = runner.prefill(tiny_ids(300).cuda()).argmax(-1)
+    for _ in range(2):
+        token = runner.step(token).argmax(-1)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(64):
+        for _ in range(steps):
             token = runner.step(token).argmax(-1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_allocated() == held
+    assert runner.mode == "graph"
+    if context is not None:  # else the entries that a larger budget allows take memory
+        assert torch.cuda.memory_allocated() == held
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(64):
+        for _ in range(60):
             token = runner.step(token).argmax(-1)
     names = {event.name for event in profile.events()}
     assert "aten::argmax" in names, "the profile has seen the loop"
     assert "aten::cat" not in names
+
+
+def test_a_forward_of_the_model_does_not_wait_either():
+    """Whoever calls it: a loop that knows nothing of runners, and gives no positions."""
+    model, cache_options = tiny_model("Llama").cuda(), {"retention": 0.3, "context_length": 512}
+    cache = kvpolicy.new_cache(model, **cache_options)
+    with torch.no_grad():
+        out = model(tiny_ids(300).cuda(), past_key_values=cache)
+        for step in range(66):
+            if step == 2:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache)
+            except BaseException:
+                torch.cuda.set_sync_debug_mode("default")
+                raise
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.replays.mode == "graph"
 
 
 @pytest.mark.parametrize("policy", ["streaming", "snapkv"])
@@ -183,16 +272,32 @@ def test_layers_of_a_prompt_do_not_wait_for_the_device(policy):
     assert waits[0] == waits[1] <= 5, waits
 
 
-def test_generate_compiles_it():
-    """transformers' own path on CUDA: `generate` compiles the step of a static cache by itself."""
+@pytest.mark.parametrize("turns", [1, 2])
+def test_sampling_goes_on_behind_a_recording_that_failed(turns, monkeypatch):
+    """A layer that waits for the device cannot be recorded; the random numbers of the device are left whole."""
     model, ids = tiny_model("Llama").cuda(), tiny_ids(50).cuda()
-    options = {"retention": 0.4, "context_length": CONTEXT}
-    arguments = {"max_new_tokens": 20, "do_sample": False}
-    expected = model.generate(ids, **over(kvpolicy.new_cache(model, **options)), **arguments)
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    cache = kvpolicy.new_cache(model, static=True, **options)
-    for _ in range(2):
-        cache.reset()
-        assert model.generate(ids, **over(cache), **arguments).tolist() == expected.tolist()
-    assert counters["stats"]["unique_graphs"] == 1
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def waiting(x):
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return forward(x)
+
+    def sampled():
+        cache = kvpolicy.new_cache(model, retention=0.4, min_tokens=8)
+        torch.manual_seed(0)
+        options = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": None}
+        return cache, [kvpolicy.generate(model, cache, ids, **options).tolist() for _ in range(turns)]
+
+    with no_graphs(monkeypatch):
+        _, expected = sampled()
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "forward", waiting)
+        with pytest.warns(kvpolicy.GraphWarning, match="without a CUDA graph"):
+            cache, found = sampled()
+    assert cache.replays.mode == "eager"
+    assert found == expected
+    cache, found = sampled()
+    assert cache.replays.mode == "graph"
+    assert found == expected

@@ -111,7 +111,8 @@ class Replays:
             return None
         inputs = _inputs(cache, call)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
-        kind = [self.compiled, id(model), constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
+        weights = next(model.parameters()).data_ptr()  # others where the model has been moved
+        kind = [self.compiled, id(model), weights, constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
         key = [*kind, *store.layouts]
         forward = self._forward or own
         if self._step is not None and self._step.key == key:
