@@ -73,7 +73,7 @@ class VersionWarning(UserWarning):
 
 
 class GraphWarning(UserWarning):
-    """Decoding is slower than asked for: it could not be compiled, or not be captured in a CUDA graph."""
+    """Decoding is slower than it could be: a token cannot be a replay of a CUDA graph."""
 
 
 @contextmanager

@@ -114,7 +114,6 @@ def test_continued_blocks_run_as_one_and_keep_their_lines():
 
 
 @RENAMED
-@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")  # the page about graphs says it
 @pytest.mark.parametrize(("where", "code"), blocks(needs_model=False))
 def test_block_runs(where, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
