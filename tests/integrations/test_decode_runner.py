@@ -164,6 +164,19 @@ def test_it_says_why_there_is_no_graph(runner):
     assert (found.mode, found.why) == (None, None)
 
 
+def test_the_first_token_of_all_runs_by_itself(runner, recorded):
+    found = runner(tiny_model("Llama"), retention=0.4)
+    found.prefill(tiny_ids(50))
+    found.step(torch.tensor([5]))
+    assert found.mode == "eager"
+    assert "the next is recorded" in found.why
+    found.step(torch.tensor([5]))
+    assert (found.mode, found.why) == ("graph", None)
+    found.prefill(tiny_ids(50))
+    found.step(torch.tensor([5]))
+    assert found.mode == "graph", "the kernels are there"
+
+
 def test_what_a_cache_can_do_it_can_do_between_steps(runner, recorded):
     """A prompt beyond the context that it was made for, a chunk, other rows, tokens taken back, and a copy."""
     model, ids = tiny_model("Llama"), tiny_ids(120, batch=2)

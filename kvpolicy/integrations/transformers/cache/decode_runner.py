@@ -57,7 +57,7 @@ class DecodeRunner:
 
     @property
     def mode(self) -> Literal["graph", "eager"] | None:
-        """How the last token was decoded; None before the first. The first one behind a prompt is always "eager"."""
+        """How the last token was decoded; None before the first one behind a prompt."""
         return self.cache.replays.mode
 
     @property

@@ -120,6 +120,7 @@ class Replays:
         elif self._ran != kind:
             out = cache.run_step(lambda: forward(**inputs, **constant))
             self._ran = kind
+            self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
         else:
             step = self._record(cache, forward, inputs, constant, key)
             if step is None:
