@@ -9,7 +9,7 @@ import torch
 import kvpolicy
 from kvpolicy.integrations.transformers.attention.replaying import ReplayedForward
 from tests.integrations.recording import record_on_cpu
-from tests.tiny import over, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUDGETS = [*((policy, None) for policy in ("streaming", "snapkv", "h2o", "tova")), ("streaming", 90), ("h2o", 90)]
@@ -223,3 +223,31 @@ def test_forks_and_resets(model, recorded):
     cache.reset()
     assert torch.equal(kvpolicy.generate(model, cache, ids, max_new_tokens=20, do_sample=False), first)
     assert cache.replays.mode == "graph"
+
+
+@pytest.mark.parametrize("name", ["Gemma3Window", "Gemma2Window", "GptOssWindow", "Gemma3n", "Qwen2Window", "Cohere2"])
+def test_layers_with_a_sliding_window(name, recorded):
+    """Two rows, one of them padded, a second turn, and a window that has been full for long: as without steps."""
+    model, ids = tiny_model(name, attention=attention_of(name)).to(DEVICE), text(90, batch=2)
+    mask = torch.ones(2, 90, dtype=torch.int64, device=DEVICE)
+    mask[1, :11] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    parts, logits = (30, *[1] * 40, 5, *[1] * 15), []
+    caches = [cache_over(model, "snapkv", allocator="uniform") for _ in range(2)]
+    for cache, forward in zip(caches, (model, model.forward.own), strict=True):
+        out, end = [], 0
+        for count in parts:
+            begin, end = end, end + count
+            more = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+            with torch.no_grad():
+                out.append(forward(ids[:, begin:end], **more, **over(cache)).logits[:, -1])
+        logits.append(torch.stack(out, 1))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-4)
+    assert caches[0].replays.mode == "graph"
+    assert caches[0].rings
+    assert caches[0].nbytes >= caches[1].nbytes
+    saved = [cache.fork() for cache in caches]
+    for one, other in zip(saved[0].layers, saved[1].layers, strict=True):
+        for key in ("keys", "values"):
+            if isinstance(x := vars(one).get(key), torch.Tensor) and x.dim() == 4:
+                torch.testing.assert_close(x[0], vars(other)[key][0], rtol=0, atol=1e-4)

@@ -141,6 +141,7 @@ def test_any_scale(scale, poisoned):
     check(*chunked(1, 2, [70], 20, 20, 16, dim=16), scale=scale)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_tables_on_the_device(poisoned, monkeypatch):
     """Nothing is read back."""
     query, segments, chunk = chunked(1, 4, [70, 3], 20, 20, 16, dim=16)

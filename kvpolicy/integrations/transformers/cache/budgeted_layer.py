@@ -27,7 +27,6 @@ from kvpolicy.integrations.transformers.attention.sources import layer_sources
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.forwards import check_fed_once
 from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
-from kvpolicy.integrations.transformers.cache.step_op import step_attention
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
@@ -85,9 +84,6 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
         Raises `ModelError` when tokens before these never reached our attention function.
         """
-        if self.cache.stepping:
-            self.arrived = 1
-            return mark(key_states, self.step), value_states
         self.cache.begin(key_states)
         self.cache.budgeted[self.row - 1].check_enforced()  # the layer before, or of a forward before
         self.finish()  # followers that did not run in the forward before read nothing any more
@@ -134,14 +130,6 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if not self.followers:  # else they would attend to what is left after eviction
             self.finish()
         return answer
-
-    def step(self, call: AttentionCall) -> Answer:
-        """`attention` of a token that was planned for all layers, of which a compiler sees one operator."""
-        append, self.arrived = bool(self.arrived), 0
-        if not append:
-            self.check_follower(call.module)
-        options = (call.options.get("s_aux"), call.options.get("scaling"), call.options.get("softcap"))
-        return step_attention(call.query, call.key, call.value, *options, self.cache.handle, self.row, append), None
 
     def count_step(self, reading: Reading) -> None:
         """Counts the token of a step."""

@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.store import ROLLBACK, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
-from kvpolicy.integrations.transformers.attention.columns import Reading
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
-from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
 from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
 from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.save import save_cache
-from kvpolicy.integrations.transformers.cache.step_op import handle_of
+from kvpolicy.integrations.transformers.cache.stepped_cache import SteppedCache
 from kvpolicy.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,7 +35,7 @@ StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
 """Makes the store once the batch size and the KV heads held here, (first, count), are known."""
 
 
-class RaggedCache(CarryingCache):
+class RaggedCache(SteppedCache):
     """A transformers cache whose full-attention layers keep what their budget allows; see `new_cache`.
 
     spec:         the model's layers and heads
@@ -51,8 +48,6 @@ class RaggedCache(CarryingCache):
     repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
 
     watch: takes the tokens of a forward instead of the store, while the context is repeated
-    stepping: whether a forward runs whose token was planned, and which may be recorded: nothing is counted in Python
-    replays: how decoded tokens run: as replays of a CUDA graph, or why not
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
     """
@@ -84,8 +79,7 @@ class RaggedCache(CarryingCache):
         self.recipe, self.repeats = recipe, repeats
         self.watch: Callable[[int, Waiting], None] | None = None
         self.recording = False
-        self.stepping, self.handle = False, -1
-        self.replays = Replays()
+        self.prepare_steps()
         self.unfed: Tensor | None = None
         self.ended: str | None = None
 
@@ -131,62 +125,6 @@ class RaggedCache(CarryingCache):
             raise ModelError("this cache is empty: a prompt comes first")
         return self.store
 
-    # --- a token as a replay
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether a prompt is there, and the next token is decoded behind it under the budget."""
-        if self.store is None or self.watch is not None or self.offloading or not self.budgeted[-1].columns:
-            return False
-        self.check_ended()
-        return not self.awaits_repeat
-
-    @property
-    def stock_layers(self) -> list[Any]:
-        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
-        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
-
-    def replay(self, model: PreTrainedModel, own: Callable[..., Any], call: dict[str, Any]) -> Any:
-        """What a forward of the attached model returns, where a graph knows it; None where its own has to run."""
-        return self.replays.run(self, model, own, call)
-
-    def run_step(self, forward: Callable[[], Any], *, on_device: bool = True) -> Any:
-        """A forward of one token that was planned. on_device: whether it is done now, not only recorded."""
-        self.stepping, self.handle = True, handle_of(self, self.handle)
-        try:
-            return forward()
-        except BaseException as error:
-            if on_device:
-                self.break_off(f"a step broke off with {type(error).__name__}, and its token is in some layers only")
-            raise
-        finally:
-            self.stepping = False
-
-    def pass_step(self, replay: Callable[[], None]) -> None:
-        """A token that was planned, by the replay of a graph."""
-        try:
-            replay()
-            self.opened().pass_step()
-        except BaseException as error:
-            self.break_off(f"a step broke off with {type(error).__name__}")
-            raise
-
-    def count_step(self, reading: Reading) -> None:
-        """Counts the token of a step. reading: what its mask says"""
-        for layer in self.budgeted:
-            layer.count_step(reading)
-
-    def bookmark(self) -> Callable[[], None]:
-        """Returns what takes the counts back to here, from behind a step that was only recorded."""
-        store, states = self.opened().bookmark(), [layer.state for layer in self.budgeted]
-
-        def restore() -> None:
-            store()
-            for layer, state in zip(self.budgeted, states, strict=True):
-                layer.resume(state)
-
-        return restore
-
     # --- what others have it do, since what it is made of is its own
 
     def hold(self, count: int) -> None:
@@ -199,6 +137,7 @@ class RaggedCache(CarryingCache):
 
         watch: is handed the new tokens of each layer, by index among the budgeted layers, in the store's place
         """
+        self.close_rings()
         store, layers, others = self.opened(), self.budgeted, self.stock_layers
         states, attributes = [layer.state for layer in layers], [copied(vars(layer)) for layer in others]
         self.watch = watch
@@ -222,6 +161,7 @@ class RaggedCache(CarryingCache):
         Entries are copied, nothing else of any size. Raises `ModelError` in the middle of a forward.
         """
         self._settle()  # what waits for its followers is kept once, not by both
+        self.close_rings()
         other = copy_with(
             self,
             store=None if self.store is None else self.store.fork(),
@@ -250,19 +190,13 @@ class RaggedCache(CarryingCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises `ModelError` for a model that is not attached, and for a cache that offloads."""
-        if self.stepping:  # a compiler may look on
-            return self.layers[layer_idx].update(key_states, value_states)
+        if self.stepping is not None:  # a compiler may look on
+            return self._stepped[layer_idx].update(key_states), value_states
         return self._update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As in transformers; in a step over no columns, since its token sees all that is there."""
-        if self.stepping:
-            return 0, 0
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        return sizes
 
     @untraced
     def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.close_rings()
         if layer_idx == self.budgeted[0].model_layer and not self.attached():  # asked once a forward
             raise ModelError("the model is not attached (any more): kvpolicy.attach(model) before its cache is used")
         if self.offloading:
@@ -274,6 +208,7 @@ class RaggedCache(CarryingCache):
     def activate_past_recording(self) -> None:
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
         self.check_repeated()
+        self.close_rings()
         self.recording = True
         for layer in self.stock_layers:
             if hasattr(layer, "activate_past_recording"):
@@ -282,7 +217,7 @@ class RaggedCache(CarryingCache):
     def stop_recording(self) -> None:
         """Ends what `activate_past_recording` began; transformers never does."""
         self.recording = False
-        for layer in self.stock_layers:
+        for layer in self.stock_layers:  # no ring is open while it records
             if getattr(layer, "record_past", False):
                 layer.crop(0)  # lets it go back to its working size, without which the next forward fails
                 layer.record_past = False
@@ -296,6 +231,7 @@ class RaggedCache(CarryingCache):
         if count > 0:
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
         self._settle()
+        self.close_rings()
         if self.store is not None and count:  # first: where it refuses, nothing has changed
             self._crop_store(-count)
         for layer in self.budgeted:
@@ -305,15 +241,21 @@ class RaggedCache(CarryingCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes what row `beam_idx[i]` was, capacities included."""
-        self._take(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+        rings = {id(ring.layer): ring for ring in self.rings if ring.keys is not None}
+        if self.store is None or len(beam_idx) != self.store.batch_size:
+            self.close_rings()
+            rings = {}
+        self._take(beam_idx, lambda layer: rings.get(id(layer), layer).reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows. indices: int64 [B'], or bool [B]."""
+        self.close_rings()
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
+        self.close_rings()
         batch = 1 if self.store is None else self.store.batch_size
         rows = torch.arange(batch).repeat_interleave(repeats)
         self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
@@ -323,11 +265,14 @@ class RaggedCache(CarryingCache):
         self.store, self.recording, self.unfed, self.ended = None, False, None, None
         self.forget()
         self.replays.forget()
+        for ring in self.rings:
+            ring.forget()
         for layer in (*self.budgeted, *self.stock_layers):
             layer.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file in one step, for `load_cache`. Raises `KVPolicyError` where that cannot be."""
+        self.close_rings()
         save_cache(self, path)
 
     # --- accounting
@@ -350,7 +295,8 @@ class RaggedCache(CarryingCache):
     def nbytes(self) -> int:
         """Bytes of every tensor held, tables and stock layers included."""
         own = 0 if self.store is None else self._enforced().nbytes
-        return own + sum(tensor.nbytes for layer in self.stock_layers for tensor in tensors_of(layer).values())
+        rings = sum(ring.nbytes for ring in self.rings)
+        return own + rings + sum(x.nbytes for layer in self.stock_layers for x in tensors_of(layer).values())
 
     def report(self) -> CacheReport:
         """Who was kept, what it weighs, and whether anything was evicted at all."""
@@ -377,6 +323,7 @@ class RaggedCache(CarryingCache):
         """Takes copies of another cache's layers for its own."""
         copies = [layer.fork(self) if isinstance(layer, BudgetedLayer) else copied_layer(layer) for layer in layers]
         self.layers, self.budgeted = copies, [layer for layer in copies if isinstance(layer, BudgetedLayer)]
+        self.rings = [ring.over(copies[ring.index]) for ring in self.rings]
 
     def _settle(self) -> None:
         self.check_ended()

@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from kvpolicy.cache.arena import on_device
 from kvpolicy.errors import GraphWarning
 from kvpolicy.integrations.transformers.attention.columns import Reading, read_mask
 from kvpolicy.integrations.transformers.cache.cuda_graph import Recording, record, unrecordable
+from kvpolicy.integrations.transformers.cache.window_ring import StepCounts
 
 if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
@@ -70,7 +72,8 @@ class Replays:
         self.why: str | None = None
         self.compiled = False
         self._step: _Step | None = None
-        self._ran: list[Any] | None = None  # the call that has run, so that its kernels are loaded
+        self._ran: list[Any] = []  # calls that have run, so that their kernels are loaded
+        self._counts: StepCounts | None = None
         self._forward: Forward | None = None
         self._short_lived = 0
         self._hopeless: str | None = None  # why it is not tried again
@@ -87,7 +90,7 @@ class Replays:
 
     def compile(self, forward: Forward) -> None:
         """Has `torch.compile` fuse the model's small operations before a step is recorded. forward: the model's own."""
-        self.compiled, self._step, self._ran = True, None, None
+        self.compiled, self._step, self._ran = True, None, []
         self._forward = torch.compile(forward, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def run(self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any]) -> Any:
@@ -109,25 +112,39 @@ class Replays:
         if not store.advance():
             self._fall_back("a protected span or another policy's state has to be looked at in each layer", cache)
             return None
-        inputs = _inputs(cache, call)
+        cache.open_rings()
+        inputs, counts = _inputs(cache, call), self._counted(cache)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
         weights = next(model.parameters()).data_ptr()  # others where the model has been moved
         kind = [self.compiled, id(model), weights, constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
-        key = [*kind, *store.layouts]
+        key = [*kind, *cache.layouts]
         forward = self._forward or own
         if self._step is not None and self._step.key == key:
             out = self._replay(cache, self._step, inputs)
-        elif self._ran != kind:
-            out = cache.run_step(lambda: forward(**inputs, **constant))
-            self._ran = kind
+        elif self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again at the second token
+            out = cache.run_step(lambda: forward(**inputs, **constant), counts)
+            self._ran = [kind, *self._ran[:1]]
             self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
         else:
-            step = self._record(cache, forward, inputs, constant, key)
+            step = self._record(cache, forward, inputs, constant, key, counts)
             if step is None:
                 return None
             out = _copied(step.out)
         cache.count_step(reading)
         return out
+
+    def _counted(self, cache: RaggedCache) -> StepCounts:
+        """What the step goes by, where a recorded one looks for it."""
+        seen, device = cache.opened().seen, cache.opened().layers[0].arena.device  # type: ignore[union-attr]
+        counts = self._counts
+        if counts is None or counts.seen.shape != seen.shape or counts.seen.device != device:
+            with torch.inference_mode(False):  # else they could not be written to outside of that mode
+                columns = torch.empty((), dtype=torch.int64, device=device)
+                counts = self._counts = StepCounts(columns, torch.empty_like(seen, device=device))
+        counts.columns.fill_(cache.budgeted[0].columns)
+        if cache.rings:
+            counts.seen.copy_(on_device(seen, device))
+        return counts
 
     def _replay(self, cache: RaggedCache, step: _Step, inputs: dict[str, Tensor]) -> Any:
         cache.pass_step(lambda: step.replay(inputs))
@@ -135,7 +152,13 @@ class Replays:
         return _copied(step.out)
 
     def _record(
-        self, cache: RaggedCache, forward: Forward, inputs: dict[str, Tensor], constant: dict[str, Any], key: list[Any]
+        self,
+        cache: RaggedCache,
+        forward: Forward,
+        inputs: dict[str, Tensor],
+        constant: dict[str, Any],
+        key: list[Any],
+        counts: StepCounts,
     ) -> _Step | None:
         """Records the forward, and has the device do it. None where it cannot be recorded."""
         before, self._step = self._step, None  # its memory is free before the next one takes its own
@@ -148,14 +171,19 @@ class Replays:
             own = {name: value.detach().clone() for name, value in inputs.items()}
         restore = cache.bookmark()
         try:
-            recording, out = record(lambda: cache.run_step(lambda: forward(**own, **constant), on_device=False))
+            recording, out = record(lambda: cache.run_step(lambda: forward(**own, **constant), counts, on_device=False))
         except BaseException as error:
             restore()
             if not isinstance(error, Exception):
                 raise
             text = str(error).splitlines()
-            self._hopeless = f"{type(error).__name__}: {text[0] if text else ''}"
-            self._fall_back(self._hopeless, cache)
+            why = f"{type(error).__name__}: {text[0] if text else ''}"
+            if self.compiled:  # without the compiler it may go
+                self.compiled, self._forward, self._ran = False, None, []
+                why = f"the compiled model cannot be recorded: {why}"
+            else:
+                self._hopeless = why
+            self._fall_back(why, cache)
             return None
         recording.replay()
         self._step = _Step(key, own, recording, out)
@@ -188,7 +216,7 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
         return "processes share the model, and what they exchange is not recorded"
     if cache.recording:
         return "the last tokens may be taken back (assisted generation), so they are not in the cache yet"
-    if kinds := sorted({type(layer).__name__ for layer in cache.stock_layers}):
+    if kinds := sorted({type(layer).__name__ for layer in cache.uncounted_layers}):
         return f"layers of other kinds ({', '.join(kinds)}) count their tokens in Python, which a graph would not do"
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         return "gradients are recorded: call the model under torch.no_grad()"

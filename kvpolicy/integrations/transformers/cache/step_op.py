@@ -1,6 +1,6 @@
 """One decoding step of one layer as an operator that a compiler neither looks into nor reorders.
 
-The store behind it changes, out of a compiler's sight; the layers of a step depend on one another.
+The cache behind it changes, out of a compiler's sight; the layers of a step depend on one another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.scoring import Scoring
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, mark
 
 _CACHES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """By handle, a constant in compiled code. Small numbers are used again, and what was compiled with them."""
@@ -46,12 +47,8 @@ def step_attention(
 
     Returns [B, 1, num_q_heads, Dv].
     """
-    store, scoring = _CACHES[handle].opened(), Scoring(scale, softcap, sink_logits)
-    if append:
-        store.append(layer, key, value)
-        out: Tensor = store.attend_newest(layer, query, scoring)
-    else:
-        out = store.attend(layer, query, scoring)
+    scoring = Scoring(scale, softcap, sink_logits)
+    out: Tensor = _CACHES[handle].step(layer, query, key, value, scoring, append=append)
     return out.transpose(1, 2).contiguous()
 
 
@@ -59,3 +56,26 @@ def step_attention(
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     batch, num_q_heads, n, _dim = query.shape
     return query.new_empty(batch, n, num_q_heads, value.shape[-1])
+
+
+class SteppedLayer:
+    """A layer of the model in a step. A compiler looks on.
+
+    handle: of the cache
+    layer:  which of the model's layers owns the keys
+    """
+
+    def __init__(self, handle: int, layer: int) -> None:
+        self.handle, self.layer, self._has_come = handle, layer, False
+
+    def update(self, key: Tensor) -> Tensor:
+        """The key of the token, marked. key: [B, H, 1, D]"""
+        self._has_come = True
+        return mark(key, self.attention)
+
+    def attention(self, call: AttentionCall) -> Answer:
+        """The attention of the layer, or of one that reuses its keys and values."""
+        append, self._has_come = self._has_come, False
+        options = (call.options.get("s_aux"), call.options.get("scaling"), call.options.get("softcap"))
+        out: Tensor = step_attention(call.query, call.key, call.value, *options, self.handle, self.layer, append)
+        return out, None

@@ -1,0 +1,162 @@
+"""A cache over which a forward of one token can be a step: planned beforehand, and recorded if there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.cache.scoring import Scoring
+from kvpolicy.cache.store import RaggedStore
+from kvpolicy.integrations.transformers.attention.columns import Reading
+from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
+from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
+from kvpolicy.integrations.transformers.cache.replays import Replays
+from kvpolicy.integrations.transformers.cache.step_op import SteppedLayer, handle_of
+from kvpolicy.integrations.transformers.cache.window_ring import StepCounts, WindowRing
+from kvpolicy.model.spec import ModelSpec
+
+
+class SteppedCache(CarryingCache):
+    """The steps of a `RaggedCache`.
+
+    rings:    of the layers with a sliding window, while tokens are decoded
+    stepping: what a step goes by, while a forward runs that was planned and may be recorded: nothing is counted in
+        Python then
+    replays: how decoded tokens run: as replays of a CUDA graph, or why not
+    """
+
+    spec: ModelSpec
+    budgeted: list[BudgetedLayer]
+    store: RaggedStore | None
+
+    def prepare_steps(self) -> None:
+        """Once the layers are there."""
+        self.rings = [
+            WindowRing(index, self.layers[index], layer.window)
+            for index, layer in enumerate(self.spec.layers)
+            if layer.kind == "sliding" and layer.window is not None and layer.shared_with is None
+        ]
+        self.stepping: StepCounts | None = None
+        self._handle, self._stepped = -1, dict[int, SteppedLayer]()
+        self.replays = Replays()
+
+    def opened(self) -> RaggedStore:
+        """The store. Raises `ModelError` where there is none yet."""
+        raise NotImplementedError
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a prompt is there, and the next token is decoded behind it under the budget."""
+        if self.store is None or self.watch is not None or self.offloading or not self.budgeted[-1].columns:
+            return False
+        self.check_ended()
+        return not self.awaits_repeat
+
+    @property
+    def stock_layers(self) -> list[Any]:
+        """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
+        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
+
+    @property
+    def uncounted_layers(self) -> list[Any]:
+        """Those of them that a step cannot run over."""
+        known = {id(ring.layer) for ring in self.rings}
+        return [layer for layer in self.stock_layers if id(layer) not in known]
+
+    @property
+    def layouts(self) -> list[object]:
+        """What stays the same as long as entries lie where they lie."""
+        return [*self.opened().layouts, *(ring.layout for ring in self.rings)]
+
+    def replay(self, model: PreTrainedModel, own: Callable[..., Any], call: dict[str, Any]) -> Any:
+        """What a forward of the attached model returns, where a graph knows it; None where its own has to run."""
+        return self.replays.run(self, model, own, call)
+
+    def open_rings(self) -> None:
+        """Gets layers with a sliding window ready for steps."""
+        for ring in self.rings:
+            ring.open(self.opened().seen)
+
+    def close_rings(self) -> None:
+        """Gives these layers back to transformers."""
+        if self.store is not None:
+            for ring in self.rings:
+                ring.close(self.store.seen)
+
+    def run_step(self, forward: Callable[[], Any], counts: StepCounts, *, on_device: bool = True) -> Any:
+        """A forward of one token that was planned.
+
+        counts:    what it goes by
+        on_device: whether it is done now, not only recorded
+        """
+        counts.forget()
+        handle = handle_of(self, self._handle)
+        if handle != self._handle:
+            layers = [layer.model_layer for layer in self.budgeted] + [ring.index for ring in self.rings]
+            self._handle, self._stepped = handle, {layer: SteppedLayer(handle, layer) for layer in layers}
+        self.stepping = counts
+        try:
+            return forward()
+        except BaseException as error:
+            if on_device:
+                self.break_off(f"a step broke off with {type(error).__name__}, and its token is in some layers only")
+            raise
+        finally:
+            self.stepping = None
+
+    def pass_step(self, replay: Callable[[], None]) -> None:
+        """A token that was planned, by the replay of a graph."""
+        try:
+            replay()
+            self.opened().pass_step()
+        except BaseException as error:
+            self.break_off(f"a step broke off with {type(error).__name__}")
+            raise
+
+    def count_step(self, reading: Reading) -> None:
+        """Counts the token of a step. reading: what its mask says"""
+        for layer in self.budgeted:
+            layer.count_step(reading)
+        for ring in self.rings:
+            ring.count()
+
+    def step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, append: bool) -> Tensor:
+        """The attention of a step in one layer of the model, which writes the token first if it owns its key."""
+        ring = next((ring for ring in self.rings if ring.index == layer), None)
+        if ring is not None:
+            assert self.stepping is not None  # this is one of its layers
+            if append:
+                ring.write(key, value, self.stepping)
+            return ring.attend(query, key.shape[1], scoring, self.stepping)
+        store, row = self.opened(), self.spec.budgeted_layers.index(layer)
+        if not append:
+            return store.attend(row, query, scoring)
+        store.append(row, key, value)
+        return store.attend_newest(row, query, scoring)
+
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what takes the counts back to here, from behind a step that was only recorded."""
+        store, states = self.opened().bookmark(), [layer.state for layer in self.budgeted]
+
+        def restore() -> None:
+            store()
+            for layer, state in zip(self.budgeted, states, strict=True):
+                layer.resume(state)
+
+        return restore
+
+    # --- what transformers calls on a cache
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers; in a step over no columns, since its token sees all that is there."""
+        if self.stepping is not None:
+            return 0, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """As in transformers; in a step a tensor, as of every cache whose length is not a constant of the code."""
+        return super().get_seq_length(layer_idx) if self.stepping is None else self.stepping.columns
