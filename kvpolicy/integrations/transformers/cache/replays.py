@@ -216,8 +216,8 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
         return "processes share the model, and what they exchange is not recorded"
     if cache.recording:
         return "the last tokens may be taken back (assisted generation), so they are not in the cache yet"
-    if kinds := sorted({type(layer).__name__ for layer in cache.uncounted_layers}):
-        return f"layers of other kinds ({', '.join(kinds)}) count their tokens in Python, which a graph would not do"
+    if cache.other_kinds:
+        return f"layers of other kinds ({', '.join(cache.other_kinds)}) count their tokens in Python, which a graph would not do"
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         return "gradients are recorded: call the model under torch.no_grad()"
     if model.training:

@@ -22,6 +22,7 @@ from kvpolicy.model.spec import ModelSpec
 class SteppedCache(CarryingCache):
     """The steps of a `RaggedCache`.
 
+    other_kinds: of layers that a step cannot run over
     rings:    of the layers with a sliding window, while tokens are decoded
     stepping: what a step goes by, while a forward runs that was planned and may be recorded: nothing is counted in
         Python then
@@ -39,6 +40,14 @@ class SteppedCache(CarryingCache):
             for index, layer in enumerate(self.spec.layers)
             if layer.kind == "sliding" and layer.window is not None and layer.shared_with is None
         ]
+        known = {ring.index for ring in self.rings} | {layer.model_layer for layer in self.budgeted}
+        self.other_kinds = sorted(
+            {
+                type(layer).__name__
+                for index, layer in enumerate(self.layers)
+                if index not in known and self.spec.layers[index].shared_with is None
+            }
+        )
         self.stepping: StepCounts | None = None
         self._handle, self._stepped = -1, dict[int, SteppedLayer]()
         self.replays = Replays()
@@ -59,12 +68,6 @@ class SteppedCache(CarryingCache):
     def stock_layers(self) -> list[Any]:
         """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
         return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
-
-    @property
-    def uncounted_layers(self) -> list[Any]:
-        """Those of them that a step cannot run over."""
-        known = {id(ring.layer) for ring in self.rings}
-        return [layer for layer in self.stock_layers if id(layer) not in known]
 
     @property
     def layouts(self) -> list[object]:
