@@ -11,6 +11,9 @@ COMPOSITE = ["Llava", "Gemma3Vision"]  # the language model's configuration lies
 CROSSING = ["Mllama"]  # some layers read the image, through keys and values that do not grow with the text
 ARCHITECTURES = [*ALL_FULL, *WITH_WINDOWS, *SHARED_KEYS, *WITH_LINEAR, *COMPOSITE, *CROSSING]
 
+# Of them those with layers that no graph can hold: chunked and linear attention, and attention to an image.
+COUNTED_IN_PYTHON = ["Llama4", *WITH_LINEAR, *CROSSING]
+
 # No attention function to exchange; latent attention.
 REFUSED = ["Falcon", "DeepseekV3"]
 

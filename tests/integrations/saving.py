@@ -59,17 +59,14 @@ def facts(cache):
                 value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             found[f"{prefix}.{name}"] = value
 
-    add(
-        cache,
-        "cache",
-        ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched"),
-    )
+    parts = ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched")
+    add(cache, "cache", (*parts, "replays", "rings"))  # what a graph is made of
     found["recipe"], found["deltas"] = cache.recipe.to_json(), cache.state.deltas
-    add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy", "_planned"))  # no step is under way
+    add(cache.store, "store", ("rows", "layers", "schedule", "split", "policy", "_planned", "_tables", "_wrong"))  # no step is under way
     add(cache.store.rows, "rows", ("schedule", "split"))
     for index, layer in enumerate(cache.store.layers):
         add(layer, f"store.{index}", ("arena",))
-        add(layer.arena, f"arena.{index}", ("_placed",))  # copies of its tables
+        add(layer.arena, f"arena.{index}", ("_placed", "layout", "_new_scores"))  # of a graph, and copies of its tables
     for index, layer in enumerate(cache.layers):
         add(layer, f"layer.{index}", ("_cache",) if isinstance(layer, BudgetedLayer) else ())
     return found

@@ -122,7 +122,7 @@ def test_the_cache_is_as_it_was_if_the_repetition_breaks_off(monkeypatch):
     for own, untouched in zip(cache.store.layers, other.store.layers, strict=True):
         for name, tensor in untouched.tensors.items():
             assert torch.equal(own.tensors[name], tensor), name
-    for own, untouched in zip(cache._stock(), other._stock(), strict=True):
+    for own, untouched in zip(cache.stock_layers, other.stock_layers, strict=True):
         assert torch.equal(own.keys, untouched.keys) and own.get_seq_length() == untouched.get_seq_length()
     monkeypatch.setattr(repeat, "_feed", feed)
     for each in (cache, other):

@@ -220,11 +220,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return Seen(self.columns + query_length), 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included; not the entries kept. In a step any number that is the same for every token.
-
-        A compiler would make new code for each other one.
-        """
-        return 1 if self.cache.stepping else self.columns
+        """Tokens seen, padding included; not the entries kept."""
+        return self.columns
 
     def get_max_length(self) -> int:
         return -1
