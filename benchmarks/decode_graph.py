@@ -1,12 +1,16 @@
-"""What a user feels: a whole model of Llama-3-8B's shape decoding, as transformers does it and in kvpolicy's graph.
+"""What a user feels: a whole model of Llama-3-8B's shape decoding, as transformers does it and as kvpolicy does.
 
     python benchmarks/decode_graph.py --out benchmarks/results/decode_graph_h200
 
 Random bf16 weights, prompts of random tokens, ragged plans (shares lognormal with sigma 1). One row for each cache,
-context and share kept: seconds to the first token, milliseconds a token, peak memory; and the floor, which is bytes
-(weights and kept entries) over the read limit of the device, measured in the same run. `over_base_ms` is what the
-cache adds to the same compiled model at 128 tokens; `allowed_ms` is 1.35 times the kept bytes over the read limit, and
-0.25 ms. Then the largest batches that fit, over caches filled with random entries. An H200 takes about seven minutes.
+policy, budget, context and share kept: seconds to the first token, milliseconds a token, peak memory; and the floor,
+which is bytes (weights and kept entries) over the read limit of the device, measured in the same run. "kvpolicy" is a
+loop over the model, nothing asked for: replays of a CUDA graph. "kvpolicy, compiled" is `DecodeRunner` with
+`compiled=True`. Budgets grow with the tokens seen, as without `context_length=`, or are fixed. "in chunks" rows read
+the prompt in pieces. `ready_s` is what the first four tokens of a new cache take, until the next ones are replays:
+kernels are loaded, the model is compiled if it is to be, and a step is recorded. `over_base_ms` is what the cache adds
+to the same compiled model at 128 tokens; `allowed_ms` is 1.35 times the kept bytes over the read limit, and 0.25 ms.
+Then the largest batch of dense caches that fits, filled with random entries.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +33,12 @@ from kvpolicy.integrations.transformers import with_cache
 
 from harness import machine, read_limit  # isort: skip  # where `shared` has shown it
 
-KEPT = (1.0, 0.3, 0.1)
+KEPT, PART = (1.0, 0.3, 0.1), 0.3
+POLICIES = ("streaming", "snapkv", "h2o", "tova", "kv_compress")
 BASE_CONTEXT = 128
 ROOM = 256  # tokens behind the prompt
-BATCH_CONTEXT, BATCH_KEPT = 32768, 0.2
+CHUNK = 4096
+BATCH_CONTEXT = 32768
 SPARE_BYTES = 8e9  # left to the allocator and to activations where a batch is chosen
 
 
@@ -41,10 +48,12 @@ def plan_of(model: Any, kept: float, context: int) -> BudgetPlan:
     return BudgetPlan.from_capacities(spec, table_of(spec, kept, context), context_length=context)
 
 
-def static_cache(model: Any, kept: float, context: int) -> Any:
+def cache_of(model: Any, kept: float, context: int, policy: str, *, grows: bool) -> Any:
+    """An empty cache. grows: whether its budget is a part of the tokens seen instead of those of the context."""
     if kept == 1.0:
-        return kvpolicy.new_cache(model, retention=1.0, context_length=context + ROOM, static=True)
-    return kvpolicy.new_cache(model, plan_of(model, kept, context), context_length=context, static=True)
+        return kvpolicy.new_cache(model, retention=1.0, policy=policy)
+    fixed = None if grows else context
+    return kvpolicy.new_cache(model, plan_of(model, kept, context), policy=policy, context_length=fixed)
 
 
 def token_ms(step: Callable[[], object], count: int, warm: int = 3) -> float:
@@ -83,60 +92,85 @@ class Bench:
     def add(self, cache: str, context: int, batch: int, kept: float, ms: float, kv_bytes: int, **more: Any) -> None:
         floor = (self.read_weights + kv_bytes) / self.limit * 1e3
         row = {
-            "cache": cache, "context": context, "batch": batch, "kept": kept, "ms_per_token": round(ms, 3),
+            "cache": cache, "policy": "", "budget": "", "context": context, "batch": batch, "kept": kept,
+            "ms_per_token": round(ms, 3),
             "tokens_per_second": round(batch / ms * 1e3, 1), "floor_ms": round(floor, 3),
             "share_of_floor": round(floor / ms, 3), "kv_gigabytes": round(kv_bytes / 1e9, 3),
             "over_base_ms": round(ms - self.base_ms, 3),
             "allowed_ms": round(1.35 * kv_bytes / self.limit * 1e3 + 0.25, 3),
-            "ttft_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
+            "ttft_s": "", "ready_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
             "model": described(self.model),
             "weights_gigabytes": round(self.weights / 1e9, 2),
             "read_limit_gigabytes_per_second": round(self.limit / 1e9), "n": self.tokens, "seed": 0,
             **versions("transformers", "kvpolicy"), **machine(),
         }  # fmt: skip
         self.rows.append(row)
-        print(*list(row.values())[:14], sep="\t", flush=True)
+        print(*list(row.values())[:16], sep="\t", flush=True)
         write_csv(f"{self.out}.csv", self.rows)
 
     def prompt(self, context: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(context)
         return torch.randint(0, self.model.config.vocab_size, (1, context), generator=generator).cuda()
 
-    def ours(self, context: int, kept: float, **more: Any) -> float:
-        """A prompt and tokens in a graph. The first one compiles; the others find what was compiled."""
+    @torch.no_grad()
+    def ours(
+        self,
+        context: int,
+        kept: float,
+        policy: str = "streaming",
+        *,
+        compiled: bool = False,
+        grows: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        """A prompt and tokens. The first prompt of a length, and compilation, are left out of the times."""
         clean()
-        cache = static_cache(self.model, kept, context)
-        runner = kvpolicy.DecodeRunner(self.model, cache)
+        cache = cache_of(self.model, kept, context, policy, grows=grows)
+        runner = kvpolicy.DecodeRunner(self.model, cache, compiled=compiled)
         prompt = self.prompt(context)
-        runner.prefill(prompt[:, : min(BASE_CONTEXT, context)])
-        assert runner.mode == "graph" and runner.why is None, runner.why
+        warm = runner.prefill(prompt[:, : min(BASE_CONTEXT, context)]).argmax(-1)
+        ready, _ = timed(lambda: [runner.step(warm) for _ in range(4)])
+        assert runner.mode == "graph", runner.why
         if context not in self.warm:
             self.warm.add(context)
             runner.prefill(prompt)
         clean()
-        arena = sum(tensor.nbytes for tensor in cache.static.tensors)
-        ttft, logits = timed(lambda: runner.prefill(prompt))
-        peak = torch.cuda.max_memory_allocated()
-        token = logits.argmax(-1)
-        ms = token_ms(lambda: runner.step(token), self.tokens)
+        cache.reset()
+        ttft, logits = timed(lambda: runner.prefill(prompt) if compiled else self.read(cache, prompt, chunk))
+        peak, token = torch.cuda.max_memory_allocated(), logits.argmax(-1, keepdim=True)
+        arena = cache.nbytes
+        loop = partial(self.model, token, **with_cache(self.model, cache), use_cache=True)
+        ms = token_ms(partial(runner.step, token) if compiled else loop, self.tokens)
+        assert runner.mode == "graph", runner.why
         kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
         if context == BASE_CONTEXT:
             self.base_ms = ms
-        self.add("kvpolicy", context, 1, kept, ms, kv_bytes, **memory(peak, self.weights), ttft_s=round(ttft, 3),
-                 arena_gigabytes=round(arena / 1e9, 3), **more)  # fmt: skip
-        return ms
+        name = "kvpolicy, compiled" if compiled else "kvpolicy"
+        self.add(
+            name + (", in chunks" if chunk else ""), context, 1, kept, ms, kv_bytes, **memory(peak, self.weights),
+            policy=policy, budget="growing" if grows else "fixed", ttft_s=round(ttft, 3), ready_s=round(ready, 3),
+            arena_gigabytes=round(arena / 1e9, 3),
+        )  # fmt: skip
+
+    def read(self, cache: Any, prompt: torch.Tensor, chunk: int | None) -> torch.Tensor:
+        """Reads a prompt, in chunks of so many tokens if one is given. Returns the logits of its last token."""
+        for part in prompt.split(chunk or prompt.shape[1], 1):
+            out = self.model(part, **with_cache(self.model, cache), use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
 
     @torch.no_grad()
-    def dynamic(self, context: int, name: str, cudnn: bool) -> None:
+    def dynamic(self, context: int, name: str, cudnn: bool, chunk: int | None = None) -> None:
         """As transformers decodes by default. torch prefers cuDNN's attention, which plans again at every length."""
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         clean()
         kvpolicy.detach(self.model)
         cache, prompt = DynamicCache(config=self.model.config), self.prompt(context)
-        ttft, out = timed(lambda: self.model(prompt, **with_cache(self.model, cache), logits_to_keep=1))
-        peak, token = torch.cuda.max_memory_allocated(), out.logits[:, -1].argmax(-1, keepdim=True)
+        ttft, logits = timed(lambda: self.read(cache, prompt, chunk))
+        peak, token = torch.cuda.max_memory_allocated(), logits.argmax(-1, keepdim=True)
         ms = token_ms(lambda: self.model(token, **with_cache(self.model, cache)), min(self.tokens, 24))
         kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        name += ", in chunks" if chunk else ""
         self.add(name, context, 1, 1.0, ms, kv_bytes, **memory(peak, self.weights), ttft_s=round(ttft, 3))
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -182,38 +216,6 @@ class Bench:
         ms = token_ms(lambda: self.model(token, **with_cache(self.model, cache)), 5, warm=2)
         self.add("DynamicCache, eager", BATCH_CONTEXT, batch, 1.0, ms, batch * each * layers)
 
-    @torch.no_grad()
-    def largest_ours(self) -> None:
-        clean()
-        layers = self.model.config.num_hidden_layers
-        each = BATCH_KEPT * BATCH_CONTEXT * 8 * (2 * 128 * 2 + 4) * layers
-        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
-        batch = int(free // each)
-        cache = static_cache(self.model, BATCH_KEPT, BATCH_CONTEXT)
-        runner = kvpolicy.DecodeRunner(self.model, cache, compiled=False)
-        runner.prefill(self.prompt(BASE_CONTEXT).expand(batch, -1))
-        assert runner.mode == "graph" and runner.why is None, runner.why
-        fill(cache, plan_of(self.model, BATCH_KEPT, BATCH_CONTEXT))
-        token = torch.ones(batch, dtype=torch.int64, device="cuda")
-        ms = token_ms(lambda: runner.step(token), 16)
-        kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
-        self.add("kvpolicy, not compiled", BATCH_CONTEXT, batch, BATCH_KEPT, ms, kv_bytes)
-
-
-def fill(cache: Any, plan: BudgetPlan) -> None:
-    """Every segment full of random entries: what so many prompts would leave, without the hour that they take."""
-    static = cache.static
-    table = plan.capacities(BATCH_CONTEXT)[:, None].expand(-1, static.batch_size, -1).flatten(1)
-    static.capacities.copy_(table)
-    static.lengths.copy_(table)
-    static.starts.copy_((table.flatten().cumsum(0) - table.flatten()).view_as(table))
-    static.cursors.zero_()
-    static.position.fill_(BATCH_CONTEXT - 1)
-    for part in (static.keys, static.values):
-        for rows in part.split(2**24):
-            rows.normal_()
-    static.replan()
-
 
 def memory(peak: int, weights: int) -> dict[str, float]:
     return {"peak_gigabytes": round(peak / 1e9, 2), "over_weights_gigabytes": round((peak - weights) / 1e9, 2)}
@@ -228,14 +230,21 @@ def main() -> None:
     parser.add_argument("--skip-batches", action="store_true")
     options = parser.parse_args()
     bench = Bench(long_llama(options.layers), options.out, options.tokens)
-    bench.ours(BASE_CONTEXT, 1.0)
+    bench.ours(BASE_CONTEXT, 1.0, compiled=True)
     for context in options.contexts:
         for kept in KEPT:
-            bench.ours(context, kept)
+            bench.ours(context, kept, compiled=True)
+        for policy in POLICIES:
+            bench.ours(context, PART, policy)
+            bench.ours(context, PART, policy, grows=False)
+        for policy in POLICIES[1:]:  # above it was the first
+            bench.ours(context, PART, policy, compiled=True)
         bench.dynamic(context, "DynamicCache, eager", cudnn=True)
         bench.dynamic(context, "DynamicCache, eager, flash", cudnn=False)
+        bench.dynamic(context, "DynamicCache, eager, flash", cudnn=False, chunk=CHUNK)
+        for policy in POLICIES[:2]:
+            bench.ours(context, PART, policy, chunk=CHUNK)
     if not options.skip_batches:
-        bench.largest_ours()
         bench.largest_dense()
     for context in options.contexts:
         bench.static(context)

@@ -3,9 +3,10 @@
     python benchmarks/prefill.py --out benchmarks/results/prefill_h200
 
 Llama-3-8B's shape, random bf16 weights, prompts of random tokens, batch 1, 30 % kept. A window rule needs nothing
-from a prompt, observation windows the attention of its last queries, column sums that of all. The caches take turns;
-each time is that of one forward and its wait, `ratio` the median over the dense one's. One prompt of each length runs
-first: cuDNN plans its attention at a length that it has not seen.
+from a prompt, observation windows the attention of its last queries, column sums that of all. A prompt comes in one
+forward, and in chunks (`chunk`, 0 for the whole). The caches take turns; each time is that of all forwards and their
+wait, `ratio` the median over that of the dense cache in the same chunks. One prompt of each length runs first: cuDNN
+plans its attention at a length that it has not seen.
 """
 
 from __future__ import annotations
@@ -25,23 +26,29 @@ import kvpolicy
 from kvpolicy.integrations.transformers import with_cache
 
 KEPT = 0.3
-POLICIES = (  # name, kind, whether at fixed addresses
-    ("streaming", "window rule", True), ("streaming", "window rule", False), ("snapkv", "observation window", True),
-    ("snapkv", "observation window", False), ("h2o", "column sums", False),
-)  # fmt: skip
-LONG, OF_LONG = 65536, (("snapkv", "observation window", True),)  # beyond it a prompt takes 12 s
+DENSE = ("DynamicCache", "dense")
+POLICIES = (("streaming", "window rule"), ("snapkv", "observation window"), ("h2o", "column sums"))
+LONG, OF_LONG = 65536, POLICIES[1:2]  # beyond it a prompt takes 12 s
+CHUNKED = ("DynamicCache", "streaming", "snapkv")
+CHUNK = 4096
+
+Row = tuple[str, str, int]  # cache, kind, chunk
 
 
-def caches(model: Any, context: int) -> dict[tuple[str, str], Callable[[], Any]]:
-    """What makes each cache, by its name and kind."""
-    made: dict[tuple[str, str], Callable[[], Any]] = {
-        ("DynamicCache", "dense"): lambda: DynamicCache(config=model.config)
-    }
-    for policy, kind, static in OF_LONG if context > LONG else POLICIES:
+def caches(model: Any, context: int) -> dict[Row, Callable[[], Any]]:
+    """What makes each cache, by its name, its kind, and the chunks in which it is given the prompt."""
+    make: dict[tuple[str, str], Callable[[], Any]] = {DENSE: lambda: DynamicCache(config=model.config)}
+    for policy, kind in POLICIES:
         options = {"policy": policy, "allocator": "uniform", "retention": KEPT, "context_length": context}
-        name = f"{policy}, static" if static else policy
-        made[name, kind] = partial(kvpolicy.new_cache, model, static=static, **options)
-    return made
+        make[policy, kind] = partial(kvpolicy.new_cache, model, **options)
+    whole = (DENSE, *(OF_LONG if context > LONG else POLICIES))
+    made = {(*key, 0): make[key] for key in whole}
+    return made | {(*key, CHUNK): new for key, new in make.items() if key[0] in CHUNKED}
+
+
+def read(model: Any, ids: torch.Tensor, cache: Any, chunk: int) -> None:
+    for part in ids.split(chunk or ids.shape[1], 1):
+        model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
 
 @torch.no_grad()
@@ -49,32 +56,31 @@ def measure(model: Any, context: int, repeats: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(context)
     prompt = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).cuda()
     made = caches(model, context)
-    dense, *_ = made
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in made}
+    seconds: dict[Row, list[float]] = {key: [] for key in made}
     peaks = {}
     for turn in range(repeats + 1):  # in the first one the others compile their kernels, behind a short prompt
         for key, make in made.items():
-            ids = prompt if turn or key == dense else prompt[:, :4096]
+            ids = prompt if turn or key == (*DENSE, 0) else prompt[:, : 2 * CHUNK]
             kvpolicy.detach(model)
             clean()
-            cache = make()
-            took, _ = timed(partial(model, ids, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
+            took, _ = timed(partial(read, model, ids, make(), key[2]))
             if turn:
                 seconds[key].append(took)
             peaks[key] = torch.cuda.max_memory_allocated()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rows = []
-    for (name, kind), times in seconds.items():
+    for (name, kind, chunk), times in seconds.items():
         median = statistics.median(times)
         rows.append({
-            "cache": name, "kind": kind, "context": context, "kept": 1.0 if kind == "dense" else KEPT,
+            "cache": name, "kind": kind, "chunk": chunk, "context": context, "kept": 1.0 if kind == "dense" else KEPT,
             "seconds": round(median, 4), "least": round(min(times), 4), "most": round(max(times), 4),
-            "ratio": round(median / statistics.median(seconds[dense]), 4), **memory(peaks[name, kind], weights),
+            "ratio": round(median / statistics.median(seconds[*DENSE, chunk]), 4),
+            **memory(peaks[name, kind, chunk], weights),
             "n": len(times), "seed": context,
             "model": described(model),
             **versions("transformers", "kvpolicy"), **machine(),
         })  # fmt: skip
-        print(*list(rows[-1].values())[:8], sep="\t", flush=True)
+        print(*list(rows[-1].values())[:9], sep="\t", flush=True)
     return rows
 
 
