@@ -347,6 +347,44 @@ class LayerArena:
         if not stays:
             self.layout = object()
 
+    # --- rows that are slots
+
+    def furnish(self, rows: int, idle: int) -> None:
+        """Takes so many rows; every segment has the first `idle` of them."""
+        for name in _ENTRIES:
+            if (old := getattr(self, name)) is not None:
+                setattr(self, name, old.new_full((rows, *old.shape[1:]), 0))
+        self.start, self.cursor = torch.zeros_like(self.start), torch.zeros_like(self.cursor)
+        self.length = self.allocated = torch.full_like(self.length, idle)
+        self.layout, self._placed = object(), None
+
+    def seat(self, own: slice, other: LayerArena, start: Tensor, allocated: Tensor) -> None:
+        """Entries of another arena, in their order, become those of some segments, which get these rows."""
+        segment, offset = each_entry(other.length, other.device)
+        into, source = on_device(torch.stack([start, other.start]), other.device)
+        arrived = (other.keys, other.values, other.positions)
+        for out, entries in zip((self.keys, self.values, self.positions), arrived, strict=True):
+            compact(out, into[segment] + offset, entries, source[segment] + offset)
+        self._set_segments(own, start=start, length=other.length, allocated=allocated, cursor=other.cursor)
+
+    def vacate(self, own: slice, idle: int) -> None:
+        """Takes the rows of some segments away; they have the first `idle` ones."""
+        nothing = torch.zeros_like(self.start[own])
+        self._set_segments(own, start=nothing, length=nothing + idle, allocated=nothing + idle, cursor=nothing)
+
+    def move(self, own: slice, before: int, after: int, count: int) -> None:
+        """Moves the rows of some segments, all in one piece, towards the beginning."""
+        for column in (self.keys, self.values, self.positions):
+            column[after : after + count] = column[before : before + count].clone()
+        self._set_segments(own, start=self.start[own] + after - before)
+
+    def _set_segments(self, own: slice, **tables: Tensor) -> None:
+        for name, values in tables.items():
+            table = getattr(self, name).clone()
+            table[own] = values
+            setattr(self, name, table)
+        self._placed = None
+
     def take(self, segments: Tensor) -> None:
         """Keeps these segments, in this order and as often as they stand there. segments: int64 [S'] on the CPU."""
         for name in _TABLES:

@@ -281,6 +281,42 @@ class StoreLayer:
         self.pending, self.decoded, self.is_ring = pending, decoded, is_ring
         self.settled = self.seen if pending is None else self.seen - pending.count
 
+    # --- rows that are slots
+
+    def furnish(self, rows: int, idle: int, seen: int) -> None:
+        """Gives the arena these many rows, whose first `idle` are those of every row without a sequence.
+
+        seen: tokens that such a row says it has seen
+        """
+        self.arena.furnish(rows, idle)
+        count = torch.full_like(self.seen, seen)
+        self.seen, self.settled, self.decoded = count, count, 1
+        self.table = torch.full_like(self.table, idle)
+
+    def seat(self, row: int, other: StoreLayer, start: int, table: Tensor) -> None:
+        """A sequence becomes a row. table: int64 [H], its capacities;  start: the first of its rows in the arena"""
+        other.make_ring(table)
+        self.arena.seat(self._segments(row), other.arena, start + table.cumsum(0) - table, table)
+        self._set_row(row, other.seen[0], table)
+
+    def vacate(self, row: int, idle: int, seen: int) -> None:
+        """A sequence has left its row."""
+        self.arena.vacate(self._segments(row), idle)
+        self._set_row(row, torch.tensor(seen), torch.full_like(self.table[row], idle))
+
+    def move(self, row: int, before: int, after: int, count: int) -> None:
+        """The rows of a sequence get another place in the arena, towards its beginning."""
+        self.arena.move(self._segments(row), before, after, count)
+
+    def _segments(self, row: int) -> slice:
+        return slice(row * self.num_heads, (row + 1) * self.num_heads)
+
+    def _set_row(self, row: int, seen: Tensor, table: Tensor) -> None:
+        own = torch.arange(len(self.seen)) == row
+        self.seen = self.settled = torch.where(own, seen, self.seen)
+        self.evicted_at = torch.where(own, 0, self.evicted_at)
+        self.table = torch.where(own[:, None], table, self.table)
+
     def take(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order. rows: int64 [B'] on the CPU."""
         self.arena.take((rows[:, None] * self.num_heads + torch.arange(self.num_heads)).flatten())

@@ -11,6 +11,7 @@ from kvpolicy.integrations.transformers.cache.load_saved import load_cache
 from kvpolicy.integrations.transformers.cache.quantized import cache_nbytes, quantized_cache
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.repeat import repeat_context
+from kvpolicy.integrations.transformers.cache.slot_runner import SlotRunner
 from kvpolicy.integrations.transformers.model.dtype import (
     Pace,
     cast_parameters,
@@ -34,6 +35,7 @@ __all__ = [
     "Prompts",
     "RaggedCache",
     "SequenceProbe",
+    "SlotRunner",
     "TransformersProbe",
     "activations_of",
     "attach",

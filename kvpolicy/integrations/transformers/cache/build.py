@@ -82,7 +82,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
     spec = ModelSpec.from_config(model.config)
     rank, size = rank_and_size(model, spec)
-    schedule, split, policy = fixed or _schedule(recipe, spec, size), None, recipe.policy
+    schedule, split, policy = fixed or schedule_of(recipe, spec, size), None, recipe.policy
     if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
         split = RuntimeSplit(recipe.allocator, schedule, policy.least_capacity)
 
@@ -134,7 +134,7 @@ def _dropped_at(model: PreTrainedModel) -> int | None:
     return getattr(text_config(model), "original_max_position_embeddings", None) if own else None
 
 
-def _schedule(recipe: Recipe, spec: ModelSpec, size: int) -> Schedule:
+def schedule_of(recipe: Recipe, spec: ModelSpec, size: int = 1) -> Schedule:
     """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
     if recipe.plan is not None:
         recipe.plan.check_model(spec)

@@ -217,7 +217,8 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
     if cache.recording:
         return "the last tokens may be taken back (assisted generation), so they are not in the cache yet"
     if cache.other_kinds:
-        return f"layers of other kinds ({', '.join(cache.other_kinds)}) count their tokens in Python, which a graph would not do"
+        kinds = ", ".join(cache.other_kinds)
+        return f"layers of other kinds ({kinds}) count their tokens in Python, which a graph would not do"
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         return "gradients are recorded: call the model under torch.no_grad()"
     if model.training:

@@ -1,0 +1,199 @@
+"""Sequences that join and leave while others decode, over one recorded step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.schedule import UNLIMITED, Fixed
+from kvpolicy.cache.slot_store import SlotStore
+from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES
+from kvpolicy.integrations.transformers.cache.build import cache_of, schedule_of
+from kvpolicy.integrations.transformers.cache.decode_runner import greedy
+from kvpolicy.integrations.transformers.cache.layer_state import LayerState
+from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
+from kvpolicy.integrations.transformers.cache.recipe import Recipe
+from kvpolicy.integrations.transformers.model.logits import keep_logits
+from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
+from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.integrations.transformers.model.wrappers import unwrapped
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """prompt: int64 [1, n];  capacities: int64 [L, H];  left: tokens that it may still be given"""
+
+    prompt: Tensor
+    capacities: Tensor
+    left: int
+    slot: int | None = None
+
+
+class SlotRunner:
+    """Decodes sequences that join and leave while others go on, all of them in one step, on a GPU one recorded step.
+
+        runner = kvpolicy.SlotRunner(model, kvpolicy.new_cache(model, plan, retention=0.2), slots=64, tokens=8192)
+        number = runner.admit(prompt, max_new_tokens=256)      # waits for its turn where all slots are taken
+        while runner.running or runner.waiting:
+            for number, token in runner.step().items(): ...
+
+    cache:  an empty one of `new_cache`: each sequence gets the budget that it describes
+    slots:  sequences that are decoded at once
+    tokens: of one sequence, prompt and answer; memory is set aside for `slots` sequences of so many
+    select: logits [B, vocabulary] to tokens int64 [B]
+
+    Each sequence is given the tokens that it is given alone, whatever the others do. Its capacities are those that its
+    budget has once the longest answer is there, from its prompt on, so that its room is known when it is seated.
+
+    Raises `BudgetError` and `ModelError` for what slots cannot serve: policies that rescore while they decode or have
+    the context repeated, allocators that split at run time, protected spans, decode="append", layers of other kinds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: RaggedCache,
+        *,
+        slots: int,
+        tokens: int,
+        select: Callable[[Tensor], Tensor] = greedy,
+    ) -> None:
+        if slots < 1 or tokens < 1:
+            raise BudgetError(f"slots and tokens must be at least 1, got {slots} and {tokens}")
+        model = unwrapped(model)
+        recipe = cache.recipe
+        assert recipe is not None  # `new_cache` has made it
+        _check(recipe, cache)
+        self.model, self.recipe, self.select = model, recipe, select
+        self._schedule = schedule_of(recipe, cache.spec).with_floor(recipe.policy.least_capacity)
+        self.store = SlotStore(
+            cache.spec,
+            recipe.policy,
+            slots=slots,
+            rows=[slots * rows for rows in self._capacities(tokens).sum(1).tolist()],
+            device=model.device,
+            dtype=model.dtype,
+            supplied=RUN_SOURCES,
+        )
+        self.cache = cache_of(model, recipe)
+        self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)
+        self._tokens = torch.zeros(slots, 1, dtype=torch.int64, device=model.device)
+        self._free = list(range(slots))
+        self._waiting: deque[int] = deque()
+        self._sequences: dict[int, _Sequence] = {}
+        self._last = -1
+
+    def admit(self, prompt: Tensor, max_new_tokens: int) -> int:
+        """A sequence joins as soon as there is room. prompt: int64 [n] or [1, n]. Returns its number.
+
+        Raises `BudgetError` for one that there is never room for.
+        """
+        prompt = prompt.reshape(1, -1)
+        check_token_ids(self.model, prompt)
+        if not prompt.numel() or max_new_tokens < 1:
+            raise ModelError(
+                f"a sequence needs a prompt and at least one token to come, got {prompt.numel()} and {max_new_tokens}"
+            )
+        capacities = self._capacities(prompt.numel() + max_new_tokens)
+        if not self.store.could_ever(capacities):
+            raise BudgetError(
+                f"a sequence of {prompt.numel()} + {max_new_tokens} tokens keeps {int(capacities.sum())} entries, more "
+                "than all slots together have: make the runner with more tokens="
+            )
+        self._last += 1
+        self._sequences[self._last] = _Sequence(prompt.to(self.model.device), capacities, max_new_tokens)
+        self._waiting.append(self._last)
+        return self._last
+
+    @torch.no_grad()
+    def step(self) -> dict[int, int]:
+        """One more token of every sequence that is seated, then the first of those for which there is room now.
+
+        A sequence that has been given all its tokens leaves. Returns the tokens, by the numbers of the sequences.
+        """
+        out = self._decode()
+        while self._waiting and self._free and self.store.has_room(self._sequences[self._waiting[0]].capacities):
+            number = self._waiting.popleft()
+            out[number] = self._seat(number)
+        return out
+
+    def release(self, number: int) -> None:
+        """A sequence leaves, or is not waited for any more. Raises `ModelError` for one that is not there."""
+        sequence = self._sequences.pop(number, None)
+        if sequence is None:
+            raise ModelError(f"sequence {number} is not there: it has ended, or was never admitted")
+        if sequence.slot is None:
+            self._waiting.remove(number)
+        else:
+            self.store.vacate(sequence.slot)
+            self._free.append(sequence.slot)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Sequences for which there was no room yet, in their order."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """Sequences that are seated."""
+        return tuple(number for number, sequence in self._sequences.items() if sequence.slot is not None)
+
+    def _capacities(self, tokens: int) -> Tensor:
+        """int64 [L, H], of a sequence that is so long at its end."""
+        table = self._schedule.at(tokens, None)
+        return table.where(table < UNLIMITED, tokens)
+
+    def _decode(self) -> dict[int, int]:
+        running = self.running
+        if not running:
+            return {}
+        positions = on_device(self.store.seen[:, None], self.model.device)
+        out = self.model(self._tokens, position_ids=positions, **with_cache(self.model, self.cache), use_cache=True)
+        tokens = self.select(out.logits[:, -1])
+        self._tokens.copy_(tokens[:, None])
+        values, found = tokens.tolist(), {}
+        for number in running:
+            sequence = self._sequences[number]
+            assert sequence.slot is not None  # it runs
+            found[number] = values[sequence.slot]
+            self._count(number, sequence)
+        return found
+
+    def _seat(self, number: int) -> int:
+        sequence = self._sequences[number]
+        own = cache_of(self.model, self.recipe, Fixed(sequence.capacities))
+        out = self.model(sequence.prompt, **with_cache(self.model, own), use_cache=True, **keep_logits(self.model))
+        token = self.select(out.logits[:, -1])
+        sequence.slot = self._free.pop()
+        self.store.seat(sequence.slot, sequence.capacities, own.opened())
+        self._tokens[sequence.slot] = token
+        self._count(number, sequence)
+        return int(token)
+
+    def _count(self, number: int, sequence: _Sequence) -> None:
+        sequence.left -= 1
+        if not sequence.left:
+            self.release(number)
+
+
+def _check(recipe: Recipe, cache: RaggedCache) -> None:
+    if recipe.allocator is not None and recipe.allocator.split_scope != "none":
+        raise BudgetError(
+            f"{type(recipe.allocator).__name__} splits the budget at run time, so that nobody knows how much room a "
+            "sequence needs before its prompt: take a plan, or an allocator with fixed shares"
+        )
+    if recipe.protected or recipe.decode != "evict":
+        raise BudgetError("slots hold capacities that are known beforehand: leave protected= and decode= out")
+    if cache.repeats:
+        raise BudgetError(
+            f"{type(recipe.policy).__name__} has the context repeated, which slots do not: take another policy"
+        )
+    if cache.rings or cache.other_kinds:
+        raise ModelError("this model has layers of other kinds (sliding windows, linear attention), which slots cannot")

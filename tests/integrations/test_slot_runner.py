@@ -1,0 +1,109 @@
+"""Sequences that join and leave: each is given the tokens that it is given alone, whatever its neighbours do."""
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy import BudgetError, ModelError
+from kvpolicy.cache.extents import Extents
+from kvpolicy.cache.schedule import Fixed
+from kvpolicy.integrations.transformers.cache.build import cache_of, schedule_of
+from tests.integrations.recording import record_on_cpu
+from tests.tiny import attention_of, tiny_ids, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama").to(DEVICE)
+
+
+def cache_over(model, policy="streaming", **options):
+    options = {"retention": 0.4, "allocator": "pyramid", "min_tokens": 8} | options
+    return kvpolicy.new_cache(model, policy=policy, **options)
+
+
+def prompt(length):
+    return tiny_ids(length)[:, :length].to(DEVICE)
+
+
+def alone(model, ids, count, **options):
+    """Under the capacities that its budget has once all tokens are there."""
+    recipe = cache_over(model, **options).recipe
+    spec = kvpolicy.ModelSpec.from_config(model.config)
+    schedule = schedule_of(recipe, spec).with_floor(recipe.policy.least_capacity)
+    cache = cache_of(model, recipe, Fixed(schedule.at(ids.shape[1] + count, None)))
+    return kvpolicy.DecodeRunner(model, cache).generate(ids, count)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_each_sequence_is_as_alone(policy, replayed, model, monkeypatch):
+    """Nine sequences of many lengths over three slots, with room for fewer where they are long."""
+    if replayed and DEVICE == "cpu":
+        record_on_cpu(monkeypatch)
+    wishes = [(40, 30), (12, 5), (70, 20), (30, 1), (9, 40), (60, 25), (25, 25), (50, 10), (18, 30)]
+    runner = kvpolicy.SlotRunner(model, cache_over(model, policy), slots=3, tokens=75)
+    found = {runner.admit(prompt(length), count): [] for length, count in wishes}
+    most = 0
+    for _ in range(400):
+        if not (runner.running or runner.waiting):
+            break
+        for number, token in runner.step().items():
+            found[number].append(token)
+        most = max(most, len(runner.running))
+    assert most == 3
+    for (length, count), tokens in zip(wishes, found.values(), strict=True):
+        assert tokens == alone(model, prompt(length), count, policy=policy), (length, count)
+    if replayed or DEVICE == "cuda":
+        assert runner.cache.replays.mode == "graph"
+
+
+def test_released_sequences_make_room(model):
+    runner = kvpolicy.SlotRunner(model, cache_over(model), slots=2, tokens=60)
+    first, second, third = (runner.admit(prompt(40), 20) for _ in range(3))
+    assert set(runner.step()) == {first, second}
+    assert runner.waiting == (third,)
+    runner.release(first)
+    assert set(runner.step()) == {second, third}
+    runner.release(third)
+    fourth = runner.admit(prompt(20), 20)
+    tokens = []
+    while fourth in (*runner.running, *runner.waiting):
+        tokens += [token for number, token in runner.step().items() if number == fourth]
+    assert tokens == alone(model, prompt(20), 20)
+    with pytest.raises(ModelError, match=f"sequence {first} is not there"):
+        runner.release(first)
+
+
+def test_what_slots_cannot_serve_is_refused(model):
+    with pytest.raises(BudgetError, match="H2OPolicy changes its scores"):
+        kvpolicy.SlotRunner(model, cache_over(model, "h2o"), slots=2, tokens=60)
+    with pytest.raises(BudgetError, match="AdaKVAllocator splits the budget at run time"):
+        kvpolicy.SlotRunner(model, cache_over(model, "snapkv", allocator="adakv"), slots=2, tokens=60)
+    with pytest.raises(BudgetError, match="leave protected= and decode= out"):
+        kvpolicy.SlotRunner(model, cache_over(model, protected=[(0, 3)]), slots=2, tokens=60)
+    with pytest.raises(BudgetError, match="must be at least 1, got 0 and 60"):
+        kvpolicy.SlotRunner(model, cache_over(model), slots=0, tokens=60)
+    runner = kvpolicy.SlotRunner(model, cache_over(model), slots=1, tokens=60)
+    with pytest.raises(BudgetError, match=r"of 90 \+ 90 tokens keeps .* more than all slots"):
+        runner.admit(prompt(90), 90)
+    with pytest.raises(ModelError, match="at least one token to come"):
+        runner.admit(prompt(9), 0)
+    windows = tiny_model("Gemma3Window", attention=attention_of("Gemma3Window")).to(DEVICE)
+    with pytest.raises(ModelError, match="layers of other kinds"):
+        kvpolicy.SlotRunner(windows, cache_over(windows), slots=1, tokens=60)
+
+
+def test_extents():
+    extents = Extents(5, 25)
+    assert [extents.take(owner, size) for owner, size in enumerate((6, 4, 8))] == [5, 11, 15]
+    assert extents.gap(3) is None
+    extents.release(0)
+    extents.release(2)
+    assert (extents.num_free, extents.gap(7), extents.gap(11)) == (16, 15, None)
+    assert extents.pack() == [(1, 11, 5, 4)]
+    assert extents.gap(16) == 9
+    with pytest.raises(ValueError, match="no gap of 17 rows: 16 are free"):
+        extents.take(3, 17)
