@@ -8,9 +8,8 @@ which is bytes (weights and kept entries) over the read limit of the device, mea
 loop over the model, nothing asked for: replays of a CUDA graph. "kvpolicy, compiled" is `DecodeRunner` with
 `compiled=True`. Budgets grow with the tokens seen, as without `context_length=`, or are fixed. "in chunks" rows read
 the prompt in pieces. `ready_s` is what the first four tokens of a new cache take, until the next ones are replays:
-kernels are loaded, the model is compiled if it is to be, and a step is recorded. `over_base_ms` is what the cache adds
-to the same compiled model at 128 tokens; `allowed_ms` is 1.35 times the kept bytes over the read limit, and 0.25 ms.
-Then the largest batch of dense caches that fits, filled with random entries.
+kernels are loaded, the model is compiled if it is to be, and a step is recorded. Then the largest batches that fit:
+dense caches filled with random entries, and a `SlotRunner` whose slots all hold what was kept of one prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from kvpolicy.integrations.transformers import with_cache
 
 from harness import machine, read_limit  # isort: skip  # where `shared` has shown it
 
-KEPT, PART = (1.0, 0.3, 0.1), 0.3
+PART, BATCH_PART = 0.3, 0.2
 POLICIES = ("streaming", "snapkv", "h2o", "tova", "kv_compress")
 BASE_CONTEXT = 128
 ROOM = 256  # tokens behind the prompt
@@ -84,7 +83,6 @@ class Bench:
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         embedding = model.get_input_embeddings().weight.nbytes  # one row of it is read
         self.read_weights = self.weights - embedding
-        self.base_ms = float("nan")
         self.rows: list[dict[str, Any]] = []
         self.warm: set[int] = set()  # contexts at which a prompt has run: cuDNN's attention plans at the first one
         print(f"read limit {self.limit / 1e12:.2f} TB/s, weights {self.weights / 1e9:.2f} GB", flush=True)
@@ -96,8 +94,6 @@ class Bench:
             "ms_per_token": round(ms, 3),
             "tokens_per_second": round(batch / ms * 1e3, 1), "floor_ms": round(floor, 3),
             "share_of_floor": round(floor / ms, 3), "kv_gigabytes": round(kv_bytes / 1e9, 3),
-            "over_base_ms": round(ms - self.base_ms, 3),
-            "allowed_ms": round(1.35 * kv_bytes / self.limit * 1e3 + 0.25, 3),
             "ttft_s": "", "ready_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
             "model": described(self.model),
             "weights_gigabytes": round(self.weights / 1e9, 2),
@@ -143,8 +139,6 @@ class Bench:
         ms = token_ms(partial(runner.step, token) if compiled else loop, self.tokens)
         assert runner.mode == "graph", runner.why
         kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
-        if context == BASE_CONTEXT:
-            self.base_ms = ms
         name = "kvpolicy, compiled" if compiled else "kvpolicy"
         self.add(
             name + (", in chunks" if chunk else ""), context, 1, kept, ms, kv_bytes, **memory(peak, self.weights),
@@ -200,6 +194,31 @@ class Bench:
         self.add("StaticCache, compiled", context, 1, 1.0, ms, kv_bytes)
 
     @torch.no_grad()
+    def largest_ours(self) -> None:
+        """The most sequences whose kept entries fit beside the weights."""
+        clean()
+        plan = plan_of(self.model, BATCH_PART, BATCH_CONTEXT)
+        table = plan.capacities(BATCH_CONTEXT)
+        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
+        batch = int(free // (int(table.sum()) * (2 * 128 * 2 + 4)))
+        cache = kvpolicy.new_cache(self.model, plan, context_length=BATCH_CONTEXT)
+        self.read(cache, self.prompt(BATCH_CONTEXT), None)
+        runner = kvpolicy.SlotRunner(
+            self.model,
+            kvpolicy.new_cache(self.model, plan, context_length=BATCH_CONTEXT),
+            slots=batch,
+            tokens=BATCH_CONTEXT,
+        )
+        for slot in range(batch):
+            runner.store.seat(slot, table, cache.opened())
+        token = torch.ones(batch, 1, dtype=torch.int64, device="cuda")
+        step = partial(self.model, token, **with_cache(self.model, runner.cache), use_cache=True)
+        ms = token_ms(step, 16)
+        assert runner.cache.replays.mode == "graph", runner.cache.replays.why
+        kv_bytes = int(runner.cache.lengths.sum()) * 2 * 128 * 2
+        self.add("kvpolicy, slots", BATCH_CONTEXT, batch, BATCH_PART, ms, kv_bytes, policy="streaming", budget="fixed")
+
+    @torch.no_grad()
     def largest_dense(self) -> None:
         """The most sequences whose full caches fit beside the weights, filled with random entries."""
         clean()
@@ -227,27 +246,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--skip-batches", action="store_true")
+    parser.add_argument("--skip-compiled", action="store_true")
+    parser.add_argument("--short", action="store_true", help="only budgets that grow, and 30 %% kept")
     options = parser.parse_args()
     bench = Bench(long_llama(options.layers), options.out, options.tokens)
-    bench.ours(BASE_CONTEXT, 1.0, compiled=True)
     for context in options.contexts:
-        for kept in KEPT:
-            bench.ours(context, kept, compiled=True)
-        for policy in POLICIES:
+        for policy in options.policies:
             bench.ours(context, PART, policy)
-            bench.ours(context, PART, policy, grows=False)
-        for policy in POLICIES[1:]:  # above it was the first
-            bench.ours(context, PART, policy, compiled=True)
-        bench.dynamic(context, "DynamicCache, eager", cudnn=True)
+            if not options.short:
+                bench.ours(context, PART, policy, grows=False)
         bench.dynamic(context, "DynamicCache, eager, flash", cudnn=False)
         bench.dynamic(context, "DynamicCache, eager, flash", cudnn=False, chunk=CHUNK)
-        for policy in POLICIES[:2]:
+        for policy in options.policies[:2]:
             bench.ours(context, PART, policy, chunk=CHUNK)
     if not options.skip_batches:
+        bench.largest_ours()
         bench.largest_dense()
+    if options.skip_compiled:
+        return
     for context in options.contexts:
-        bench.static(context)
+        for policy in options.policies:
+            bench.ours(context, PART, policy, compiled=True)
+        for kept in () if options.short else (1.0, 0.1):
+            bench.ours(context, kept, compiled=True)
+        if not options.short:
+            bench.dynamic(context, "DynamicCache, eager", cudnn=True)
+            bench.static(context)
 
 
 if __name__ == "__main__":

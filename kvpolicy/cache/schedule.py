@@ -108,6 +108,7 @@ class ByLength:
 
     tables: Mapping[int, Tensor]
     evicts: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for table in self.tables.values():
