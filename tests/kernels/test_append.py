@@ -9,7 +9,7 @@ from kvpolicy_kernels.append import append, append_next
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.select import Protection
-from kvpolicy.cache.step import plan_step
+from kvpolicy.cache.step import StepTables, plan_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -160,10 +160,10 @@ def test_the_ring_is_the_window_rule(capacities, pinned, backend):
     starts = limit.cumsum(0) - limit
     lengths, cursors = torch.zeros_like(limit), torch.zeros_like(limit)
     arena = torch.full((int(limit.sum()),), -1, dtype=torch.int64, device=DEVICE)
-    entry = torch.zeros(1, count, 1, 1)
+    entry, tables = torch.zeros(1, count, 1, 1), StepTables()
     for age in range(25):
-        (step,) = plan_step([layer], evict=True)
-        layer.write(entry, entry, step, 0.0)
+        step = plan_step([layer], tables, evict=True, grows=False).next(0, layer)
+        layer.write(entry, entry, step, 0.0, None)
         rows = append_next(
             [arena], [torch.full_like(starts, age)], starts, lengths, limit, cursors, pinned, backend=backend
         )
