@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import kvpolicy
 from kvpolicy import ModelError
 from kvpolicy.cache.arena import LayerArena
+from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
 
 # peft 0.21 still asks for the old name
@@ -188,6 +189,16 @@ def test_a_model_that_drops_its_cache_on_the_way_is_stopped(how):
     assert run(5).get_seq_length() == 64
     with pytest.raises(ModelError, match="cannot go on with a cache beyond 64 tokens"):
         run(6)
+
+
+def test_such_a_model_is_stopped_where_tokens_could_be_replays_too(monkeypatch):
+    record_on_cpu(monkeypatch)
+    model = longrope()
+    cache = kvpolicy.new_cache(model, **BUDGET)
+    with pytest.raises(ModelError, match="cannot go on with a cache beyond 64 tokens"):
+        model.generate(tiny_ids(60), **over(cache), **OPTIONS)
+    assert cache.replays.mode == "eager"
+    assert "rotates its keys in another way beyond 64 tokens" in cache.replays.why
 
 
 def test_a_model_that_would_drop_its_cache_keeps_it_behind_a_long_prompt():
