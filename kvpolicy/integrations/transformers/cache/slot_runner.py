@@ -35,6 +35,15 @@ class _Sequence:
     left: int
     slot: int | None = None
 
+    def sit(self, slot: int) -> None:
+        """Is decoded in this slot from now on."""
+        self.slot = slot
+
+    def is_last(self) -> bool:
+        """Counts a token that it is given. Whether it was the last one."""
+        self.left -= 1
+        return not self.left
+
 
 class SlotRunner:
     """Decodes sequences that join and leave while others go on, all of them in one step, on a GPU one recorded step.
@@ -163,7 +172,8 @@ class SlotRunner:
             sequence = self._sequences[number]
             assert sequence.slot is not None  # it runs
             found[number] = values[sequence.slot]
-            self._count(number, sequence)
+            if sequence.is_last():
+                self.release(number)
         return found
 
     def _seat(self, number: int) -> int:
@@ -171,16 +181,13 @@ class SlotRunner:
         own = cache_of(self.model, self.recipe, Fixed(sequence.capacities))
         out = self.model(sequence.prompt, **with_cache(self.model, own), use_cache=True, **keep_logits(self.model))
         token = self.select(out.logits[:, -1])
-        sequence.slot = self._free.pop()
-        self.store.seat(sequence.slot, sequence.capacities, own.opened())
-        self._tokens[sequence.slot] = token
-        self._count(number, sequence)
-        return int(token)
-
-    def _count(self, number: int, sequence: _Sequence) -> None:
-        sequence.left -= 1
-        if not sequence.left:
+        slot = self._free.pop()
+        sequence.sit(slot)
+        self.store.seat(slot, sequence.capacities, own.opened())
+        self._tokens[slot] = token
+        if sequence.is_last():
             self.release(number)
+        return int(token)
 
 
 def _check(recipe: Recipe, cache: RaggedCache) -> None:
