@@ -137,7 +137,8 @@ def estimate_memory(
     capacities = schedule.at(context_length, None)
     lengths = capacities.clamp(max=context_length)
     entries, rows = (batch_size * int(x.sum()) for x in (lengths, LayerArena.room(lengths, capacities)))
-    beside = beside_nbytes(scored=schedule.evicts and holds_scores(evicting, None))
+    scored = schedule.evicts and holds_scores(evicting, None)
+    beside, flag = beside_nbytes(scored=scored), torch.bool.itemsize * scored  # whether a score was NaN
     stock = sum(_stock_numbers(layer, context_length) for layer in spec.layers if not layer.is_budgeted)
     return MemoryEstimate(
         context_length=context_length,
@@ -145,7 +146,7 @@ def estimate_memory(
         batch_size=batch_size,
         entries=entries,
         kept_bytes=entries * entry_bytes,
-        table_bytes=rows * beside + (rows - entries) * entry_bytes + _table_bytes(spec, capacities, batch_size),
+        table_bytes=rows * beside + (rows - entries) * entry_bytes + _table_bytes(spec, capacities, batch_size) + flag,
         other_bytes=batch_size * stock * itemsize,
         dense_bytes=segments * context_length * entry_bytes,
         layer_bytes=batch_size * spec.num_kv_heads * context_length * entry_bytes,
