@@ -9,7 +9,7 @@ import torch
 import kvpolicy
 from kvpolicy.integrations.transformers.cache import replays
 from tests.integrations.test_decode_runner import CONTEXT, run, stepped
-from tests.tiny import attention_of, tiny_ids, tiny_model
+from tests.tiny import attention_of, over, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES, COUNTED_IN_PYTHON
 
 pytestmark = [
@@ -235,16 +235,16 @@ def test_nothing_waits_nothing_grows_nothing_is_joined(policy, steps, context):
 
 def test_a_forward_of_the_model_does_not_wait_either():
     """Whoever calls it: a loop that knows nothing of runners, and gives no positions."""
-    model, cache_options = tiny_model("Llama").cuda(), {"retention": 0.3, "context_length": 512}
-    cache = kvpolicy.new_cache(model, **cache_options)
+    model = tiny_model("Llama").cuda()
+    cache = kvpolicy.new_cache(model, retention=0.3, context_length=512)
     with torch.no_grad():
-        out = model(tiny_ids(300).cuda(), past_key_values=cache)
+        out = model(tiny_ids(300).cuda(), **over(cache))
         for step in range(66):
             if step == 2:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache)
+                out = model(out.logits[:, -1:].argmax(-1), **over(cache))
             except BaseException:
                 torch.cuda.set_sync_debug_mode("default")
                 raise
