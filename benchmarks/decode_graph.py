@@ -249,10 +249,11 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--skip-batches", action="store_true")
     parser.add_argument("--skip-compiled", action="store_true")
+    parser.add_argument("--only-compiled", action="store_true")
     parser.add_argument("--short", action="store_true", help="only budgets that grow, and 30 %% kept")
     options = parser.parse_args()
     bench = Bench(long_llama(options.layers), options.out, options.tokens)
-    for context in options.contexts:
+    for context in () if options.only_compiled else options.contexts:
         for policy in options.policies:
             bench.ours(context, PART, policy)
             if not options.short:

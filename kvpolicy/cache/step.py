@@ -173,15 +173,25 @@ def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
 
 
 def _reserve(arenas: Sequence[LayerArena], limit: Tensor, *, grows: bool) -> None:
-    """Room for one more entry in every segment below its limit. limit: int64 [L, S]."""
+    """Room for one more entry in every segment below its limit. limit: int64 [L, S].
+
+    grows: then also for all up to a limit that is known, so that entries move when limits rise and at no other token
+    """
     length, allocated, cursor = _stacked(arenas, "length", "allocated", "cursor")
-    below = length < limit
+    below, known = length < limit, limit.where(limit < UNLIMITED, 0)
+    cramped = below & (length == allocated)
+    if grows:
+        cramped |= below & (known > allocated)
     # behind a ring that has turned there is no place for one more: it would leave before entries that are older
-    cramped, turned = below & (length == allocated), below & (cursor > 0)
+    turned = below & (cursor > 0)
     if not bool((cramped | turned).any()):
         return
-    for arena, own, is_cramped, is_turned in zip(arenas, limit, cramped.any(1), turned.any(1), strict=True):
-        if is_cramped:
-            arena.extend(torch.full_like(own, UNLIMITED) if grows else own)
+    for arena, own, least, is_cramped, is_turned in zip(
+        arenas, limit, known, cramped.any(1), turned.any(1), strict=True
+    ):
+        if is_cramped and grows:
+            arena.relayout(torch.maximum(arena.length + arena.slack(arena.length), least))
+        elif is_cramped:
+            arena.extend(own)
         elif is_turned:
             arena.relayout(arena.allocated)

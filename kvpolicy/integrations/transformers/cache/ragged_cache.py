@@ -80,6 +80,7 @@ class RaggedCache(SteppedCache):
         self.watch: Callable[[int, Waiting], None] | None = None
         self.recording = False
         self.prepare_steps()
+        self._fresh = [copied(vars(layer)) for layer in self.stock_layers]
         self.unfed: Tensor | None = None
         self.ended: str | None = None
 
@@ -267,8 +268,11 @@ class RaggedCache(SteppedCache):
         self.replays.forget()
         for ring in self.rings:
             ring.forget()
-        for layer in (*self.budgeted, *self.stock_layers):
+        for layer in self.budgeted:
             layer.reset()
+        for layer, fresh in zip(self.stock_layers, self._fresh, strict=True):
+            vars(layer).clear()  # their own `reset` leaves entries behind that the next text would see
+            vars(layer).update(copied(fresh))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file in one step, for `load_cache`. Raises `KVPolicyError` where that cannot be."""

@@ -42,20 +42,16 @@ _SHORT, _TOO_OFTEN = 8, 3  # tokens of a recording that did not pay, and how man
 class _Step:
     """A recorded forward.
 
-    key:    what has to be the same for a replay
-    inputs: at the addresses that it reads
-    out:    what it returned, whose tensors each replay fills anew
+    key: what has to be the same for a replay
+    out: what it returned, whose tensors each replay fills anew
     """
 
     key: list[Any]
-    inputs: dict[str, Tensor]
     recording: Recording
     out: Any
     replayed: int = 0
 
-    def replay(self, inputs: dict[str, Tensor]) -> None:
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
+    def replay(self) -> None:
         self.recording.replay()
         self.replayed += 1
 
@@ -73,7 +69,9 @@ class Replays:
         self.compiled = False
         self._step: _Step | None = None
         self._ran: list[Any] = []  # calls that have run, so that their kernels are loaded
+        self._inputs: dict[str, Tensor] = {}
         self._counts: StepCounts | None = None
+        self._failed = False  # whether compiled code could not be recorded once
         self._forward: Forward | None = None
         self._short_lived = 0
         self._hopeless: str | None = None  # why it is not tried again
@@ -90,7 +88,7 @@ class Replays:
 
     def compile(self, forward: Forward) -> None:
         """Has `torch.compile` fuse the model's small operations before a step is recorded. forward: the model's own."""
-        self.compiled, self._step, self._ran = True, None, []
+        self.compiled, self._failed, self._step, self._ran = True, False, None, []
         self._forward = torch.compile(forward, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def run(self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any]) -> Any:
@@ -113,14 +111,15 @@ class Replays:
             self._fall_back("a protected span or another policy's state has to be looked at in each layer", cache)
             return None
         cache.open_rings()
-        inputs, counts = _inputs(cache, call), self._counted(cache)
+        inputs, counts = self._placed(_inputs(cache, call)), self._counted(cache)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
         weights = next(model.parameters()).data_ptr()  # others where the model has been moved
         kind = [self.compiled, id(model), weights, constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
         key = [*kind, *cache.layouts]
         forward = self._forward or own
         if self._step is not None and self._step.key == key:
-            out = self._replay(cache, self._step, inputs)
+            cache.pass_step(self._step.replay)
+            self.mode, self.why, out = "graph", None, _copied(self._step.out)
         elif self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again at the second token
             out = cache.run_step(lambda: forward(**inputs, **constant), counts)
             self._ran = [kind, *self._ran[:1]]
@@ -146,10 +145,15 @@ class Replays:
             counts.seen.copy_(on_device(seen, device))
         return counts
 
-    def _replay(self, cache: RaggedCache, step: _Step, inputs: dict[str, Tensor]) -> Any:
-        cache.pass_step(lambda: step.replay(inputs))
-        self.mode, self.why = "graph", None
-        return _copied(step.out)
+    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies at addresses that stay: where every step looks for them, recorded or not."""
+        for name, value in inputs.items():
+            own = self._inputs.get(name)
+            if own is None or (own.shape, own.dtype, own.device) != (value.shape, value.dtype, value.device):
+                with torch.inference_mode(False):  # else they could not be written to outside of that mode
+                    self._inputs[name] = own = torch.empty_like(value, memory_format=torch.contiguous_format)
+            own.copy_(value)
+        return {name: self._inputs[name] for name in inputs}
 
     def _record(
         self,
@@ -167,26 +171,29 @@ class Replays:
         if self._short_lived == _TOO_OFTEN:
             self._hopeless = "its entries move every few tokens, so that recording them would not pay"
         del before
-        with torch.inference_mode(False):  # else they could not be written to outside of that mode
-            own = {name: value.detach().clone() for name, value in inputs.items()}
         restore = cache.bookmark()
         try:
-            recording, out = record(lambda: cache.run_step(lambda: forward(**own, **constant), counts, on_device=False))
+            recording, out = record(
+                lambda: cache.run_step(lambda: forward(**inputs, **constant), counts, on_device=False)
+            )
         except BaseException as error:
             restore()
             if not isinstance(error, Exception):
                 raise
             text = str(error).splitlines()
             why = f"{type(error).__name__}: {text[0] if text else ''}"
-            if self.compiled:  # without the compiler it may go
+            if not self.compiled:
+                self._hopeless = why
+            elif self._failed:  # without the compiler it may go
                 self.compiled, self._forward, self._ran = False, None, []
                 why = f"the compiled model cannot be recorded: {why}"
-            else:
-                self._hopeless = why
+            else:  # a compiler that had more to do; by the next try it has done it
+                self._failed, self._ran = True, []
+                return None
             self._fall_back(why, cache)
             return None
         recording.replay()
-        self._step = _Step(key, own, recording, out)
+        self._step = _Step(key, recording, out)
         self.mode, self.why = "graph", None
         return self._step
 
