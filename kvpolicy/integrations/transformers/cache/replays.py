@@ -226,8 +226,8 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
     if cache.other_kinds:
         kinds = ", ".join(cache.other_kinds)
         return f"layers of other kinds ({kinds}) count their tokens in Python, which a graph would not do"
-    if cache.dropped_at is not None:
-        return f"the model rotates its keys in another way beyond {cache.dropped_at} tokens, and asks at each token"
+    if cache.budgeted[0].columns == cache.dropped_at:  # which is refused
+        return f"the model drops its cache beyond {cache.dropped_at} tokens"
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         return "gradients are recorded: call the model under torch.no_grad()"
     if model.training:
