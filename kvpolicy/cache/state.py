@@ -179,7 +179,9 @@ def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
     _check(layer.settled, 0, MAX_TOKENS, f"{prefix}.pending.positions, counted,")
     settled = layer.settled.repeat_interleave(store.num_heads)
     _check(arena.length, 0, settled, f"{prefix}.length")
-    _check(arena.allocated, arena.length, arena.length + arena.slack(arena.length), f"{prefix}.allocated")
+    most = arena.length + arena.slack(arena.length)
+    limited = layer.capacity.where(layer.capacity < UNLIMITED, 0)
+    _check(arena.allocated, arena.length, torch.maximum(most, limited), f"{prefix}.allocated")
     start = arena.allocated.cumsum(0) - arena.allocated
     _check(arena.start, start, start, f"{prefix}.start")
     behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
