@@ -131,8 +131,9 @@ class Play:
             assert int(lengths[index, head]) == len(row.kept[head]) + len(row.pending)
             if self.store.decode_mode == "evict":
                 assert len(held) <= row.capacity(head)
-                most = room(len(held))  # a segment whose capacity grows has room beyond it, and moves the less often
-                most = most if self.store.schedule.grows else max(len(held), min(row.capacity(head), most))
+                most, capacity = int(room(len(held))), row.capacity(head)
+                # a segment whose capacity grows has room beyond it, and moves the less often
+                most = max(most, capacity) if self.store.schedule.grows else max(len(held), min(capacity, most))
                 assert int(arena.allocated[segment]) <= most
             assert torch.equal(arena.keys[start : start + len(held)], row.key[head, held])
             assert torch.equal(arena.values[start : start + len(held)], row.value[head, held])
