@@ -53,7 +53,7 @@ ESTIMATORS = [
         "fisher:FisherEstimator",
         "The divergence that each capacity of a KV head costs, from one backward pass a sequence.",
         "",
-        "With the allocator power or hull: measured budgets for the price of a few forwards.",
+        "With the allocator hull, where sensitivity takes too long; its plans do less well.",
     ),
 ]
 ALLOCATORS = [
