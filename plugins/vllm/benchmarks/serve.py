@@ -167,8 +167,10 @@ class Bench:
         if self.options.system == "slab":
             fits = cache.num_blocks - 1  # a block is a request, and one is vLLM's own
         if "fits" in self.options.runs:
-            total = sum(tensor.size for tensor in cache.kv_cache_tensors)
-            self._write("fits", concurrency=round(fits, 2), kv_bytes=total)
+            sizes = [tensor.size for tensor in cache.kv_cache_tensors]
+            is_shared = hasattr(cache.kv_cache_tensors[0], "layers")  # from 0.32 on: parts of one allocation, its size
+            memory = sizes[0] if is_shared else sum(sizes)
+            self._write("fits", concurrency=round(fits, 2), kv_bytes=memory)
         return fits
 
     def _single(self) -> None:

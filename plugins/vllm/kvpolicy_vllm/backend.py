@@ -149,7 +149,7 @@ class BlockImpl(AttentionImpl[StepRequests]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query: [N, num_heads, D]; key, value: [N, num_kv_heads, D]; kv_cache: [num_blocks, rows, 2, D]."""
+        """query: [N, num_heads, D]; key, value: [N, num_kv_heads, D]; kv_cache: [num_blocks, ...], rows of 2 D."""
         if attn_metadata is None:  # vLLM measures its memory
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
@@ -157,18 +157,19 @@ class BlockImpl(AttentionImpl[StepRequests]):
         if self.attention is None:
             raise RuntimeError("a layer of kvpolicy-vllm attends before it was started")
         step, attention = attn_metadata, self.attention
+        cache = kv_cache.view(kv_cache.shape[0], -1, 2, self.head_size)  # from 0.32 on vLLM has a shape of its own
         out = output.view(-1, self.num_heads, self.head_size)
         if step.spans is None:
             n = len(step.counts)
-            out[:n] = attention.decode(query[:n], key[:n], value[:n], kv_cache, step.blocks, step.counts)
+            out[:n] = attention.decode(query[:n], key[:n], value[:n], cache, step.blocks, step.counts)
             return output
         single = [b for b, (begin, end, _) in enumerate(step.spans) if end - begin == 1]
         if single:
             at = torch.tensor([step.spans[b][0] for b in single], device=query.device)
             of = torch.tensor(single, device=query.device)
-            out[at] = attention.decode(query[at], key[at], value[at], kv_cache, step.blocks[of], step.counts[of])
+            out[at] = attention.decode(query[at], key[at], value[at], cache, step.blocks[of], step.counts[of])
         for b, (begin, end, before) in enumerate(step.spans):
             if end - begin > 1:
                 q, k, v = query[begin:end], key[begin:end], value[begin:end]
-                out[begin:end] = attention.chunk(q, k, v, kv_cache, step.blocks[b], before)
+                out[begin:end] = attention.chunk(q, k, v, cache, step.blocks[b], before)
         return output

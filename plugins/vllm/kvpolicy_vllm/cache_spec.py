@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.utils.torch_utils import get_dtype_size
@@ -28,10 +28,15 @@ def register() -> None:
 
 def spec_of(layer: Any) -> BlockSpec:
     """The spec of one of our layers, a vLLM `Attention`."""
+    rows, tokens_per_block = layer.impl.rows, layer.impl.serving.tokens_per_block
+    # from 0.32 on a page is heads by states, each of them a number of tokens; here a row is a head with one state
+    packed = {"num_head_slots": rows, "tokens_per_state": tokens_per_block}
+    known = {field.name for field in fields(FullAttentionSpec)}
     return BlockSpec(
-        block_size=layer.impl.serving.tokens_per_block,
-        num_kv_heads=layer.impl.rows,
+        block_size=tokens_per_block,
+        num_kv_heads=rows,
         head_size=layer.head_size,
         head_size_v=layer.head_size_v,
         dtype=layer.kv_cache_torch_dtype,
+        **{name: value for name, value in packed.items() if name in known},
     )

@@ -14,7 +14,7 @@ from kvpolicy_vllm import refusals, report
 from kvpolicy_vllm.serving import Serving
 from kvpolicy_vllm.settings import KEY, Settings
 
-TRIED = ("0.26", "0.27")
+TRIED = ("0.26", "0.27", "0.32")
 """Minor versions of vLLM that the tests have run on."""
 
 
