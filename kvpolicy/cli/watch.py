@@ -89,7 +89,7 @@ class _LineProgress(Progress):
     def advance(self, detail: str = "") -> None:
         self._done += 1
         now = time.monotonic()
-        if not detail and now - self._said > _SILENCE:
+        if not detail and self._done < self._total and now - self._said > _SILENCE:
             left = (now - self._begun) / self._done * (self._total - self._done)
             detail = f"{self._done} of {self._total}, about {duration(left)} left"
         if detail:
