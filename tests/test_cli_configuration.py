@@ -101,8 +101,6 @@ def test_shells_complete_verbs_and_options(shell):
 
     assert "validate" in complete("kvpolicy val", 1)
     assert "--policy-param" in complete("kvpolicy tune --pol", 2)
-    env = os.environ | {
-        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"
-    }  # else the shell is the one that it runs in
-    script = subprocess.run([*KVPOLICY, "--show-completion", shell], env=env, capture_output=True, text=True)
+    env = os.environ | {"_KVPOLICY_COMPLETE": f"source_{shell}"}  # --show-completion is for the shell it is typed into
+    script = subprocess.run(KVPOLICY, env=env, capture_output=True, text=True)
     assert script.returncode == 0 and "_KVPOLICY_COMPLETE" in script.stdout, script.stderr

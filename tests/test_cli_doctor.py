@@ -8,6 +8,8 @@ import pytest
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
+    """On a machine without copies and, as far as doctor sees, without a driver."""
+    monkeypatch.setattr(importlib.import_module("kvpolicy.verbs.doctor"), "_DRIVER", tmp_path / "none")
     monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
 
