@@ -53,7 +53,7 @@ ESTIMATORS = [
         "fisher:FisherEstimator",
         "The divergence that each capacity of a KV head costs, from one backward pass a sequence.",
         "",
-        "With the allocator hull, where sensitivity takes too long; its plans do less well.",
+        "With the allocator hull behind a prompt, where learning takes too long.",
     ),
 ]
 ALLOCATORS = [
