@@ -99,6 +99,16 @@ def test_chunk(backend, lengths, n, m, masked, entry_format, poisoned):
     check(backend, query, segments, Chunk(key, value, mask), **extra)
 
 
+@backends
+def test_mass_of_a_power(backend):
+    """Of one query head each, the square of the mass."""
+    query, segments = torch.randn(1, 2, 1, 16, device=DEVICE), encoded([40, 3], 16, 16, INT4)
+    plain, squares = (
+        encoded_attention(query, segments, with_mass=True, mass_power=x, backend=backend).mass for x in (1.0, 2.0)
+    )
+    torch.testing.assert_close(squares, plain.square(), atol=1e-6, rtol=1e-5)
+
+
 @needs_triton
 @pytest.mark.parametrize("num_programs", [1, 40])
 def test_triton_any_number_of_programs(num_programs, poisoned):

@@ -286,6 +286,7 @@ def triton_encoded_attention(
     plan: WorkPlan | None = None,
     with_lse: bool = False,
     with_mass: bool = False,
+    mass_power: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Shapes as in `encoded_attention`."""
     segments = segments.on(query.device)
@@ -334,7 +335,7 @@ def triton_encoded_attention(
         return out, lse if with_lse else None, None
     mass = query.new_zeros(len(key_words), dtype=single)
     _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
-        mass, logits, lse, segments.starts, lengths, rows,
+        mass, logits, lse, segments.starts, lengths, rows, mass_power,
         BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH,
     )  # fmt: skip
     return out, lse if with_lse else None, mass

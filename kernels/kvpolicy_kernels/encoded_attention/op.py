@@ -23,6 +23,7 @@ def encoded_attention(
     plan: WorkPlan | None = None,
     with_lse: bool = False,
     with_mass: bool = False,
+    mass_power: float = 1.0,
     backend: Backend = "auto",
 ) -> Attended:
     """`decode_attention` over entries of 8 or 4 bits: what it gives for the decoded ones.
@@ -55,9 +56,11 @@ def encoded_attention(
         from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
 
         return Attended(
-            *triton_encoded_attention(query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass)
+            *triton_encoded_attention(
+                query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass, mass_power
+            )
         )
-    out, lse, mass = reference_encoded_attention(query, segments, chunk, scale, softcap, sink_logits)
+    out, lse, mass = reference_encoded_attention(query, segments, chunk, scale, softcap, sink_logits, mass_power)
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 

@@ -15,6 +15,8 @@ def reference_encoded_attention(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    mass_power: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `encoded_attention`. Returns (out, lse, mass)."""
-    return reference_decode_attention(query, segments.decoded(query.dtype), chunk, scale, softcap, sink_logits)
+    decoded = segments.decoded(query.dtype)
+    return reference_decode_attention(query, decoded, chunk, scale, softcap, sink_logits, mass_power)
