@@ -16,6 +16,7 @@ from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.extents import Extents
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import scores_stay
+from kvpolicy.cache.step import PlannedStep
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec
@@ -76,14 +77,14 @@ class SlotStore(RaggedStore):
                 for owner, before, after, count in extents.pack():
                     layer.move(owner, before, after, count)
             layer.seat(slot, own, extents.take(slot, size), table)
-        self._planned = type(self._planned)()  # it was planned without this sequence
+        self._planned = PlannedStep()  # it was planned without this sequence
 
     def vacate(self, slot: int) -> None:
         """A sequence leaves; its rows are free."""
         for layer, extents in zip(self._opened(), self._extents, strict=True):
             extents.release(slot)
             layer.vacate(slot, self._idle, self.protection.end + 1)
-        self._planned = type(self._planned)()
+        self._planned = PlannedStep()
 
     def _grow(self, layer: StoreLayer, seen: Tensor) -> None:
         """Capacities are known when a sequence is seated."""

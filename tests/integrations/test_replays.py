@@ -1,13 +1,16 @@
 """Decoded tokens as replays: the same tokens as without, whatever came before, and who decodes need not know."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 
 import kvpolicy
 from kvpolicy.integrations.transformers.attention.replaying import ReplayedForward
+from kvpolicy.integrations.transformers.cache import replays
 from tests.integrations.recording import record_on_cpu
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
 
@@ -210,6 +213,30 @@ def test_weights_that_were_moved_are_recorded_again(model, recorded):
             model(ids[:, i : i + 1], **over(cache))
     assert cache.replays.mode == "graph"
     assert cache.replays._step is not graph
+
+
+def test_a_cache_that_was_recorded_is_free_once_it_is_dropped(model, monkeypatch):
+    class Nothing:
+        def replay(self):
+            pass
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(replays, "unrecordable", lambda device: None)
+        monkeypatch.setattr(replays, "record", lambda work: (Nothing(), work()))
+    cache, ids = cache_over(model), text(54)
+    with torch.no_grad():
+        for part in ids.split([50, 1, 1, 1, 1], 1):
+            out = model(part, **over(cache))
+    assert cache.replays.mode == "graph"
+    assert cache in tuple(out.values())
+    reference = weakref.ref(cache)
+    gc.collect()
+    gc.disable()
+    try:
+        del out, cache
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_forks_and_resets(model, recorded):

@@ -35,6 +35,8 @@ Forward = Callable[..., Any]
 _INPUTS = frozenset({"input_ids", "position_ids", "cache_position"})
 """Tensors that a forward of a token may be given besides its mask."""
 
+_CACHE = object()  # stands for the cache in what a recorded forward returned
+
 _SHORT, _TOO_OFTEN = 8, 3  # tokens of a recording that did not pay, and how many such in a row are given a try
 
 
@@ -114,12 +116,14 @@ class Replays:
         inputs, counts = self._placed(_inputs(cache, call)), self._counted(cache)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
         weights = next(model.parameters()).data_ptr()  # others where the model has been moved
-        kind = [self.compiled, id(model), weights, constant, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
+        # without the cache, which holds what is kept here: it is to be free as soon as it is dropped
+        settings = {name: None if value is cache else value for name, value in constant.items()}
+        kind = [self.compiled, id(model), weights, settings, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
         key = [*kind, *cache.layouts]
         forward = self._forward or own
         if self._step is not None and self._step.key == key:
             cache.pass_step(self._step.replay)
-            self.mode, self.why, out = "graph", None, _copied(self._step.out)
+            self.mode, self.why, out = "graph", None, _copied(self._step.out, cache)
         elif self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again at the second token
             out = cache.run_step(lambda: forward(**inputs, **constant), counts)
             self._ran = [kind, *self._ran[:1]]
@@ -128,7 +132,7 @@ class Replays:
             step = self._record(cache, forward, inputs, constant, key, counts)
             if step is None:
                 return None
-            out = _copied(step.out)
+            out = _copied(step.out, cache)
         cache.count_step(reading)
         return out
 
@@ -193,7 +197,7 @@ class Replays:
             self._fall_back(why, cache)
             return None
         recording.replay()
-        self._step = _Step(key, recording, out)
+        self._step = _Step(key, recording, _kept(out, cache))
         self.mode, self.why = "graph", None
         return self._step
 
@@ -291,12 +295,19 @@ class _Hooks:
         return self._why
 
 
-def _copied(out: Any) -> Any:
-    """An output whose tensors the next replay does not overwrite."""
-    if isinstance(out, Tensor):
-        return out.clone()
+def _copied(out: Any, cache: object) -> Any:
+    """An output whose tensors the next replay does not overwrite, with the cache in its place."""
+    return _each(out, lambda value: value.clone() if isinstance(value, Tensor) else cache if value is _CACHE else value)
+
+
+def _kept(out: Any, cache: object) -> Any:
+    """An output that holds its tensors, but not the cache."""
+    return _each(out, lambda value: _CACHE if value is cache else value)
+
+
+def _each(out: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(out, ModelOutput):
-        return type(out)(**{name: _copied(value) for name, value in out.items()})
+        return type(out)(**{name: _each(value, change) for name, value in out.items()})
     if type(out) in (list, tuple):
-        return type(out)(_copied(value) for value in out)
-    return out
+        return type(out)(_each(value, change) for value in out)
+    return change(out)
