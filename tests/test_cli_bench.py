@@ -27,7 +27,7 @@ def test_json_is_one_object_with_every_repeat(kvpolicy, bench):
     assert (found["context_length"], found["new_tokens"], found["repeats"], found["device"]) == (200, 5, 3, "cpu")
     dense, *caches = [found["dense"], *found["caches"]]
     assert dense["cache"] == DENSE
-    assert (dense["token_ratio"], dense["prefill_ratio"], dense["bytes_ratio"]) == (1, 1, 1)
+    assert (dense["token_ratio"], dense["first_token_ratio"], dense["bytes_ratio"]) == (1, 1, 1)
     assert dense["bytes"] == 205 * LAYERS * HEADS * ENTRY
     assert [row["retention"] for row in caches] == [0.5, 0.25]
     for row in caches:
@@ -35,10 +35,12 @@ def test_json_is_one_object_with_every_repeat(kvpolicy, bench):
         assert row["entries_seen"] == 205 * LAYERS * HEADS
         assert row["evicted"] is True
         assert row["entries"] * ENTRY < row["bytes"] == round(row["bytes_ratio"] * dense["bytes"]) < dense["bytes"]
+        assert (row["decoding"], row["why"]) == ("eager", "the model is on cpu, CUDA graphs need a CUDA device")
     for row in (dense, *caches):
         times = sorted(row["ms_per_token_of_each_repeat"])
         assert len(times) == 3 and row["ms_per_token"] == times[1] > 0
-        assert row["prefill_seconds"] > 0
+        assert row["first_token_seconds"] > 0
+        assert "peak_bytes" in row  # None where nothing that small is seen
 
 
 def test_a_policy_that_has_the_context_repeated(kvpolicy, bench):
@@ -123,7 +125,7 @@ def test_caches_take_turns_and_the_stock_one_runs_on_the_stock_model(steps):
     order = [DENSE, "a", "b", "a", "b", DENSE, "b", DENSE, "a"]
     assert timed == [(name, 40, name != DENSE) for name in order]
     assert not is_attached(model)
-    assert all(len(cost.token_seconds) == len(cost.prefill_seconds) == 3 for cost in costs)
+    assert all(len(cost.token_seconds) == len(cost.first_token_seconds) == 3 for cost in costs)
 
 
 def test_an_attached_model_stays_attached():
@@ -146,6 +148,25 @@ def test_ratios_are_of_the_figures_that_are_shown():
     slow, fast = DecodeCost("slow", token_seconds=[2, 40, 6]), DecodeCost("fast", token_seconds=[1, 10, 2.5])
     assert slow.token_ratio(fast) == 6 / 2.5
     assert slow.median_token_seconds == 6
+
+
+def test_a_first_token_is_known_behind_the_prompt_and_the_largest_peak_counts(monkeypatch):
+    class Counted(decode_cost.PeakMemory):
+        peaks = iter([1, 1, 7, 5, None, 9, 4, None])  # the first two are of the caches' warm-up
+
+        def measure(self):
+            return next(self.peaks)
+
+    moments = iter(range(100))
+    monkeypatch.setattr(decode_cost, "PeakMemory", Counted)
+    monkeypatch.setattr(decode_cost, "seconds_now", lambda ids: float(next(moments)))
+    model = tiny_model("Llama")
+    make = {"a": lambda: package.new_cache(model, retention=0.5, min_tokens=8)}
+    dense, ours = measure_decode(model, tiny_ids(40), make, new_tokens=4, repeats=3)
+    assert (dense.peaks, dense.peak_bytes) == ([7, 9, 4], 9)
+    assert (ours.peaks, ours.peak_bytes) == ([5, None, None], 5)
+    assert dense.first_token_seconds == [1, 1, 1] and dense.token_seconds == [0.25] * 3
+    assert dense.first_token_ratio(ours) == 1
 
 
 @pytest.mark.parametrize(("length", "new_tokens"), [(8, 8), (8, 9), (8, 0)])

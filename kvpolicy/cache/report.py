@@ -24,6 +24,10 @@ class CacheReport:
     allowed:   sum of each sequence's capacities in the whole model, without spans; above `asked` where floors exceed it
     nbytes, dense_nbytes: bytes held, tables included; bytes of the entries if every token were kept
     evicted:   whether an entry of any sequence was ever evicted
+    first_token_seconds: from the first keys of the prompt until the first token behind it was handed in (on a GPU, as
+        the device saw it); None before, and for a cache that was loaded
+    peak_nbytes: the most memory until then above what was in use before the prompt, activations included: of the GPU,
+        or of the process; None where the system does not say, or where more had been in use at some time before
     """
 
     policy: str
@@ -38,6 +42,8 @@ class CacheReport:
     nbytes: int
     dense_nbytes: int
     evicted: bool
+    first_token_seconds: float | None
+    peak_nbytes: int | None
 
     @property
     def retention(self) -> float:
@@ -58,6 +64,9 @@ class CacheReport:
             f"kept: {sum(self.entries)} of {sum(self.full)} entries ({self.retention:.2%})",
             f"memory: {self.nbytes / 1e6:.2f} MB, a full cache {self.dense_nbytes / 1e6:.2f} MB",
         ]
+        if self.first_token_seconds is not None:
+            peak = "" if self.peak_nbytes is None else f", and {self.peak_nbytes / 1e6:.2f} MB at the most"
+            lines.append(f"first token: {self.first_token_seconds:.3f} s{peak}")
         if not self.evicted:
             lines.append("nothing was evicted: every token seen is kept")
         if any(self.protected):
@@ -90,4 +99,6 @@ def report_of(store: RaggedStore) -> CacheReport:
         nbytes=store.nbytes,
         dense_nbytes=store.dense_nbytes,
         evicted=any(bool(layer.evicted_at.any()) for layer in opened),
+        first_token_seconds=store.first_token.seconds,
+        peak_nbytes=store.first_token.peak_nbytes,
     )

@@ -19,6 +19,7 @@ from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.attention_statistics import attention_statistics
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.first_token import FirstToken
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.report import CacheReport, report_of
@@ -94,6 +95,7 @@ class RaggedStore(Decoding):
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
         self._wrong, self._finite = NotANumber(), Finiteness()
         self._planned, self._tables = PlannedStep(), StepTables()
+        self.first_token = FirstToken()
 
     @classmethod
     def from_plan(
@@ -206,6 +208,7 @@ class RaggedStore(Decoding):
         valid = inputs.validity(valid, self.batch_size, key.shape[2])
         self._check_turn(layer, entries.seen + (key.shape[2] if valid is None else valid.sum(1)))
         self._finite.add(layer, keys=key, values=value)
+        self.first_token.begin(key.device)
         return entries.arrive(key, value, valid)
 
     def attend_chunk(
@@ -323,6 +326,7 @@ class RaggedStore(Decoding):
             _finite=copy.copy(self._finite),
             _planned=PlannedStep(),
             _tables=StepTables(),
+            first_token=copy.copy(self.first_token),
         )
 
     def report(self) -> CacheReport:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kvpolicy.cache import inputs
+from kvpolicy.cache.first_token import FirstToken
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring, score_step
 from kvpolicy.cache.step import plan_step
@@ -21,7 +22,11 @@ class Decoding(Layers):
 
     A token is planned for all layers, then each layer writes it, attends and rescores. On a GPU nothing of that waits
     for the device, and a CUDA graph may hold the layers' part: see `advance`.
+
+    first_token: how long the first one behind the prompt took
     """
+
+    first_token: FirstToken
 
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
@@ -78,6 +83,7 @@ class Decoding(Layers):
         first = self._entries(0)
         if first is None:
             return False
+        self.first_token.come()
         if self._planned.is_for(first):
             return True
         if self._grows_next(first):

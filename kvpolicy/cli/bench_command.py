@@ -39,8 +39,8 @@ def bench_command(
     """Time a prompt and decoding under a plan and under transformers' DynamicCache, and weigh both caches.
 
     Every cache is fed the same text: --context tokens at once, then --new-tokens one by one. The caches take turns, so
-    that a drift of the machine hits all of them; figures are medians over the repeats. A text that is too short is
-    repeated.
+    that a drift of the machine hits all of them; figures are medians over the repeats, the peak is the largest. A text
+    that is too short is repeated.
     """
     from kvpolicy.verbs.bench import bench
 
@@ -82,18 +82,20 @@ def _show(answer: Bench) -> None:
             f"{row['ms_per_token']:.2f}",
             f"{row['token_ratio']:.2f}",
             f"{1e3 * run['batch_size'] / row['ms_per_token']:.1f}",
-            f"{row['prefill_seconds']:.2f} s",
-            f"{row['prefill_ratio']:.2f}",
+            f"{row['first_token_seconds']:.2f} s",
+            f"{row['first_token_ratio']:.2f}",
             size(row["bytes"]),
             f"{row['bytes_ratio']:.2f}",
+            "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
         )
         for row in (answer.dense, *answer.caches)
     ]
     console = Console()
     console.print(title, soft_wrap=True)
-    console.print(Grid(["cache", "kept", "ms a token", "x", "tokens/s", "prompt", "x", "bytes", "x"], rows))
+    columns = ["cache", "kept", "ms a token", "x", "tokens/s", "first token", "x", "bytes", "x", "peak"]
+    console.print(Grid(columns, rows, optional=["tokens/s"]))
     note = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
-    console.print(note, soft_wrap=True)
+    console.print(f"{note}; peak: most bytes above the model's, activations included", soft_wrap=True)
     for row in answer.caches:
         if not row["evicted"] and row["retention"] is not None:
             note = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"

@@ -63,7 +63,8 @@ def bench(
     plan:       a plan file, "uniform" or "full"
     retention:  kept fractions, each in (0, 1]; None for the plan's levels, or 0.5, 0.3, 0.1 under "uniform"
     context:    tokens of the prompt, which is fed at once
-    new_tokens: tokens behind it, which are fed one by one
+    new_tokens: tokens behind it, which are fed one by one; on a GPU the first two, which a recording takes, are not
+        timed where there are more
     repeats:    of each cache; they take turns, and figures are medians
     text:       a UTF-8 file, repeated where it is too short; None for Python's language reference
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
@@ -133,12 +134,14 @@ def _row(cost: DecodeCost, dense: DecodeCost, retention: float | None) -> dict[s
         "ms_per_token": 1e3 * cost.median_token_seconds,
         "ms_per_token_of_each_repeat": [1e3 * seconds for seconds in cost.token_seconds],
         "token_ratio": cost.token_ratio(dense),
-        "prefill_seconds": cost.median_prefill_seconds,
-        "prefill_ratio": cost.prefill_ratio(dense),
+        "first_token_seconds": cost.median_first_token_seconds,
+        "first_token_ratio": cost.first_token_ratio(dense),
+        "peak_bytes": cost.peak_bytes,
         "bytes": cost.bytes,
         "bytes_ratio": cost.bytes / dense.bytes,
     }
     if cost is dense:
         return row
     kept = {"entries": cost.entries, "entries_seen": cost.entries_seen, "kept": cost.entries / cost.entries_seen}
-    return {**row, "retention": retention, **kept, "evicted": cost.entries < cost.entries_seen}
+    decoding = {"decoding": cost.decoding, "why": cost.why}
+    return {**row, "retention": retention, **kept, "evicted": cost.entries < cost.entries_seen, **decoding}

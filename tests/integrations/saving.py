@@ -62,9 +62,8 @@ def facts(cache):
     parts = ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched")
     add(cache, "cache", (*parts, "replays", "rings"))  # what a graph is made of
     found["recipe"], found["deltas"] = cache.recipe.to_json(), cache.state.deltas
-    add(
-        cache.store, "store", ("rows", "layers", "schedule", "split", "policy", "_planned", "_tables", "_wrong")
-    )  # no step is under way
+    parts = ("rows", "layers", "schedule", "split", "policy")
+    add(cache.store, "store", (*parts, "_planned", "_tables", "_wrong", "first_token"))  # no step is under way
     add(cache.store.rows, "rows", ("schedule", "split"))
     for index, layer in enumerate(cache.store.layers):
         add(layer, f"store.{index}", ("arena",))

@@ -40,3 +40,14 @@ def test_policies_keep_the_same_entries(policy):
         kvpolicy.detach(model)
     assert kept[0] == kept[1]
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-4)
+
+
+def test_the_report_tells_the_first_token_and_the_peak():
+    torch.cuda.reset_peak_memory_stats()
+    model = tiny_model("Llama").cuda()
+    cache = kvpolicy.new_cache(model, retention=0.3, min_tokens=8)
+    kvpolicy.generate(model, cache, tiny_ids(600).cuda(), max_new_tokens=4)
+    report = cache.report()
+    assert 0 < report.first_token_seconds < 600
+    assert report.peak_nbytes > cache.opened().layers[0].arena.keys.nbytes
+    kvpolicy.detach(model)

@@ -1,4 +1,4 @@
-"""What decoding costs under several caches: seconds per token, and bytes, on this machine."""
+"""What decoding costs under several caches, on this machine: seconds, and bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.cache.peak_memory import PeakMemory
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attention.attachment import attach, detach, is_attached
 from kvpolicy.integrations.transformers.attention.exchange import text_config
@@ -27,39 +28,52 @@ from kvpolicy.progress import Progress
 MakeCache = Callable[[], Cache]
 DENSE = "DynamicCache"
 _WARM_UP = 64  # tokens of the prompt that are enough where nothing is compiled
+_TO_RECORD = 2  # tokens on a GPU until a step is recorded; they are timed where there are no more
 
 
 @dataclass(slots=True)
 class DecodeCost:
-    """One kind of cache. Seconds are of each repeat, in order.
+    """One kind of cache. Figures are of each repeat, in order.
 
-    prefill_seconds: of the whole prompt
-    token_seconds:   of one decoded token, the mean over a repeat's tokens
+    first_token_seconds: from the prompt until the first token behind it is known
+    token_seconds:   of one decoded token, the mean over a repeat's; on a GPU without the two that recording takes
+    peaks:           most bytes above what was in use before, activations included; None where nobody knows
     bytes:           that the cache holds at the end, all of its tensors
     entries, entries_seen: of the budgeted layers; equal for a stock cache
+    decoding, why:   "graph" where the last token was a replay, else "eager", and the reason if one is told
     """
 
     name: str
-    prefill_seconds: list[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
     bytes: int = 0
     entries: int = 0
     entries_seen: int = 0
+    decoding: str = "eager"
+    why: str | None = None
 
     @property
     def median_token_seconds(self) -> float:
         return statistics.median(self.token_seconds)
 
     @property
-    def median_prefill_seconds(self) -> float:
-        return statistics.median(self.prefill_seconds)
+    def median_first_token_seconds(self) -> float:
+        return statistics.median(self.first_token_seconds)
 
-    def add_repeat(self, prefill_seconds: float, token_seconds: float, cache: Any) -> None:
-        self.prefill_seconds.append(prefill_seconds)
+    @property
+    def peak_bytes(self) -> int | None:
+        """The largest peak of those that are known."""
+        return max((peak for peak in self.peaks if peak is not None), default=None)
+
+    def add_repeat(self, first_token_seconds: float, token_seconds: float, peak: int | None, cache: Any) -> None:
+        self.first_token_seconds.append(first_token_seconds)
         self.token_seconds.append(token_seconds)
+        self.peaks.append(peak)
         if isinstance(cache, RaggedCache):
             report = cache.report()
             self.bytes, self.entries, self.entries_seen = cache.nbytes, sum(report.entries), sum(report.full)
+            self.decoding, self.why = cache.replays.mode or "eager", cache.replays.why
         else:
             self.bytes = sum(tensor.nbytes for layer in cache.layers for tensor in tensors_of(layer).values())
 
@@ -67,9 +81,9 @@ class DecodeCost:
         """`median_token_seconds` over that of `other`."""
         return self.median_token_seconds / other.median_token_seconds
 
-    def prefill_ratio(self, other: DecodeCost) -> float:
-        """As `token_ratio`, for the prompt."""
-        return self.median_prefill_seconds / other.median_prefill_seconds
+    def first_token_ratio(self, other: DecodeCost) -> float:
+        """As `token_ratio`, for the first token."""
+        return self.median_first_token_seconds / other.median_first_token_seconds
 
 
 def measure_decode(
@@ -130,15 +144,21 @@ def _run(
     cache = make()
     (attach if isinstance(cache, RaggedCache) else detach)(model)
     gc.collect()
-    begun = seconds_now(ids)
-    model(ids[:, :prompt], **with_cache(model, cache), use_cache=True, **keep_logits(model))
+    peak, begun = PeakMemory(ids.device, fresh=True), seconds_now(ids)
+    out = model(ids[:, :prompt], **with_cache(model, cache), use_cache=True, **keep_logits(model))
     if isinstance(cache, RaggedCache) and cache.awaits_repeat and tokenizer is not None:  # without, decoding refuses
         repeat_context(model, cache, ids[:, :prompt], tokenizer)
-    filled = seconds_now(ids)
-    for step in range(prompt, ids.shape[1]):
-        model(ids[:, step : step + 1], **with_cache(model, cache), use_cache=True)
+    out.logits[:, -1].argmax(-1).tolist()
+    known = decoding = seconds_now(ids)
+    del out
+    count = ids.shape[1] - prompt
+    untimed = _TO_RECORD if ids.device.type == "cuda" and count > _TO_RECORD else 0
+    for step in range(count):
+        if step == untimed:
+            decoding = seconds_now(ids)
+        model(ids[:, prompt + step : prompt + step + 1], **with_cache(model, cache), use_cache=True)
     ended = seconds_now(ids)
-    cost.add_repeat(filled - begun, (ended - filled) / (ids.shape[1] - prompt), cache)
+    cost.add_repeat(known - begun, (ended - decoding) / (count - untimed), peak.measure(), cache)
 
 
 def seconds_now(ids: Tensor) -> float:
