@@ -5,12 +5,14 @@ r"""Policies, allocators and plans on tasks whose prompts are made here, with th
 
 RULER's six tasks that need no files, at 4096 tokens. By default four policies with uniform budgets and with adakv at
 0.5, 0.25 and 0.125 kept, and the other policies with uniform budgets at 0.25; name methods as `compare` does, plans too
-(`snapkv/plan.json`, at every retention that the plan has). A prompt is run once for each policy, and each budget goes
-on with a copy.
+(`snapkv/plan.json`, at every retention that the plan has). A batch of prompts is run once for each policy, and each of
+its budgets goes on with a copy.
 
-One line of JSON for each batch of samples under one method. Batches come first, so that a run that --seconds ends has
-measured every method on the same samples; the same command goes on behind the last line. With the last line, or with
---table, OUT.md and OUT.csv are written: means, 95 % intervals, and the paired difference to uniform budgets.
+One line of JSON for each batch of samples under one method. A run that --seconds ends has measured what says most: of
+the first batch, for each time of the question as --questions orders them, first the full cache and uniform budgets,
+then other budgets under the same policies; then the policies at 0.25; then all of the next batch. The same command goes
+on behind the last line. With the last line, or with --table, OUT.md and OUT.csv are written: means, 95 % intervals, and
+the paired difference to uniform budgets.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,16 @@ _WRAPPERS = ("critical_kv",)  # around another policy, which would have to be na
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some samples of one task under one time of the question."""
+class Row:
+    """A method at a retention under one time of the question.
 
-    task: str
+    worth: what says most comes first; those of one worth are of one policy, and a batch of prompts is run once for them
+    """
+
     question: str
-    first: int
-    samples: list[Any]
+    method: Method
+    kept: float
+    worth: tuple[int, ...]
 
 
 def main() -> None:
@@ -56,28 +62,29 @@ def main() -> None:
     if options.table is not None:
         write_tables(options.table)
         return
-    begun, known = time.monotonic(), read_lines(options.out)
+    begun, known, left = time.monotonic(), read_lines(options.out), 0
     model, tokenizer = kvpolicy.load_model(options.model, device=options.device, dtype=options.dtype)
+    samples = cache(lambda name: task_of(name).samples(tokenizer, options.limit, options.context, options.seed))
     about = {"model": Path(options.model).name, "dtype": str(model.dtype).removeprefix("torch.")}
     about |= {"context": options.context, "limit": options.limit, "seed": options.seed}
-    asked, left = pairs(options), 0
-    for batch in batches(options, tokenizer):
-        role, name = task_of(batch.task), {"question": batch.question}
-        task = AnswerTask(batch.task, role, model, tokenizer, batch.samples, **name, batch_size=len(batch.samples))
-        for method, kept in asked:
-            key = about | name | {"task": batch.task, "method": method.name, "retention": kept, "first": batch.first}
-            if identity(key) in known:
-                continue
-            if time.monotonic() - begun > options.seconds:
-                left += 1
-                continue
-            line = key | measured(task, method, kept, options.seed)
-            machine = {"device": device_name(options.device), **versions("kvpolicy", "torch", "transformers")}
+    machine = {"device": device_name(options.device), **versions("kvpolicy", "torch", "transformers")}
+    for name, first, rows in batches(options):
+        keys = [about | place(row) | {"task": name, "first": first} for row in rows]
+        due = [(row, key) for row, key in zip(rows, keys, strict=True) if identity(key) not in known]
+        if not due or time.monotonic() - begun > options.seconds:
+            left += len(due)
+            continue
+        drawn = samples(name)[first:][: options.batch_size]
+        if not drawn:  # a file may have fewer rows
+            continue
+        task = answer_task(model, tokenizer, rows[0].question, name, drawn)
+        for row, key in due:
+            line = key | measured(task, row.method, row.kept, options.seed) | machine
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | machine) + "\n")
+                file.write(json.dumps(line) + "\n")
             said = line["error"] if "error" in line else f"{sum(line['scores']) / len(line['scores']):.3f}"
-            place = f"{batch.task}, {batch.question}, from sample {batch.first}, {method.name} at {kept:g}"
-            print(f"{time.monotonic() - begun:6.0f} s  {place}: {said}", flush=True)
+            what = f"{row.question}, {row.method.name} at {row.kept:g}, {name} from sample {first}"
+            print(f"{time.monotonic() - begun:6.0f} s  {what}: {said}", flush=True)
     print(f"{left} batches are left for the next run" if left else "all measured", flush=True)
     write_tables(options.out)
 
@@ -98,42 +105,59 @@ def parsed() -> Any:
     parser.add_argument("--methods", nargs="+", help="instead of the four policies, at --retentions")
     parser.add_argument("--others", nargs="*", help="policies under uniform budgets at 0.25; default: all others")
     parser.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no new prompts after so long")
     return parser.parse_args()
 
 
-def pairs(options: Any) -> list[tuple[Method, float]]:
-    """Methods and retentions, those of one policy behind each other."""
+def batches(options: Any) -> Iterator[tuple[str, int, list[Row]]]:
+    """Task, first sample, and the rows that share its prompts, in the order of what they are worth."""
+    planned = planned_rows(options)
+    for first in range(0, options.limit, options.batch_size):
+        for _, rows in groupby(planned, key=lambda row: row.worth):
+            own = list(rows)
+            for name in options.tasks:
+                yield name, first, own
+
+
+def planned_rows(options: Any) -> list[Row]:
     named = options.methods or [f"{policy}/{allocator}" for policy in POLICIES for allocator in ALLOCATORS]
-    found = [(method, kept) for method in read_asked(named) for kept in options.retentions if reaches(method, kept)]
+    main = [(method, kept) for method in read_asked(named) for kept in options.retentions if reaches(method, kept)]
     others = options.others
     if others is None:
-        used = {method.policy_name for method, _ in found} | set(_WRAPPERS)
+        used = {method.policy_name for method, _ in main} | set(_WRAPPERS)
         others = [] if options.methods else [name for name in registry.names("policy") if name not in used]
-    found += [(method, ONE_RETENTION) for method in read_asked([f"{name}/uniform" for name in others])]
-    policies = [method.policy_label for method, _ in found]
     (full,) = read_asked([FULL])
-    return [(full, 1.0), *sorted(found, key=lambda pair: policies.index(pair[0].policy_label))]
+    rest = [(method, ONE_RETENTION) for method in read_asked([f"{name}/uniform" for name in others])]
+    found = [(False, *pair) for pair in [(full, 1.0), *main]] + [(True, *pair) for pair in rest]
+    policies = list(dict.fromkeys(method.policy_label for _, method, _ in found))
+    rows = []
+    for turn, question in enumerate(options.questions):
+        for is_other, method, kept in found:
+            is_split = not (method.is_full or method.is_uniform)
+            worth = (is_other, turn, is_split, policies.index(method.policy_label))
+            rows.append(Row(question, method, kept, worth))
+    return sorted(rows, key=lambda row: row.worth)
 
 
 def reaches(method: Method, kept: float) -> bool:
     return method.plan is None or method.plan.level_at(kept) is not None
 
 
-def batches(options: Any, tokenizer: Any) -> Iterator[Batch]:
-    """The first samples of every task, then the next ones."""
-    sizes = (tokenizer, options.limit, options.context, options.seed)
-    made = {name: list(task_of(name).samples(*sizes)) for name in options.tasks}
-    for first in range(0, options.limit, options.batch_size):
-        for name, samples in made.items():
-            for question in options.questions if samples[first:] else []:
-                yield Batch(name, question, first, samples[first : first + options.batch_size])
+def place(row: Row) -> dict[str, Any]:
+    return {"question": row.question, "method": row.method.name, "retention": row.kept}
+
+
+def answer_task(model: Any, tokenizer: Any, question: Any, name: str, samples: Sequence[Any]) -> AnswerTask:
+    """All samples are one batch, whose dense cache is kept for the next budget: on a GPU a quarter of what is free."""
+    size = torch.cuda.mem_get_info(model.device)[0] // 4 if model.device.type == "cuda" else None
+    batch = {"question": question, "batch_size": len(samples), "kept_bytes": size}
+    return AnswerTask(name, task_of(name), model, tokenizer, samples, **batch)
 
 
 def measured(task: AnswerTask, method: Method, kept: float, seed: int) -> dict[str, Any]:
     """The scores of a batch, or why there are none."""
     begun = time.monotonic()
-    tables = partial(table_of, task, method, kept, seed)
+    tables = cache(lambda context: method.table(task.spec, context, kept, seed, task.dtype))
     try:
         found = task.measure(method, tables)
     except Exception as error:  # one method's failure is a line, and the others go on
@@ -144,10 +168,6 @@ def measured(task: AnswerTask, method: Method, kept: float, seed: int) -> dict[s
     figures = {"scores": [1 - loss for loss in found.losses.tolist()], "metric": task.role.metric}
     figures |= {"bytes": memory.bytes, "dense_bytes": memory.dense_bytes, "entries": memory.entries}
     return figures | {"uniform": method.uniform_name, "seconds": round(time.monotonic() - begun, 2)}
-
-
-def table_of(task: AnswerTask, method: Method, kept: float, seed: int, context: int) -> torch.Tensor:
-    return method.table(task.spec, context, kept, seed, task.dtype)
 
 
 # --- lines and tables

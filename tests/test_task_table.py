@@ -34,8 +34,9 @@ def read(path):
 def test_every_batch_of_every_method_is_a_line(lines):
     found = read(lines[0])
     assert len(found) == 2 * 2 * 4 and not any("error" in line for line in found)
-    assert [line["first"] for line in found] == [0] * 8 + [2] * 8, "batches come first"
-    assert {line["method"] for line in found} == {"full", "snapkv/uniform", "snapkv/adakv", "keydiff/uniform"}
+    assert [line["first"] for line in found] == [0] * 8 + [2] * 8, "the first batch comes first"
+    by_worth = ["full", "snapkv/uniform", "snapkv/adakv", "keydiff/uniform"]
+    assert [line["method"] for line in found[:8:2]] == by_worth, "what says most comes first"
     assert {len(line["scores"]) for line in found if line["first"] == 2} == {1}
 
 

@@ -35,6 +35,7 @@ class AnswerTask(Task):
     settings: what must agree for a record to count, besides the task's own
     batch_size: samples that are run together, left-padded; each is answered as if it were alone
     progress: is told of each sample but the last
+    kept_bytes: of dense caches that are kept from one table to the next, see `Prompts`
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class AnswerTask(Task):
         settings: dict[str, Any] | None = None,
         batch_size: int = 1,
         progress: Progress | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         self.name, self.role, self.model, self.tokenizer = name, role, model, tokenizer
         self.samples, self.question, self.protocol = list(samples), question, f"question-{question}"
@@ -57,7 +59,7 @@ class AnswerTask(Task):
         self.context, self.count = self.prompts[0].shape[1], len(self.samples)
         self.spec = ModelSpec.from_config(model.config)
         self.records = Records(records, self.settings | (settings or {}))
-        self.batch_size, self.progress = batch_size, progress or Progress()
+        self.batch_size, self.progress, self.kept_bytes = batch_size, progress or Progress(), kept_bytes
         self._ready: Prompts | None = None
 
     @property
@@ -157,7 +159,7 @@ class AnswerTask(Task):
             own = [self.prompts[row][0] for row in batch]
             batches.append(torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left"))
             padding.append(torch.tensor([batches[-1].shape[1] - len(ids) for ids in own]))
-        return Prompts(self.model, batches, method.policy, self.tokenizer, padding=padding)
+        return Prompts(self.model, batches, method.policy, self.tokenizer, padding, self.kept_bytes)
 
     def _answers(self, cache: Any, logits: Tensor, samples: list[Sample], lengths: list[int]) -> list[list[str]]:
         """One for each turn of each sample; each stays in the conversation."""
