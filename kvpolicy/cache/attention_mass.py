@@ -42,7 +42,7 @@ def attention_of_each(arena: LayerArena, query: Tensor, chunk: Chunk, options: M
 
 def chunk_mask(chunk: Chunk, num_queries: int) -> Tensor:
     """What the chunk's last n tokens see of it: causal, padding excluded. Returns bool [B, 1, n, m]."""
-    length = len(chunk)
-    query = torch.arange(length - num_queries, length)[:, None]
-    causal = torch.arange(length)[None] <= query
-    return (causal[None] & (chunk.positions >= 0)[:, None]).unsqueeze(1).to(chunk.key.device)
+    length, device = len(chunk), chunk.key.device
+    columns = torch.arange(length, device=device)
+    causal = columns <= columns[length - num_queries :, None]
+    return (causal & (chunk.positions >= 0).to(device)[:, None]).unsqueeze(1)
