@@ -14,6 +14,9 @@ ARCHITECTURES = [*ALL_FULL, *WITH_WINDOWS, *SHARED_KEYS, *WITH_LINEAR, *COMPOSIT
 # Of them those with layers that no graph can hold: chunked and linear attention, and attention to an image.
 COUNTED_IN_PYTHON = ["Llama4", *WITH_LINEAR, *CROSSING]
 
+# Whose forward copies from the host under transformers 5.17, which no graph can hold either; not under all releases.
+COPYING = ["Gemma3n", "GptOss", "GptOssWindow"]
+
 # No attention function to exchange; latent attention.
 REFUSED = ["Falcon", "DeepseekV3"]
 
