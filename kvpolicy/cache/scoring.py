@@ -12,6 +12,7 @@ from kvpolicy_kernels.rescore import rescore
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.late_copy import LateCopy, waits
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.prompt_sources import Candidates
 from kvpolicy.errors import PluginError
@@ -162,11 +163,13 @@ class NotANumber:
     """
 
     fault: Tensor | None = None
+    _copy: LateCopy | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [] if self.fault is None else [self.fault]
+        own = [] if self.fault is None else [self.fault]
+        return own if self._copy is None else [*own, self._copy.value]
 
     def flag(self, device: torch.device) -> Tensor:
         """What becomes True, made on this device if there is none."""
@@ -182,8 +185,21 @@ class NotANumber:
     def fork(self) -> NotANumber:
         return NotANumber(None if self.fault is None else self.fault.clone())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NotANumber:
+        return self.fork()
+
     def check(self, policy: EvictionPolicy, method: str) -> None:
         """Raises `PluginError` where any of the scores since the last check was none."""
         if self.fault is not None and bool(self.fault):
             self.fault.zero_()
+            self._copy = None
             plugin_call.refuse_nan(policy, method)
+
+    def look(self, policy: EvictionPolicy, method: str) -> None:
+        """`check`, but a device is not waited for: what it says then is heard at a later look."""
+        if self.fault is None:
+            return
+        if not waits(self.fault) or (self._copy is not None and self._copy.has_arrived and bool(self._copy.value)):
+            self.check(policy, method)
+        elif self._copy is None or self._copy.has_arrived:
+            self._copy = LateCopy(self.fault)

@@ -14,7 +14,9 @@ from kvpolicy.cache.step import plan_step
 from kvpolicy.cache.store_layers import Layers
 
 GROWTH_INTERVAL = 64
-"""Decoded tokens after which a growing budget is apportioned again, and the device is asked what went wrong on it."""
+"""Decoded tokens after which a growing budget is apportioned again, and the device is asked what went wrong on it.
+
+Nobody waits for the answer: it is heard after as many more."""
 
 
 class Decoding(Layers):
@@ -70,6 +72,10 @@ class Decoding(Layers):
             self._wrong.check(self.policy, "score_step")
         return out
 
+    def check_scores(self) -> None:
+        """Raises `PluginError` where the policy has returned NaN at a decoded token. Waits for the device."""
+        self._wrong.check(self.policy, "score_step")
+
     # --- for callers that replay a graph
 
     def advance(self) -> bool:
@@ -87,7 +93,7 @@ class Decoding(Layers):
         if self._planned.is_for(first):
             return True
         if self._grows_next(first):
-            self._wrong.check(self.policy, "score_step")
+            self._wrong.look(self.policy, "score_step")
             for layer in self._opened():  # before the plan, which is made of capacities
                 self._grow(layer, layer.seen + 1)
         evict, grows = self.decode_mode == "evict", self.schedule.grows

@@ -58,6 +58,8 @@ def generate(
         options = _repeating(model, cache, fed, seen, options)
     try:
         out = model.generate(fed, attention_mask=mask, **generate_with_cache(cache), **options)
+        if cache.store is not None:
+            cache.store.check_scores()
         ids = out if isinstance(out, Tensor) else out.sequences
         beams = (_option(model, options, "num_beams") or 1) > 1
         _check_fed(int(cache.budgeted[0].get_seq_length()) - seen, ids.shape[1], beams)
