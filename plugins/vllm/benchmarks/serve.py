@@ -1,18 +1,21 @@
 """Tokens a second, time to the first token, and how many requests fit: vLLM with a plan beside vLLM without one.
 
-    python plugins/vllm/benchmarks/serve.py --out plugins/vllm/benchmarks/results/serve_h200.csv
+    python plugins/vllm/benchmarks/serve.py --seconds 360 --out plugins/vllm/benchmarks/results/serve_h200.csv
 
 Llama-3-8B's shape with weights that vLLM makes up, prompts of random tokens, plans whose shares are lognormal with
-sigma 1. Each system runs in a process of its own: `dense` and `fp8` are vLLM as it is, `slab` has fixed capacities,
-`blocks` ones that grow with the length. Rows are written as they come:
+sigma 1. `dense` and `fp8` are vLLM as it is, `slab` has fixed capacities, `blocks` ones that grow with the length. Each
+job of `JOBS` has an engine and a process of its own, in the order of their worth, until the seconds are over; a job
+that fails or takes too long loses its own rows alone. Rows are written as they come:
 
 - `fits`: requests of the longest length that the memory holds, by vLLM's own count.
-- `single`: one prompt; seconds to its first token, milliseconds a token behind it.
-- `batch`: as many prompts at once as fit (`--batch` for another number); tokens a second once all of them decode.
+- `batch`: as many requests at once as fit; tokens a second of their decoding. Their prompts count as read and their
+  entries are random numbers, because reading a hundred prompts of 32k tokens takes minutes.
+- `single`: one prompt, which is read; seconds to its first token, milliseconds a token behind it.
 - `trace`: Poisson arrivals of prompts of 2k tokens up to the context, 128 to 512 tokens each; tokens a second, and the
   50th and 99th percentile of the time to the first token and of the time of a token.
 
-`--tiny` is for a look on a CPU: a small model, contexts of 256 tokens, figures that mean nothing.
+All decode in CUDA graphs, without torch.compile, which takes half a minute of a start (`--compile` for it). `--tiny` is
+for a look on a CPU: a small model, contexts of 256 tokens, figures that mean nothing.
 """
 
 from __future__ import annotations
@@ -28,36 +31,52 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("dense", "fp8", "slab", "blocks")
-RUNS = ("fits", "single", "batch", "trace")
 COLUMNS = (
-    "system",
-    "run",
-    "context",
-    "kept",
-    "requests",
-    "output_tokens",
-    "seconds_to_first_token",
-    "seconds_to_first_token_p99",
-    "ms_a_token",
-    "ms_a_token_p99",
-    "tokens_a_second",
-    "concurrency",
-    "kv_bytes",
-    "start_seconds",
-    "device",
-    "torch",
-    "vllm",
-)
+    "job", "system", "run", "context", "kept", "requests", "output_tokens", "seconds_to_first_token",
+    "seconds_to_first_token_p99", "ms_a_token", "ms_a_token_p99", "tokens_a_second", "concurrency", "kv_bytes",
+    "start_seconds", "compiled", "device", "torch", "vllm",
+)  # fmt: skip
 SINKS = 4
+CHUNK = 8192  # vLLM's max_num_batched_tokens
+DECODE = 128  # tokens of each answer in `batch` and `single`
+ARRIVALS, RATE = 48, 1.5  # requests of `trace`, and how many come in a second
+LONGEST_JOB = 110.0  # seconds after which a job is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One engine. context: tokens of a request, its answer included;  kept: fraction of the entries."""
+
+    system: str
+    context: int
+    kept: float
+    runs: tuple[str, ...]
+    max_num_seqs: int
+
+
+JOBS = {
+    "slab-20": Job("slab", 32768, 0.2, ("fits", "batch"), 160),
+    "dense": Job("dense", 32768, 1.0, ("fits", "batch", "single"), 32),
+    "fp8": Job("fp8", 32768, 1.0, ("fits", "batch"), 64),
+    "slab-30": Job("slab", 32768, 0.3, ("single",), 8),
+    "slab-30-128k": Job("slab", 131072, 0.3, ("single",), 8),
+    "dense-128k": Job("dense", 131072, 1.0, ("single",), 8),
+    "blocks-20": Job("blocks", 32768, 0.2, ("fits", "batch"), 160),
+    "blocks-30": Job("blocks", 32768, 0.3, ("single",), 8),
+    "dense-trace": Job("dense", 32768, 1.0, ("trace",), 128),
+    "slab-20-trace": Job("slab", 32768, 0.2, ("trace",), 128),
+}
 
 
 def main() -> None:
     options = _parser().parse_args()
-    if options.system is None:
+    if options.job is None:
         _all(options)
     else:
         _one(options)
@@ -66,81 +85,101 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="serve.csv", help="CSV, to which rows are added")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
-    parser.add_argument("--context", type=int, default=32768, help="tokens of a request, its answer included")
-    parser.add_argument("--kept", type=float, default=0.2, help="fraction of the entries")
-    parser.add_argument("--batch", type=int, help="requests of `batch` instead of those that fit")
-    parser.add_argument("--decode", type=int, default=64, help="tokens of each answer in `single` and `batch`")
-    parser.add_argument("--rate", type=float, default=1.0, help="arrivals a second in `trace`")
-    parser.add_argument("--arrivals", type=int, default=100, help="requests of `trace`")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no job goes on after these")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--memory", type=float, default=0.9, help="vLLM's gpu_memory_utilization")
-    parser.add_argument("--chunk", type=int, default=8192, help="vLLM's max_num_batched_tokens")
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs and compilation")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, as vLLM does by itself")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     return parser
 
 
 def _all(options: argparse.Namespace) -> None:
-    """A process for each system, because an engine keeps its memory."""
+    """While a job runs, the next one's process imports what it needs, and waits for a line of its own."""
+    end = time.monotonic() + options.seconds
     failed = []
-    for system in options.systems:
-        print(f"{system} ...", flush=True)
-        if subprocess.run([sys.executable, *sys.argv, "--system", system], check=False).returncode:
-            failed.append(system)
+    following = _child(options.jobs[0])
+    for name, next_name in itertools.zip_longest(options.jobs, options.jobs[1:]):
+        child, following = following, _child(next_name) if next_name else None
+        begin = time.monotonic()
+        print(f"{name} ... ({end - begin:.0f} s left)", flush=True)
+        try:
+            child.communicate("go\n", timeout=max(0.1, min(LONGEST_JOB, end - begin)))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        print(f"{name}: status {child.returncode} after {time.monotonic() - begin:.1f} s", flush=True)
+        if child.returncode:
+            failed.append(name)
     if failed:
         sys.exit(f"no rows, or not all, of: {', '.join(failed)}")
+
+
+def _child(name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *sys.argv, "--job", name], stdin=subprocess.PIPE, text=True)
 
 
 def _one(options: argparse.Namespace) -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    job = JOBS[options.job]
     if options.tiny:
         os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1")
-        options.context, options.chunk, options.decode, options.eager = 256, 64, 8, True
-        options.arrivals, options.rate, options.batch = 6, 20.0, options.batch or 4
+        job = Job(job.system, 256, job.kept, job.runs, 8)
+    import torch
+    import vllm.model_executor.models.llama
+
+    if torch.cuda.is_available():
+        import vllm.v1.worker.gpu.model_runner  # noqa: F401
+    sys.stdin.readline()
     with tempfile.TemporaryDirectory() as folder:
-        Bench(options, Path(folder)).run()
+        Bench(options, job, Path(folder)).run()
 
 
 class Bench:
     """One engine, and its rows."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, job: Job, folder: Path) -> None:
         import torch
         import vllm
 
-        self.options = options
+        self.options, self.job = options, job
+        self.chunk, self.decode = (64, 8) if options.tiny else (CHUNK, DECODE)
         begin = time.perf_counter()
-        config = _write_model(folder, options.tiny, options.context)
+        config = _write_model(folder, options.tiny, job.context)
         extra: dict[str, Any] = {}
-        if options.system == "fp8":
+        if job.system == "fp8":
             extra["kv_cache_dtype"] = "fp8"
-        if options.system in ("slab", "blocks"):
-            settings = {"plan": _write_plan(folder, config, options.kept, options.context), "retention": options.kept}
-            if options.system == "slab":
-                settings["context_length"] = options.context
+        if job.system in ("slab", "blocks"):
+            settings = _write_plan(folder, config, job.kept, job.context)
+            if job.system == "slab":
+                settings["context_length"] = job.context
             extra["additional_config"] = {"kvpolicy": settings}
+        if not options.compile:
+            extra["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         self.engine = vllm.LLM(
             model=str(folder),
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=options.context,
-            max_num_batched_tokens=options.chunk,
-            max_num_seqs=512 if not options.tiny else 8,
+            max_model_len=job.context,
+            max_num_batched_tokens=self.chunk,
+            max_num_seqs=job.max_num_seqs,
+            cudagraph_capture_sizes=[1, 2, 4, *range(8, job.max_num_seqs + 1, 8)],
             gpu_memory_utilization=options.memory,
             enable_prefix_caching=False,
-            enforce_eager=options.eager,
+            enforce_eager=options.tiny,
             seed=0,
             **extra,
         ).llm_engine
+        self.core = self.engine.engine_core.engine_core
         self.vocabulary = config.vocab_size
         self.common = {
-            "system": options.system,
-            "context": options.context,
-            "kept": options.kept if options.system in ("slab", "blocks") else 1.0,
+            "job": options.job,
+            "system": job.system,
+            "context": job.context,
+            "kept": job.kept,
             "start_seconds": round(time.perf_counter() - begin, 1),
+            "compiled": options.compile,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "vllm": vllm.__version__,
@@ -149,82 +188,93 @@ class Bench:
         self.count = 0
 
     def run(self) -> None:
+        # kernels are compiled at their first use, for a first chunk, those behind it, and the last, shorter one
+        self._serve([2 * self.chunk + (self.job.context - self.decode) % self.chunk], 8)
         fits = self._fits()
-        self._serve([self.options.chunk // 2], 4)  # kernels are compiled at their first use
-        if "single" in self.options.runs:
-            self._single()
-        if "batch" in self.options.runs:
-            self._batch(self.options.batch or max(1, min(512, math.floor(fits))))
-        if "trace" in self.options.runs:
-            self._trace()
+        for run in self.job.runs:
+            if run == "batch":
+                self._batch(min(self.job.max_num_seqs, math.floor(fits)))
+            elif run == "single":
+                self._single()
+            elif run == "trace":
+                self._trace()
 
     def _fits(self) -> float:
         from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-        core = self.engine.engine_core.engine_core
-        cache = core.scheduler.kv_cache_config
-        fits = float(get_max_concurrency_for_kv_cache_config(core.vllm_config, cache))
-        if self.options.system == "slab":
+        cache = self.core.scheduler.kv_cache_config
+        fits = float(get_max_concurrency_for_kv_cache_config(self.core.vllm_config, cache))
+        if self.job.system == "slab":
             fits = cache.num_blocks - 1  # a block is a request, and one is vLLM's own
-        if "fits" in self.options.runs:
+        if "fits" in self.job.runs:
             sizes = [tensor.size for tensor in cache.kv_cache_tensors]
             is_shared = hasattr(cache.kv_cache_tensors[0], "layers")  # from 0.32 on: parts of one allocation, its size
             memory = sizes[0] if is_shared else sum(sizes)
             self._write("fits", concurrency=round(fits, 2), kv_bytes=memory)
         return fits
 
-    def _single(self) -> None:
-        served = self._serve([self.options.context - self.options.decode], self.options.decode)
-        self._write("single", requests=1, output_tokens=self.options.decode, **_latencies(served))
-
     def _batch(self, count: int) -> None:
-        """All are there from the start. What counts is the time in which every request decodes."""
-        options = self.options
-        # the first to come decode while the last are read, chunk by chunk
-        steps = count * math.ceil(options.context / (options.chunk - count)) + options.decode
-        length = options.context - steps - 8
-        if length < options.context // 2:
-            sys.exit(f"{count} requests of {options.context} tokens take {steps} steps: give a smaller --batch")
-        served = self._serve([length] * count, options.decode, hold=True)
+        self._fill()
+        with self._prompts_count_as_read():
+            served = self._serve([self.job.context - self.decode - 1] * count, self.decode)
         begin = max(times[0] for _, times in served)
         end = min(times[-1] for _, times in served)
         tokens = sum(sum(begin < at <= end for at in times) for _, times in served)
-        rate = round(tokens / (end - begin), 1) if end > begin else None
-        self._write("batch", requests=count, output_tokens=options.decode, tokens_a_second=rate)
+        rate = round(tokens / (end - begin), 1)
+        step = statistics.median(1000 * (b - a) for _, times in served for a, b in itertools.pairwise(times))
+        self._write("batch", requests=count, output_tokens=tokens, tokens_a_second=rate, ms_a_token=round(step, 3))
+
+    def _fill(self) -> None:
+        """Random entries, so that no arithmetic is done on zeros."""
+        import torch
+
+        for layer in self.core.vllm_config.compilation_config.static_forward_context.values():
+            cache = layer.kv_cache if isinstance(layer.kv_cache, torch.Tensor) else layer.kv_cache[0]
+            if cache.dtype.itemsize == 1:
+                cache.view(torch.uint8).random_(0, 64)  # bit patterns of fp8 numbers from 0 to 2
+            else:
+                cache.normal_()
+
+    @contextmanager
+    def _prompts_count_as_read(self) -> Iterator[None]:
+        """All tokens of a prompt but the last are in the cache already, as vLLM's scheduler sees it."""
+        scheduler = self.core.scheduler
+        scheduler.connector = _all_read()
+        try:
+            yield
+        finally:
+            scheduler.connector = None
+
+    def _single(self) -> None:
+        served = self._serve([self.job.context - self.decode], self.decode)
+        self._write("single", requests=1, output_tokens=self.decode, **_latencies(served))
 
     def _trace(self) -> None:
         import torch
 
-        options = self.options
-        gaps = torch.empty(options.arrivals).exponential_(options.rate, generator=self.generator)
-        longest = 128 if options.tiny else options.context - 512
+        arrivals, rate = (6, 20.0) if self.options.tiny else (ARRIVALS, RATE)
+        gaps = torch.empty(arrivals).exponential_(rate, generator=self.generator)
+        longest = 128 if self.options.tiny else self.job.context - 512
         bounds = math.log(min(2048, longest // 2)), math.log(longest)
-        lengths = torch.empty(options.arrivals).uniform_(*bounds, generator=self.generator).exp().long().tolist()
-        answers = torch.randint(128, 513, (options.arrivals,), generator=self.generator).tolist()
-        if options.tiny:
+        lengths = torch.empty(arrivals).uniform_(*bounds, generator=self.generator).exp().long().tolist()
+        answers = torch.randint(128, 513, (arrivals,), generator=self.generator).tolist()
+        if self.options.tiny:
             answers = [answer // 32 for answer in answers]
         begin = time.perf_counter()
         served = self._serve(lengths, answers, arrivals=gaps.cumsum(0).tolist())
         seconds, tokens = time.perf_counter() - begin, sum(answers)
         rate = round(tokens / seconds, 1)
-        self._write("trace", requests=len(lengths), output_tokens=tokens, tokens_a_second=rate, **_latencies(served))
+        self._write("trace", requests=arrivals, output_tokens=tokens, tokens_a_second=rate, **_latencies(served))
 
     def _serve(
-        self,
-        lengths: list[int],
-        answers: int | list[int],
-        *,
-        arrivals: list[float] | None = None,
-        hold: bool = False,
+        self, lengths: list[int], answers: int | list[int], *, arrivals: list[float] | None = None
     ) -> list[tuple[float, list[float]]]:
-        """When each request came, and when each of its tokens did.
-
-        hold: answers go on until the last request has as many tokens as were asked for, within the context
-        """
+        """When each request came, and when each of its tokens did."""
         import torch
         from vllm import SamplingParams
 
         wanted = [answers] * len(lengths) if isinstance(answers, int) else answers
+        prompts = [torch.randint(3, self.vocabulary, (n,), generator=self.generator).tolist() for n in lengths]
         due = arrivals or [0.0] * len(lengths)
         came: dict[str, float] = {}
         times: dict[str, list[float]] = {}
@@ -233,21 +283,16 @@ class Bench:
         while added < len(lengths) or self.engine.has_unfinished_requests():
             now = time.perf_counter() - begin
             while added < len(lengths) and due[added] <= now:
-                most = self.options.context - lengths[added] if hold else wanted[added]
-                sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
-                prompt = torch.randint(3, self.vocabulary, (lengths[added],), generator=self.generator).tolist()
+                sampling = SamplingParams(temperature=0, max_tokens=wanted[added], ignore_eos=True, detokenize=False)
                 name = str(first + added)
                 came[name], times[name] = due[added], []
-                self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+                self.engine.add_request(name, {"prompt_token_ids": prompts[added]}, sampling)
                 added += 1
             if not self.engine.has_unfinished_requests():
                 time.sleep(max(0.0, due[added] - (time.perf_counter() - begin)))
                 continue
             for output in self.engine.step():
                 times[output.request_id].append(time.perf_counter() - begin)
-            enough = all(len(some) >= wanted[0] for some in times.values())
-            if hold and enough and added == len(lengths):
-                self.engine.abort_request(list(times))
         return [(came[name], times[name]) for name in times]
 
     def _write(self, run: str, **figures: Any) -> None:
@@ -261,6 +306,25 @@ class Bench:
                 writer.writeheader()
             writer.writerow(row)
         print(json.dumps(row), flush=True)
+
+
+def _all_read() -> Any:
+    """For the scheduler alone: the workers have nothing to load."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+
+    class AllRead(KVConnectorBase_V1, SupportsHMA):
+        def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+            return request.num_tokens - 1 - num_computed_tokens, False
+
+        def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+            return False, None
+
+        def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+        update_state_after_alloc = build_connector_meta = _nothing
+        start_load_kv = wait_for_layer_load = save_kv_layer = wait_for_save = _nothing
+
+    return AllRead.__new__(AllRead)
 
 
 def _latencies(served: list[tuple[float, list[float]]]) -> dict[str, float]:
@@ -302,8 +366,8 @@ def _write_model(folder: Path, tiny: bool, context: int) -> Any:
     return config
 
 
-def _write_plan(folder: Path, config: Any, kept: float, context: int) -> str:
-    """Shares lognormal with sigma 1, clipped so that blocks can hold them."""
+def _write_plan(folder: Path, config: Any, kept: float, context: int) -> dict[str, Any]:
+    """Its file and retention. Shares lognormal with sigma 1, clipped so that blocks can hold them."""
     import torch
 
     import kvpolicy
@@ -315,7 +379,7 @@ def _write_plan(folder: Path, config: Any, kept: float, context: int) -> str:
     table = kvpolicy.apportion(shares, budget)
     path = folder / "plan.json"
     kvpolicy.save_plan(kvpolicy.BudgetPlan.from_capacities(spec, table, context_length=context), path)
-    return str(path)
+    return {"plan": str(path), "retention": int(table.sum()) / (table.numel() * context)}
 
 
 if __name__ == "__main__":
