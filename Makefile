@@ -72,6 +72,7 @@ docs: $(VENV)/.tools
 	$(BIN)/python docs/make_cli_reference.py --check
 	$(BIN)/python docs/make_architecture.py --check
 	$(BIN)/python docs/make_methods.py --check
+	$(BIN)/python docs/make_leaderboard.py --check
 	$(BIN)/mkdocs build --strict
 
 clean:

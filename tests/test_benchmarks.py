@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT / "benchmarks", ROOT / "kernels" / "benchmarks", ROOT / "plugins" / "vllm" / "benchmarks")
-MODULES = {"basics", "harness", "shapes", "shared", "side_by_side"}  # what the scripts have in common
+MODULES = {"basics", "harness", "shapes", "shared", "side_by_side", "task_lines"}  # what the scripts have in common
 SCRIPTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if path.stem not in MODULES]
 
 
