@@ -53,6 +53,11 @@ def test_causal_chunk(case, variant, poisoned):
     check(query, segments, **options(variant, case[1]))
 
 
+def test_small_scores_that_are_capped():
+    """They are differences of numbers near one: an error of float32's last digit would be many of theirs."""
+    check(*chunked(2, 2, [600, 130, 0, 1024], 17, 22, 64, dim=64), softcap=30.0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
 def test_variants(variant, poisoned):
     check(*chunked(1, 4, [70, 3], 20, 20, 16, dim=16), **options(variant, 4))

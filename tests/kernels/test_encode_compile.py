@@ -32,7 +32,7 @@ def test_encode_compiles(name, dims, arch):
     warps = config.pop("num_warps")
     constants = {
         "DIMS": dims, "TURN_SCALES": (0.125, 0.125), "PLANES": FORMATS[name].codes_in_word,
-        "ROTATED": FORMATS[name].rotated, "PRECISIONS": ("tf32", "tf32"), **config,
+        "ROTATED": FORMATS[name].rotated, "SINGLES": (False, False), **config,
     }  # fmt: skip
     types = {"row_ptrs": (f"*{NAMES[torch.bfloat16]}",) * 2, "turn_ptrs": ("*i8",) * 2, "word_ptrs": ("*i16",) * 2}
     types |= {"scale_ptrs": ("*fp16",) * 2, "counts": ("i32",) * 2}

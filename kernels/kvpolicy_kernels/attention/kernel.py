@@ -15,6 +15,7 @@ from kvpolicy_kernels.attention.plan import WorkPlan, default_programs, unit_of
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
+from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 
@@ -92,8 +93,7 @@ def _attend_tile(
     # [BLOCK_M, BLOCK_N]
     scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
     if HAS_SOFTCAP:
-        # softcap * tanh(x / softcap), with x and the result in units of log2(e); both come scaled from the host
-        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * tanh_scale)))
+        scores = capped(scores, softcap_log2, tanh_scale, b_q.dtype == tl.float32)
     if HAS_LOGITS:
         tl.store(logits_ptrs, scores, mask=m_logits)
     if MASKED:

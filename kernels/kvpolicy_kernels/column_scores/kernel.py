@@ -21,6 +21,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import LAUNCH
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
+from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 PROGRAMS = 528  # that share the walks over the keys, where there are fewer blocks: two on each of 132 SMs, twice
@@ -84,8 +85,7 @@ def _scores(
     # [A, B]
     scores = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * scale_log2
     if HAS_SOFTCAP:
-        # softcap * tanh(x / softcap), with x and the result in units of log2(e); both come scaled from the host
-        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * tanh_scale)))
+        scores = capped(scores, softcap_log2, tanh_scale, b_a.dtype == tl.float32)
     visible = o_n <= tl.minimum(o_i + shift, limit - 1)
     if HAS_MASK:  # noqa: SIM102 (known when compiling, the other is not)
         if in_chunk:

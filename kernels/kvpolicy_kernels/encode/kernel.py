@@ -49,25 +49,27 @@ def plane_of_rows(
 def _encode_kernel(
     row_ptrs, turn_ptrs, word_ptrs, scale_ptrs, counts,
     DIMS: tl.constexpr, TURN_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, PLANES: tl.constexpr,
-    ROTATED: tl.constexpr, PRECISIONS: tl.constexpr,
+    ROTATED: tl.constexpr, SINGLES: tl.constexpr,
 ):  # fmt: skip
     """Program (i_r, i) takes BLOCK_R rows of tensor i.
 
     rows: [count, D], contiguous;  words: int16 [count, D / PLANES];  scales: float16 [count, 2]
+    SINGLES: which tensors are float32; before triton 3.7 a tuple could hold no string
     """
     for i in tl.static_range(len(DIMS)):
         if tl.program_id(1) == i:
             _encode_rows(
                 row_ptrs[i], turn_ptrs[i], word_ptrs[i], scale_ptrs[i], counts[i], DIMS[i], DIMS[i] // PLANES,
-                TURN_SCALES[i], BLOCK_R, PLANES, ROTATED, PRECISIONS[i],
+                TURN_SCALES[i], BLOCK_R, PLANES, ROTATED, SINGLES[i],
             )  # fmt: skip
 
 
 @triton.jit
 def _encode_rows(
     row_ptr, turn_ptr, word_ptr, scale_ptr, count, D: tl.constexpr, W: tl.constexpr, TURN_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr, PLANES: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PLANES: tl.constexpr, ROTATED: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
+    PRECISION: tl.constexpr = "tf32x3" if SINGLE else "tf32"  # 16 bits and signs are exact in tf32
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BLOCK_W: tl.constexpr = max(16, triton.next_power_of_2(W))
     LEVELS: tl.constexpr = 2 ** (16 // PLANES) - 1
@@ -110,7 +112,7 @@ def triton_encode(rows: Sequence[Tensor], entry_format: EntryFormat) -> list[Enc
     """Shapes as in `encode`."""
     flat = [tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in rows]
     dims = tuple(tensor.shape[1] for tensor in flat)
-    planes, single = entry_format.codes_in_word, torch.float32
+    planes = entry_format.codes_in_word
     words = [x.new_empty(len(x), dim // planes, dtype=torch.int16) for x, dim in zip(flat, dims, strict=True)]
     scales = [x.new_empty(len(x), 2, dtype=torch.float16) for x in flat]
     most = max(len(x) for x in flat)
@@ -120,9 +122,7 @@ def triton_encode(rows: Sequence[Tensor], entry_format: EntryFormat) -> list[Enc
             tuple(flat), tuple(signed_hadamard(dim, x.device) for x, dim in zip(flat, dims, strict=True)),
             tuple(words), tuple(scales), tuple(len(x) for x in flat),
             DIMS=dims, TURN_SCALES=tuple(block_of(dim) ** -0.5 for dim in dims), PLANES=planes,
-            ROTATED=entry_format.rotated,
-            # 16 bits and signs are exact in tf32
-            PRECISIONS=tuple("tf32x3" if x.dtype == single else "tf32" for x in flat), **config, **LAUNCH,
+            ROTATED=entry_format.rotated, SINGLES=tuple(x.dtype == torch.float32 for x in flat), **config, **LAUNCH,
         )  # fmt: skip
     return [
         Encoded(word.view(*tensor.shape[:-1], word.shape[1]), scale.view(*tensor.shape[:-1], 2))

@@ -25,6 +25,7 @@ from kvpolicy_kernels.encode.kernel import plane_of_rows
 from kvpolicy_kernels.encoded_attention.finish.kernel import finish
 from kvpolicy_kernels.formats import block_of, signed_hadamard
 from kvpolicy_kernels.segments import Chunk, EncodedSegments
+from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 RANGE = tl.constexpr(2.0**-14)  # the largest weight is its inverse, so that fp16 reaches down to 2**-38 of it
@@ -90,7 +91,7 @@ def _attend_codes(
         scores = tl.dot(q3, tl.trans(_numbers(b_kw, 3, PLANES, PACKED, q0.dtype)), scores, input_precision=PRECISION)
     scores = (scores * k_step[None, :] + q_sum[:, None] * k_zero[None, :]) * row_scale[:, None]
     if HAS_SOFTCAP:
-        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * tanh_scale)))
+        scores = capped(scores, softcap_log2, tanh_scale, q0.dtype == tl.float32)
     if HAS_LOGITS:
         tl.store(logits_ptrs, scores, mask=m_logits)
     if MASKED:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
 from kvpolicy_kernels.base2 import LOG2E
+from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2 = tl.constexpr(LOG2E)
+
+COUNTS = ("before", "length", "prefill")  # change from call to call and must not compile again
 
 
 @triton.jit
@@ -32,8 +35,7 @@ def _attend_tile(
     # [BLOCK_M, BLOCK_N]
     scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
     if HAS_SOFTCAP:
-        # softcap * tanh(x / softcap), with x and the result in units of log2(e); both come scaled from the host
-        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * tanh_scale)))
+        scores = capped(scores, softcap_log2, tanh_scale, b_q.dtype == tl.float32)
     near = (o_n[None, :] > o_m[:, None] - window) | (o_n[None, :] < num_sinks) | (o_m[:, None] < prefill)
     visible = (o_n[None, :] <= o_m[:, None]) & near & m_n[None, :]
     scores = tl.where(visible, scores, float("-inf"))
@@ -52,7 +54,7 @@ def _attend_tile(
     return acc, new_max, row_sum * shrink + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _window_attention_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, window_ptr, sink_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -23,6 +23,7 @@ from kvpolicy_kernels.attention.plan import default_programs
 from kvpolicy_kernels.backend import LAUNCH, multiplies_from_shared_memory
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
+from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 NO_BOUND = tl.constexpr(2**30)  # more than there are tokens
@@ -39,8 +40,7 @@ def _attend_tile(
     # [BLOCK_M, BLOCK_N]
     scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if HAS_SOFTCAP:
-        # softcap * tanh(x / softcap), with x and the result in units of log2(e); both come scaled from the host
-        scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores * scale_log2 * tanh_scale)))
+        scores = capped(scores * scale_log2, softcap_log2, tanh_scale, b_q.dtype == tl.float32)
         scale_log2 = 1.0
     if MASKED:
         scores = tl.where(visible, scores * scale_log2, float("-inf"))

@@ -57,3 +57,7 @@ def _give_up(graph: torch.cuda.CUDAGraph) -> None:
     """Ends a recording that failed; torch complains again, about what has been raised already."""
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
+    # Where it complains it leaves the random numbers of the device waiting for a recording that has ended. The same
+    # numbers, not waiting:
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -1,0 +1,1 @@
+"""Scores that are capped softly."""
