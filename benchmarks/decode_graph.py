@@ -8,7 +8,8 @@ which is bytes (weights and kept entries) over the read limit of the device, mea
 loop over the model, nothing asked for: replays of a CUDA graph. "kvpolicy, compiled" is `DecodeRunner` with
 `compiled=True`. Budgets grow with the tokens seen, as without `context_length=`, or are fixed. "in chunks" rows read
 the prompt in pieces. `ready_s` is what the first four tokens of a new cache take, until the next ones are replays:
-kernels are loaded, the model is compiled if it is to be, and a step is recorded. Then the largest batches that fit:
+kernels are loaded, the model is compiled if it is to be, and a step is recorded. `turn_s` is what a second turn of 2048
+tokens takes behind the decoded ones, the second such turn of the row. Then the largest batches that fit:
 dense caches filled with random entries, and a `SlotRunner` whose slots all hold what was kept of one prompt.
 """
 
@@ -36,7 +37,7 @@ PART, BATCH_PART = 0.3, 0.2
 POLICIES = ("streaming", "snapkv", "h2o", "tova", "kv_compress")
 BASE_CONTEXT = 128
 ROOM = 256  # tokens behind the prompt
-CHUNK = 4096
+CHUNK, TURN = 4096, 2048
 BATCH_CONTEXT = 32768
 SPARE_BYTES = 8e9  # left to the allocator and to activations where a batch is chosen
 
@@ -77,8 +78,8 @@ def clean() -> None:
 class Bench:
     """The rows, and what all of them share."""
 
-    def __init__(self, model: Any, out: str, tokens: int) -> None:
-        self.model, self.out, self.tokens = model, out, tokens
+    def __init__(self, model: Any, out: str, tokens: int, called: str) -> None:
+        self.model, self.out, self.tokens, self.called = model, out, tokens, called
         self.limit = read_limit()
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         embedding = model.get_input_embeddings().weight.nbytes  # one row of it is read
@@ -94,14 +95,14 @@ class Bench:
             "ms_per_token": round(ms, 3),
             "tokens_per_second": round(batch / ms * 1e3, 1), "floor_ms": round(floor, 3),
             "share_of_floor": round(floor / ms, 3), "kv_gigabytes": round(kv_bytes / 1e9, 3),
-            "ttft_s": "", "ready_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
-            "model": described(self.model),
+            "ttft_s": "", "ready_s": "", "turn_s": "", "peak_gigabytes": "", "over_weights_gigabytes": "", **more,
+            "model": self.called,
             "weights_gigabytes": round(self.weights / 1e9, 2),
             "read_limit_gigabytes_per_second": round(self.limit / 1e9), "n": self.tokens, "seed": 0,
             **versions("transformers", "kvpolicy"), **machine(),
         }  # fmt: skip
         self.rows.append(row)
-        print(*list(row.values())[:16], sep="\t", flush=True)
+        print(*list(row.values())[:17], sep="\t", flush=True)
         write_csv(f"{self.out}.csv", self.rows)
 
     def prompt(self, context: int) -> torch.Tensor:
@@ -140,9 +141,11 @@ class Bench:
         assert runner.mode == "graph", runner.why
         kv_bytes = int(cache.lengths.sum()) * 2 * 128 * 2
         name = "kvpolicy, compiled" if compiled else "kvpolicy"
+        turn = "" if compiled or chunk else self.turn(cache)
         self.add(
             name + (", in chunks" if chunk else ""), context, 1, kept, ms, kv_bytes, **memory(peak, self.weights),
             policy=policy, budget="growing" if grows else "fixed", ttft_s=round(ttft, 3), ready_s=round(ready, 3),
+            turn_s=turn,
             arena_gigabytes=round(arena / 1e9, 3),
         )  # fmt: skip
 
@@ -152,6 +155,11 @@ class Bench:
             out = self.model(part, **with_cache(self.model, cache), use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
+
+    def turn(self, cache: Any) -> float:
+        """Seconds of a turn's prompt behind what the cache has; the first such one is left out."""
+        tokens = self.prompt(TURN)
+        return round([timed(lambda: self.read(cache, tokens, None))[0] for _ in range(2)][1], 4)
 
     @torch.no_grad()
     def dynamic(self, context: int, name: str, cudnn: bool, chunk: int | None = None) -> None:
@@ -165,7 +173,9 @@ class Bench:
         ms = token_ms(lambda: self.model(token, **with_cache(self.model, cache)), min(self.tokens, 24))
         kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         name += ", in chunks" if chunk else ""
-        self.add(name, context, 1, 1.0, ms, kv_bytes, **memory(peak, self.weights), ttft_s=round(ttft, 3))
+        turn = "" if chunk else self.turn(cache)
+        kept = memory(peak, self.weights)
+        self.add(name, context, 1, 1.0, ms, kv_bytes, **kept, ttft_s=round(ttft, 3), turn_s=turn)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
     @torch.no_grad()
@@ -252,7 +262,8 @@ def main() -> None:
     parser.add_argument("--only-compiled", action="store_true")
     parser.add_argument("--short", action="store_true", help="only budgets that grow, and 30 %% kept")
     options = parser.parse_args()
-    bench = Bench(long_llama(options.layers), options.out, options.tokens)
+    model = long_llama(options.layers)
+    bench = Bench(model, options.out, options.tokens, described(model))
     for context in () if options.only_compiled else options.contexts:
         for policy in options.policies:
             bench.ours(context, PART, policy)

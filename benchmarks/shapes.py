@@ -9,27 +9,33 @@ import transformers
 
 SHAPES = {
     "Llama-3-8B": (
-        "Llama",
+        ("LlamaConfig", "LlamaForCausalLM"),
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
     ),
     "Qwen2.5-7B": (
-        "Qwen2",
+        ("Qwen2Config", "Qwen2ForCausalLM"),
         {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
          "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
+    ),
+    "Gemma-3-4B": (
+        ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "vocab_size": 262208,
+         "max_position_embeddings": 131072},
     ),
 }  # fmt: skip
 
 
 def random_model(name: str, **changes: Any) -> Any:
     """In bf16 on the GPU, from seed 0. changes: fields of the configuration that differ"""
-    family, sizes = SHAPES[name]
-    config = getattr(transformers, f"{family}Config")(**sizes | changes)
+    (config_class, model_class), sizes = SHAPES[name]
+    config = getattr(transformers, config_class)(**sizes | changes)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            return getattr(transformers, model_class)(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -27,7 +27,7 @@ def alone(monkeypatch):
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_needs_no_gpu(script, monkeypatch, capsys):
-    if script.parent.parent.name == "kernels" or script.stem in ("decode_graph", "prefill"):
+    if script.parent.parent.name == "kernels" or script.stem in ("decode_graph", "decode_windows", "prefill"):
         pytest.importorskip("triton")
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as exit_:
