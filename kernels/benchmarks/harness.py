@@ -29,6 +29,7 @@ def cold_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> tuple
     Returns the median over replays of the graph, and the spread: (largest - smallest) / median.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # for what the calls read
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()  # compiles
