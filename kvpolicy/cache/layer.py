@@ -63,14 +63,24 @@ class StoreLayer:
     @property
     def spanned(self) -> Tensor:
         """int64 [B], settled tokens in protected spans, which come on top of the table."""
-        return torch.tensor([self.protection.num_spanned(count) for count in self.settled.tolist()])
+        return self._spanned(self.settled)
 
     @property
     def capacity(self) -> Tensor:
         """int64 [S], entries allowed now, pending tokens not counted."""
+        return self.capacity_behind(self.settled)
+
+    def capacity_behind(self, settled: Tensor) -> Tensor:
+        """int64 [S], entries allowed by the same table when so many tokens are settled. settled: int64 [B]"""
         if not self.protection.spans:
             return self.table.flatten()
-        return (self.table + self.spanned[:, None]).clamp(max=UNLIMITED).flatten()
+        return (self.table + self._spanned(settled)[:, None]).clamp(max=UNLIMITED).flatten()
+
+    @property
+    def has_order(self) -> bool:
+        """Whether what leaves next needs no search: the order is known, and no token to come is pinned."""
+        spans = self.protection.spans
+        return self.knows_order and (not spans or self.protection.end <= int(self.seen.min()))
 
     @property
     def num_held(self) -> Tensor:
@@ -146,7 +156,7 @@ class StoreLayer:
         self.check_settled()
         # first: the recent window, which protects entries below, ends behind this token
         self.seen, self.settled, self.decoded = self.seen + 1, self.settled + 1, self.decoded + 1
-        arena, limit = self.arena, self.limit(evict)
+        arena, limit = self.arena, self.limit(evict, self.settled)
         arena.reserve(limit)
         full = arena.length >= limit
         self._note_eviction(full)
@@ -155,21 +165,22 @@ class StoreLayer:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a token's tables follow from counts: all have been kept, and none that is pinned can come."""
+        """Whether a token's tables follow from counts: all those before it have been kept or given up."""
         return (
             self.pending is None
             and not self.is_unwritten
             and (self.settled is self.seen or torch.equal(self.settled, self.seen))  # the same behind a planned step
-            and self.protection.end <= int(self.seen.min())
         )
 
-    def limit(self, evict: bool) -> Tensor:
-        """int64 [S], entries from which on a segment gives one up, if it does that at all."""
-        return self.capacity if evict else torch.full_like(self.arena.length, UNLIMITED)
+    def limit(self, evict: bool, settled: Tensor) -> Tensor:
+        """int64 [S], entries from which on a segment gives one up, if it does that at all. settled: int64 [B]"""
+        return self.capacity_behind(settled) if evict else torch.full_like(self.arena.length, UNLIMITED)
 
     def make_ring(self, limit: Tensor) -> None:
-        """Lays the entries in the order in which they will leave, where it is known. limit: int64 [S]."""
-        if self.is_ring or not self.knows_order:
+        """Lays the entries in the order in which they will leave, where there is one. limit: int64 [S]."""
+        has_order = self.has_order
+        if self.is_ring or not has_order:
+            self.is_ring &= has_order  # a token that is pinned will lie among others
             return
         arena, seen = self.arena, self._settled_on_device()
         positions, scores = arena.padded_positions(), arena.padded_scores()
@@ -390,6 +401,9 @@ class StoreLayer:
             "recent_window": protection.recent_window,
             "spans": protection.spans,
         }
+
+    def _spanned(self, settled: Tensor) -> Tensor:
+        return torch.tensor([self.protection.num_spanned(count) for count in settled.tolist()])
 
     def _note_eviction(self, segments: Tensor) -> None:
         """segments: bool [S], those that lose an entry now."""

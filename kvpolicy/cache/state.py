@@ -180,7 +180,8 @@ def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
     settled = layer.settled.repeat_interleave(store.num_heads)
     _check(arena.length, 0, settled, f"{prefix}.length")
     most = arena.length + arena.slack(arena.length)
-    limited = layer.capacity.where(layer.capacity < UNLIMITED, 0)
+    ceiling = layer.capacity_behind(layer.seen.clamp(min=layer.protection.end))  # once all spans have come
+    limited = ceiling.where(ceiling < UNLIMITED, 0)
     _check(arena.allocated, arena.length, torch.maximum(most, limited), f"{prefix}.allocated")
     start = arena.allocated.cumsum(0) - arena.allocated
     _check(arena.start, start, start, f"{prefix}.start")

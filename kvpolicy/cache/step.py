@@ -132,17 +132,19 @@ def plan_step(layers: Sequence[StoreLayer | None], tables: StepTables, *, evict:
     if not all(layer.seen is first.seen or torch.equal(layer.seen, first.seen) for layer in opened):
         return PlannedStep()
     seen = first.seen + 1
-    limit = torch.stack([layer.limit(evict) for layer in opened])
+    limit = most = torch.stack([layer.limit(evict, seen) for layer in opened])
+    if (end := first.protection.end) and end > int(first.seen.min()):  # tokens of a span will come on top
+        most = torch.stack([layer.limit(evict, seen.clamp(min=end)) for layer in opened])
     # both move entries, so they come before the tables are read
     for layer, own in zip(opened, limit, strict=True):
         layer.make_ring(own)
     arenas = [layer.arena for layer in opened]
-    _reserve(arenas, limit, grows=grows)
+    _reserve(arenas, limit, most, grows=grows)
     start, length, cursor = _stacked(arenas, "start", "length", "cursor")
     evicted_at = torch.stack([layer.evicted_at for layer in opened])
     full = length >= limit
     after, row = length + ~full, start + length
-    if first.knows_order:
+    if first.has_order:
         num_pinned, searches = first.arena.num_pinned, [False] * len(opened)
         row = torch.where(full, start + num_pinned + cursor, row)
         ring = (length - num_pinned).clamp(min=1)  # before all pinned entries have come there is none to go round
@@ -172,13 +174,14 @@ def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
     return tables.view(len(names), len(arenas), -1).unbind()
 
 
-def _reserve(arenas: Sequence[LayerArena], limit: Tensor, *, grows: bool) -> None:
-    """Room for one more entry in every segment below its limit. limit: int64 [L, S].
+def _reserve(arenas: Sequence[LayerArena], limit: Tensor, most: Tensor, *, grows: bool) -> None:
+    """Room for one more entry in every segment below its limit.
 
+    limit, most: int64 [L, S], entries allowed now, and once all protected spans have come
     grows: then also for all up to a limit that is known, so that entries move when limits rise and at no other token
     """
     length, allocated, cursor = _stacked(arenas, "length", "allocated", "cursor")
-    below, known = length < limit, limit.where(limit < UNLIMITED, 0)
+    below, known = length < limit, most.where(most < UNLIMITED, 0)
     cramped = below & (length == allocated)
     if grows:
         cramped |= below & (known > allocated)
@@ -187,7 +190,7 @@ def _reserve(arenas: Sequence[LayerArena], limit: Tensor, *, grows: bool) -> Non
     if not bool((cramped | turned).any()):
         return
     for arena, own, least, is_cramped, is_turned in zip(
-        arenas, limit, known, cramped.any(1), turned.any(1), strict=True
+        arenas, most, known, cramped.any(1), turned.any(1), strict=True
     ):
         if is_cramped and grows:
             arena.relayout(torch.maximum(arena.length + arena.slack(arena.length), least))

@@ -102,8 +102,8 @@ class Decoding(Layers):
 
     @property
     def layouts(self) -> list[object]:
-        """For each layer, what stays the same object while its entries lie where they lie."""
-        return [(layer.arena.layout, layer.max_positions) for layer in self._opened()]
+        """For each layer, what stays the same while its entries lie where they lie, and a step is the same launches."""
+        return [(layer.arena.layout, layer.max_positions, layer.has_order) for layer in self._opened()]
 
     def pass_step(self) -> None:
         """Notes the planned token, which a graph has written into every layer, and plans the next one.

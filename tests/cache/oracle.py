@@ -36,6 +36,12 @@ class Row:
         sinks = self.policy.num_sink_tokens
         return self.table[head] + sum(self.spanned(p) for p in range(sinks, self.settled))
 
+    @property
+    def spanned_to_come(self):
+        """Tokens that are not settled yet and will come on top of the capacity."""
+        first = max(self.settled, self.policy.num_sink_tokens)
+        return sum(self.spanned(p) for p in range(first, max((end for _, end in self.spans), default=0)))
+
     def prompt(self, count, hold=0):
         """Returns the outputs of the tokens, [num_q_heads, count, Dv]."""
         tokens = list(range(self.seen, self.seen + count))

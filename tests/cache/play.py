@@ -131,7 +131,7 @@ class Play:
             assert int(lengths[index, head]) == len(row.kept[head]) + len(row.pending)
             if self.store.decode_mode == "evict":
                 assert len(held) <= row.capacity(head)
-                most, capacity = int(room(len(held))), row.capacity(head)
+                most, capacity = int(room(len(held))), row.capacity(head) + row.spanned_to_come
                 # a segment whose capacity grows has room beyond it, and moves the less often
                 most = max(most, capacity) if self.store.schedule.grows else max(len(held), min(capacity, most))
                 assert int(arena.allocated[segment]) <= most

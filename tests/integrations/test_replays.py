@@ -69,6 +69,59 @@ def test_a_replayed_token_is_the_one_without_a_graph(policy, context, model, rec
         assert sum(x.replays for x in recorded) == 69 + 12  # all but the first token
 
 
+SPANS = [(55, 58), (63, 82), (100, 103)]
+"""In the prompt, across its end, and beyond it."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "context", "decode"),
+    [*((*budget, "evict") for budget in BUDGETS), ("streaming", None, "append"), ("h2o", 90, "append")],
+)
+def test_spans_whose_tokens_are_decoded(policy, context, decode, model, recorded):
+    """They are kept on top, while the tokens between them are given up, and few of them cost a recording."""
+    ids = text(152)
+    caches = [cache_over(model, policy, context_length=context, protected=SPANS, decode=decode) for _ in range(2)]
+    parts = [ids[:, :70], *(ids[:, i : i + 1] for i in range(70, 152))]
+    logits = []
+    with torch.no_grad():
+        for cache, forward in zip(caches, (model, model.forward.own), strict=True):
+            logits.append(torch.stack([forward(part, **over(cache)).logits[:, -1] for part in parts], 1))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
+    assert (caches[0].replays.mode, caches[0].replays.why) == ("graph", None)
+    if recorded is not None:
+        assert sum(x.replays for x in recorded) == 81 and len(recorded) <= 6
+    plain = cache_over(model, policy, context_length=context, decode=decode)
+    with torch.no_grad():
+        for part in parts:
+            model(part, **over(plain))
+    capacities = caches[0].opened().capacities
+    assert torch.equal(capacities, plain.opened().capacities + 3 + 19 + 3)
+    kept = [[sorted(x.tolist()) for x in cache.opened().positions(0)] for cache in caches]
+    assert kept[0] == kept[1]
+    pinned = {position for begin, end in SPANS for position in range(begin, end)}
+    assert all(pinned <= set(own) for own in kept[0])
+    assert decode == "append" or all(len(own) <= capacities[0, 0, 0] < 152 for own in kept[0])
+
+
+def test_a_span_that_is_taken_back(model, recorded):
+    """Behind its end entries leave in turns; before it one is looked for. A step back is another recording."""
+    found = []
+    for is_replayed in (True, False):
+        cache, ids = cache_over(model, retention=0.5, context_length=150, protected=[(60, 66)]), text(90)
+        forward = model if is_replayed else model.forward.own
+        with torch.no_grad():
+            out = forward(ids[:, :50], **over(cache))
+            for stop in (70, 90):
+                for i in range(cache.get_seq_length(), stop):
+                    out = forward(ids[:, i : i + 1], **over(cache))
+                if stop == 70:
+                    cache.crop(-8)
+        found.append((out.logits, [sorted(x.tolist()) for x in cache.opened().positions(0)]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-4)
+    assert found[0][1] == found[1][1]
+    assert all(len(own) == 75 + 6 for own in found[0][1])
+
+
 def test_generate_replays(model, recorded):
     cache = cache_over(model, context_length=50)
     expected = model.generate(text(50), max_new_tokens=60, do_sample=False, **over(cache))

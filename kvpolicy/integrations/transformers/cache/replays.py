@@ -110,7 +110,7 @@ class Replays:
             return None
         store = cache.opened()
         if not store.advance():
-            self._fall_back("a protected span or another policy's state has to be looked at in each layer", cache)
+            self._fall_back("tokens that could have been taken back (assisted generation) are still to be kept", cache)
             return None
         cache.open_rings()
         inputs, counts = self._placed(_inputs(cache, call)), self._counted(cache)
