@@ -289,6 +289,11 @@ def test_names_of_the_core_load_no_heavy_library() -> None:
     assert not HEAVY & loaded_by("import kvpolicy; " + "; ".join(f"kvpolicy.{name}" for name in names))
 
 
+def test_a_list_of_the_plugins_loads_no_heavy_library() -> None:
+    code = "import os; os.environ['KVPOLICY_PLUGINS'] = ''; import kvpolicy.cli.plugins; kvpolicy.registry.rows()"
+    assert {"torch", "numpy", *HEAVY} & loaded_by(code) == {"typer", "kvpolicy_baklava", "kvpolicy_baselines"}
+
+
 def test_help_and_version_load_no_heavy_library() -> None:
     code = """
 import contextlib, io, sys

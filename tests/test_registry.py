@@ -116,6 +116,16 @@ def test_every_built_in_method_says_what_it_does_and_when_to_use_it() -> None:
     assert len(built_in) > 25 and all(row.summary and row.when.endswith((".", "?")) for row in built_in)
 
 
+def test_every_built_in_method_is_usable_as_its_row_says() -> None:
+    for row in (row for row in registry.rows() if row.distribution == PROJECT):
+        assert row.status == "ok" and registry.get(row.role, row.name), row  # type: ignore[call-overload]
+
+
+def test_the_targets_of_others_are_imported_for_their_rows() -> None:
+    (row,) = make(plugin("acme", lambda r: r.allocator("flat", "nowhere.at_all:Flat"))).rows()
+    assert row.status == "broken" and "nowhere" in str(row.error)
+
+
 def test_unknown_name_lists_close_matches_and_the_command() -> None:
     message = error_of(lambda: make(allocator("acme", FlatAllocator)).get("allocator", "flatt"))
     for part in ("no allocator named 'flatt'", "did you mean 'flat'", "there is 'flat'", "`kvpolicy plugins`"):

@@ -10,20 +10,22 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal, Protocol, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from kvpolicy.errors import PluginError
-from kvpolicy.model.spec import Budget, Importance, ModelSpec
-from kvpolicy.plugins.activations import LayerActivations, LayerStatistics
-from kvpolicy.plugins.decode_step import DecodeStep
-from kvpolicy.plugins.layer_gradients import LayerGradients
 from kvpolicy.progress import Progress
+
+if TYPE_CHECKING:  # a list of the plugins needs no torch
+    from torch import Tensor
+
+    from kvpolicy.model.spec import Budget, Importance, ModelSpec
+    from kvpolicy.plugins.activations import LayerActivations, LayerStatistics
+    from kvpolicy.plugins.decode_step import DecodeStep
+    from kvpolicy.plugins.layer_gradients import LayerGradients
 
 SplitScope = Literal["none", "layer", "model"]
 SoftTarget = Literal["full", "text"]
-ScoreBias = Callable[[int, Tensor], Tensor]
+ScoreBias = Callable[[int, "Tensor"], "Tensor"]
 """`bias(layer, rank)`: budgeted layer, int64 `[H or 1, q, k]` -> float32 `[H, q, k]`.
 
 The rank of an entry is how many others that may be evicted outlive it, and -1 where it is never evicted: a KV head of
