@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import decode_attention, ragged_attention
 from kvpolicy_kernels.compact import compact
@@ -14,8 +14,7 @@ from kvpolicy_kernels.window_attention import window_attention
 from torch import Tensor
 
 from kvpolicy_vllm.layout import BlockLayout
-
-BLOCK = 256  # queries of a chunk that attend at once, so that no mask is [heads, chunk, chunk]
+from kvpolicy_vllm.steps import LayerStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,53 +22,46 @@ class BlockAttention:
     """One layer of one rank. Query heads of a group follow each other.
 
     scale: of the scores;  softcap: scores become `softcap * tanh(score / softcap)`
-    capacities: entries of each KV head in a block, on the host
+    on_host: the layout where its numbers can be read;  capacities: entries of each KV head in a block
     """
 
     layout: BlockLayout
     scale: float
     softcap: float | None = None
+    on_host: BlockLayout = field(init=False)
     capacities: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "capacities", tuple(self.layout.slots.tolist()))
+        object.__setattr__(self, "on_host", replace(self.layout, slots=self.layout.slots.cpu()))
+        object.__setattr__(self, "capacities", tuple(self.on_host.slots.tolist()))
 
-    def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, counts: Tensor
-    ) -> Tensor:
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: LayerStep) -> Tensor:
         """Writes one token of each request, then attends to what it sees. Waits for nothing, so that graphs hold it.
 
         query: [B, num_q_heads, D];  key, value: [B, num_kv_heads, D]
-        cache: [num_blocks, rows, 2, D], written in place;  blocks: int [B, P], the blocks of each request
-        counts: int [B], its tokens with this one; 0 for no request at all, whose row may hold anything
+        cache: [num_blocks, rows, 2, D], written in place
 
-        Returns [B, num_q_heads, D].
+        Returns [B, num_q_heads, D]; zeros for no request at all.
         """
-        layout, counts = self.layout, counts.long()
-        used = torch.where(counts[:, None] > 0, blocks, 0).long()  # vLLM gives block 0 to nobody
-        slot = layout.slot((counts - 1).clamp(min=0))
-        number, inside = slot // layout.slots[:, None], slot % layout.slots[:, None]
-        rows = used.gather(1, number.t()) * layout.rows + layout.offsets + inside.t()
         keys, values = _arena(cache)
-        append([keys, values], rows.flatten(), [key, value])
-        if layout.num_blocks == 1:
-            starts = used[:, :1] * layout.rows + layout.offsets
-            segments = Segments(keys, values, starts.flatten(), layout.lengths(counts).t().flatten())
-            out = ragged_attention(query[:, :, None], segments, scale=self.scale, softcap=self.softcap)
-            return out[:, :, 0]
-        return self._over_blocks(query, keys, values, used, counts)
+        append([keys, values], step.rows, [key, value])
+        segments = Segments(keys, values, step.starts, step.lengths)
+        if step.num_blocks > 1:
+            return self._over_blocks(query, segments, step)
+        query = query[:, :, None]
+        if step.plan is None:
+            return ragged_attention(query, segments, scale=self.scale, softcap=self.softcap)[:, :, 0]
+        return decode_attention(query, segments, scale=self.scale, softcap=self.softcap, plan=step.plan).out[:, :, 0]
 
-    def _over_blocks(self, query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, counts: Tensor) -> Tensor:
+    def _over_blocks(self, query: Tensor, segments: Segments, step: LayerStep) -> Tensor:
         """Each block of a request attends as if it were a request, and their answers are merged."""
-        layout, (num_requests, num_blocks) = self.layout, blocks.shape
-        starts = blocks[:, :, None] * layout.rows + layout.offsets
-        lengths = layout.block_lengths(counts, num_blocks)
-        segments = Segments(keys, values, starts.flatten(), lengths.flatten())
-        parts = query.repeat_interleave(num_blocks, 0)[:, :, None]
-        out, lse, _ = decode_attention(parts, segments, scale=self.scale, softcap=self.softcap, with_lse=True)
+        parts = query.repeat_interleave(step.num_blocks, 0)[:, :, None]
+        out, lse, _ = decode_attention(
+            parts, segments, scale=self.scale, softcap=self.softcap, plan=step.plan, with_lse=True
+        )
         if lse is None:
             raise RuntimeError("decode_attention returned no log-sum-exp although it was asked for")
-        out, lse = (x[:, :, 0].view(num_requests, num_blocks, *x.shape[1:2], *x.shape[3:]) for x in (out, lse))
+        out, lse = (x[:, :, 0].view(-1, step.num_blocks, x.shape[1], *x.shape[3:]) for x in (out, lse))
         weights = torch.softmax(lse, 1).nan_to_num(0.0)  # nothing at all is seen in the rows of no request
         return torch.sum(out.float() * weights[..., None], 1).to(out.dtype)
 
@@ -85,7 +77,7 @@ class BlockAttention:
         Returns [m, num_q_heads, D].
         """
         layout, count = self.layout, len(query)
-        attend = self._in_one_window if layout.num_blocks == 1 else self._head_by_head
+        attend = self._in_one_window if layout.num_blocks == 1 else self._block_by_block
         out = attend(query, key, value, cache, blocks, num_before)
         positions = torch.arange(num_before, num_before + count, device=query.device)
         oldest = layout.oldest(positions[-1:])
@@ -116,53 +108,52 @@ class BlockAttention:
             rows = layout.rows_of(blocks, layout.slot(position))
             before = [arena[rows].masked_fill(hidden[..., None], 0)[None] for arena in _arena(cache)]
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        return self._windows(q, k, v, self.capacities)
+
+    def _block_by_block(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int
+    ) -> Tensor:
+        """For growing blocks, head by head.
+
+        Within a block a head's window is fixed, once the tokens are left out that were evicted before the block began
+        or the chunk did.
+        """
+        layout, sinks, end = self.layout, self.layout.num_sink_tokens, num_before + len(query)
+        tokens = layout.tokens_per_block
+        begins = [num_before, *range((num_before // tokens + 1) * tokens, end, tokens)]
+        ends = [*begins[1:], end]
+        oldest = self.on_host.oldest(torch.tensor(begins)).tolist()
+        before = torch.arange(num_before, device=query.device)
+        rows = layout.rows_of(blocks, layout.slot(before))
+        group = query.shape[1] // layout.num_kv_heads
+        out = torch.empty_like(query)
+        for head, slots in enumerate(self.capacities):
+            gap = oldest[head][0] - sinks  # tokens behind the sinks that are evicted already
+            entries = torch.cat([rows[head, :sinks], rows[head, sinks + gap :]])
+            k, v = (
+                torch.cat([old[entries], new[:, head]]) for old, new in zip(_arena(cache), (key, value), strict=True)
+            )
+            heads = slice(head * group, (head + 1) * group)
+            for first, begin, stop in zip(oldest[head], begins, ends, strict=True):
+                seen_k, seen_v = (torch.cat([x[:sinks], x[first - gap : stop - gap]])[None, None] for x in (k, v))
+                span = slice(begin - num_before, stop - num_before)
+                capacity = (begin // tokens + 1) * slots
+                out[span, heads] = self._windows(query[span, heads].transpose(0, 1)[None], seen_k, seen_v, [capacity])
+        return out
+
+    def _windows(self, query: Tensor, key: Tensor, value: Tensor, capacities: Sequence[int]) -> Tensor:
+        """As `window_attention` has it, for one request; returns [m, num_q_heads, D]."""
         out = window_attention(
-            q,
-            k,
-            v,
-            self.capacities,
-            layout.num_sink_tokens,
+            query,
+            key,
+            value,
+            capacities,
+            self.layout.num_sink_tokens,
             scale=self.scale,
             softcap=self.softcap,
             backend="triton" if query.is_cuda else "auto",  # untried there, so that the check at start must pass
         )
         return out[0].transpose(0, 1)
-
-    def _head_by_head(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int
-    ) -> Tensor:
-        """For growing blocks: a head's entries, then the tokens of the chunk, under a mask by position."""
-        layout, count, device = self.layout, len(query), query.device
-        keys, values = _arena(cache)
-        positions = torch.arange(num_before + count, device=device)
-        oldest = layout.oldest(positions[num_before:])  # [H, m]
-        before = positions[:num_before]
-        kept = (before < layout.num_sink_tokens) | (before >= oldest[:, :1])
-        rows = layout.rows_of(blocks, layout.slot(before))
-        group = query.shape[1] // layout.num_kv_heads
-        out = torch.empty_like(query)
-        for head in range(layout.num_kv_heads):
-            entries = rows[head, kept[head]]
-            k, v = (torch.cat([arena[entries], new[:, head]]) for arena, new in ((keys, key), (values, value)))
-            where = torch.cat([before[kept[head]], positions[num_before:]])
-            heads = slice(head * group, (head + 1) * group)
-            for begin in range(0, count, BLOCK):
-                end = min(begin + BLOCK, count)
-                seen = len(entries) + end
-                at = positions[num_before + begin : num_before + end, None]
-                near = (where[:seen] >= oldest[head, begin:end, None]) | (where[:seen] < layout.num_sink_tokens)
-                mask = near & (where[:seen] <= at)
-                out[begin:end, heads] = self._masked(query[begin:end, heads], k[:seen], v[:seen], mask)
-        return out
-
-    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """query: [n, group, D]; key, value: [m, D]; mask: bool [n, m]. Returns [n, group, D]."""
-        q = query.transpose(0, 1)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh((q @ key.t()).float() * (self.scale / self.softcap))
-            return (scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype) @ value).transpose(0, 1)
-        k, v = (x.expand(q.shape[0], -1, -1) for x in (key, value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(0, 1)
 
 
 def _arena(cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.report import pulse
 from kvpolicy_vllm.self_check import check_attention
 from kvpolicy_vllm.serving import Serving
+from kvpolicy_vllm.steps import LayerStep, LayerTables
 
 
 class BlockBackend(AttentionBackend):
@@ -48,45 +49,81 @@ class BlockBackend(AttentionBackend):
 class StepRequests:
     """The requests of one forward.
 
-    counts: int [B], tokens of each with this forward's; 0 for none;  blocks: int [B, P]
-    spans:  (first token of this forward, one behind its last, tokens of the request before), None for a step in which
-        every request has one token
+    at:     int [B], which of the forward's tokens are the only ones of their request; None for the first B
+    counts: int [B], tokens of each of these requests with this forward's; 0 for none;  blocks: int [B, P]
+    chunks: (first token of this forward, one behind its last, tokens of the request before, blocks [P]) of the others
     """
 
+    at: Tensor | None
     counts: Tensor
     blocks: Tensor
-    spans: list[tuple[int, int, int]] | None
+    chunks: list[tuple[int, int, int, Tensor]]
+
+    @classmethod
+    def read(cls, step: Any) -> StepRequests:
+        """step: vLLM's metadata. In a step of single tokens nothing is copied, and nothing waits for the device."""
+        lengths, blocks = step.seq_lens[: step.num_reqs], step.block_table_tensor[: step.num_reqs]
+        if step.max_query_len == 1:
+            return cls(None, lengths, blocks, [])
+        begins, counts = step.query_start_loc_cpu.tolist(), lengths.tolist()
+        singles, chunks = [], []
+        for request, (begin, end, count) in enumerate(zip(begins, begins[1:], counts, strict=False)):
+            if end - begin == 1:
+                singles.append((begin, request))
+            elif end > begin:
+                chunks.append((begin, end, count - (end - begin), blocks[request]))
+        at, of = torch.tensor(singles, dtype=torch.int64, device=blocks.device).view(-1, 2).unbind(1)
+        return cls(at, lengths[of], blocks[of], chunks)
+
+
+class SharedSteps:
+    """What the layers of a rank need alike, once a step."""
+
+    def __init__(self, tables: LayerTables) -> None:
+        self._tables = tables
+        self._metadata: Any = None
+        self._requests: StepRequests | None = None
+        self._layers: list[LayerStep] = []
+
+    def requests(self, metadata: Any) -> StepRequests:
+        """Those of a step, whose metadata is one object for all builders."""
+        if self._requests is None or metadata is not self._metadata:
+            self._metadata, self._requests = metadata, StepRequests.read(metadata)
+        return self._requests
+
+    def single_tokens(self, layer: int, requests: StepRequests) -> LayerStep:
+        """The first layer works it out, inside of the CUDA graph where there is one."""
+        if layer == 0:
+            self._layers = self._tables.step(requests.blocks, requests.counts)
+        return self._layers[layer]
 
 
 class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
-    """One for each distinct number of rows. Copies nothing and, in a step of single tokens, waits for nothing."""
+    """One for each distinct number of rows."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            layers[name].impl.start(device)
-        check_attention(device, vllm_config.model_config.dtype)
+        impls = [layer.impl for layer in layers.values()]
         self.is_first = next(iter(layers)) in layer_names
+        if impls[0].steps is None:
+            check_attention(device, vllm_config.model_config.dtype)
+            layouts = [impl.layout(device) for impl in impls]
+            steps = SharedSteps(LayerTables(layouts, impls[0].head_size))
+            for index, (impl, layout) in enumerate(zip(impls, layouts, strict=True)):
+                impl.start(index, layout, steps)
+        self.steps: SharedSteps = impls[0].steps
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:
-        step = common_attn_metadata
-        spans = None
-        if step.max_query_len > 1:
-            begins, counts = step.query_start_loc_cpu.tolist(), step.seq_lens.tolist()
-            spans = [
-                (begin, end, count - (end - begin))
-                for begin, end, count in zip(begins, begins[1:], counts, strict=False)
-            ]
         if self.is_first:
-            pulse.beat(step.num_reqs, step.num_actual_tokens)
-        return StepRequests(step.seq_lens[: step.num_reqs], step.block_table_tensor[: step.num_reqs], spans)
+            pulse.beat(common_attn_metadata.num_reqs, common_attn_metadata.num_actual_tokens)
+        return self.steps.requests(common_attn_metadata)
 
 
 class BlockImpl(AttentionImpl[StepRequests]):
-    """One layer. `assign` says which of a plan's, `start` on which device."""
+    """One layer. `assign` says which of a plan's it is, `start` with which others it is served."""
 
     def __init__(
         self,
@@ -119,15 +156,17 @@ class BlockImpl(AttentionImpl[StepRequests]):
         self.rows = 0
         self.serving: Serving | None = None
         self.attention: BlockAttention | None = None
+        self.index = 0
+        self.steps: SharedSteps | None = None
 
     def assign(self, serving: Serving, layer: int, rank: int, tp_size: int) -> None:
         self.serving = serving
         self.slots, self.rows = serving.rank_slots(layer, rank, tp_size), serving.rows(layer, tp_size)
 
-    def start(self, device: torch.device) -> None:
+    def layout(self, device: torch.device) -> BlockLayout:
         if self.serving is None:
             raise RuntimeError("a layer of kvpolicy-vllm was started before it got its budget")
-        layout = BlockLayout.of(
+        return BlockLayout.of(
             self.slots,
             self.serving.tokens_per_block,
             self.serving.num_sink_tokens,
@@ -135,7 +174,10 @@ class BlockImpl(AttentionImpl[StepRequests]):
             rows=self.rows,
             device=device,
         )
+
+    def start(self, index: int, layout: BlockLayout, steps: SharedSteps) -> None:
         self.attention = BlockAttention(layout, self.scale, self.softcap)
+        self.index, self.steps = index, steps
 
     def forward(
         self,
@@ -154,22 +196,16 @@ class BlockImpl(AttentionImpl[StepRequests]):
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("kvpolicy-vllm does not quantise the output of attention")
-        if self.attention is None:
+        if self.attention is None or self.steps is None:
             raise RuntimeError("a layer of kvpolicy-vllm attends before it was started")
-        step, attention = attn_metadata, self.attention
+        attention, step = self.attention, attn_metadata
         cache = kv_cache.view(kv_cache.shape[0], -1, 2, self.head_size)  # from 0.32 on vLLM has a shape of its own
         out = output.view(-1, self.num_heads, self.head_size)
-        if step.spans is None:
-            n = len(step.counts)
-            out[:n] = attention.decode(query[:n], key[:n], value[:n], cache, step.blocks, step.counts)
-            return output
-        single = [b for b, (begin, end, _) in enumerate(step.spans) if end - begin == 1]
-        if single:
-            at = torch.tensor([step.spans[b][0] for b in single], device=query.device)
-            of = torch.tensor(single, device=query.device)
-            out[at] = attention.decode(query[at], key[at], value[at], cache, step.blocks[of], step.counts[of])
-        for b, (begin, end, before) in enumerate(step.spans):
-            if end - begin > 1:
-                q, k, v = query[begin:end], key[begin:end], value[begin:end]
-                out[begin:end] = attention.chunk(q, k, v, cache, step.blocks[b], before)
+        if len(step.counts):
+            at = slice(len(step.counts)) if step.at is None else step.at
+            rows = self.steps.single_tokens(self.index, step)
+            out[at] = attention.decode(query[at], key[at], value[at], cache, rows)
+        for begin, end, before, blocks in step.chunks:
+            q, k, v = query[begin:end], key[begin:end], value[begin:end]
+            out[begin:end] = attention.chunk(q, k, v, cache, blocks, before)
         return output

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.steps import LayerTables
 
 HEADS, GROUP, DIM, SINKS = 2, 2, 64, 4
 TOKENS, CHUNK = 96, 40  # a first chunk, one behind entries, and single tokens
@@ -42,6 +43,7 @@ def _token_by_token(attention: BlockAttention, query: Tensor, key: Tensor, value
     layout, device = attention.layout, query.device
     cache = torch.zeros(layout.num_blocks + 1, layout.rows, 2, DIM, device=device, dtype=query.dtype)
     blocks = torch.arange(layout.num_blocks, 0, -1, device=device)
+    tables = LayerTables([layout], DIM)
     parts = []
     for begin in (0, CHUNK):
         span = slice(begin, begin + CHUNK)
@@ -49,8 +51,8 @@ def _token_by_token(attention: BlockAttention, query: Tensor, key: Tensor, value
     for token in range(2 * CHUNK, TOKENS):
         counts = torch.tensor([token + 1, 0], device=device)
         both = torch.tensor([token, 0], device=device)
-        tables = torch.stack([blocks, blocks])
-        parts.append(attention.decode(query[both], key[both], value[both], cache, tables, counts)[:1])
+        (step,) = tables.step(torch.stack([blocks, blocks]), counts)
+        parts.append(attention.decode(query[both], key[both], value[both], cache, step)[:1])
     return torch.cat(parts).float()
 
 

@@ -9,6 +9,7 @@ import torch
 from kvpolicy_vllm import self_check
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.steps import LayerTables
 
 TOKENS = 400
 # entries of a block, its tokens, sink tokens: a slab, slabs that hold all, blocks whose ring is shorter than a block
@@ -69,11 +70,14 @@ def test_chunks_and_single_tokens_attend_alike(
     for size in (chunk, 300):
         cache = torch.full((10, layout.rows, 2, 16), 1e4)  # what lay there before
         blocks = torch.randperm(9)[: layout.num_blocks] + 1
+        tables = LayerTables([layout], 16)
         parts = [
             attention.chunk(*(x[begin : begin + size] for x in (query, key, value)), cache, blocks, begin)
             if size > 1
             else attention.decode(
-                *(x[begin : begin + 1] for x in (query, key, value)), cache, blocks[None], torch.tensor([begin + 1])
+                *(x[begin : begin + 1] for x in (query, key, value)),
+                cache,
+                *tables.step(blocks[None], torch.tensor([begin + 1])),
             )
             for begin in range(0, 300, size)
         ]
@@ -81,12 +85,32 @@ def test_chunks_and_single_tokens_attend_alike(
     torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens_per_block", [512, 64])
+def test_layers_together_are_the_layers_alone(tokens_per_block: int) -> None:
+    tables = [[16, 64], [40, 12], [60, 24]]
+    layouts = [
+        BlockLayout.of(slots, tokens_per_block, 4, max_tokens=512, rows=rows)
+        for slots, rows in zip(tables, (0, 90, 0), strict=True)
+    ]
+    counts = torch.tensor([1, 63, 65, 0, 400])
+    blocks = torch.randperm(40)[: 5 * layouts[0].num_blocks].view(5, -1)
+    for layout, step in zip(layouts, LayerTables(layouts, 16).step(blocks, counts), strict=True):
+        assert step.lengths.view(5, -1, 2).sum(1).tolist() == layout.lengths(counts).t().tolist()
+        for request, count in enumerate(counts.tolist()):
+            if count:
+                rows = layout.rows_of(blocks[request], layout.slot(torch.tensor([count - 1])))
+                assert step.rows.view(5, 2)[request].tolist() == rows[:, 0].tolist()
+        begins = blocks[:, :, None] * layout.rows + layout.offsets
+        assert torch.equal(step.starts.view(5, -1, 2)[counts > 0], begins[counts > 0])
+
+
 def test_a_row_of_no_request_touches_nobody() -> None:
     layout = BlockLayout.of([8, 8], 64, 4, max_tokens=64)
     cache = torch.randn(3, 16, 2, 16)
     before = cache.clone()
     new = torch.randn(2, 4, 16), torch.randn(2, 2, 16), torch.randn(2, 2, 16)
-    out = BlockAttention(layout, 0.25).decode(*new, cache, torch.tensor([[2], [77]]), torch.tensor([1, 0]))
+    step = LayerTables([layout], 16).step(torch.tensor([[2], [77]]), torch.tensor([1, 0]))
+    out = BlockAttention(layout, 0.25).decode(*new, cache, *step)
     assert torch.equal(cache[1], before[1]) and not torch.equal(cache[2], before[2])
     assert torch.equal(out[1], torch.zeros(4, 16))
 
@@ -115,20 +139,20 @@ def test_attention_holds_on_a_gpu(dtype: torch.dtype) -> None:
 def test_a_step_of_single_tokens_fits_a_graph(slots: tuple[int, int], tokens_per_block: int) -> None:
     device = torch.device("cuda")
     layout = BlockLayout.of(slots, tokens_per_block, 4, max_tokens=4096, device=device)
-    attention = BlockAttention(layout, 0.125)
+    attention, tables = BlockAttention(layout, 0.125), LayerTables([layout], 64)
     caches = [torch.zeros(40, layout.rows, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(2)]
     blocks = torch.arange(1, 1 + 2 * layout.num_blocks, device=device).view(2, -1)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
     new = [torch.zeros(2, heads, 64, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
     for _ in range(2):
-        attention.decode(*new, caches[0], blocks, counts)
+        attention.decode(*new, caches[0], *tables.step(blocks, counts))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention.decode(*new, caches[0], blocks, counts)
+        out = attention.decode(*new, caches[0], *tables.step(blocks, counts))
     caches[0].zero_()
     for step in range(300):
         counts.copy_(torch.tensor([step + 1, max(0, step - 100)]))
         for tensor in new:
             tensor.normal_()
         graph.replay()
-        torch.testing.assert_close(out, attention.decode(*new, caches[1], blocks, counts))
+        torch.testing.assert_close(out, attention.decode(*new, caches[1], *tables.step(blocks, counts)))

@@ -1,0 +1,73 @@
+"""A step of single tokens: which rows it writes and reads, worked out for all layers at once.
+
+Layers differ in their numbers alone, so that their heads are taken as the heads of one wide layer. Otherwise a step
+would be some dozen small launches for each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from kvpolicy_kernels.attention import WorkPlan, plan_work
+from torch import Tensor
+
+from kvpolicy_vllm.layout import BlockLayout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStep:
+    """What one layer of H KV heads does with one token of each of B requests.
+
+    rows:            int64 [B * H], where keys and values go
+    starts, lengths: int64 [B * P * H], what is attended to in each of a request's P blocks
+    num_blocks:      P, 1 for a slab
+    plan:            how the kernel shares the work; None on a CPU
+    """
+
+    rows: Tensor
+    starts: Tensor
+    lengths: Tensor
+    num_blocks: int
+    plan: WorkPlan | None
+
+
+class LayerTables:
+    """The layers of one rank."""
+
+    def __init__(self, layouts: Sequence[BlockLayout], head_dim: int) -> None:
+        """layouts: of one number of heads, sinks and tokens in a block, on one device."""
+        first, self.num_layers, self.head_dim = layouts[0], len(layouts), head_dim
+        tables = [layout.table for layout in layouts if layout.table is not None]
+        self.wide = replace(
+            first,
+            slots=torch.cat([layout.slots for layout in layouts]),
+            offsets=torch.cat([layout.offsets for layout in layouts]),
+            table=torch.cat(tables, 1) if tables else None,
+        )
+        rows = torch.tensor([layout.rows for layout in layouts], device=first.slots.device)
+        self.rows = rows.repeat_interleave(first.num_kv_heads)
+
+    def step(self, blocks: Tensor, counts: Tensor) -> list[LayerStep]:
+        """For each layer. Waits for nothing.
+
+        blocks: int [B, P], the blocks of each request
+        counts: int [B], its tokens with this one; 0 for no request at all, whose row may hold anything
+        """
+        wide, num_blocks, counts = self.wide, blocks.shape[1], counts.long()
+        used = torch.where(counts[:, None] > 0, blocks, 0).long()  # vLLM gives block 0 to nobody
+        slot = wide.slot((counts - 1).clamp(min=0)).t()
+        rows = used.gather(1, slot // wide.slots) * self.rows + wide.offsets + slot % wide.slots
+        starts = used[:, :, None] * self.rows + wide.offsets
+        lengths = wide.block_lengths(counts, num_blocks)
+        rows, starts, lengths = (self._by_layer(x) for x in (rows, starts, lengths))
+        plan = plan_work(lengths, head_dim=self.head_dim) if lengths.is_cuda else None
+        return [
+            LayerStep(rows[i], starts[i], lengths[i], num_blocks, None if plan is None else plan.layer(i))
+            for i in range(self.num_layers)
+        ]
+
+    def _by_layer(self, table: Tensor) -> Tensor:
+        """[..., L * H] to [L, ... * H]."""
+        return table.view(*table.shape[:-1], self.num_layers, -1).movedim(-2, 0).flatten(1).contiguous()
