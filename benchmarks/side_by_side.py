@@ -6,6 +6,7 @@ than four are slower again: where a process waits for the device, it waits for a
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,15 @@ def run(commands: dict[str, Command], folder: Path, processes: int) -> None:
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(one, commands.items()))
+
+
+def table_of_tasks(options: argparse.Namespace, tasks: Command, methods: Sequence[str]) -> None:
+    """Runs `task_table.py` inside the folder `options.out`, where plans go by their file's name: tasks.jsonl there."""
+    command = ["--model", reachable(options.model), "--device", options.device, "--dtype", options.dtype, *tasks]
+    command += ["--context", options.context, "--limit", options.limit, "--batch-size", options.batch_size]
+    command += ["--methods", *methods, "--retentions", *options.retentions, "--out", "tasks.jsonl"]
+    script = Path(__file__).resolve().with_name("task_table.py")
+    subprocess.run([sys.executable, str(script), *map(str, command)], cwd=options.out, check=True)
 
 
 def each_as(option: str, values: Iterable[float]) -> list[str | float]:

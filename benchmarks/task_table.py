@@ -35,6 +35,7 @@ import kvpolicy
 from kvpolicy.comparison.answers import AnswerTask
 from kvpolicy.comparison.methods import FULL, Method, read_asked
 from kvpolicy.plugins.registry import registry
+from kvpolicy.plugins.task_role import Sample, Task
 from kvpolicy.tasks.family import task_of
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
@@ -64,7 +65,9 @@ def main() -> None:
         return
     begun, known, left = time.monotonic(), read_lines(options.out), 0
     model, tokenizer = kvpolicy.load_model(options.model, device=options.device, dtype=options.dtype)
-    samples = cache(lambda name: task_of(name).samples(tokenizer, options.limit, options.context, options.seed))
+    fields = {"data": options.data} if options.data else {}
+    roles = {name: task_of(name, fields) for name in options.tasks}
+    samples = cache(lambda name: roles[name].samples(tokenizer, options.limit, options.context, options.seed))
     about = {"model": Path(options.model).name, "dtype": str(model.dtype).removeprefix("torch.")}
     about |= {"context": options.context, "limit": options.limit, "seed": options.seed}
     machine = {"device": device_name(options.device), **versions("kvpolicy", "torch", "transformers")}
@@ -77,7 +80,7 @@ def main() -> None:
         drawn = samples(name)[first:][: options.batch_size]
         if not drawn:  # a file may have fewer rows
             continue
-        task = answer_task(model, tokenizer, rows[0].question, name, drawn)
+        task = answer_task(model, tokenizer, rows[0].question, name, roles[name], drawn)
         for row, key in due:
             line = key | measured(task, row.method, row.kept, options.seed) | machine
             with options.out.open("a", encoding="utf-8") as file:
@@ -97,6 +100,7 @@ def parsed() -> Any:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tasks", nargs="+", default=[f"ruler/{name}" for name in TASKS])
+    parser.add_argument("--data", default="", help="folder of the tasks' files")
     parser.add_argument("--questions", nargs="+", default=["agnostic", "aware"])
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--limit", type=int, default=100, help="samples of each task")
@@ -147,11 +151,13 @@ def place(row: Row) -> dict[str, Any]:
     return {"question": row.question, "method": row.method.name, "retention": row.kept}
 
 
-def answer_task(model: Any, tokenizer: Any, question: Any, name: str, samples: Sequence[Any]) -> AnswerTask:
+def answer_task(
+    model: Any, tokenizer: Any, question: Any, name: str, role: Task, samples: Sequence[Sample]
+) -> AnswerTask:
     """All samples are one batch, whose dense cache is kept for the next budget: on a GPU a quarter of what is free."""
     size = torch.cuda.mem_get_info(model.device)[0] // 4 if model.device.type == "cuda" else None
     batch = {"question": question, "batch_size": len(samples), "kept_bytes": size}
-    return AnswerTask(name, task_of(name), model, tokenizer, samples, **batch)
+    return AnswerTask(name, role, model, tokenizer, samples, **batch)
 
 
 def measured(task: AnswerTask, method: Method, kept: float, seed: int) -> dict[str, Any]:
