@@ -69,7 +69,7 @@ class Accounts:
     @property
     def dense_nbytes(self) -> int:
         """Bytes that keeping every token seen would take, padding excluded."""
-        itemsize = next((layer.arena.keys.element_size() for layer in self._opened()), 0)
+        itemsize = next((layer.arena.like.element_size() for layer in self._opened()), 0)
         return int(self.seen.sum()) * self.spec.num_budgeted_layers * self.num_heads * self.spec.entry_bytes(itemsize)
 
     def _opened(self) -> list[StoreLayer]:

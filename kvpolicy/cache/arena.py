@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from kvpolicy_kernels.append import append
@@ -23,7 +23,6 @@ from kvpolicy.cache.copies import copy_with
 
 LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
-_ENTRIES = ("keys", "values", "positions", "scores")
 _FREE = {"positions": -1, "scores": -torch.inf}
 
 if TYPE_CHECKING:
@@ -88,8 +87,10 @@ class LayerArena:
     cursor:     int64 [S], the ring's oldest entry, counted from `num_pinned`
     num_pinned: first entries of a segment, which the ring leaves alone
     layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
+    columns:    names of the tensors that hold keys and values; `EncodedArena` has others
     """
 
+    columns: ClassVar[tuple[str, ...]] = ("keys", "values")
     start: Tensor
     length: Tensor
     allocated: Tensor
@@ -119,13 +120,28 @@ class LayerArena:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
-        names = ("keys", "values", "positions", "scores", *_TABLES)
-        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        tensors = self.entries | {name: getattr(self, name) for name in _TABLES}
         tensors |= {} if self._new_scores is None else {"new_scores": self._new_scores}
         if (placed := self._placed) is not None:
             tensors |= {f"placed.{name}": getattr(placed, name) for name in ("starts", "lengths", "seen")}
             tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
         return tensors
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """The tensors that have a row for each entry, by name."""
+        names = (*self.columns, "positions", "scores")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor [any, D] of the dtype and the device that keys have when they come."""
+        return self.keys
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Keys [R, D] and values [R, Dv] as numbers, which nobody may write into."""
+        return self.keys, self.values
 
     @property
     def placed(self) -> Placed | None:
@@ -136,13 +152,13 @@ class LayerArena:
     def segments(self) -> Segments:
         """As the ops take them: with tables on the device, where a step has brought them there."""
         if (placed := self.placed) is not None:
-            return Segments(self.keys, self.values, placed.starts, placed.lengths)
+            return Segments(*self.vectors, placed.starts, placed.lengths)
         return self.counted_segments
 
     @property
     def counted_segments(self) -> Segments:
         """As ops take them that need the longest length: with tables of the host, so that nobody waits for a device."""
-        return Segments(self.keys, self.values, self.start, self.length)
+        return Segments(*self.vectors, self.start, self.length)
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
@@ -228,13 +244,21 @@ class LayerArena:
         self.length, self.cursor, self._placed = step.length, step.cursor, None
 
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
-        arenas, entries = [self.keys, self.values, self.positions], [key, value, position]
+        arenas, entries = [*self._columns(), self.positions], [*self._laid(key, value), position]
         if self.scores is not None:
             arenas.append(self.scores)
             if self._new_scores is None or len(self._new_scores) != len(rows):
                 self._new_scores = torch.full_like(rows, score, dtype=torch.float32)
             entries.append(self._new_scores)
         append(arenas, rows, entries)
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        """The tensors that `columns` names."""
+        return self.keys, self.values
+
+    def _laid(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values [..., dim] as `columns` hold them."""
+        return key, value
 
     def reserve(self, limit: Tensor) -> None:
         """Makes room for one more entry in every segment below `limit`. limit: int64 [S]."""
@@ -265,20 +289,30 @@ class LayerArena:
         for name in _TABLES:
             setattr(self, name, tables[name])
 
-    def fill(self, entries: Mapping[str, Tensor]) -> None:
-        """Makes its rows again. entries: those of all segments, one behind the other, by name."""
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """What is held besides the entries and belongs into a file, by name."""
+        return {}
+
+    def fill(self, entries: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
+        """Makes its rows again. entries: those of all segments, one behind the other;  beside: both by name"""
         rows = self.padded_rows()
         rows = rows[rows >= 0]
         for name, values in entries.items():
             free: Tensor = getattr(self, name)
             setattr(self, name, free.new_full((int(self.allocated.sum()), *free.shape[1:]), _FREE.get(name, 0)))
             getattr(self, name)[rows] = values.to(self.device)
+        for name, own in self.beside.items():
+            own.copy_(beside[name])
         self.layout = object()
+
+    def forget(self, settled: Tensor) -> None:
+        """Tokens from these on have been taken back. settled: int64 [B]"""
 
     def fork(self) -> LayerArena:
         """A copy: entries in memory of their own, tables shared, as nobody writes into one."""
-        entries = {name: tensor for name in _ENTRIES if (tensor := getattr(self, name)) is not None}
-        return copy_with(self, layout=object(), _placed=None, **{name: x.clone() for name, x in entries.items()})
+        own = {name: tensor.clone() for name, tensor in self.entries.items()}
+        return copy_with(self, layout=object(), _placed=None, **own)
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
@@ -307,7 +341,7 @@ class LayerArena:
         first, former = on_device(torch.stack([start, self.start]), self.device)
         out_rows = first[segment] + offset
         column = columns[segment, offset]
-        old = (self.keys, self.values, self.positions)
+        old = (*self._columns(), self.positions)
         # free rows are read by policies: they hold finite keys and values, no position, and the lowest score
         new = tuple(x.new_full((int(allocated.sum()), *x.shape[1:]), -1 if x is self.positions else 0) for x in old)
         everything: Tensor | slice = slice(None)
@@ -320,22 +354,26 @@ class LayerArena:
             # of a first prompt everything is fresh: there is no need to ask the device, which would be waited for
             fresh = (column >= width).nonzero()[:, 0] if width else everything
             source_rows = (segment * len(chunk) + column - width)[fresh]
-            arrived = chunk.key.detach(), chunk.value.detach(), chunk.positions_on(self.device)
-            for out, source in zip(new, arrived, strict=True):
-                compact(out, out_rows[fresh], source, source_rows)
+            self._bring(new[:-1], out_rows[fresh], chunk, source_rows)
+            compact(new[-1], out_rows[fresh], chunk.positions_on(self.device), source_rows)
         new_scores = None
         if self.scores is not None:
             known = self.padded_scores() if scores is None else scores
             assert known is not None
-            new_scores = torch.full((len(new[2]),), -torch.inf, device=self.device)
+            new_scores = torch.full((len(new[-1]),), -torch.inf, device=self.device)
             new_scores.index_copy_(0, out_rows, known[segment, column])
         self._take_over((*new, new_scores), stays=chunk is None)
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor, self._placed = torch.zeros_like(counts), None
 
+    def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
+        """Writes keys and values of a chunk's tokens. source_rows: int64 [N], counts the flattened (b, h, t)"""
+        for out, source in zip(columns, (chunk.key, chunk.value), strict=True):
+            compact(out, out_rows, source.detach(), source_rows)
+
     def _take_over(self, columns: Sequence[Tensor | None], *, stays: bool) -> None:
         """New columns in the place of the old. stays: at the addresses of the old, where they are as many rows."""
-        for name, new in zip(_ENTRIES, columns, strict=True):
+        for name, new in zip((*self.columns, "positions", "scores"), columns, strict=True):
             old: Tensor | None = getattr(self, name)
             if old is None or new is None:
                 continue
@@ -351,9 +389,8 @@ class LayerArena:
 
     def furnish(self, rows: int, idle: int) -> None:
         """Takes so many rows; every segment has the first `idle` of them."""
-        for name in _ENTRIES:
-            if (old := getattr(self, name)) is not None:
-                setattr(self, name, old.new_full((rows, *old.shape[1:]), 0))
+        for name, old in self.entries.items():
+            setattr(self, name, old.new_full((rows, *old.shape[1:]), 0))
         self.start, self.cursor = torch.zeros_like(self.start), torch.zeros_like(self.cursor)
         self.length = self.allocated = torch.full_like(self.length, idle)
         self.layout, self._placed = object(), None
@@ -362,8 +399,8 @@ class LayerArena:
         """Entries of another arena, in their order, become those of some segments, which get these rows."""
         segment, offset = each_entry(other.length, other.device)
         into, source = on_device(torch.stack([start, other.start]), other.device)
-        arrived = (other.keys, other.values, other.positions)
-        for out, entries in zip((self.keys, self.values, self.positions), arrived, strict=True):
+        arrived = (*other._columns(), other.positions)
+        for out, entries in zip((*self._columns(), self.positions), arrived, strict=True):
             compact(out, into[segment] + offset, entries, source[segment] + offset)
         self._set_segments(own, start=start, length=other.length, allocated=allocated, cursor=other.cursor)
 
@@ -374,7 +411,7 @@ class LayerArena:
 
     def move(self, own: slice, before: int, after: int, count: int) -> None:
         """Moves the rows of some segments, all in one piece, towards the beginning."""
-        for column in (self.keys, self.values, self.positions):
+        for column in (*self._columns(), self.positions):
             column[after : after + count] = column[before : before + count].clone()
         self._set_segments(own, start=self.start[own] + after - before)
 

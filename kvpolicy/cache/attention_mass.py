@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from kvpolicy_kernels.column_scores import Reduction, column_scores
+from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -20,23 +21,27 @@ def attention_mass(
 
     query: [B, num_q_heads, n, D] of the chunk's last n tokens. Returns float32 [B, H, width + len(chunk)].
     """
+    return _mass(arena.counted_segments, query, chunk, options, reduction)
+
+
+def _mass(
+    segments: Segments, query: Tensor, chunk: Chunk, options: Mapping[str, Any], reduction: Reduction = "sum"
+) -> Tensor:
     num_queries = query.shape[2]
     mask = query_mask = None
     if bool((chunk.positions < 0).any()):
         mask = chunk_mask(chunk, num_queries)
         query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
-    return column_scores(
-        query, arena.counted_segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options
-    )
+    return column_scores(query, segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options)
 
 
 def attention_of_each(arena: LayerArena, query: Tensor, chunk: Chunk, options: Mapping[str, Any]) -> Tensor:
     """`attention_mass` of one query after the other, float32 [B, H, n, width + len(chunk)]."""
-    num_queries, rows = query.shape[2], []
+    num_queries, rows, segments = query.shape[2], [], arena.counted_segments
     for index in range(num_queries):
         later = num_queries - 1 - index  # tokens of the chunk that this query does not see
         seen = chunk.part(slice(0, len(chunk) - later))
-        rows.append(pad(attention_mass(arena, query[:, :, index : index + 1], seen, options), (0, later)))
+        rows.append(pad(_mass(segments, query[:, :, index : index + 1], seen, options), (0, later)))
     return torch.stack(rows, 2)
 
 

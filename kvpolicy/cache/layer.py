@@ -361,6 +361,7 @@ class StoreLayer:
             positions = self.arena.padded_positions()
             oldest_first = torch.where(positions < 0, -1, MAX_TOKENS - positions)
             self._rebuild(oldest_first, positions, self.arena.length - left, None, None)
+            self.arena.forget(self.settled)
 
     def _retain(self, positions: Tensor, scores: Tensor | None, available: Tensor, chunk: Chunk | None) -> None:
         """Keeps the best candidates of each segment. positions, scores: [S, N];  available: int64 [S], present ones."""

@@ -27,6 +27,6 @@ def lower(store: RaggedStore, table: Tensor | ByLength, allocator: BudgetAllocat
         )
     if tuple(table.shape) != store.spec.table_shape:
         raise BudgetError(f"the table has shape {tuple(table.shape)}, the model has {store.spec.table_shape}")
-    floor = store.policy.least_capacity
+    floor = store.least_capacity
     schedule = (table if isinstance(table, ByLength) else Fixed(table)).with_floor(floor)
     store.rebudget(schedule, None if allocator is None else RuntimeSplit(allocator, schedule, floor))

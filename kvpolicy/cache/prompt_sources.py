@@ -83,8 +83,8 @@ def _scale(of: Candidates) -> float:
 SUPPLIERS: dict[str, Callable[[Candidates], Any]] = {
     "positions": _positions,
     "scores": _scores,
-    "keys": lambda of: of.with_chunk(of.arena.keys, of.chunk.key),
-    "values": lambda of: of.with_chunk(of.arena.values, of.chunk.value),
+    "keys": lambda of: of.with_chunk(of.arena.vectors[0], of.chunk.key),
+    "values": lambda of: of.with_chunk(of.arena.vectors[1], of.chunk.value),
     "queries": lambda of: plugin_call.lent(of.query),
     "scale": _scale,
     "capacity": lambda of: on_device(of.layer.table, of.arena.device).clone(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvpolicy.budget.entry_format import MODEL, name_of
 from kvpolicy.plugins import plugin_call
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class CacheReport:
         the device saw it); None before, and for a cache that was loaded
     peak_nbytes: the most memory until then above what was in use before the prompt, activations included: of the GPU,
         or of the process; None where the system does not say, or where more had been in use at some time before
+    entry_format: the name of the entries' format, "model" for the model's dtype
     """
 
     policy: str
@@ -44,6 +46,7 @@ class CacheReport:
     evicted: bool
     first_token_seconds: float | None
     peak_nbytes: int | None
+    entry_format: str = MODEL
 
     @property
     def retention(self) -> float:
@@ -67,14 +70,16 @@ class CacheReport:
         if self.first_token_seconds is not None:
             peak = "" if self.peak_nbytes is None else f", and {self.peak_nbytes / 1e6:.2f} MB at the most"
             lines.append(f"first token: {self.first_token_seconds:.3f} s{peak}")
+        if self.entry_format != MODEL:
+            lines.insert(1, f"format of the entries: {self.entry_format}")
         if not self.evicted:
             lines.append("nothing was evicted: every token seen is kept")
         if any(self.protected):
             lines.append(f"protected spans: {sum(self.protected)} entries, on top of the budget")
         if self.floors_exceed:
             lines.append(
-                f"the least entries of the KV heads (sink tokens and one more) exceed the budget: {sum(self.asked)} "
-                f"entries were asked for, {sum(self.allowed)} are allowed"
+                "the least entries of the KV heads (sink tokens, and one more or what stays exact) exceed the budget: "
+                f"{sum(self.asked)} entries were asked for, {sum(self.allowed)} are allowed"
             )
         return "\n".join(lines)
 
@@ -101,4 +106,5 @@ def report_of(store: RaggedStore) -> CacheReport:
         evicted=any(bool(layer.evicted_at.any()) for layer in opened),
         first_token_seconds=store.first_token.seconds,
         peak_nbytes=store.first_token.peak_nbytes,
+        entry_format=name_of(store.entry_format),
     )

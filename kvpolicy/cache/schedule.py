@@ -92,7 +92,8 @@ class Fixed:
             layer, head = (self.table < floor).nonzero()[0].tolist()
             raise BudgetError(
                 f"the budget gives {int(self.table[layer, head])} entries to layer {layer}, KV head {head}, expected "
-                f"at least {floor}: the policy's sink tokens and one more. Raise the budget or use fewer sink tokens"
+                f"at least {floor}: the policy's sink tokens, and one more or those that a format leaves exact. Raise "
+                "the budget"
             )
         return self
 
@@ -164,16 +165,20 @@ class Growing:
         return self if floor <= self.floor else replace(self, floor=floor)
 
 
-def from_plan(plan: BudgetPlan, ask: Ask, tp_size: int = 1) -> Schedule:
+def from_plan(plan: BudgetPlan, ask: Ask, tp_size: int = 1, least: int = 0) -> Schedule:
     """The schedule of a plan. `tokens` or `context_length` fix the capacities up front; else they grow.
+
+    least: fewest entries of a KV head, where the plan's own policy could do with fewer
 
     Raises `PlanError` for a retention that the plan does not reach, `BudgetError` for arguments that
     contradict each other.
     """
     ask, shape = plan.completed(ask), plan.model.table_shape
     if (context := ask.context_length) is not None:
-        table = plan.capacities(context, ask.retention, ask.tokens, tp_size)
-        return unlimited(shape) if ask.retention == 1 else Fixed(table, ask.total(context, shape))
+        table, total = plan.capacities(context, ask.retention, ask.tokens, tp_size), ask.total(context, shape)
+        if least > plan.least_capacity:  # those above it give what those below it get
+            table = capacities(table.double(), total, context, least, rank_groups(*shape, tp_size))
+        return unlimited(shape) if ask.retention == 1 else Fixed(table, total)
     assert ask.retention is not None  # an ask that is completed has one, or tokens and their context
     plan.shares_at(ask.retention)  # refuses now what it would refuse in the middle of a forward
     if ask.retention == 1:
@@ -185,13 +190,13 @@ def from_plan(plan: BudgetPlan, ask: Ask, tp_size: int = 1) -> Schedule:
         warned = warned or plan.warn_if_long(context)
         return plan.shares_at(kept)
 
-    return Growing(shape, shares, ask, plan.least_capacity, rank_groups(*shape, tp_size))
+    return Growing(shape, shares, ask, max(plan.least_capacity, least), rank_groups(*shape, tp_size))
 
 
 def from_allocator(
-    allocator: BudgetAllocator, policy: EvictionPolicy, spec: ModelSpec, ask: Ask, tp_size: int = 1
+    allocator: BudgetAllocator, policy: EvictionPolicy, spec: ModelSpec, ask: Ask, tp_size: int = 1, least: int = 0
 ) -> Schedule:
-    """The schedule of an allocator that needs no importance.
+    """The schedule of an allocator that needs no importance. least: as in `from_plan`
 
     Raises `BudgetError` for one that does, and for an ask without a retention; one that always learns refuses by
     itself.
@@ -200,7 +205,7 @@ def from_allocator(
     retention, context, shape = ask.own_retention(), ask.context_length, spec.table_shape
     if retention == 1:
         return unlimited(shape)
-    floor, groups = policy.least_capacity, rank_groups(*shape, tp_size)
+    floor, groups = max(policy.least_capacity, least), rank_groups(*shape, tp_size)
 
     def budget(kept: float, context: int) -> Budget:
         return context_budget(total_entries(kept, context, shape), shape, context, floor, groups)

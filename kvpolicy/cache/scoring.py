@@ -132,7 +132,10 @@ def score_step(
 def _decode_step(policy: EvictionPolicy, layer: StoreLayer, scores: Tensor, mass: Tensor | None) -> DecodeStep:
     """Every row of the arena, the free ones too. Its tensors are the policy's own. mass: float32 [R]."""
     arena = layer.arena
-    sources = {name: plugin_call.lent(getattr(arena, name)) for name in policy.requires & {"keys", "values"}}
+    sources = {}
+    if own := policy.requires & {"keys", "values"}:
+        keys, values = arena.vectors
+        sources = {name: plugin_call.lent(keys if name == "keys" else values) for name in own}
     if mass is not None:
         sources["attention"] = mass
     return DecodeStep(

@@ -22,7 +22,6 @@ from kvpolicy.files.fields import Fields, describe, sequence, whole
 
 _TABLES = ("start", "length", "allocated", "cursor")
 _COUNTS = ("seen", "evicted_at", "table")
-_ENTRIES = ("keys", "values", "positions", "scores")
 _CHUNK = ("key", "value", "positions")
 
 
@@ -118,9 +117,9 @@ def _packed(layer: StoreLayer) -> dict[str, Tensor]:
     arena = layer.arena
     rows = arena.padded_rows()
     rows = rows[rows >= 0]  # in the order of the segments
-    packed = {name: getattr(arena, name)[rows] for name in _ENTRIES if getattr(arena, name) is not None}
+    packed = {name: tensor[rows] for name, tensor in arena.entries.items()} | arena.beside
     packed |= {name: getattr(arena, name) for name in _TABLES} | {name: getattr(layer, name) for name in _COUNTS}
-    if not all(bool(torch.isfinite(packed[name]).all()) for name in ("keys", "values")):
+    if not all(bool(torch.isfinite(packed[name]).all()) for name in arena.columns):
         raise KVPolicyError("it holds keys or values that are not finite")
     if (pending := layer.pending) is not None:
         packed |= {f"pending.{name}": getattr(pending, name) for name in _CHUNK}
@@ -143,7 +142,7 @@ def _fill_rows(store: RaggedStore, tensors: Tensors, fields: Fields) -> None:
 
 
 def _fill(store: RaggedStore, layer: StoreLayer, tensors: Tensors, fields: Fields, prefix: str) -> None:
-    arena, dtype, shape = layer.arena, layer.arena.keys.dtype, store.spec.attention
+    arena, dtype, shape = layer.arena, layer.arena.like.dtype, store.spec.attention
     batch, num_heads = store.batch_size, store.num_heads
     counts, pending = {}, None
     for name in _COUNTS:
@@ -161,14 +160,12 @@ def _fill(store: RaggedStore, layer: StoreLayer, tensors: Tensors, fields: Field
     _check_counts(store, layer, prefix)
     total = int(arena.length.sum())
     entries = {
-        "keys": tensors.take(f"{prefix}.keys", dtype, (total, shape.key_dim)),
-        "values": tensors.take(f"{prefix}.values", dtype, (total, shape.value_dim)),
-        "positions": tensors.take(f"{prefix}.positions", torch.int32, (total,)),
+        name: tensors.take(f"{prefix}.{name}", free.dtype, (total, *free.shape[1:]))
+        for name, free in arena.entries.items()
     }
-    if arena.scores is not None:
-        entries["scores"] = tensors.take(f"{prefix}.scores", torch.float32, (total,))
+    beside = {name: tensors.take(f"{prefix}.{name}", own.dtype, own.shape) for name, own in arena.beside.items()}
     _check_entries(layer, entries, prefix)
-    arena.fill(entries)
+    arena.fill(entries, beside)
 
 
 def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
@@ -187,7 +184,7 @@ def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
     _check(arena.start, start, start, f"{prefix}.start")
     behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
     _check(arena.cursor, 0, behind, f"{prefix}.cursor")
-    floor = store.policy.least_capacity if bool(settled.any()) else 0
+    floor = store.least_capacity if bool(settled.any()) else 0
     _check(layer.table, floor, UNLIMITED, f"{prefix}.table")
     if store.decode_mode == "evict":
         _check(arena.length, 0, layer.capacity, f"{prefix}.length")
@@ -204,7 +201,7 @@ def _check_entries(layer: StoreLayer, entries: Mapping[str, Tensor], prefix: str
     _check(positions, 0, settled - 1, f"{prefix}.positions")
     if len(torch.unique(segment * (MAX_TOKENS + 1) + positions)) < len(positions):
         raise KVPolicyError(f"'{prefix}.positions' holds a token twice in one KV head")
-    for name in ("keys", "values"):
+    for name in arena.columns:
         if not bool(torch.isfinite(entries[name]).all()):
             raise KVPolicyError(f"'{prefix}.{name}' holds numbers that are not finite")
     if "scores" in entries and bool(entries["scores"].isnan().any()):

@@ -151,7 +151,7 @@ def plan_step(layers: Sequence[StoreLayer | None], tables: StepTables, *, evict:
         cursor = torch.where(full, (cursor + 1) % ring, cursor)
     else:
         # on a GPU always, so that every token is the same launches
-        row, searches = row.masked_fill(full, -1), (full.any(1) | first.arena.keys.is_cuda).tolist()
+        row, searches = row.masked_fill(full, -1), (full.any(1) | first.arena.like.is_cuda).tolist()
     loses = full.view(len(opened), len(seen), -1).any(2)
     evicted_at = torch.where(loses, seen, evicted_at)  # this token included: it cannot be taken back either
     seen_each = seen.repeat_interleave(first.num_heads).expand_as(start)

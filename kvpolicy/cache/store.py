@@ -8,9 +8,11 @@ from typing import Any, get_args
 
 import torch
 from kvpolicy_kernels.attention import ragged_attention
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import check_format, format_of, least_entries
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
@@ -52,6 +54,7 @@ class RaggedStore(Decoding):
     split:      run-time allocation instead of the schedule's own shares
     heads:      (first, count) of the KV heads held here, under tensor parallelism
     supplied:   sources that a store has not by itself and the caller hands in with each forward
+    entry_format: in which keys and values are kept; None for the dtype in which they come
 
     Raises `PluginError` when the policy requires a source that it cannot be given, `BudgetError` for a schedule of
     another model.
@@ -69,6 +72,7 @@ class RaggedStore(Decoding):
         split: RuntimeSplit | None = None,
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
+        entry_format: EntryFormat | None = None,
     ) -> None:
         check_sources(policy, supplied, None if split is None else split.allocator)
         if schedule.shape != spec.table_shape:
@@ -83,12 +87,14 @@ class RaggedStore(Decoding):
                 f"{type(split.allocator).__name__} splits the budget at run time by comparing all KV heads, of which a "
                 "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
             )
-        floor = policy.least_capacity
-        self.spec, self.policy, self.decode_mode = spec, policy, decode
+        check_format(entry_format, spec.attention)
+        self.spec, self.policy, self.decode_mode, self.entry_format = spec, policy, decode, entry_format
+        floor = self.least_capacity
         self.batch_size = positive("batch_size", batch_size)
         split = None if split is None else split.with_floor(floor)
         schedule = schedule if split is not None else schedule.with_floor(floor)
-        self.protection = Protection.of(policy.num_sink_tokens, policy.recent_window, protected)
+        recent = policy.recent_window if entry_format is None else max(policy.recent_window, entry_format.exact_recent)
+        self.protection = Protection.of(policy.num_sink_tokens, recent, protected)
         self.first_head, self.num_heads = first, count
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(schedule, split, batch_size)
@@ -112,12 +118,14 @@ class RaggedStore(Decoding):
         spec: ModelSpec | None = None,
         protected: Sequence[Sequence[int]] = (),
         decode: DecodeMode = "evict",
+        format: str | EntryFormat | None = None,
     ) -> RaggedStore:
         """An empty store under a plan.
 
         retention: kept fraction of the tokens seen; None means the plan's level if it has just one
         tokens:    instead, mean entries per KV head; with `context_length`, capacities are fixed up front
         spec:      the model's; None means plain attention of the plan's shape
+        format:    of the entries, "int8" or "int4"; None keeps them in `dtype`
 
         Raises `PlanError` and `BudgetError` as `BudgetPlan.capacities` does.
         """
@@ -125,8 +133,17 @@ class RaggedStore(Decoding):
             spec = plan.model.to_spec()
         else:
             plan.check_model(spec)
-        schedule = schedules.from_plan(plan, Ask(retention, tokens, context_length, min_tokens))
-        store = cls(spec, schedule, policy_of(plan), batch_size=batch_size, protected=protected, decode=decode)
+        policy, entry_format = policy_of(plan), format_of(format)
+        ask, least = Ask(retention, tokens, context_length, min_tokens), least_entries(policy, entry_format)
+        store = cls(
+            spec,
+            schedules.from_plan(plan, ask, least=least),
+            policy,
+            batch_size=batch_size,
+            protected=protected,
+            decode=decode,
+            entry_format=entry_format,
+        )
         where = inputs.place(dtype, device)
         for layer in range(spec.num_budgeted_layers):
             store.open(layer, dtype, where)

@@ -55,7 +55,7 @@ class Decoding(Layers):
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
         arena = self._layer(layer).arena
-        inputs.check_query(query, arena.keys, self.batch_size, self._num_q_heads)
+        inputs.check_query(query, arena.like, self.batch_size, self._num_q_heads)
         return arena.attend(query, scoring.options())
 
     def attend_newest(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
@@ -66,7 +66,7 @@ class Decoding(Layers):
         if not self.policy.rescores:
             return self.attend(layer, query, scoring)
         entries = self._layer(layer)
-        inputs.check_query(query, entries.arena.keys, self.batch_size, self._num_q_heads, 1)
+        inputs.check_query(query, entries.arena.like, self.batch_size, self._num_q_heads, 1)
         out = score_step(self.policy, entries, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1 and query.device.type == "cpu":  # a GPU would be waited for
             self._wrong.check(self.policy, "score_step")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import least_entries
 from kvpolicy.cache import inputs
 from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring, scores_stay
@@ -30,6 +33,7 @@ class Layers(Accounts):
 
     policy: EvictionPolicy
     decode_mode: DecodeMode
+    entry_format: EntryFormat | None
     protection: Protection
     first_head: int
     _shape: LayerSpec
@@ -38,19 +42,9 @@ class Layers(Accounts):
 
     def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
         """A layer that holds nothing yet."""
-        shape = self._shape
-        arena = LayerArena(
-            self.batch_size * self.num_heads,
-            shape.key_dim,
-            shape.value_dim,
-            dtype,
-            device,
-            num_pinned=self.protection.num_pinned,
-            scored=self.schedule.evicts and holds_scores(self.policy, self.split),
-        )
         entries = self.layers[layer] = StoreLayer(
             layer,
-            arena,
+            self._arena(dtype, device),
             self.batch_size,
             self.num_heads,
             self.protection,
@@ -58,12 +52,35 @@ class Layers(Accounts):
         )
         return entries
 
+    @property
+    def least_capacity(self) -> int:
+        """The fewest entries that a KV head may be given."""
+        return least_entries(self.policy, self.entry_format)
+
+    def _arena(self, dtype: torch.dtype, device: torch.device) -> LayerArena:
+        shape, batch, heads = self._shape, self.batch_size, self.num_heads
+        num_pinned = self.protection.num_pinned
+        scored = self.schedule.evicts and holds_scores(self.policy, self.split)
+        if self.entry_format is None:
+            dims = shape.key_dim, shape.value_dim
+            return LayerArena(batch * heads, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
+        return EncodedArena(
+            (batch, heads),
+            shape,
+            dtype,
+            device,
+            entry_format=self.entry_format,
+            num_sinks=self.policy.num_sink_tokens,
+            num_pinned=num_pinned,
+            scored=scored,
+        )
+
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""
         layer = inputs.layer_index(layer, len(self.layers))
         inputs.check_entries(key, value, self.batch_size, self.num_heads, self._shape)
         entries = self.layers[layer] or self.open(layer, key.dtype, key.device)
-        inputs.check_agreement(layer, entries.arena.keys, key, value)
+        inputs.check_agreement(layer, entries.arena.like, key, value)
         return entries
 
     def _check_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:

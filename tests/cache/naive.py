@@ -59,6 +59,7 @@ class Naive:
     ):
         self.policy, self.schedule, self.first_head, self.spans = policy, schedule, first_head, spans
         self.append, self.interval, self.options = append, interval, options or {}
+        self.recent_window = policy.recent_window
         self.query, self.key, self.value = data
         self.num_layers, self.num_heads = self.key.shape[0], self.key.shape[2]
         self.rows = [Sequence(self.num_layers, self.num_heads) for _ in range(batch)]
@@ -81,7 +82,7 @@ class Naive:
         """What stays is larger: pinned entries, then the recent window, then by score; at equal scores the newer."""
         if self.is_pinned(position):
             return (2, 0.0, position)
-        if position >= row.settled - self.policy.recent_window:
+        if position >= row.settled - self.recent_window:
             return (1, 0.0, position)
         return (0, float(position) if self.policy.window_rule else score, position)
 
@@ -171,8 +172,11 @@ class Naive:
                         kept.pop(len(row.tokens))
 
     def ask(self, rule, row, layer, head, position, score):
-        token = row.tokens[position]
-        return rule(score, self.key[layer, token, head], self.value[layer, token, head], position)
+        if position in row.kept[layer][head]:
+            (key,), (value,) = self.entries(row, layer, head, [position])
+        else:
+            key, value = (x[layer, row.tokens[position], head] for x in (self.key, self.value))
+        return rule(score, key, value, position)
 
     def look(self, row, fresh, pending):
         """Dense attention under a mask. fresh: positions of the new tokens, None for padding. [L, Hq, n, Dv]."""
@@ -184,18 +188,29 @@ class Naive:
             chunk = [*pending, *(p for p in fresh[: column + 1] if p is not None)]
             for layer in range(self.num_layers):
                 for head, kept in enumerate(row.kept[layer]):
-                    seen = [row.tokens[p] for p in {**kept, **dict.fromkeys(chunk)}]
+                    new = [row.tokens[p] for p in chunk if p not in kept]
+                    keys, values = (
+                        torch.cat([old, states[layer, new, head]]).double()
+                        for old, states in zip(
+                            self.entries(row, layer, head, list(kept)), (self.key, self.value), strict=True
+                        )
+                    )
                     heads = slice(head * group, (head + 1) * group)
-                    out[layer, heads, column] = self.attention(layer, head, row.tokens[position], heads, seen)
+                    query = self.query[layer, row.tokens[position], heads].double()
+                    out[layer, heads, column] = self.attention(query, keys, values, heads)
         return out
 
-    def attention(self, layer, head, token, heads, seen):
-        """One token's query heads over these tokens, in float64: [group, Dv]."""
-        query, key = self.query[layer, token, heads].double(), self.key[layer, seen, head].double()
+    def entries(self, row, layer, head, positions):
+        """Keys and values of tokens that are held, as they are read: [n, D] and [n, Dv]."""
+        tokens = [row.tokens[p] for p in positions]
+        return self.key[layer, tokens, head], self.value[layer, tokens, head]
+
+    def attention(self, query, key, value, heads):
+        """One token's query heads over keys and values, in float64: [group, Dv]."""
         scale = self.options.get("scale") or key.shape[1] ** -0.5
         logits = query @ key.T * scale
         if (cap := self.options.get("softcap")) is not None:
             logits = cap * torch.tanh(logits / cap)
         if (sinks := self.options.get("sink_logits")) is not None:
             logits = torch.cat([logits, sinks[heads, None].double()], 1)
-        return logits.softmax(1)[:, : len(seen)] @ self.value[layer, seen, head].double()
+        return logits.softmax(1)[:, : len(key)] @ value

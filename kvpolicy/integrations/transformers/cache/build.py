@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvpolicy_kernels.formats import EntryFormat
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import format_of, least_entries
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import Schedule
@@ -41,6 +43,7 @@ def new_cache(
     decode: DecodeMode = "evict",
     min_tokens: int = MIN_TOKENS,
     rollback: int = ROLLBACK,
+    format: str | EntryFormat | None = None,
 ) -> RaggedCache:
     """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
 
@@ -55,6 +58,8 @@ def new_cache(
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     min_tokens: mean entries per KV head that a growing budget never goes below
     rollback:  last tokens that assisted generation can take back
+    format:    of the entries: "int8" or "int4", which leaves the sink tokens and the last 32 as they are; None keeps
+               them in the model's dtype
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -74,6 +79,7 @@ def new_cache(
         protected=tuple(tuple(span) for span in protected),
         decode=decode,
         rollback=rollback,
+        entry_format=format_of(format),
     )
     return cache_of(model, recipe)
 
@@ -84,7 +90,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     rank, size = rank_and_size(model, spec)
     schedule, split, policy = fixed or schedule_of(recipe, spec, size), None, recipe.policy
     if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
-        split = RuntimeSplit(recipe.allocator, schedule, policy.least_capacity)
+        split = RuntimeSplit(recipe.allocator, schedule, least_entries(policy, recipe.entry_format))
 
     def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
         if heads[1] * size != spec.num_kv_heads:
@@ -102,6 +108,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
             split=split,
             heads=None if size == 1 else heads,
             supplied=RUN_SOURCES,
+            entry_format=recipe.entry_format,
         )
 
     count = spec.num_kv_heads // size
@@ -136,11 +143,12 @@ def _dropped_at(model: PreTrainedModel) -> int | None:
 
 def schedule_of(recipe: Recipe, spec: ModelSpec, size: int = 1) -> Schedule:
     """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
+    least = least_entries(recipe.policy, recipe.entry_format)
     if recipe.plan is not None:
         recipe.plan.check_model(spec)
-        return schedules.from_plan(recipe.plan, recipe.ask, size)
+        return schedules.from_plan(recipe.plan, recipe.ask, size, least)
     assert recipe.allocator is not None  # there is a plan, or else an allocator
-    return schedules.from_allocator(recipe.allocator, recipe.policy, spec, recipe.ask, size)
+    return schedules.from_allocator(recipe.allocator, recipe.policy, spec, recipe.ask, size, least)
 
 
 def _allocator(allocator: str | BudgetAllocator | None) -> BudgetAllocator:

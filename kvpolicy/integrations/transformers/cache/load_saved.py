@@ -27,7 +27,7 @@ from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.recipe import read_recipe
-from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, crc32, identity
+from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, WITH_FORMAT, crc32, identity
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
 from kvpolicy.model.spec import ModelSpec
 
@@ -78,9 +78,10 @@ def _read(path: str | os.PathLike[str]) -> _File:
         fields = Fields(document)
         if fields.raw("format") != FORMAT:
             raise KVPolicyError(f"its format is {describe(fields.raw('format'))}, expected '{FORMAT}'")
-        if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
+        expected = WITH_FORMAT if fields.has("recipe") and fields.fields("recipe").has("entry_format") else VERSION
+        if fields.raw("version") != expected or isinstance(fields.raw("version"), bool):
             raise KVPolicyError(
-                f"its version is {describe(fields.raw('version'))}, expected {VERSION}: use the kvpolicy that wrote it"
+                f"its version is {describe(fields.raw('version'))}, expected {expected}: use the kvpolicy that wrote it"
             )
         if fields.raw(CHECKSUM) != crc32({k: v for k, v in document.items() if k != CHECKSUM}, tensors):
             raise KVPolicyError("it is damaged: its checksum is another")

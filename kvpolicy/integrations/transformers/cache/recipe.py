@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvpolicy_kernels.formats import EntryFormat
+
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import format_of
 from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.cache.state import flag
 from kvpolicy.cache.store import DecodeMode
-from kvpolicy.errors import PlanError, PluginError
+from kvpolicy.errors import BudgetError, PlanError, PluginError
 from kvpolicy.files.fields import Fields, number, sequence, text, whole
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.checks import is_json
@@ -24,6 +28,7 @@ class Recipe:
 
     allocator:   None under a plan
     plan_sha256: identity of the plan where the plan itself is not at hand
+    entry_format: of keys and values; None for the model's dtype
     """
 
     policy: EvictionPolicy
@@ -34,13 +39,14 @@ class Recipe:
     decode: DecodeMode
     rollback: int
     plan_sha256: str | None = None
+    entry_format: EntryFormat | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; of a plan its identity alone.
 
         Raises `PluginError` for a policy or an allocator that cannot be made again from a name and parameters.
         """
-        return {
+        document = {
             "policy": _named("policy", self.policy),
             "allocator": None if self.allocator is None else _named("allocator", self.allocator),
             "plan_sha256": self.plan_sha256 if self.plan is None else self.plan.sha256,
@@ -52,6 +58,13 @@ class Recipe:
             "decode": self.decode,
             "rollback": min(self.rollback, _MOST),
         }
+        if (own := self.entry_format) is not None:
+            document["entry_format"] = {
+                "bits": own.bits,
+                "rotated": own.rotated,
+                "exact_recent": own.exact_recent,
+            }
+        return document
 
 
 def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Recipe:
@@ -95,6 +108,7 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         decode="append" if decode == "append" else "evict",
         rollback=fields.read("rollback", whole, 0),
         plan_sha256=expected,
+        entry_format=_read_format(fields.fields("entry_format")) if fields.has("entry_format") else None,
     )
 
 
@@ -124,6 +138,17 @@ def _read_plugin(role: Literal["policy", "allocator"], fields: Fields) -> Evicti
             "made"
         )
     return plugin
+
+
+def _read_format(fields: Fields) -> EntryFormat | None:
+    try:
+        return format_of(
+            EntryFormat(
+                fields.read("bits", whole, 1), fields.read("rotated", flag), fields.read("exact_recent", whole, 0)
+            )
+        )
+    except (ValueError, BudgetError) as error:
+        raise PlanError(f"its format is none that there is: {error}") from None
 
 
 def _read_span(value: object, path: str) -> tuple[int, ...]:

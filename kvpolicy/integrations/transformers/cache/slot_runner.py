@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.budget.entry_format import name_of
 from kvpolicy.cache.arena import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
@@ -198,6 +199,11 @@ def _check(recipe: Recipe, cache: RaggedCache) -> None:
         )
     if recipe.protected or recipe.decode != "evict":
         raise BudgetError("slots hold capacities that are known beforehand: leave protected= and decode= out")
+    if recipe.entry_format is not None:
+        raise BudgetError(
+            f"slots keep entries in the model's dtype, and this cache has format={name_of(recipe.entry_format)}: leave "
+            "format= out, or decode each sequence over a cache of its own"
+        )
     if cache.repeats:
         raise BudgetError(
             f"{type(recipe.policy).__name__} has the context repeated, which slots do not: take another policy"

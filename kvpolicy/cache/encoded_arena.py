@@ -1,0 +1,125 @@
+"""An arena whose keys and values are codes of 8 or 4 bits.
+
+A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
+reads them (attention over a chunk, policies) is given decoded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.encode import encode
+from kvpolicy_kernels.formats import Encoded, EntryFormat
+from torch import Tensor
+
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.exact_block import ExactBlock
+from kvpolicy.model.layer_spec import LayerSpec
+
+
+class EncodedArena(LayerArena):
+    """A `LayerArena` of codes.
+
+    keys, values: int16 codes;  key_scales, value_scales: float16 [R, 2]; both as in `Encoded`
+    exact: copies of the tokens that stay exact, None for a format without
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("keys", "key_scales", "values", "value_scales")
+
+    def __init__(
+        self,
+        segments: tuple[int, int],
+        shape: LayerSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        entry_format: EntryFormat,
+        num_sinks: int,
+        num_pinned: int,
+        scored: bool,
+    ) -> None:
+        """segments: (B, H)"""
+        count, dims = segments[0] * segments[1], (shape.key_dim, shape.value_dim)
+        super().__init__(count, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
+        self.entry_format, self.num_heads, recent = entry_format, segments[1], entry_format.exact_recent
+        self._like, self._value_dim = self.keys, shape.value_dim
+        key, value = (torch.empty(*segments, 0, dim, dtype=dtype, device=device) for dim in dims)
+        self.exact = ExactBlock(key, value, num_sinks, recent) if recent else None
+        for name, column in zip(self.columns, self._laid(self.keys, self.values), strict=True):
+            setattr(self, name, column)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors | ({} if self.exact is None else self.exact.tensors)
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        return {} if self.exact is None else self.exact.tokens
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    @property
+    def head_dim(self) -> int:
+        return max(self._like.shape[1], self._value_dim)
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            self.entry_format.decode(Encoded(getattr(self, name), getattr(self, scales)), self._like.dtype)
+            for name, scales in (("keys", "key_scales"), ("values", "value_scales"))
+        )
+        if self.exact is None or not len(keys):
+            return keys, values
+        return self.exact.over(keys, values, self.positions, self.owners())
+
+    def replace(
+        self,
+        columns: Tensor,
+        counts: Tensor,
+        allocated: Tensor,
+        chunk: Chunk | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        super().replace(columns, counts, allocated, chunk, scores)
+        if chunk is not None and self.exact is not None:
+            self.exact.add(chunk)
+
+    def fork(self) -> EncodedArena:
+        copy: EncodedArena = super().fork()  # type: ignore[assignment]  # of its own class
+        return copy_with(copy, exact=None if self.exact is None else self.exact.fork())
+
+    def take(self, segments: Tensor) -> None:
+        super().take(segments)
+        if self.exact is not None:
+            self.exact.take(segments[:: self.num_heads] // self.num_heads)
+
+    def forget(self, settled: Tensor) -> None:
+        if self.exact is not None:
+            self.exact.forget(settled)
+
+    def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
+        super()._put(key, value, position, rows, score)
+        if self.exact is not None:
+            self.exact.write(key, value, position)
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.columns)
+
+    def _laid(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        keys, values = encode([key, value], self.entry_format)
+        return *keys, *values
+
+    def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
+        order = torch.arange(len(source_rows), device=self.device)
+        kept = []
+        for source in (chunk.key, chunk.value):  # only what is kept is encoded
+            kept.append(source.new_empty(len(source_rows), source.shape[-1]))
+            compact(kept[-1], order, source.detach(), source_rows)
+        for out, codes in zip(columns, self._laid(*kept), strict=True):
+            compact(out, out_rows, codes, order)

@@ -1,0 +1,14 @@
+"""Any operations in any order under a format: codes never change, and outputs are attention over what they say.
+
+`KVPOLICY_SEQUENCES=10000 pytest tests/cache/test_encoded_operations.py` plays as many; a failure names its seed.
+"""
+
+import pytest
+
+from tests.cache.encoded_game import EncodedGame
+from tests.cache.game import sequences
+
+
+@pytest.mark.parametrize("seed", sequences(40))
+def test_a_store_of_codes_keeps_what_the_naive_model_keeps(seed, monkeypatch):
+    EncodedGame(seed).play(monkeypatch, 6)

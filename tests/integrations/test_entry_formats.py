@@ -1,0 +1,188 @@
+"""Caches whose entries have 8 or 4 bits: what they compute, what they weigh, what can be done with them."""
+
+import copy
+
+import pytest
+import torch
+from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
+
+import kvpolicy
+from kvpolicy import BudgetError, BudgetPlan, ModelSpec
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.intercept import intercepted
+from tests.integrations.ragged_oracle import ragged_table, stepped_logits, visible_tokens
+from tests.integrations.recording import record_on_cpu
+from tests.tiny import over, tiny_ids, tiny_model
+
+STEPS = (60, *[1] * 25, 15, *[1] * 20)
+SINKS = 4
+SMALL_BLOCK = EntryFormat(4, rotated=True, exact_recent=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Tensors are tiny here: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_model("Llama")
+    torch.set_num_threads(before)
+
+
+def cache_over(model, policy="streaming", **options):
+    return kvpolicy.new_cache(model, policy=policy, **({"retention": 0.4, "min_tokens": 8} | options))
+
+
+def exact_tokens(entry_format, steps):
+    """bool [T, T] (query, key): whether a query sees the key as it came."""
+    total, begin, recent = sum(steps), 0, entry_format.exact_recent
+    exact = torch.zeros(total, total, dtype=torch.bool)
+    for count in steps:
+        newest = begin if count > 1 else begin + 1  # a single token is written before it looks
+        first = max(0, newest - recent) if recent else newest
+        for query in range(begin, begin + count):
+            exact[query, first if recent or count > 1 else total :] = True
+            exact[query, : SINKS if recent else 0] = True
+        begin += count
+    if not recent:  # tokens of a chunk see one another as they came
+        begin = 0
+        for count in steps:
+            exact[begin : begin + count, begin : begin + count] |= count > 1
+            begin += count
+    return exact
+
+
+class CodedAttention:
+    """Attention under a mask per KV head, over keys and values that a query sees exactly or as their codes say."""
+
+    def __init__(self, visible, exact, entry_format):
+        self.visible, self.exact, self.format = visible, exact, entry_format
+
+    def __call__(self, call):
+        group = call.query.shape[1] // call.key.shape[1]
+        coded = [self.format.decode(self.format.encode(x), x.dtype) for x in (call.key, call.value)]
+        visible = self.visible.repeat_interleave(group, 0)
+        scores = [call.query @ k.repeat_interleave(group, 1).transpose(-1, -2) for k in (call.key, coded[0])]
+        logits = torch.where(self.exact, *scores) * call.options["scaling"]
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        parts = [weights * self.exact, weights * ~self.exact]
+        values = [x.repeat_interleave(group, 1) for x in (call.value, coded[1])]
+        return sum(w @ v for w, v in zip(parts, values, strict=True)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK, EntryFormat(4)])
+@torch.no_grad()
+def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(model, entry_format):
+    model = copy.deepcopy(model).double()  # else a last bit of a key changes its code
+    spec, ids = ModelSpec.from_config(model.config), tiny_ids(sum(STEPS))
+    table = ragged_table(spec, 36, 60)
+    plan = BudgetPlan.from_capacities(spec, table, context_length=sum(STEPS))
+    cache = kvpolicy.new_cache(
+        model, plan, retention=plan.retentions[0], context_length=sum(STEPS), format=entry_format
+    )
+    found = stepped_logits(model, ids, cache, list(STEPS))
+    visible, exact = visible_tokens(table, SINKS, STEPS), exact_tokens(entry_format, STEPS)
+    handlers = {
+        module: CodedAttention(visible[row], exact, entry_format)
+        for row, (module, _) in enumerate(attention_modules(model, list(spec.budgeted_layers)))
+    }
+    with intercepted(model, handlers):
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert cache.lengths.max() == table.max()
+
+
+@pytest.mark.parametrize(("name", "policy"), [("int8", "streaming"), ("int4", "h2o"), ("int4", "keydiff")])
+def test_a_saved_cache_goes_on_as_it_was(model, name, policy, tmp_path):
+    ids = tiny_ids(140)
+    cache = cache_over(model, policy, format=name)
+    stepped_logits(model, ids[:, :90], cache, [70, *[1] * 20])
+    copy = cache.fork()
+    cache.save(tmp_path / "cache.kv")
+    loaded = kvpolicy.load_cache(model, tmp_path / "cache.kv")
+    assert loaded.recipe.entry_format == kvpolicy.new_cache(model, retention=0.4, format=name).recipe.entry_format
+    parts = [stepped_logits(model, ids[:, 90:120], x, [8, *[1] * 22]) for x in (cache, copy, loaded)]
+    assert torch.equal(parts[0], parts[1])
+    assert torch.equal(parts[0], parts[2])
+    assert loaded.report().entry_format == name
+
+
+@pytest.mark.parametrize(("name", "policy"), [("int8", "streaming"), ("int4", "streaming"), ("int4", "h2o")])
+def test_a_replayed_token_is_the_one_without_a_graph(model, name, policy, monkeypatch):
+    record_on_cpu(monkeypatch)
+    ids, logits = tiny_ids(140), []
+    for forward in (model, getattr(model.forward, "own", model.forward)):
+        cache = cache_over(model, policy, format=name)
+        own = getattr(model.forward, "own", forward) if logits else model
+        with torch.no_grad():
+            parts = ids.split([70, *[1] * 45, 10, *[1] * 15], 1)
+            logits.append(torch.cat([own(part, **over(cache)).logits for part in parts], 1))
+        modes = cache.replays.mode
+        assert modes == ("graph" if len(logits) == 1 else None)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+def test_beams_and_drafts(model):
+    """Rows change places, and tokens are taken back."""
+    ids, greedy = tiny_ids(60), {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    expected = kvpolicy.generate(model, cache_over(model, format="int4"), ids, **greedy)
+    beams = kvpolicy.generate(model, cache_over(model, format="int4"), ids, num_beams=3, **greedy)
+    assert beams.shape[1] <= 90
+    cache = cache_over(model, format="int4")
+    drafted = kvpolicy.generate(model, cache, ids, prompt_lookup_num_tokens=3, **greedy)
+    assert drafted.shape == expected.shape
+    assert cache.get_seq_length() == 89
+
+
+def test_bytes_are_those_of_the_codes_and_of_the_exact_block(model):
+    """At retention 1, so that there is one entry for each token: 16 channels of fp32 are 64 bytes."""
+    ids, sizes = tiny_ids(100), {}
+    for name in (None, "int8", "int4"):
+        cache = kvpolicy.new_cache(model, retention=1.0, format=name)
+        stepped_logits(model, ids, cache, [100])
+        arenas = [layer.arena for layer in cache.store.layers]
+        own = sum(tensor.nbytes for arena in arenas for key, tensor in arena.entries.items() if key != "positions")
+        block = sum(x.nbytes for arena in arenas for x in arena.beside.values())
+        sizes[name] = own, block
+        entries = sum(len(arena.keys) for arena in arenas)
+        assert entries == 3 * 2 * (100 + 64), "with the room that it has to grow"
+    assert sizes[None] == (entries * 2 * 64, 0)
+    assert sizes["int8"] == (entries * 2 * (16 + 4), 0)
+    assert sizes["int4"] == (entries * 2 * (8 + 4), 3 * ((SINKS + 32) * 2 * 2 * 64 + (SINKS + 32) * 4))
+
+
+def test_the_exact_tokens_are_kept_whatever_the_policy(model):
+    """TOVA would evict some of the last tokens; under int4 these are inside every capacity."""
+    cache = cache_over(model, "tova", retention=0.3, format="int4")
+    ids = tiny_ids(150)
+    for step, part in enumerate(ids.split([70, *[1] * 80], 1)):
+        with torch.no_grad():
+            model(part, **over(cache))
+        seen = 70 + step
+        for positions in (x for layer in range(3) for x in cache.store.positions(layer)):
+            assert set(range(seen - 32, seen)) <= set(positions.tolist())
+
+
+def test_what_cannot_be_is_refused(model):
+    with pytest.raises(BudgetError, match=r"format is 'int3', expected one of model, int8, int4"):
+        kvpolicy.new_cache(model, retention=0.4, format="int3")
+    with pytest.raises(BudgetError, match="8 or 4 bits with all key channels"):
+        kvpolicy.new_cache(model, retention=0.4, format=EntryFormat(16))
+    odd = tiny_model("Llama", head_dim=24)
+    with pytest.raises(BudgetError, match=r"format=int4: .*head dim 24.*multiple of 16.*Leave format= out"):
+        kvpolicy.new_cache(odd, retention=0.4, format="int4")
+    with pytest.raises(BudgetError, match=r"slots.*format"):
+        kvpolicy.SlotRunner(model, cache_over(model, format="int8"), slots=2, tokens=64)
+
+
+def test_a_table_with_less_than_the_exact_block_gets_it_from_the_others(model):
+    spec = ModelSpec.from_config(model.config)
+    plan = BudgetPlan.from_capacities(spec, [[6, 90], [80, 60], [10, 54]], context_length=100)
+    tables = [
+        kvpolicy.new_cache(model, plan, retention=plan.retentions[0], context_length=100, format=name)
+        .make_store(1, (0, 2))
+        .schedule.at(100, None)
+        for name in (None, "int4")
+    ]
+    assert tables[0].tolist() == [[6, 90], [80, 60], [10, 54]]
+    assert int(tables[1].min()) == SINKS + 32
+    assert int(tables[0].sum()) == int(tables[1].sum())
