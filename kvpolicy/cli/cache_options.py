@@ -14,6 +14,13 @@ Allocator = Annotated[
     str | None,
     typer.Option(help="What splits the budget where there is no plan; default: uniform.", show_default=False),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the entries: int8, int4, or model, which is the model's own dtype and the default.",
+        show_default=False,
+    ),
+]
 MinTokens = Annotated[int, typer.Option(min=1, help="Mean entries per KV head that are kept whatever the retention.")]
 ModelOfPlan = Annotated[
     str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")

@@ -59,6 +59,7 @@ def generate(
     policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,
     allocator: cache_options.Allocator = None,
+    format: cache_options.Format = None,
     min_tokens: cache_options.MinTokens = MIN_TOKENS,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     model: cache_options.ModelOfPlan = None,
@@ -77,11 +78,13 @@ def generate(
     """
     import torch
 
+    from kvpolicy.budget.entry_format import name_of
     from kvpolicy.verbs import arguments
     from kvpolicy.verbs.cache_choice import CacheChoice, load_network
 
     text = _prompt(prompt, prompt_file)
-    choice = CacheChoice.of(plan, policy, parse_params(policy_param, "--policy-param"), allocator, min_tokens)
+    params = parse_params(policy_param, "--policy-param")
+    choice = CacheChoice.of(plan, policy, params, allocator, min_tokens, format)
     retention = _retention(choice, retention, tokens)
     where = arguments.pick_device(device)
 
@@ -101,7 +104,8 @@ def generate(
     _run(network, cache, ids, stream, max_new_tokens, temperature)
     figures = _figures(cache, stream, ids.shape[1])
     if json:
-        settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "policy": choice.policy_name}
+        settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens}
+        settings |= {"policy": choice.policy_name, "format": name_of(choice.entry_format)}
         run = {"chat": is_chat, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
         opt.print_json({**settings, **run, "text": stream.text, **asdict(figures)})
     elif not quiet:

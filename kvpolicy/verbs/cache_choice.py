@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpolicy_kernels.formats import EntryFormat
+
+from kvpolicy.budget.entry_format import format_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import MODEL
 from kvpolicy.errors import AbsentModelError, BudgetError, ModelError, PlanError
@@ -82,6 +85,7 @@ class CacheChoice:
     policy: EvictionPolicy
     allocator: str | None
     min_tokens: int
+    entry_format: EntryFormat | None = None
 
     @classmethod
     def of(
@@ -91,6 +95,7 @@ class CacheChoice:
         policy_params: Mapping[str, Any] | None,
         allocator: str | None,
         min_tokens: int,
+        format: str | EntryFormat | None = None,
     ) -> CacheChoice:
         """Checks what can be checked before a model is loaded. Raises what `load_plan` and the registry raise."""
         plan = None if name in ("uniform", "full") else load_plan(name)
@@ -100,7 +105,7 @@ class CacheChoice:
                 raise BudgetError(f"allocator= goes with uniform: {name} leaves nothing to be split")
             check_splits_without_plan(allocator)
         arguments.check_least(1, min_tokens=min_tokens)
-        return cls(name, plan, evicts, evicting, allocator, min_tokens)
+        return cls(name, plan, evicts, evicting, allocator, min_tokens, format_of(format))
 
     def check(self, retention: float | None, otherwise: str = "") -> None:
         """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
@@ -123,5 +128,6 @@ class CacheChoice:
             policy=self.policy,
             allocator=self.allocator,
             min_tokens=self.min_tokens,
+            format=self.entry_format,
             **more,
         )

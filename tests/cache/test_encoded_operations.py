@@ -9,6 +9,6 @@ from tests.cache.encoded_game import EncodedGame
 from tests.cache.game import sequences
 
 
-@pytest.mark.parametrize("seed", sequences(40))
+@pytest.mark.parametrize("seed", sequences(30))
 def test_a_store_of_codes_keeps_what_the_naive_model_keeps(seed, monkeypatch):
     EncodedGame(seed).play(monkeypatch, 6)
