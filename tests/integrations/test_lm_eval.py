@@ -159,10 +159,11 @@ def harness(monkeypatch):
         sys.modules.pop(f"kvpolicy.integrations.lm_eval.{name}", None)
 
 
-def policy_lm(model, **options):
+def policy_lm(model, tokenizer=None, **options):
     from kvpolicy.integrations.lm_eval.policy_lm import PolicyLM
 
-    return PolicyLM(model, tiny_tokenizer(), **{"retention": 1.0, "policy": "snapkv", "min_tokens": 1} | options)
+    options = {"retention": 1.0, "policy": "snapkv", "min_tokens": 1} | options
+    return PolicyLM(model, tokenizer or tiny_tokenizer(), **options)
 
 
 def test_requests_of_one_context_share_it_and_keep_their_order(harness, model, monkeypatch):
@@ -252,7 +253,9 @@ def test_at_full_budget_it_is_the_harness_own_model(smollm2, tmp_path):
     tasks = write_tasks(tmp_path)
     model, tokenizer = smollm2
     own = run_tasks(HFLM(pretrained=model, tokenizer=tokenizer), tasks, include=tmp_path)
-    full, some = (run_tasks(policy_lm(model, retention=kept), tasks, include=tmp_path) for kept in (1.0, 0.3))
+    full, some = (
+        run_tasks(policy_lm(model, tokenizer, retention=kept), tasks, include=tmp_path) for kept in (1.0, 0.3)
+    )
     changed = []
     for task in tasks:
         figures = {name: value for name, value in own[task].items() if isinstance(value, float)}
