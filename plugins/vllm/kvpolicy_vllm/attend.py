@@ -43,7 +43,7 @@ class BlockAttention:
 
         Returns [B, num_q_heads, D]; zeros for no request at all.
         """
-        keys, values = _arena(cache)
+        keys, values = arena_of(cache)
         append([keys, values], step.rows, [key, value])
         segments = Segments(keys, values, step.starts, step.lengths)
         if step.num_blocks > 1:
@@ -84,7 +84,7 @@ class BlockAttention:
         kept = (positions < layout.num_sink_tokens) | (positions >= oldest)  # [H, m]
         head, token = kept.nonzero().unbind(1)
         rows = layout.rows_of(blocks, layout.slot(positions))[head, token]
-        keys, values = _arena(cache)
+        keys, values = arena_of(cache)
         for arena, new in ((keys, key), (values, value)):
             compact(arena, rows, new.transpose(0, 1)[None], head * count + token)
         return out
@@ -106,7 +106,7 @@ class BlockAttention:
             oldest = layout.oldest(torch.tensor([num_before], device=query.device))
             hidden = (position >= sinks) & (position < oldest)  # [H, longest]
             rows = layout.rows_of(blocks, layout.slot(position))
-            before = [arena[rows].masked_fill(hidden[..., None], 0)[None] for arena in _arena(cache)]
+            before = [arena[rows].masked_fill(hidden[..., None], 0)[None] for arena in arena_of(cache)]
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
         return self._windows(q, k, v, self.capacities)
 
@@ -131,7 +131,7 @@ class BlockAttention:
             gap = oldest[head][0] - sinks  # tokens behind the sinks that are evicted already
             entries = torch.cat([rows[head, :sinks], rows[head, sinks + gap :]])
             k, v = (
-                torch.cat([old[entries], new[:, head]]) for old, new in zip(_arena(cache), (key, value), strict=True)
+                torch.cat([old[entries], new[:, head]]) for old, new in zip(arena_of(cache), (key, value), strict=True)
             )
             heads = slice(head * group, (head + 1) * group)
             for first, begin, stop in zip(oldest[head], begins, ends, strict=True):
@@ -156,7 +156,7 @@ class BlockAttention:
         return out[0].transpose(0, 1)
 
 
-def _arena(cache: Tensor) -> tuple[Tensor, Tensor]:
+def arena_of(cache: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [R, D] of all blocks of a layer, as views."""
     rows = cache.flatten(0, 1)
     return rows[:, 0], rows[:, 1]

@@ -15,7 +15,9 @@ from vllm.v1.attention.backend import (
     AttentionType,
 )
 
+from kvpolicy import registry
 from kvpolicy_vllm.attend import BlockAttention
+from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.report import pulse
 from kvpolicy_vllm.self_check import check_attention
@@ -79,8 +81,10 @@ class StepRequests:
 class SharedSteps:
     """What the layers of a rank need alike, once a step."""
 
-    def __init__(self, tables: LayerTables) -> None:
+    def __init__(self, tables: LayerTables, modules: list[Any]) -> None:
+        """modules: vLLM's layers, which have the cache."""
         self._tables = tables
+        self._modules = modules
         self._metadata: Any = None
         self._requests: StepRequests | None = None
         self._layers: list[LayerStep] = []
@@ -90,6 +94,17 @@ class SharedSteps:
         if self._requests is None or metadata is not self._metadata:
             self._metadata, self._requests = metadata, StepRequests.read(metadata)
         return self._requests
+
+    def cut(self, metadata: Any) -> None:
+        """Under a content policy, before the step itself: where a single token's request has come to a cut."""
+        known = metadata.seq_lens_cpu_upper_bound  # exact, because nothing is drafted
+        counts = (metadata.seq_lens if known is None else known).tolist()
+        begins = metadata.query_start_loc_cpu.tolist()
+        for request, (begin, end, count) in enumerate(zip(begins, begins[1:], counts, strict=False)):
+            if end - begin == 1:
+                for module in self._modules:
+                    cache = module.kv_cache if isinstance(module.kv_cache, Tensor) else module.kv_cache[0]
+                    module.impl.cut(cache, metadata.block_table_tensor[request], count - 1)
 
     def single_tokens(self, layer: int, requests: StepRequests) -> LayerStep:
         """The first layer works it out, inside of the CUDA graph where there is one."""
@@ -107,11 +122,12 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layer.impl for layer in layers.values()]
+        self.is_cut = bool(impls[0].serving.period)
         self.is_first = next(iter(layers)) in layer_names
         if impls[0].steps is None:
             check_attention(device, vllm_config.model_config.dtype)
             layouts = [impl.layout(device) for impl in impls]
-            steps = SharedSteps(LayerTables(layouts, impls[0].head_size))
+            steps = SharedSteps(LayerTables(layouts, impls[0].head_size), list(layers.values()))
             for index, (impl, layout) in enumerate(zip(impls, layouts, strict=True)):
                 impl.start(index, layout, steps)
         self.steps: SharedSteps = impls[0].steps
@@ -119,6 +135,8 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:
         if self.is_first:
             pulse.beat(common_attn_metadata.num_reqs, common_attn_metadata.num_actual_tokens)
+            if self.is_cut:
+                self.steps.cut(common_attn_metadata)
         return self.steps.requests(common_attn_metadata)
 
 
@@ -166,7 +184,7 @@ class BlockImpl(AttentionImpl[StepRequests]):
     def layout(self, device: torch.device) -> BlockLayout:
         if self.serving is None:
             raise RuntimeError("a layer of kvpolicy-vllm was started before it got its budget")
-        return BlockLayout.of(
+        layout = BlockLayout.of(
             self.slots,
             self.serving.tokens_per_block,
             self.serving.num_sink_tokens,
@@ -174,10 +192,25 @@ class BlockImpl(AttentionImpl[StepRequests]):
             rows=self.rows,
             device=device,
         )
+        return CutLayout.every(self.serving.period, layout) if self.serving.period else layout
 
     def start(self, index: int, layout: BlockLayout, steps: SharedSteps) -> None:
-        self.attention = BlockAttention(layout, self.scale, self.softcap)
         self.index, self.steps = index, steps
+        if isinstance(layout, CutLayout) and self.serving is not None:
+            policy = registry.create("policy", self.serving.policy, self.serving.policy_params)
+            self.attention = CutAttention(
+                layout=layout, scale=self.scale, softcap=self.softcap, policy=policy, layer=index
+            )
+        else:
+            self.attention = BlockAttention(layout, self.scale, self.softcap)
+
+    def cut(self, kv_cache: Tensor, blocks: Tensor, count: int) -> None:
+        if isinstance(self.attention, CutAttention):
+            self.attention.cut(self._entries(kv_cache), blocks, count)
+
+    def _entries(self, kv_cache: Tensor) -> Tensor:
+        """[num_blocks, rows, 2, D]; from 0.32 on vLLM has a shape of its own."""
+        return kv_cache.view(kv_cache.shape[0], -1, 2, self.head_size)
 
     def forward(
         self,
@@ -199,7 +232,7 @@ class BlockImpl(AttentionImpl[StepRequests]):
         if self.attention is None or self.steps is None:
             raise RuntimeError("a layer of kvpolicy-vllm attends before it was started")
         attention, step = self.attention, attn_metadata
-        cache = kv_cache.view(kv_cache.shape[0], -1, 2, self.head_size)  # from 0.32 on vLLM has a shape of its own
+        cache = self._entries(kv_cache)
         out = output.view(-1, self.num_heads, self.head_size)
         if len(step.counts):
             at = slice(len(step.counts)) if step.at is None else step.at

@@ -23,6 +23,8 @@ def start(serving: Serving, vllm_config: Any) -> None:
     dense = tokens * layers * heads
     flat = [slots for row in serving.slots for slots in row]
     kind = "a slab" if serving.is_slab else f"blocks of {serving.tokens_per_block} tokens"
+    if serving.period:
+        kind += f", chosen by {serving.policy} every {serving.period} tokens"
     logger.info(
         "kvpolicy: %s gives each KV head %d to %d entries (mean %.1f) in %s, after %d sink tokens; prefix caching is "
         "off, and prompts attend under the window too",

@@ -21,6 +21,13 @@ ROUNDING = 0.1
 """The most that a head's share of a block may be off, relative to the plan's."""
 
 
+CONTENT_POLICIES = ("keydiff", "l2norm")
+"""Those that score an entry by its key alone, which is in the block."""
+
+PERIODS = (16, 512)
+"""The fewest and the most tokens from cut to cut under a content policy: about a quarter of the smallest capacity."""
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """It travels to vLLM's processes in the configuration, as JSON, so that the plan is read once.
@@ -30,6 +37,8 @@ class Serving:
     tokens_per_block: tokens of a request that a block stands for; `max_model_len` for a slab
     num_sink_tokens:  first tokens, which stay
     max_model_len:    the most tokens of a request
+    policy, policy_params: the plan's
+    period:           tokens from cut to cut; 0 under a window rule
     """
 
     plan: str
@@ -37,6 +46,9 @@ class Serving:
     tokens_per_block: int
     num_sink_tokens: int
     max_model_len: int
+    policy: str
+    policy_params: dict[str, Any]
+    period: int
 
     @classmethod
     def resolve(cls, settings: Settings, hf_config: Any, max_model_len: int, tp_size: int) -> Serving:
@@ -44,7 +56,6 @@ class Serving:
         plan = load_plan(settings.plan)
         spec = ModelSpec.from_config(hf_config)
         plan.check_model(spec)
-        _check_policy(plan)
         if len(spec.budgeted_layers) < len(spec.layers):
             others = sorted({layer.kind for layer in spec.layers if not layer.is_budgeted})
             raise BudgetError(
@@ -52,14 +63,19 @@ class Serving:
             )
         is_growing = settings.tokens is None and settings.context_length is None
         table, tokens = (_growing if is_growing else _fixed)(plan, settings, max_model_len, tp_size)
-        least = int(table.min())
+        policy, least = plan.method.policy, int(table.min())
+        period = _period(plan, least, is_growing)
+        if period:
+            table = table + period * (table >= max_model_len)  # a head that keeps everything is never cut
         if least <= plan.num_sink_tokens:
             raise BudgetError(
                 f"max_model_len is {max_model_len}, which leaves a KV head {least} entries, no more than the "
                 f"{plan.num_sink_tokens} sink tokens"
             )
         slots = tuple(tuple(row) for row in table.tolist())
-        return cls(settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len)
+        return cls(
+            settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len, policy.name, dict(policy.params), period
+        )
 
     @classmethod
     def of(cls, vllm_config: Any) -> Serving | None:
@@ -99,14 +115,29 @@ class Serving:
         return rows * tp_size * -(-tokens // self.tokens_per_block)
 
 
-def _check_policy(plan: BudgetPlan) -> None:
+def _period(plan: BudgetPlan, least: int, is_growing: bool) -> int:
+    """Tokens from cut to cut, 0 under a window rule. least: the smallest capacity."""
     choice = plan.method.policy
     policy = registry.create("policy", choice.name, choice.params)
-    if not policy.window_rule:
+    if policy.window_rule:
+        return 0
+    if choice.name not in CONTENT_POLICIES:
         raise PluginError(
-            f"the plan's policy '{choice.name}' scores entries by their content; kvpolicy-vllm serves window rules "
-            "alone, such as 'streaming': tune a plan for that one"
+            f"the plan's policy '{choice.name}' scores entries by more than their keys; kvpolicy-vllm serves window "
+            f"rules, such as 'streaming', and {' and '.join(CONTENT_POLICIES)}: tune a plan for one of them"
         )
+    if is_growing:
+        raise BudgetError(
+            f"the plan's policy '{choice.name}' needs fixed capacities: give tokens= or context_length= as well"
+        )
+    period = 1 << max(0, (least // 4).bit_length() - 1)
+    pinned = policy.num_sink_tokens + policy.recent_window
+    if period < PERIODS[0] or least - period <= pinned:
+        raise BudgetError(
+            f"a KV head would have {least} entries, too few for the plan's policy '{choice.name}' with {pinned} sink "
+            f"and recent tokens: it needs {4 * PERIODS[0]} at least, and a quarter more than those"
+        )
+    return min(period, PERIODS[1])
 
 
 def _fixed(plan: BudgetPlan, settings: Settings, max_model_len: int, tp_size: int) -> tuple[Tensor, int]:

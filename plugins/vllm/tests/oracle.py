@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import MAX_MODEL_LEN
+from kvpolicy_vllm.cuts import CutLayout
 from kvpolicy_vllm.layout import BlockLayout
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpolicy import EvictionPolicy, LayerActivations
 
 
 class Oracle:
     """Greedy tokens and their log-probabilities, with a forward over everything for each token."""
 
-    def __init__(self, folder: str, layouts: list[BlockLayout] | None) -> None:
-        """layouts: one for each layer; None attends to everything."""
-        self.layouts = layouts
+    def __init__(
+        self, folder: str, layouts: Sequence[BlockLayout] | None, policy: EvictionPolicy | None = None
+    ) -> None:
+        """layouts: one for each layer; None attends to everything.  policy: of the layouts that are cut"""
+        self.layouts, self.policy = layouts, policy
         ALL_ATTENTION_FUNCTIONS.register("oracle", self._attend)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="oracle"
@@ -28,8 +35,13 @@ class Oracle:
     ) -> tuple[Tensor, None]:
         at, group = torch.arange(query.shape[2]), query.shape[1] // key.shape[1]
         seen = (at <= at[:, None]).expand(key.shape[1], -1, -1)
-        if self.layouts is not None:
-            layout = self.layouts[module.layer_idx]
+        layout = None if self.layouts is None else self.layouts[module.layer_idx]
+        if isinstance(layout, CutLayout):
+            assert self.policy is not None
+            capacities = [min(slots, layout.tokens_per_block) for slots in layout.slots.tolist()]
+            heads = zip(key[0], capacities, strict=True)
+            seen = torch.stack([seen_by_cuts(self.policy, module.layer_idx, k, n, layout.period) for k, n in heads])
+        elif layout is not None:
             seen = seen & ((at < layout.num_sink_tokens) | (at >= layout.oldest(at)[:, :, None]))
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         mask = seen.repeat_interleave(group, 0)
@@ -40,3 +52,23 @@ class Oracle:
     def log_probabilities(self, tokens: list[int]) -> Tensor:
         """[T, vocabulary], of the token behind each."""
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
+
+
+def seen_by_cuts(policy: EvictionPolicy, layer: int, keys: Tensor, capacity: int, period: int) -> Tensor:
+    """Which tokens each token of one head sees, bool [T, T], with a list that is cut token by token.
+
+    keys: [T, D]
+    """
+    seen = torch.zeros(len(keys), len(keys), dtype=torch.bool)
+    kept: list[int] = []
+    for token in range(len(keys)):
+        if token % period == 0 and len(kept) > capacity - period and capacity < MAX_MODEL_LEN:
+            activations = LayerActivations(layer, keys=keys[None, None, kept], positions=torch.tensor([[kept]]))
+            scores = policy.score_prompt(activations)[0, 0].tolist()
+            recent = range(token - policy.recent_window, token)
+            pinned = [at < policy.num_sink_tokens or at in recent for at in kept]
+            ranked = sorted(zip(pinned, scores, kept, strict=True), reverse=True)
+            kept = sorted(at for _, _, at in ranked[: capacity - period])
+        kept.append(token)
+        seen[token, kept] = True
+    return seen

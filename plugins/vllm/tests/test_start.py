@@ -112,8 +112,14 @@ def test_plans_that_do_not_fit_are_refused_by_name(model: str, plan: str, tmp_pa
     with pytest.raises(kvpolicy.BudgetError, match=r"kvpolicy.tokens is 600, more than the 512 tokens"):
         config(model, {"plan": plan, "tokens": 600})
     other = save_plan(model, tmp_path / "other.json", [[64, 64]] * 3, policy="snapkv")
-    with pytest.raises(kvpolicy.PluginError, match="'snapkv' scores entries by their content"):
+    with pytest.raises(kvpolicy.PluginError, match="'snapkv' scores entries by more than their keys"):
         config(model, {"plan": other, **FIXED})
+    keys = save_plan(model, tmp_path / "keys.json", [[64, 200]] * 3, policy="keydiff")
+    with pytest.raises(kvpolicy.BudgetError, match="'keydiff' needs fixed capacities"):
+        config(model, {"plan": keys, "retention": 264 / 1024})
+    few = save_plan(model, tmp_path / "few.json", [[60, 200]] * 3, policy="keydiff")
+    with pytest.raises(kvpolicy.BudgetError, match="would have 60 entries, too few for the plan's policy 'keydiff'"):
+        config(model, {"plan": few, "retention": 260 / 1024, "context_length": MAX_MODEL_LEN})
     lopsided = save_plan(model, tmp_path / "lopsided.json", [[6, 400]] * 3)
     with pytest.raises(kvpolicy.BudgetError, match="no block of up to 256 tokens holds the plan's smallest shares"):
         config(model, {"plan": lopsided, "retention": 406 / 1024}, max_model_len=256)
