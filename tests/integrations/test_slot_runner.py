@@ -13,6 +13,8 @@ from tests.tiny import attention_of, tiny_ids, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+copies = pytest.mark.skipif(DEVICE == "cuda", reason="its forward copies from the host, which no graph holds")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -91,9 +93,36 @@ def test_what_slots_cannot_serve_is_refused(model):
         runner.admit(prompt(90), 90)
     with pytest.raises(ModelError, match="at least one token to come"):
         runner.admit(prompt(9), 0)
-    windows = tiny_model("Gemma3Window", attention=attention_of("Gemma3Window")).to(DEVICE)
-    with pytest.raises(ModelError, match="layers of other kinds"):
-        kvpolicy.SlotRunner(windows, cache_over(windows), slots=1, tokens=60)
+    chunked = tiny_model("Llama4", attention=attention_of("Llama4")).to(DEVICE)
+    with pytest.raises(ModelError, match=r"layers of other kinds \(.*\), whose caches slots cannot hold"):
+        kvpolicy.SlotRunner(chunked, cache_over(chunked), slots=1, tokens=60)
+    cache = cache_over(model)
+    cache.dropped_at = 50
+    with pytest.raises(ModelError, match="by its longest sequence"):
+        kvpolicy.SlotRunner(model, cache, slots=1, tokens=60)
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma3Window", "Gemma2Window", "Qwen2Window", pytest.param("GptOssWindow", marks=copies)]
+)
+@pytest.mark.parametrize("replayed", [False, True])
+def test_layers_with_a_sliding_window(name, replayed, monkeypatch):
+    """Prompts shorter and longer than the window, answers that go round it; a seat that was another's before."""
+    if replayed and DEVICE == "cpu":
+        record_on_cpu(monkeypatch)
+    hybrid = tiny_model(name, attention=attention_of(name)).to(DEVICE)
+    wishes = [(3, 30), (40, 12), (17, 25), (1, 9), (50, 20)]
+    runner = kvpolicy.SlotRunner(hybrid, cache_over(hybrid, "snapkv"), slots=2, tokens=70)
+    assert all(ring.keys.shape[0] == 2 for ring in runner.cache.rings) and runner.cache.rings
+    assert runner.cache.nbytes > sum(ring.nbytes for ring in runner.cache.rings) > 0
+    found = {runner.admit(prompt(length), count): [] for length, count in wishes}
+    while runner.running or runner.waiting:
+        for number, token in runner.step().items():
+            found[number].append(token)
+    expected = [alone(hybrid, prompt(length), count, policy="snapkv") for length, count in wishes]
+    assert list(found.values()) == expected
+    if replayed or DEVICE == "cuda":
+        assert runner.cache.replays.mode == "graph"
 
 
 def test_extents():

@@ -100,13 +100,13 @@ class Replays:
         """
         if not is_token(cache, call):
             return None
-        why = obstacle(cache, model, call) or self._hooks.obstacle(model)
-        reading = None if why else _reading(cache, call.get("attention_mask"))
-        if reading is None or reading.valid is not None or reading.visible is not None:
-            self._fall_back(why or "attention_mask hides tokens that the cache holds", cache)
-            return None
-        if self._hopeless is not None:
-            self._fall_back(self._hopeless, cache)
+        why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
+        reading = None if why and not cache.is_stepped else _reading(cache, call.get("attention_mask"))
+        if reading is not None and (reading.valid is not None or reading.visible is not None):
+            why, reading = "attention_mask hides tokens that the cache holds", None
+        if why:
+            self._fall_back(why, cache)
+        if reading is None:
             return None
         store = cache.opened()
         if not store.advance():
@@ -121,18 +121,19 @@ class Replays:
         kind = [self.compiled, id(model), weights, settings, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
         key = [*kind, *cache.layouts]
         forward = self._forward or own
-        if self._step is not None and self._step.key == key:
+        if not why and self._step is not None and self._step.key == key:
             cache.pass_step(self._step.replay)
             self.mode, self.why, out = "graph", None, _copied(self._step.out, cache)
-        elif self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again at the second token
+        elif not why and self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again
             out = cache.run_step(lambda: forward(**inputs, **constant), counts)
             self._ran = [kind, *self._ran[:1]]
             self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
-        else:
-            step = self._record(cache, forward, inputs, constant, key, counts)
-            if step is None:
-                return None
+        elif not why and (step := self._record(cache, forward, inputs, constant, key, counts)) is not None:
             out = _copied(step.out, cache)
+        elif cache.is_stepped:
+            out = cache.run_step(lambda: own(**inputs, **constant), counts)
+        else:
+            return None
         cache.count_step(reading)
         return out
 

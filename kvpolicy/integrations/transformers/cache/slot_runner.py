@@ -63,7 +63,8 @@ class SlotRunner:
     budget has once the longest answer is there, from its prompt on, so that its room is known when it is seated.
 
     Raises `BudgetError` and `ModelError` for what slots cannot serve: policies that rescore while they decode or have
-    the context repeated, allocators that split at run time, protected spans, decode="append", layers of other kinds.
+    the context repeated, allocators that split at run time, protected spans, decode="append", layers other than full
+    attention and sliding windows.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class SlotRunner:
         )
         self.cache = cache_of(model, recipe)
         self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)
+        self.cache.furnish_rings(slots, model.dtype, model.device)
         self._tokens = torch.zeros(slots, 1, dtype=torch.int64, device=model.device)
         self._free = list(range(slots))
         self._waiting: deque[int] = deque()
@@ -184,6 +186,7 @@ class SlotRunner:
         token = self.select(out.logits[:, -1])
         slot = self._free.pop()
         sequence.sit(slot)
+        self.cache.seat_rings(slot, own)
         self.store.seat(slot, sequence.capacities, own.opened())
         self._tokens[slot] = token
         if sequence.is_last():
@@ -208,5 +211,8 @@ def _check(recipe: Recipe, cache: RaggedCache) -> None:
         raise BudgetError(
             f"{type(recipe.policy).__name__} has the context repeated, which slots do not: take another policy"
         )
-    if cache.rings or cache.other_kinds:
-        raise ModelError("this model has layers of other kinds (sliding windows, linear attention), which slots cannot")
+    if cache.other_kinds:
+        kinds = ", ".join(cache.other_kinds)
+        raise ModelError(f"this model has layers of other kinds ({kinds}), whose caches slots cannot hold")
+    if cache.dropped_at is not None:
+        raise ModelError("this model rotates all keys by its longest sequence (longrope), so slots would not be alone")

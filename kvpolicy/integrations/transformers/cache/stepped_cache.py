@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ class SteppedCache(CarryingCache):
     stepping: what a step goes by, while a forward runs that was planned and may be recorded: nothing is counted in
         Python then
     replays: how decoded tokens run: as replays of a CUDA graph, or why not
+    is_stepped: whether every token has to be a step, recorded or not: rows are slots, whose windows lie in rings alone
     """
 
     spec: ModelSpec
@@ -51,6 +53,20 @@ class SteppedCache(CarryingCache):
         self.stepping: StepCounts | None = None
         self._handle, self._stepped = -1, dict[int, SteppedLayer]()
         self.replays = Replays()
+        self.is_stepped = False
+
+    def furnish_rings(self, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Has the sliding-window layers of so many slots in rings from now on."""
+        for ring in self.rings:
+            layer = self.spec.layers[ring.index]
+            ring.furnish((slots, layer.num_kv_heads), (layer.key_dim, layer.value_dim), dtype, device)
+        self.is_stepped = bool(self.rings)
+
+    def seat_rings(self, slot: int, other: SteppedCache) -> None:
+        """The windows of a cache of one sequence become those of a slot."""
+        other.open_rings()
+        for ring, own in zip(self.rings, other.rings, strict=True):
+            ring.seat(slot, own)
 
     def opened(self) -> RaggedStore:
         """The store. Raises `ModelError` where there is none yet."""

@@ -70,6 +70,18 @@ class WindowRing:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
 
+    def furnish(self, shape: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        """Opens it for rows that are slots. shape: (slots, KV heads);  dims: of a key and of a value"""
+        self.keys, self.values = (torch.zeros(*shape, self.window, dim, dtype=dtype, device=device) for dim in dims)
+        self.layout = object()
+
+    def seat(self, row: int, other: WindowRing) -> None:
+        """The only row of another ring, open too, becomes a row of this one."""
+        for own, entries in ((self.keys, other.keys), (self.values, other.values)):
+            assert own is not None
+            assert entries is not None
+            own[row] = entries[0]
+
     def open(self, seen: Tensor) -> None:
         """Takes the entries over from the layer. seen: int64 [B] on the CPU, tokens of each row so far"""
         if self.keys is not None:
