@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from basics import command_line, write_csv
 from harness import beside_a_copy, copies_needed, copy_limit
-from kvpolicy_kernels.append import append, append_next
+from kvpolicy_kernels.append import append
 from torch import Tensor
 
 SEGMENTS = (8, 64, 512)
-LENGTH, DIM, PINNED = 1024, 128, 4
+LENGTH, DIM = 1024, 128
 SETS = 64  # calls over different rows and entries
 Calls = list[Callable[[], object]]
 
@@ -34,43 +34,23 @@ def new_entries(num_segments: int) -> list[Tensor]:
     return [*wide, torch.randint(2**20, (num_segments,), device="cuda"), torch.rand(num_segments, device="cuda")]
 
 
-def tables(num_segments: int, full: bool) -> list[Tensor]:
-    """Starts, lengths, capacities and cursors."""
-    starts = LENGTH * torch.arange(num_segments, device="cuda")
-    capacities = torch.full_like(starts, LENGTH)
-    lengths = capacities.clone() if full else torch.randint_like(starts, LENGTH // 2)
-    return [starts, lengths, capacities, torch.randint_like(starts, LENGTH - PINNED)]
-
-
 def check(num_segments: int) -> None:
     """Raises `AssertionError` where the backends differ."""
     entries, rows = new_entries(num_segments), torch.randperm(num_segments * LENGTH, device="cuda")[:num_segments]
     ours, theirs = new_arenas(num_segments), new_arenas(num_segments)
     append(ours, rows, entries, backend="triton")
     append(theirs, rows, entries, backend="torch")
-    for full in (False, True):
-        ours += tables(num_segments, full)
-        theirs += [table.clone() for table in ours[-4:]]
-        for state, backend in ((ours, "triton"), (theirs, "torch")):
-            append_next(state[:4], entries, *state[-4:], PINNED, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def calls(num_segments: int) -> dict[str, Calls]:
     """The implementations, each over `SETS` sets of rows and entries."""
     arenas = new_arenas(num_segments)
-    implementations: dict[str, Calls] = {
-        name: [] for name in ("append", "append_next grow", "append_next ring", "append_next slots", "index_copy_")
-    }
+    implementations: dict[str, Calls] = {name: [] for name in ("append", "index_copy_")}
     for _ in range(SETS):
         entries, rows = new_entries(num_segments), torch.randperm(len(arenas[0]), device="cuda")[:num_segments]
-        grow, ring = (tables(num_segments, full) for full in (False, True))
         implementations["append"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="triton"))
         implementations["index_copy_"].append(lambda r=rows, e=entries: append(arenas, r, e, backend="torch"))
-        for name, state, slots in (("grow", grow, None), ("ring", ring, None), ("slots", ring, rows % LENGTH)):
-            implementations[f"append_next {name}"].append(
-                lambda e=entries, t=state, s=slots: append_next(arenas, e, *t, PINNED, slots=s, backend="triton")
-            )
     return implementations
 
 

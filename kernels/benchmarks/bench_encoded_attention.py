@@ -4,7 +4,7 @@
 
 Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
 the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens
-besides, as a chunk under a mask. "encode" rows are one token of a layer, keys and values, beside `append_next` alone.
+besides, as a chunk under a mask. "encode" rows are one token of a layer, keys and values, beside `append` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from basics import command_line, write_csv
 from bench_decode_attention import spread
 from harness import cold_time, copies_needed, machine, read_limit
-from kvpolicy_kernels.append import append_next
+from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import decode_attention, plan_work
 from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.encoded_attention import encoded_attention
@@ -132,24 +132,24 @@ def attention_lines(limit: float) -> list[dict[str, object]]:
 
 
 def encode_lines() -> list[dict[str, object]]:
-    """A token of one layer: its rows are encoded, and all columns written to their rings."""
+    """A token of one layer: its rows are encoded, and all columns written to their rows."""
     lines = []
     for segments in (8, 64, 512):
         keys, values = (torch.randn(1, segments, 1, 128, device="cuda").bfloat16() for _ in range(2))
-        tables = [torch.arange(segments, device="cuda") * 64, *(torch.full((segments,), 64, device="cuda"),) * 2]
+        places = torch.arange(segments, device="cuda") * 64
         arenas = [torch.zeros(segments * 64, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
 
-        def plain(rows: list[Tensor], into: list[Tensor], at: list[Tensor] = tables) -> object:
-            return append_next(into, rows, *at, torch.zeros_like(at[0]), 4)
+        def plain(rows: list[Tensor], into: list[Tensor], at: Tensor = places) -> None:
+            append(into, at, rows)
 
         timed = {"bf16": cold_time([functools.partial(plain, [keys, values], arenas)] * 8)}
         for name, entry_format in FORMATS.items():
             coded = [column for arena in arenas for column in entry_format.encode(arena)]
 
             def both(entry_format: EntryFormat = entry_format, coded: list[Tensor] = coded, keys: Tensor = keys,
-                     values: Tensor = values) -> object:  # fmt: skip
+                     values: Tensor = values) -> None:  # fmt: skip
                 pairs = encode([keys, values], entry_format, backend="triton")
-                return plain([column for pair in pairs for column in pair], coded)
+                plain([column for pair in pairs for column in pair], coded)
 
             timed[name] = cold_time([both] * 8)
         lines += [

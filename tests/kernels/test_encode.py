@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from kvpolicy_kernels.append import append_next
+from kvpolicy_kernels.append import append
 from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.formats import INT4, INT8, Encoded, EntryFormat
 
@@ -49,15 +49,13 @@ def test_triton_rotates(dim, entry_format, poisoned):
 @backends
 @pytest.mark.parametrize("entry_format", [INT8, INT4], ids=str)
 def test_appended_codes_are_the_encoded_ones(entry_format, backend):
-    """Two segments, one that grows and one whose ring is full; the other rows keep every bit."""
+    """A row of each of two segments; the others keep every bit."""
     keys, values = torch.randn(1, 2, 1, 32, device=DEVICE), torch.randn(1, 2, 1, 16, device=DEVICE)
     arenas = [column for dim in (32, 16) for column in entry_format.encode(torch.randn(10, dim, device=DEVICE))]
     before = [arena.clone() for arena in arenas]
     encoded = encode([keys, values], entry_format, backend=backend)
-    starts, lengths, capacities = (torch.tensor(x, device=DEVICE) for x in ([1, 6], [2, 3], [4, 3]))
-    columns = [column for pair in encoded for column in pair]
-    rows = append_next(arenas, columns, starts, lengths, capacities, torch.zeros_like(starts), 1, backend=backend)
-    assert rows.tolist() == [3, 7]
+    columns, rows = [column for pair in encoded for column in pair], torch.tensor([3, 7], device=DEVICE)
+    append(arenas, rows, columns, backend=backend)
     for arena, old, column in zip(arenas, before, columns, strict=True):
         assert torch.equal(arena[rows], column.reshape(2, -1))
         rest = [row for row in range(10) if row not in (3, 7)]

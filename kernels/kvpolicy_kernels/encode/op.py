@@ -16,7 +16,7 @@ def encode(rows: Sequence[Tensor], entry_format: EntryFormat, *, backend: Backen
     rows: each [..., D], floating point, with a D of its own; all of one device
     backend: "auto" is torch, as long as the kernel has not run on a GPU
 
-    What comes back are columns as arenas hold them: `append` and `append_next` write them to their rows.
+    What comes back are columns as arenas hold them: `append` writes them to their rows.
     On CUDA the codes may be off by one where the sums of a rotation round differently.
     Raises `ValueError` for a head dim that has no format, and for a backend that cannot run here.
     """
