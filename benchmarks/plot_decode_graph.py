@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 Row = dict[str, str]
 BARS = {  # (cache, kept): colour, name
     ("DynamicCache, eager", "1.0"): ("#b0b0b0", "DynamicCache, eager"),
-    ("DynamicCache, eager, flash", "1.0"): ("#8e7cc3", "the same, flash attention"),
+    ("DynamicCache, eager, flash", "1.0"): ("#8e7cc3", "DynamicCache, flash attention"),
     ("StaticCache, compiled", "1.0"): ("#e08e45", "StaticCache, compiled"),
     ("kvpolicy", "0.3"): ("#5aa469", "kvpolicy, 30 %"),
     ("kvpolicy, compiled", "1.0"): ("#9cc5e4", "compiled, everything kept"),

@@ -12,8 +12,6 @@ from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
 
-UNTRIED = "this kernel has not run on a GPU yet: backend='auto' leaves its work to torch until it has"
-
 LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch: triton 3.9 warns where nobody says whether to fuse multiply-adds, and 3.10 will not fuse."""
 

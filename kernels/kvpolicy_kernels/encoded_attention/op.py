@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.attention.op import MAX_QUERIES, MAX_ROWS, Attended
 from kvpolicy_kernels.attention.plan import WorkPlan
-from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.encoded_attention.reference import reference_encoded_attention
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, check_tables
 
@@ -32,8 +32,8 @@ def encoded_attention(
     a mask of which of its slots a query sees.
 
     The arguments are those of `decode_attention`, but for the segments.
-    backend: "auto" is torch, as long as the kernels have not run on a GPU; "triton" takes what it takes in
-        `decode_attention`, and rows of any format of 8 or 4 bits
+    backend: "auto" is Triton on CUDA and torch elsewhere and for what the kernels cannot do; they take what those of
+        `decode_attention` take, and rows of any format of 8 or 4 bits
 
     On CUDA codes are read and never written back as numbers: products of codes are scaled afterwards, the query is
     rotated when it is loaded, and the result is rotated back once, before it meets the chunk.
@@ -51,7 +51,7 @@ def encoded_attention(
             f"{list(plan.pieces.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    beyond = _beyond_kernel(query, num_kv_heads, chunk) or (UNTRIED if backend == "auto" else None)
+    beyond = _beyond_kernel(query, num_kv_heads, chunk)
     if uses_triton("encoded_attention", backend, query, beyond):
         from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.backend import UNTRIED, Backend, uses_triton
+from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.window_attention.cpu import blocked_window_attention
 
 
@@ -34,16 +34,14 @@ def window_attention(
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     prefill_length: queries before it attend densely
-    backend: "auto" is Triton on CUDA and torch elsewhere; torch for fewer queries than tokens, with which the kernel
-        has not run on a GPU yet
+    backend: "auto" is Triton on CUDA and torch elsewhere
 
     Returns [B, num_q_heads, n, Dv]. Memory is O(T): no [heads, T, T] mask is made.
     Raises `ValueError` for shapes or capacities that do not fit, and for a backend that cannot run here.
     """
     _check(query, key, value, capacities, num_sink_tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    untried = UNTRIED if query.shape[2] < key.shape[2] and backend != "triton" else None
-    if uses_triton("window_attention", backend, query, untried):
+    if uses_triton("window_attention", backend, query):
         from kvpolicy_kernels.window_attention.kernel import triton_window_attention
 
         window = torch.tensor([int(c) - num_sink_tokens for c in capacities], dtype=torch.int32, device=query.device)

@@ -151,7 +151,6 @@ class BlockAttention:
             self.layout.num_sink_tokens,
             scale=self.scale,
             softcap=self.softcap,
-            backend="triton" if query.is_cuda else "auto",  # untried there, so that the check at start must pass
         )
         return out[0].transpose(0, 1)
 
