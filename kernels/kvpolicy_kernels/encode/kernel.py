@@ -29,10 +29,11 @@ def plane_of_rows(
     m_w = (o_w < W)[None, :]
     if ROTATED:
         b_sum = tl.zeros([row_ptrs.shape[0], BLOCK_W], dtype=tl.float32)
-        for first in tl.range(0, BLOCK_D, 16, num_stages=1):  # all at once would take too many registers
-            o_d = first + tl.arange(0, 16)
+        STEP: tl.constexpr = min(BLOCK_D, 64)  # more at once would take too many registers
+        for first in tl.static_range(0, BLOCK_D, STEP):
+            o_d = first + tl.arange(0, STEP)
             m_d = o_d < D
-            # [BLOCK_M, 16] and [16, BLOCK_W]
+            # [BLOCK_M, STEP] and [STEP, BLOCK_W]
             b_row = tl.load(row_ptrs[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
             b_turn = tl.load(turn_ptr + o_d[:, None] * D + (PLANE * W + o_w)[None, :], mask=m_d[:, None] & m_w, other=0)
             b_sum = tl.dot(b_row, b_turn.to(b_row.dtype), b_sum, input_precision=PRECISION)

@@ -260,7 +260,7 @@ def launch_config(dtype: torch.dtype, dim: int, with_mass: bool) -> dict[str, in
 
     dim: the larger of D and Dv;  with_mass: scores are written, which takes registers of its own
 
-    The largest tiles that compile without a spill on sm_80 and sm_90 in 16 bits; they have not been timed on a GPU yet.
+    The largest tiles that compile without a spill on sm_80 and sm_90 in 16 bits; others have not been timed.
     More rows than BLOCK_M go to programs side by side, which find the entries in the L2 cache.
     """
     if dtype == torch.float32:
