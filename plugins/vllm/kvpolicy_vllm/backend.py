@@ -83,7 +83,7 @@ class SharedSteps:
 
     def __init__(self, tables: LayerTables, modules: list[Any]) -> None:
         """modules: vLLM's layers, which have the cache."""
-        self._tables = tables
+        self.tables = tables
         self._modules = modules
         self._metadata: Any = None
         self._requests: StepRequests | None = None
@@ -109,7 +109,7 @@ class SharedSteps:
     def single_tokens(self, layer: int, requests: StepRequests) -> LayerStep:
         """The first layer works it out, inside of the CUDA graph where there is one."""
         if layer == 0:
-            self._layers = self._tables.step(requests.blocks, requests.counts)
+            self._layers = self.tables.step(requests.blocks, requests.counts)
         return self._layers[layer]
 
 
@@ -122,6 +122,7 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layer.impl for layer in layers.values()]
+        self.entry_bytes = 2 * impls[0].head_size * vllm_config.model_config.dtype.itemsize
         self.is_cut = bool(impls[0].serving.period)
         self.is_first = next(iter(layers)) in layer_names
         if impls[0].steps is None:
@@ -134,7 +135,7 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:
         if self.is_first:
-            pulse.beat(common_attn_metadata.num_reqs, common_attn_metadata.num_actual_tokens)
+            pulse.beat(common_attn_metadata, self.steps.tables, self.entry_bytes)
             if self.is_cut:
                 self.steps.cut(common_attn_metadata)
         return self.steps.requests(common_attn_metadata)

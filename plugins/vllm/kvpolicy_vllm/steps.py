@@ -34,7 +34,10 @@ class LayerStep:
 
 
 class LayerTables:
-    """The layers of one rank."""
+    """The layers of one rank.
+
+    num_heads: the KV heads of all of them
+    """
 
     def __init__(self, layouts: Sequence[BlockLayout], head_dim: int) -> None:
         """layouts: of one number of heads, sinks and tokens in a block, on one device."""
@@ -48,15 +51,16 @@ class LayerTables:
         )
         rows = torch.tensor([layout.rows for layout in layouts], device=first.slots.device)
         self.rows = rows.repeat_interleave(first.num_kv_heads)
+        self.num_heads = len(self.rows)
 
     def step(self, blocks: Tensor, counts: Tensor) -> list[LayerStep]:
         """For each layer. Waits for nothing.
 
-        blocks: int [B, P], the blocks of each request
+        blocks: int [B, P or more], the blocks of each request; vLLM pads its tables
         counts: int [B], its tokens with this one; 0 for no request at all, whose row may hold anything
         """
-        wide, num_blocks, counts = self.wide, blocks.shape[1], counts.long()
-        used = torch.where(counts[:, None] > 0, blocks, 0).long()  # vLLM gives block 0 to nobody
+        wide, num_blocks, counts = self.wide, self.wide.num_blocks, counts.long()
+        used = torch.where(counts[:, None] > 0, blocks[:, :num_blocks], 0).long()  # vLLM gives block 0 to nobody
         slot = wide.slot((counts - 1).clamp(min=0)).t()
         rows = used.gather(1, slot // wide.slots) * self.rows + wide.offsets + slot % wide.slots
         starts = used[:, :, None] * self.rows + wide.offsets
@@ -67,6 +71,10 @@ class LayerTables:
             LayerStep(rows[i], starts[i], lengths[i], num_blocks, None if plan is None else plan.layer(i))
             for i in range(self.num_layers)
         ]
+
+    def entries(self, counts: Tensor) -> int:
+        """Entries that requests of so many tokens [B] hold, over all layers and heads of the rank."""
+        return int(self.wide.lengths(counts.long()).sum())
 
     def _by_layer(self, table: Tensor) -> Tensor:
         """[..., L * H] to [L, ... * H]."""

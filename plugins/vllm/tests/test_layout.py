@@ -94,7 +94,9 @@ def test_layers_together_are_the_layers_alone(tokens_per_block: int) -> None:
     ]
     counts = torch.tensor([1, 63, 65, 0, 400])
     blocks = torch.randperm(40)[: 5 * layouts[0].num_blocks].view(5, -1)
-    for layout, step in zip(layouts, LayerTables(layouts, 16).step(blocks, counts), strict=True):
+    padded = torch.nn.functional.pad(blocks, (0, 3), value=39)
+    for layout, step in zip(layouts, LayerTables(layouts, 16).step(padded, counts), strict=True):
+        assert step.num_blocks == layout.num_blocks
         assert step.lengths.view(5, -1, 2).sum(1).tolist() == layout.lengths(counts).t().tolist()
         for request, count in enumerate(counts.tolist()):
             if count:

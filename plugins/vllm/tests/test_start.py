@@ -200,8 +200,36 @@ def test_served_tokens_are_told_once_in_a_while(
     del lines[:]
     sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False)
     llm.generate([{"prompt_token_ids": p} for p in prompts([20])], sampling, use_tqdm=False)
-    told = "kvpolicy: attended under the plan's budgets since the last such line: tokens {}, steps 1; requests in {}"
-    assert lines == [told.format(tokens, "the last step: 1") for tokens in (20, 1, 1)]
+    slots = [n for row in Serving.of(llm.llm_engine.vllm_config).slots for n in row]
+    told = (
+        "kvpolicy: attended under the plan's budgets since the last such line: tokens {}, steps 1; requests in the "
+        "last step: 1, of {} tokens with {:.1f} bytes each, dense 1536; entries per KV head {:.1f}, dense {}.0"
+    )
+    expected = []
+    for tokens, seen in ((20, 20), (1, 21), (1, 22)):
+        entries = sum(min(n, seen) for n in slots)
+        expected.append(told.format(tokens, seen, entries * 256 / seen, entries / 6, seen))
+    assert lines == expected
+    assert min(slots) < 20
+
+
+def test_figures_are_among_the_metrics(model: str, plan: str) -> None:
+    from prometheus_client import REGISTRY
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    for settings, kept in ((FIXED, 300), ({"tokens": 100, "context_length": MAX_MODEL_LEN}, 600)):
+        config(model, {"plan": plan, **settings})
+        unregister_vllm_metrics()  # as vLLM does when its own metrics begin
+        found = {
+            (sample.name, sample.labels.get("statistic")): sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name.startswith("vllm:kvpolicy_") and sample.labels["model_name"] == model
+        }
+        assert found["vllm:kvpolicy_bytes_per_token", None] == kept * 256 / MAX_MODEL_LEN
+        assert found["vllm:kvpolicy_dense_bytes_per_token", None] == 1536
+        assert found["vllm:kvpolicy_concurrency_ratio", None] == 6 * MAX_MODEL_LEN / kept
+        assert found["vllm:kvpolicy_entries_per_head", "mean"] == kept / 6
 
 
 def test_installing_twice_does_nothing() -> None:
