@@ -48,4 +48,4 @@ def _model_reasons(model: Any) -> Iterator[str]:
     if not set(names) & set(MODELS):
         yield f"the architecture {', '.join(names)}; known are {', '.join(MODELS)}"
     if model.get_sliding_window() is not None:
-        yield "sliding windows beside budgets are not there yet"
+        yield "sliding windows: beside them vLLM wants pages of one size, which layers of different budgets do not have"

@@ -97,7 +97,20 @@ def test_models_are_refused_by_name() -> None:
     made = SimpleNamespace(architectures=["GPTNeoXForCausalLM"], get_sliding_window=lambda: 128)
     reasons = list(hooks.refusals._model_reasons(made))
     assert reasons[0].startswith("the architecture GPTNeoXForCausalLM; known are LlamaForCausalLM, ")
-    assert reasons[1].startswith("sliding windows")
+    assert reasons[1].startswith("sliding windows: beside them vLLM wants pages of one size")
+
+
+def test_vllm_wants_pages_of_one_size_beside_sliding_windows() -> None:
+    """Why hybrid models are refused. Where this fails, they can be served."""
+    from kvpolicy_vllm.cache_spec import BlockSpec
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    common = {"head_size": 32, "dtype": torch.bfloat16}
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=2, sliding_window=64, **common)
+    layers = {str(rows): BlockSpec(block_size=64, num_kv_heads=rows, **common) for rows in (26, 40)}
+    with pytest.raises(NotImplementedError, match="page size is not divisible by the maximum page size"):
+        unify_kv_cache_spec_page_size({"window": window, **layers})
 
 
 def test_plans_that_do_not_fit_are_refused_by_name(model: str, plan: str, tmp_path: Path) -> None:
