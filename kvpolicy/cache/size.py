@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 
+from kvpolicy.budget.entry_format import exact_tokens
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
@@ -16,9 +18,21 @@ def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:
     return not policy.window_rule or split is not None
 
 
-def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool) -> int:
+def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_format: EntryFormat | None = None) -> int:
     """Bytes of one entry: key, value and position, and its score where there is one. dtype: of keys and values."""
-    return spec.entry_bytes(dtype.itemsize) + beside_nbytes(scored=scored)
+    shape = spec.attention
+    if entry_format is None:
+        own = spec.entry_bytes(dtype.itemsize)
+    else:
+        own = entry_format.row_bytes(shape.key_dim) + entry_format.row_bytes(shape.value_dim)
+    return own + beside_nbytes(scored=scored)
+
+
+def block_nbytes(spec: ModelSpec, dtype: torch.dtype, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
+    """Bytes of what stays exact of one sequence, over all layers and KV heads."""
+    slots, heads = exact_tokens(policy, entry_format), spec.num_kv_heads
+    of_layer = slots * (heads * spec.entry_bytes(dtype.itemsize) + torch.int32.itemsize)
+    return spec.num_budgeted_layers * (of_layer + bool(slots) * heads * torch.int64.itemsize)
 
 
 def beside_nbytes(*, scored: bool) -> int:

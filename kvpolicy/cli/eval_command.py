@@ -29,6 +29,7 @@ def eval_command(
     retention: Annotated[list[float] | None, opt.retentions("the plan's levels; needed for uniform")] = None,
     policy: cache_options.Policy = None,
     policy_param: opt.PolicyParams = None,
+    format: cache_options.Format = None,
     model: cache_options.ModelOfPlan = None,
     text: opt.Text = None,
     context: Annotated[
@@ -78,6 +79,7 @@ def eval_command(
         retention=retention,
         policy=policy,
         policy_param=parse_params(policy_param, "--policy-param"),
+        format=format,
         model=model,
         text=text,
         context=context,

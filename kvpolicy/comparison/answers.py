@@ -14,7 +14,7 @@ from kvpolicy.comparison.methods import Method
 from kvpolicy.comparison.real_cache import filled_cache, ready, weighed_rows
 from kvpolicy.comparison.records import Records
 from kvpolicy.comparison.talk import Talk
-from kvpolicy.comparison.task import Measured, Tables, Task
+from kvpolicy.comparison.task import Measured, Tables, Task, differs
 from kvpolicy.integrations.transformers import Prompts, RaggedCache
 from kvpolicy.measure.evaluation import CacheBytes
 from kvpolicy.model.spec import ModelSpec
@@ -148,7 +148,7 @@ class AnswerTask(Task):
         if method.quantized:
             assert isinstance(table, Tensor)  # one prompt at a time: a batch might share its scales
             return filled_cache(self.model, method, table, self.prompts[index])
-        if self._ready is None or self._ready.policy != method.policy:
+        if self._ready is None or differs(self._ready, method):
             self._ready = None  # frees its caches first
             self._ready = self._prompts(method)
         return self._ready.compressed(index, table, method.runtime_allocator)
@@ -159,7 +159,9 @@ class AnswerTask(Task):
             own = [self.prompts[row][0] for row in batch]
             batches.append(torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left"))
             padding.append(torch.tensor([batches[-1].shape[1] - len(ids) for ids in own]))
-        return Prompts(self.model, batches, method.policy, self.tokenizer, padding, self.kept_bytes)
+        return Prompts(
+            self.model, batches, method.policy, self.tokenizer, padding, self.kept_bytes, method.entry_format
+        )
 
     def _answers(self, cache: Any, logits: Tensor, samples: list[Sample], lengths: list[int]) -> list[list[str]]:
         """One for each turn of each sample; each stays in the conversation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
 from kvpolicy.comparison.methods import Method, check_decodes
@@ -39,10 +40,14 @@ class DecodingTask(Task):
     def measure(self, method: Method, tables: Tables) -> Measured:
         """Raises `PluginError` for a method that keeps others than the most recent entries."""
         check_decodes(method)
-        probe, table = self._probe(method.policy.num_sink_tokens), tables(self.context)
+        probe, table = self._probe(method.policy.num_sink_tokens, method.entry_format), tables(self.context)
         return Measured(probe.loss(table), measured_bytes(probe, table))
 
-    def _probe(self, num_sink_tokens: int) -> TransformersProbe:
+    def _probe(self, num_sink_tokens: int, entry_format: EntryFormat | None = None) -> TransformersProbe:
         return TransformersProbe(
-            self.model, self.sequences, num_sink_tokens=num_sink_tokens, batch_size=self.batch_size
+            self.model,
+            self.sequences,
+            num_sink_tokens=num_sink_tokens,
+            batch_size=self.batch_size,
+            entry_format=entry_format,
         )

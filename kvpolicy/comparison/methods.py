@@ -6,16 +6,18 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
 from kvpolicy.budget.entries import capacities, context_budget, unmeasured_capacities
+from kvpolicy.budget.entry_format import format_of, least_entries, name_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan, policy_of
-from kvpolicy.cache.size import entry_nbytes, holds_scores
+from kvpolicy.cache.size import block_nbytes, entry_nbytes, holds_scores
 from kvpolicy.comparison.calibration import calibration_of
 from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
 from kvpolicy.model.spec import ModelSpec
@@ -29,6 +31,8 @@ UNIFORM, RANDOM, FULL = "uniform", "random", "full"
 QUANTIZED = ("fp8", "int4", "int2")
 """What transformers' `QuantizedCache` may hold the entries in: methods of their own, such as quantized/int4."""
 _PARTS = re.compile(r"([^/(]*(?:\(.*?\))?)(?:/(.*))?", re.DOTALL)
+_AT = "@"
+_FORMAT = re.compile(rf"(.+){_AT}([a-z]+[0-9]*)", re.DOTALL)
 _LOTS = 16  # of four KV heads with two capacities, a lot leaves the table as it is one time in three
 
 
@@ -41,6 +45,7 @@ class Method:
     allocator: who splits the budget; None under a plan, and where nothing is evicted
     shuffled:  capacities go to other KV heads at random: the control that tells whether it matters who has which
     quantized: of `QUANTIZED`, where nothing is evicted and all of it is held in fewer bits; the policy has no say
+    entry_format: of the entries; None for the model's dtype
     """
 
     name: str
@@ -51,10 +56,11 @@ class Method:
     plan: BudgetPlan | None = None
     shuffled: bool = False
     quantized: str | None = None
+    entry_format: EntryFormat | None = None
 
     @property
     def is_full(self) -> bool:
-        return self.evicts_nothing and self.quantized is None
+        return self.evicts_nothing and self.quantized is None and self.entry_format is None
 
     @property
     def evicts_nothing(self) -> bool:
@@ -74,12 +80,19 @@ class Method:
         """The policy's name, with those of its parameters that are not the defaults."""
         if self.evicts_nothing:
             return FULL
-        return _label("policy", self.policy_name, self.policy)
+        return _label("policy", self.policy_name, self.policy) + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        """What stands behind the names of a method that keeps its entries in a format."""
+        return "" if self.entry_format is None else f"{_AT}{name_of(self.entry_format)}"
 
     @property
     def uniform_name(self) -> str:
         """The method that this one's budgets are compared with: uniform ones under the same policy. '' for none."""
-        return "" if self.evicts_nothing else f"{self.policy_label}/{UNIFORM}"
+        if self.evicts_nothing:
+            return ""
+        return f"{_label('policy', self.policy_name, self.policy)}/{UNIFORM}{self._suffix}"
 
     @property
     def remark(self) -> str:
@@ -110,6 +123,8 @@ class Method:
             "shuffled": self.shuffled,
             "quantized": self.quantized,
         }
+        if self.entry_format is not None:
+            identity["entry_format"] = asdict(self.entry_format)
         document: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
         return document
 
@@ -123,9 +138,14 @@ class Method:
         """
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
-        table = self._exact_table(spec, context, retention)
-        total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
-        table = capacities(table, total, context, self.policy.least_capacity)
+        least = least_entries(self.policy, self.entry_format)
+        if self.entry_format is None:
+            table = self._exact_table(spec, context, retention)
+            total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
+        else:
+            total = self._coded_total(spec, context, retention, dtype)
+            table = self._exact_table(spec, context, total / spec.total_entries(1.0, context))
+        table = capacities(table, total, context, least)
         return _shuffled(table, seed) if self.shuffled else table
 
     def _exact_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
@@ -137,6 +157,16 @@ class Method:
         total = spec.total_entries(retention, context)
         budget = context_budget(total, spec.table_shape, context, self.policy.least_capacity)
         return unmeasured_capacities(self.allocator, budget)
+
+    def _coded_total(self, spec: ModelSpec, context: int, retention: float, dtype: torch.dtype) -> int:
+        """Entries in a format that take the bytes of a window rule's in the model's dtype, what is exact included."""
+        assert self.entry_format is not None
+        scored = holds_scores(self.policy, self.runtime_allocator)
+        allowed = spec.total_entries(retention, context) * entry_nbytes(spec, dtype, scored=False)
+        allowed -= block_nbytes(spec, dtype, self.policy, self.entry_format)
+        most = int(allowed / entry_nbytes(spec, dtype, scored=scored, entry_format=self.entry_format))
+        floor = min(least_entries(self.policy, self.entry_format), context) * spec.total_entries(1.0, 1)
+        return min(max(most, floor), spec.total_entries(1.0, context))
 
     def _window_bytes_part(self, spec: ModelSpec, dtype: torch.dtype) -> float:
         """Bytes of an entry under a window rule, as a part of those of an entry here."""
@@ -150,7 +180,7 @@ def read_methods(names: Sequence[str]) -> list[Method]:
 
     names: POLICY/ALLOCATOR, POLICY (under `uniform`), a plan file (a name that ends in .json, or that is a file),
         POLICY/PLAN (a plan's budgets under another policy), or quantized/ and one of `QUANTIZED`. A policy and an
-        allocator may have parameters, as in `snapkv(kernel_size=7)`
+        allocator may have parameters, as in `snapkv(kernel_size=7)`; behind any of them a format, as in snapkv@int4
 
     Raises `PluginError` for a name or a parameter that there is none of, `PlanError` for a plan that cannot be read.
     """
@@ -164,7 +194,7 @@ def read_methods(names: Sequence[str]) -> list[Method]:
 
 def read_asked(names: Sequence[str]) -> list[Method]:
     """The methods of these names alone, as `read_methods` reads them."""
-    return [_full() if name == FULL else _read(name) for name in names]
+    return [_read(name) for name in names]
 
 
 def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill: int | None) -> None:
@@ -196,6 +226,10 @@ def check_decodes(method: Method) -> None:
 
 
 def _read(name: str) -> Method:
+    if not Path(name).is_file() and (match := _FORMAT.fullmatch(name)) is not None:
+        return _in_format(_read(match[1]), name, format_of(match[2]))
+    if name == FULL:
+        return _full()
     policy, budgets = _parts(name)
     if Path(name).is_file():
         return _of_plan(name, name)
@@ -208,6 +242,14 @@ def _read(name: str) -> Method:
     if not policy or budgets == "":
         raise PluginError(f"a method is POLICY/ALLOCATOR, POLICY, POLICY/PLAN, or a plan file, got '{name}'")
     return _of(policy, budgets or UNIFORM)
+
+
+def _in_format(method: Method, name: str, entry_format: EntryFormat | None) -> Method:
+    """A method with entries in a format. Raises `PluginError` for one whose entries have one already."""
+    if method.quantized:
+        raise PluginError(f"'{name}': entries that transformers quantizes have a format of their own; leave one out")
+    named = name if method.plan is not None else f"{method.name}{_AT}{name_of(entry_format)}"
+    return replace(method, name=named if entry_format else method.name, entry_format=entry_format)
 
 
 def _parts(name: str) -> tuple[str, str | None]:
@@ -255,7 +297,9 @@ def _full() -> Method:
 
 def _uniform_of(method: Method) -> Method:
     allocator = registry.create("allocator", UNIFORM)
-    return Method(method.uniform_name, method.policy_name, method.policy, UNIFORM, allocator)
+    return Method(
+        method.uniform_name, method.policy_name, method.policy, UNIFORM, allocator, entry_format=method.entry_format
+    )
 
 
 def _shuffled(table: Tensor, seed: int) -> Tensor:

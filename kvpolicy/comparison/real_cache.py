@@ -46,7 +46,7 @@ def filled_cache(model: Any, method: Method, table: Tensor, ids: Tensor, tokeniz
     if method.quantized:
         cache = quantized_cache(model, method.quantized)
     else:
-        cache = prompt_cache(model, method.policy, table, method.runtime_allocator)
+        cache = prompt_cache(model, method.policy, table, method.runtime_allocator, method.entry_format)
     ids = ids.to(model.device)
     logits = model(ids, **with_cache(model, cache), use_cache=True, **keep_logits(model)).logits[:, -1:]
     if isinstance(cache, RaggedCache):

@@ -144,7 +144,7 @@ class PerplexityTask(Task):
     def _probe_for(self, method: Method) -> PromptProbe:
         """The last probe again where only the table is another: it has run its prompts already."""
         last, allocator = self._probe, method.runtime_allocator
-        if last is None or last.policy != method.policy or last.allocator != allocator:
+        if last is None or differs(last, method) or last.allocator != allocator:
             self._probe = None  # frees its prompts first
             self._probe = PromptProbe(
                 self.model,
@@ -154,9 +154,15 @@ class PerplexityTask(Task):
                 batch_size=self.batch_size,
                 allocator=allocator,
                 tokenizer=self.tokenizer,
+                entry_format=method.entry_format,
             )
         assert self._probe is not None
         return self._probe
+
+
+def differs(last: PromptProbe | Prompts, method: Method) -> bool:
+    """Whether prompts that have been run are of no use for a method."""
+    return last.policy != method.policy or last.entry_format != method.entry_format
 
 
 class RetrievalTask(Task):
@@ -212,9 +218,13 @@ class RetrievalTask(Task):
 
     def _prompts_for(self, method: Method) -> Prompts:
         """The last ones again under the same policy: they have been run already."""
-        if self._prompts is None or self._prompts.policy != method.policy:
+        if self._prompts is None or differs(self._prompts, method):
             self._prompts = None  # frees their caches first
             self._prompts = Prompts(
-                self.model, torch.split(self.tokens, self.batch_size), method.policy, self.tokenizer
+                self.model,
+                torch.split(self.tokens, self.batch_size),
+                method.policy,
+                self.tokenizer,
+                entry_format=method.entry_format,
             )
         return self._prompts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError
@@ -35,13 +36,14 @@ def probe_for(
     tokenizer: Any = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
+    entry_format: EntryFormat | None = None,
 ) -> SequenceProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.
 
     prefill_length: None means 0 for a window rule, else half of a sequence
     """
-    options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size}
+    options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size, "entry_format": entry_format}
     if not policy.window_rule:
         options |= {"policy": policy, "prefill_length": prefill_length, "tokenizer": tokenizer}
         return PromptProbe(model, sequences, prompts, **options)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
-from kvpolicy.budget.entries import context_budget, unmeasured_capacities
+from kvpolicy.budget.entries import capacities, context_budget, unmeasured_capacities
+from kvpolicy.budget.entry_format import format_of, name_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import CONTEXT
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
@@ -66,6 +68,7 @@ def eval(
     retention: float | Sequence[float] | None = None,
     policy: str | None = None,
     policy_param: Mapping[str, Any] | None = None,
+    format: str | EntryFormat | None = None,
     model: str | Path | None = None,
     text: str | Path | None = None,
     context: int | None = None,
@@ -92,6 +95,7 @@ def eval(
     records:    a JSONL file for what each sample gave; samples that it has already are not run again
     retention:  kept fractions, each in (0, 1]; None for the plan's levels. "uniform" needs some
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
+    format:     of the entries of all but the full cache: "int8", "int4"; None for the model's dtype. With perplexity
     model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
     text:       a UTF-8 file; None for Python's language reference. A task needs none
     context:    tokens of one sequence or prompt; None for the plan's, or 1024
@@ -109,6 +113,12 @@ def eval(
     name, source, lines = str(plan), arguments.optional_path(text), arguments.optional_path(records)
     picture = arguments.optional_path(png)
     _check_of_task(chosen, prefill, source, lines, picture)
+    entry_format = format_of(format)
+    if chosen is not None and entry_format is not None:
+        raise BudgetError(
+            f"format= goes with perplexity here; 'kvpolicy compare' answers {chosen.name} under a format, as in "
+            "'kvpolicy compare snapkv@int4'"
+        )
     loaded = None if name in ("uniform", "full") else load_plan(name)
     evicting, evicts = chosen_policy(loaded, policy, policy_param)
     other = loaded is not None and loaded.warn_if_other_policy(evicts)
@@ -136,12 +146,14 @@ def eval(
     corpus = read_corpus(tokenizer, source)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
-    probe = probe_for(evicts, network, sequences, prefill_length=prefill, batch_size=batch_size, tokenizer=tokenizer)
+    options: dict[str, Any] = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
+    probe = probe_for(evicts, network, sequences, entry_format=entry_format, **options)
+    whole = probe if entry_format is None or name == "full" else probe_for(evicts, network, sequences, **options)
     if loaded is not None:
         loaded.check_model(probe.spec)
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
-    measured = _measured(probe, name, loaded, retentions, progress or Progress())
-    return Evaluation(name, tuple(_row(probe, measure, task, seed) | facts for measure in measured), probe.described)
+    measured = _measured((whole, probe), name, loaded, retentions, progress or Progress())
+    return Evaluation(name, tuple(_row(measure, task, seed) | facts for measure in measured), probe.described)
 
 
 def _answered(
@@ -203,6 +215,7 @@ def _check_of_task(
 class _Measured:
     """One table of capacities. losses: float64 `[n]`, one for each sequence"""
 
+    probe: SequenceProbe
     plan: str
     retention: float
     losses: Tensor
@@ -210,9 +223,13 @@ class _Measured:
 
 
 def _measured(
-    probe: SequenceProbe, name: str, plan: BudgetPlan | None, retentions: list[float], progress: Progress
+    probes: tuple[SequenceProbe, SequenceProbe],
+    name: str,
+    plan: BudgetPlan | None,
+    retentions: list[float],
+    progress: Progress,
 ) -> Iterator[_Measured]:
-    """The full cache, and at each retention uniform budgets and the plan's."""
+    """The full cache, and at each retention uniform budgets and the plan's. probes: of the full cache, of the others"""
     from kvpolicy.measure.evaluation import measured_bytes, perplexity
 
     pairs = [("full", 1.0)]
@@ -221,10 +238,11 @@ def _measured(
     progress.begin("evaluate", len(pairs))
     try:
         for plan_name, kept in pairs:
+            probe = probes[plan_name != "full"]
             table = _table(plan_name, plan, probe, kept)
             losses = probe.loss(table)
             progress.advance(f"{plan_name}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
-            yield _Measured(plan_name, kept, losses, measured_bytes(probe, table))
+            yield _Measured(probe, plan_name, kept, losses, measured_bytes(probe, table))
     finally:
         progress.end()
 
@@ -260,21 +278,26 @@ def _table(name: str, plan: BudgetPlan | None, probe: SequenceProbe, retention: 
     if name == "full":
         return torch.full(spec.table_shape, context)
     if plan is not None and name != "uniform":
-        return plan.capacities(context_length=context, retention=retention)
+        table = plan.capacities(context_length=context, retention=retention)
+        if probe.entry_format is None:
+            return table
+        return capacities(table.double(), int(table.sum()), context, probe.least_capacity)
     total = spec.total_entries(retention, context)
     budget = context_budget(total, spec.table_shape, context, probe.least_capacity)
     return unmeasured_capacities(registry.create("allocator", "uniform"), budget)
 
 
-def _row(probe: SequenceProbe, measured: _Measured, task: str, seed: int) -> dict[str, Any]:
+def _row(measured: _Measured, task: str, seed: int) -> dict[str, Any]:
     from kvpolicy.measure.evaluation import perplexity
     from kvpolicy.measure.stats import mean_interval
 
-    losses, length, memory = measured.losses, int(probe.sequences.shape[1]), measured.memory
+    probe, losses, memory = measured.probe, measured.losses, measured.memory
+    length = int(probe.sequences.shape[1])
     return {
         "task": task,
         "plan": measured.plan,
         "retention": measured.retention,
+        "format": name_of(probe.entry_format),
         "perplexity": perplexity(losses),
         "interval": [math.exp(bound) for bound in mean_interval(losses, seed)],
         "loss": float(losses.mean()),

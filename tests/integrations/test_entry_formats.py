@@ -1,15 +1,21 @@
 """Caches whose entries have 8 or 4 bits: what they compute, what they weigh, what can be done with them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
 
 import kvpolicy
-from kvpolicy import BudgetError, BudgetPlan, ModelSpec
+from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PluginError
+from kvpolicy.comparison.methods import read_asked, read_methods
+from kvpolicy.integrations.transformers import Prompts, TransformersProbe, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
+from kvpolicy.measure.evaluation import measured_bytes
+from kvpolicy.plugins.registry import registry
 from tests.integrations.ragged_oracle import ragged_table, stepped_logits, visible_tokens
 from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
@@ -89,6 +95,66 @@ def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(model, entr
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert cache.lengths.max() == table.max()
+
+
+@pytest.mark.parametrize("prefill", [0, 50])
+@pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK])
+def test_one_forward_is_decoding_token_by_token(model, entry_format, prefill):
+    """The window probe's loss is that of a cache under the same format."""
+    model = copy.deepcopy(model).double()
+    spec, ids = ModelSpec.from_config(model.config), tiny_ids(110)
+    table = ragged_table(spec, 36, 60)
+    probe = TransformersProbe(model, ids, prefill_length=prefill, entry_format=entry_format)
+    (losses,) = probe.token_losses(table)
+    plan = BudgetPlan.from_capacities(spec, table, context_length=110)
+    cache = kvpolicy.new_cache(model, plan, retention=plan.retentions[0], context_length=110, format=entry_format)
+    logits = stepped_logits(model, ids, cache, [prefill, *[1] * (110 - prefill)] if prefill else [1] * 110)
+    expected = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")[probe.first_scored - 1 :]
+    torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
+    assert measured_bytes(probe, table).bytes == probe.filled(table).nbytes
+
+
+def test_a_prompt_is_lowered_to_what_it_would_have_been(model):
+    """One run of a prompt serves all tables, in a format too."""
+    spec, ids = ModelSpec.from_config(model.config), tiny_ids(100)
+    policy, table = registry.create("policy", "snapkv"), ragged_table(spec, 36, 60)
+    prompts = Prompts(model, [ids[:, :80]], policy, entry_format=INT4)
+    behind, found = ids[:, 80:], []
+    found.append(prompts.logits(0, table, behind))
+    with torch.no_grad(), kvpolicy.attached(model):
+        cache = prompt_cache(model, policy, table, entry_format=INT4)
+        before = model(ids[:, :80], **over(cache)).logits[:, -1:]
+        cache.hold(20)
+        found.append(torch.cat([before, model(behind, **over(cache)).logits], 1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["snapkv@int4", "streaming/pyramid@int8"])
+def test_methods_are_compared_at_equal_bytes(model, name):
+    spec = ModelSpec.from_config(model.config)
+    sizes = []
+    for method in (read_asked(["streaming"])[0], *read_asked([name])):
+        table = method.table(spec, 400, 0.2, 0, torch.float32)
+        cache = prompt_cache(model, method.policy, table, entry_format=method.entry_format)
+        with torch.no_grad(), kvpolicy.attached(model):
+            model(tiny_ids(400), **over(cache))
+        sizes.append(cache.nbytes)
+    assert sizes[1] == pytest.approx(sizes[0], rel=5e-3)
+    assert int(table.sum()) > 1.4 * spec.total_entries(0.2, 400)
+    names = [method.name for method in read_methods([name])]
+    assert name.replace("snapkv@", "snapkv/uniform@") in names
+    assert any("@" in x and "uniform" in x for x in names)
+    assert method.identity != replace(method, entry_format=None).identity
+
+
+def test_formats_of_methods():
+    everything = read_methods(["full@int4"])
+    assert [method.name for method in everything] == ["full", "full@int4", "random/uniform"]
+    assert [method.is_full for method in everything] == [True, False, False]
+    with pytest.raises(PluginError, match=r"'quantized/int4@int8': .*have a format of their own"):
+        read_asked(["quantized/int4@int8"])
+    with pytest.raises(BudgetError, match="format is 'int3'"):
+        read_asked(["snapkv@int3"])
 
 
 @pytest.mark.parametrize(("name", "policy"), [("int8", "streaming"), ("int4", "h2o"), ("int4", "keydiff")])

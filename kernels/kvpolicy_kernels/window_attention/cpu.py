@@ -34,7 +34,7 @@ def blocked_window_attention(
     for head, capacity in enumerate(capacities):
         heads = slice(head * group, (head + 1) * group)
         sinks = None if sink_logits is None else sink_logits[heads]
-        attend = _Attend(scale, softcap, sinks)
+        attend = Attend(scale, softcap, sinks)
         q, o = query[:, heads], out[:, heads]
         k, v = key[:, head : head + 1], value[:, head : head + 1]
         dense = min(max(int(capacity), prefill_length), length)
@@ -47,7 +47,7 @@ def blocked_window_attention(
 
 
 def _windows(
-    attend: _Attend, q: Tensor, k: Tensor, v: Tensor, out: Tensor, first: int, window: int, num_sinks: int
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, out: Tensor, first: int, window: int, num_sinks: int
 ) -> None:
     """Fills `out` from token `first` on. q, out: [B, group, n, D], of the last n tokens; k, v: [B, 1, T, D]."""
     length = k.shape[2]
@@ -70,7 +70,7 @@ def _block_mask(window: int, num_sinks: int, like: Tensor) -> Tensor:
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
 
 
-class _Attend:
+class Attend:
     """Attention of one KV head's query group; SDPA, or plain products where SDPA cannot (softcap, learned sinks)."""
 
     def __init__(self, scale: float, softcap: float | None, sinks: Tensor | None) -> None:

@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.budget.entry_format import check_format
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -45,7 +47,7 @@ class SequenceProbe(ModelProbe):
     sequences:       int64 [N, T], what `loss` scores, from position `first_scored` on
     num_sink_tokens: first tokens that are never evicted
     prefill_length:  tokens at the start that attend densely
-    model, prompts, tokenize, batch_size, progress: as for `TransformersProbe`
+    model, prompts, tokenize, batch_size, progress, entry_format: as for `TransformersProbe`
 
     protocol:  "window" where every token is decoded under the budget, "prompt" where a prompt is compressed once
     allocator: splits a table's total at run time; None where a table is kept as it is
@@ -65,6 +67,7 @@ class SequenceProbe(ModelProbe):
         prefill_length: int = 0,
         batch_size: int = 1,
         progress: Progress | None = None,
+        entry_format: EntryFormat | None = None,
     ) -> None:
         for ids in (sequences, *(prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts)):
             check_token_ids(model, ids, "sequences and prompts")
@@ -74,10 +77,11 @@ class SequenceProbe(ModelProbe):
         self._tokenize = tokenize
         self.num_sink_tokens = num_sink_tokens
         self.prefill_length = prefill_length
-        self.batch_size = batch_size
+        self.batch_size, self.entry_format = batch_size, entry_format
         self._progress = progress or Progress()
         self._teacher = Teacher(self.scored_logits, sequences)
         self._spec = ModelSpec.from_config(model.config)
+        check_format(entry_format, self._spec.attention)
         budgeted = self._spec.budgeted_layers
         self._modules = attention_modules(model, budgeted)
         # layers that reuse a budgeted layer's keys and values see what that layer keeps
@@ -125,7 +129,8 @@ class SequenceProbe(ModelProbe):
 
     @property
     def least_capacity(self) -> int:
-        return self.num_sink_tokens + 1
+        recent = 0 if self.entry_format is None else self.entry_format.exact_recent
+        return self.num_sink_tokens + max(recent, 1)
 
     @property
     def prompts(self) -> list[Tensor]:

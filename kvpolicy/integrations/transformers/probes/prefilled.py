@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import least_entries
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import ByLength, Fixed
 from kvpolicy.errors import BudgetError, PluginError
@@ -36,6 +38,7 @@ class Prompts:
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
     padding:   int64 [B] each, tokens at the start of each row that are padding; None for none
     kept_bytes: of caches that are kept from one table to the next; what is beyond is run again for each; None for 4 GiB
+    entry_format: of the prompts' entries; None for the model's dtype
 
     Raises `PluginError` for a policy that has prompts repeated where there is no tokenizer.
     """
@@ -48,6 +51,7 @@ class Prompts:
         tokenizer: PreTrainedTokenizerBase | None = None,
         padding: Sequence[Tensor] | None = None,
         kept_bytes: int | None = None,
+        entry_format: EntryFormat | None = None,
     ) -> None:
         if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
@@ -59,6 +63,7 @@ class Prompts:
         self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
         self.padding = [torch.zeros(len(batch), dtype=torch.int64) for batch in batches] if padding is None else padding
         self.kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
+        self.entry_format = entry_format
         self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
 
     @property
@@ -73,7 +78,7 @@ class Prompts:
 
     def _capacities(self, length: int) -> Tensor:
         shape = ModelSpec.from_config(self.model.config).table_shape
-        return torch.full(shape, max(length, self.policy.least_capacity))
+        return torch.full(shape, max(length, least_entries(self.policy, self.entry_format)))
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +158,7 @@ class Prompts:
             mask = (torch.arange(ids.shape[1]) >= self.padding[index][:, None]).long().to(ids.device)
             options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad(), attached(model):
-            cache = prompt_cache(model, self.policy, table, allocator)
+            cache = prompt_cache(model, self.policy, table, allocator, self.entry_format)
             options |= with_cache(model, cache) | keep_logits(model)
             logits = model(ids, use_cache=True, **options).logits[:, -1:]
             if cache.awaits_repeat:
@@ -164,12 +169,17 @@ class Prompts:
 
 
 def prompt_cache(
-    model: PreTrainedModel, policy: EvictionPolicy, table: Tensor | ByLength, allocator: BudgetAllocator | None = None
+    model: PreTrainedModel,
+    policy: EvictionPolicy,
+    table: Tensor | ByLength,
+    allocator: BudgetAllocator | None = None,
+    entry_format: EntryFormat | None = None,
 ) -> RaggedCache:
     """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
 
     table:     int64 [L, H], the entries each KV head may keep of the prompt, or one for each length of a prompt
     allocator: splits the table's total by the scores of the prompt instead
+    entry_format: of the entries; None for the model's dtype
 
     Raises `BudgetError` for an allocator that does not split at run time: its shares make a table.
     """
@@ -183,5 +193,6 @@ def prompt_cache(
         protected=(),
         decode="append",
         rollback=0,
+        entry_format=entry_format,
     )
     return cache_of(model, recipe, table if isinstance(table, ByLength) else Fixed(table))

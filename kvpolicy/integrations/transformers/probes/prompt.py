@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.budget.entry_format import name_of
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
@@ -33,10 +35,11 @@ class PromptProbe(SequenceProbe):
     allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
                     table's own proportions are not used
     kept_bytes:     of the prompts' caches, which are kept from one table to the next; None for 4 GiB
-    model, sequences, prompts, tokenize, batch_size: as for `TransformersProbe`
+    model, sequences, prompts, tokenize, batch_size, entry_format: as for `TransformersProbe`
 
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
-    capacities, so that one forward of all of it over the compressed prompt is exact.
+    capacities, so that one forward of all of it over the compressed prompt is exact. Under a format it is that of a
+    prompt that is encoded once: what follows it, and what was exact behind it, stays exact.
 
     Raises `BudgetError` for a prompt that leaves nothing to be scored behind it and for an allocator that splits
     nothing at run time, `PluginError` for a policy that requires `repeat_attention`, and what `new_cache` raises for a
@@ -59,6 +62,7 @@ class PromptProbe(SequenceProbe):
         allocator: BudgetAllocator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kept_bytes: int | None = None,
+        entry_format: EntryFormat | None = None,
     ) -> None:
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length
@@ -76,13 +80,14 @@ class PromptProbe(SequenceProbe):
             num_sink_tokens=plugin_call.admitted(policy).num_sink_tokens,
             prefill_length=prefill_length,
             batch_size=batch_size,
+            entry_format=entry_format,
         )
         self.policy, self.allocator, self.unscored = policy, allocator, unscored or 0
         batches = torch.split(sequences[:, :prefill_length], batch_size)
-        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes=kept_bytes)
+        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes=kept_bytes, entry_format=entry_format)
         self._order: dict[int, Tensor] = {}
         with attached(model):
-            prompt_cache(model, policy, self.contexts.whole, allocator)
+            prompt_cache(model, policy, self.contexts.whole, allocator, entry_format)
 
     @property
     def context_length(self) -> int:
@@ -95,9 +100,10 @@ class PromptProbe(SequenceProbe):
     @property
     def described(self) -> str:
         behind = self.sequences.shape[1] - self.first_scored
+        kept = "" if self.entry_format is None else f" to entries in {name_of(self.entry_format)}"
         return (
-            f"a prompt of {self.prefill_length} tokens is compressed once; the {behind} tokens behind it, decoded on "
-            'top of the budget (decode="append"), are scored'
+            f"a prompt of {self.prefill_length} tokens is compressed once{kept}; the {behind} tokens behind it, "
+            'decoded on top of the budget (decode="append"), are scored'
         )
 
     def _ranks(self, sequence: int) -> PositionBias:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kvpolicy_kernels.window_attention import window_attention
+from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.window_attention import coded_window_attention, window_attention
 from torch import Tensor, nn
 
+from kvpolicy.budget.entry_format import name_of
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore
@@ -32,6 +34,7 @@ class TransformersProbe(SequenceProbe):
                      are scored then)
     batch_size:      sequences in one forward of `loss`
     progress:        told of long work, such as an allocator's learning
+    entry_format:    of a cache's entries; None for the model's dtype
 
     Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
     """
@@ -49,15 +52,16 @@ class TransformersProbe(SequenceProbe):
     @property
     def described(self) -> str:
         prompt = f"a prompt of {self.prefill_length} tokens attends densely, then " if self.prefill_length else ""
+        kept = "" if self.entry_format is None else f", entries in {name_of(self.entry_format)}"
         return (
-            f"{prompt}every token is decoded under the budget (window rule); tokens from position {self.first_scored} "
-            f"to {self.sequences.shape[1] - 1} are scored"
+            f"{prompt}every token is decoded under the budget (window rule){kept}; tokens from position "
+            f"{self.first_scored} to {self.sequences.shape[1] - 1} are scored"
         )
 
     def filled(self, capacities: Tensor) -> RaggedStore:
         """A store under the window rule that has seen the first sequence. capacities: int `[L, H]`."""
         policy = registry.create("policy", "streaming", {"num_sink_tokens": self.num_sink_tokens})
-        store = RaggedStore(self.spec, Fixed(capacities), policy)
+        store = RaggedStore(self.spec, Fixed(capacities), policy, entry_format=self.entry_format)
 
         def fill(activations: LayerActivations) -> None:
             query, key, value = activations.queries, activations.keys, activations.values
@@ -73,7 +77,9 @@ class TransformersProbe(SequenceProbe):
     def _batch_losses(self, index: int, ids: Tensor, capacities: Tensor) -> Tensor:
         rows = capacities.tolist()
         handlers = [
-            _WindowAttention(module, self._spec, rows[row], self.num_sink_tokens, self.prefill_length)
+            _WindowAttention(
+                module, self._spec, rows[row], self.num_sink_tokens, self.prefill_length, self.entry_format
+            )
             for module, row in self._windowed
         ]
         with intercepted(self.model, {handler.module: handler for handler in handlers}):
@@ -95,15 +101,33 @@ class _WindowAttention:
     """The window rule in place of one layer's causal attention."""
 
     def __init__(
-        self, module: nn.Module, spec: ModelSpec, capacities: list[int], num_sink_tokens: int, prefill_length: int
+        self,
+        module: nn.Module,
+        spec: ModelSpec,
+        capacities: list[int],
+        num_sink_tokens: int,
+        prefill_length: int,
+        entry_format: EntryFormat | None,
     ) -> None:
         self.module, self.spec, self.capacities = module, spec, capacities
-        self.num_sink_tokens, self.prefill_length = num_sink_tokens, prefill_length
+        self.num_sink_tokens, self.prefill_length, self.entry_format = num_sink_tokens, prefill_length, entry_format
         self.calls = 0
 
     def __call__(self, call: AttentionCall) -> Answer:
         check_heads(call, self.spec)
         self.calls += 1
+        if self.entry_format is not None:
+            out = coded_window_attention(
+                call.query,
+                call.key,
+                call.value,
+                self.capacities,
+                self.num_sink_tokens,
+                self.entry_format,
+                prefill_length=self.prefill_length,
+                **call.scoring.options(),
+            )
+            return as_answer(out)
         if min(self.capacities) >= call.query.shape[2]:
             return call.stock()  # nothing is evicted: the model's own attention is the answer
         out = window_attention(

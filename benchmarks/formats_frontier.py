@@ -1,0 +1,112 @@
+r"""Quality over measured bytes: caches in the model's dtype, int8 and int4, under equal and under learned capacities.
+
+    python benchmarks/formats_frontier.py --text pg19.txt wiki.txt --plan snapkv_learned.json \
+        --out benchmarks/results/formats_frontier_cpu.csv
+
+The caches are real ones. A prompt attends densely and is compressed once, and the tokens behind it, which stay exact,
+are scored in one forward over what the cache holds: perplexity, and the divergence from the full cache,
+KL(full || row). Bytes are every tensor of one cache behind its prompt (codes, steps, zeros, positions, scores, exact
+blocks, tables), over the keys and values of the whole prompt in the model's dtype. At each level a format keeps as many
+entries as take the bytes of a window rule's in that dtype, as `kvpolicy compare snapkv@int4` counts them. Rows are
+written as they come.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shared import command_line, machine, write_csv
+from torch import Tensor
+
+import kvpolicy
+from kvpolicy import ModelSpec
+from kvpolicy.comparison.methods import Method, read_asked
+from kvpolicy.integrations.transformers import Prompts, attached
+from kvpolicy.integrations.transformers.model.versions import with_cache
+from kvpolicy.measure.stats import mean_interval
+
+FORMATS = ("model", "int8", "int4")
+
+
+class Study:
+    """Prompts of one policy in one format, run once for all tables; logits of the full cache."""
+
+    def __init__(self, model: object, sequences: Tensor, prompt: int) -> None:
+        self.model, self.sequences, self.prompt = model, sequences, prompt
+        self.spec = ModelSpec.from_config(model.config)
+        self.full: list[Tensor] = []
+        self.prompts: Prompts | None = None
+
+    def measured(self, method: Method, table: Tensor) -> tuple[list[float], list[float], float]:
+        """(losses, divergences) of the sequences, and the bytes of the mean cache."""
+        if self.prompts is None or self.prompts.entry_format != method.entry_format:
+            self.prompts = None
+            batches = torch.split(self.sequences[:, : self.prompt], 1)
+            self.prompts = Prompts(self.model, batches, method.policy, entry_format=method.entry_format)
+        losses, divergences, nbytes = [], [], 0
+        for index, ids in enumerate(self.sequences):
+            with torch.no_grad(), attached(self.model):
+                cache, before = self.prompts.compressed(index, table)
+                nbytes += cache.nbytes
+                cache.hold(len(ids) - self.prompt - 1)
+                behind = ids[None, self.prompt : -1]
+                after = self.model(behind, **with_cache(self.model, cache), use_cache=True).logits
+            logits = torch.cat([before, after], 1)[0].float().log_softmax(-1)
+            if len(self.full) == index:
+                self.full.append(logits)
+            full = self.full[index]
+            losses.append(float(F.nll_loss(logits, ids[self.prompt :])))
+            divergences.append(float((full.exp() * (full - logits)).sum(-1).mean()))
+        return losses, divergences, nbytes / len(self.sequences)
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--plan", type=Path, nargs="*", default=[], help="whose capacities are used besides equal ones")
+    parser.add_argument("--policy", default="snapkv(num_sink_tokens=4)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--behind", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=2, help="of each text")
+    parser.add_argument("--bytes", type=float, nargs="+", default=[0.3, 0.15, 0.1, 0.075], dest="levels")
+    options = parser.parse_args()
+    model, tokenizer = kvpolicy.load_model(options.model, dtype=options.dtype, device=options.device)
+    length = options.prompt + options.behind
+    corpora = [kvpolicy.read_corpus(tokenizer, path) for path in options.text]
+    sequences = torch.cat([corpus.sequences("whole", options.sequences, length) for corpus in corpora])
+    study = Study(model, sequences.to(model.device), options.prompt)
+    whole = torch.full(study.spec.table_shape, options.prompt)
+    dense = int(whole.sum()) * study.spec.entry_bytes(model.dtype.itemsize)
+    lines: list[dict[str, object]] = []
+    for name in FORMATS:
+        for capacities in ("everything", "equal", *map(str, options.plan)):
+            (method,) = read_asked([f"{options.policy}{'/' + capacities if '.json' in capacities else ''}@{name}"])
+            for level in [1.0] if capacities == "everything" else options.levels:
+                begun = time.perf_counter()
+                table = whole if level == 1 else method.table(study.spec, options.prompt, level, 0, model.dtype)
+                losses, divergences, nbytes = study.measured(method, table)
+                low, high = mean_interval(torch.tensor(divergences))
+                lines.append(
+                    {"format": name, "capacities": Path(capacities).stem, "level": level,
+                     "bytes": round(nbytes / dense, 4), "entries": round(int(table.sum()) / int(whole.sum()), 4),
+                     "perplexity": round(float(torch.tensor(losses).mean().exp()), 3),
+                     "kl": round(sum(divergences) / len(divergences), 5), "kl_low": round(low, 5),
+                     "kl_high": round(high, 5), "n": len(losses), "prompt": options.prompt,
+                     "scored": options.behind, "model": options.model, "dtype": options.dtype,
+                     "policy": options.policy, "texts": " ".join(path.stem for path in options.text),
+                     "seconds": round(time.perf_counter() - begun),
+                     **machine(options.device, "torch", "transformers")}
+                )  # fmt: skip
+                print(*list(lines[-1].values())[:9], sep="\t", flush=True)
+                write_csv(options.out, lines)
+
+
+if __name__ == "__main__":
+    main()
