@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
+_BACKENDS = get_args(Backend)
 
 LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch: triton 3.9 warns where nobody says whether to fuse multiply-adds, and 3.10 will not fuse."""
@@ -24,13 +25,15 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
 
     Raises `ValueError` for another name, and for "triton" where Triton cannot run.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"{op}: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return False
     why = unsupported
     if not _has_triton():
         why = "triton is not installed"
+    elif backend == "auto" and not tensor.is_cuda:  # several times a token, so nothing is put into words
+        return False
     elif not tensor.is_cuda and not (backend == "triton" and interpreted()):
         why = f"Triton runs on CUDA tensors, got {tensor.device}"
     if why is not None and backend == "triton":

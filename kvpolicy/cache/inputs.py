@@ -92,8 +92,9 @@ def check_single(layer: int, key: Tensor, possible: bool) -> None:
 def check_entries(key: Tensor, value: Tensor, batch: int, num_heads: int, shape: LayerSpec) -> None:
     """key: [B, H, n, key_dim];  value: [B, H, n, value_dim]; of one floating dtype, on one device."""
     _check_tensors(keys=key, values=value)
-    sizes = [(batch, num_heads, key.shape[2] if key.dim() == 4 else "n", x) for x in (shape.key_dim, shape.value_dim)]
-    if [tuple(key.shape), tuple(value.shape)] != sizes:
+    count = key.shape[2] if key.dim() == 4 else "n"
+    sizes = (batch, num_heads, count, shape.key_dim), (batch, num_heads, count, shape.value_dim)
+    if (key.shape, value.shape) != sizes:
         raise BudgetError(
             f"this store holds {batch} sequences of {num_heads} KV heads: expected keys and values of shape {sizes[0]} "
             f"and {sizes[1]}, got {tuple(key.shape)} and {tuple(value.shape)}"

@@ -33,12 +33,12 @@ class Decoding(Layers):
     def can_append(self, layer: int) -> bool:
         """Whether a single token can be appended; else it goes the way of a longer chunk."""
         entries = self._entries(layer)
-        return entries is not None and entries.pending is None and (entries.decoded > 0 or bool(entries.seen.any()))
+        return entries is not None and _is_next(entries)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment. key, value: [B, H, 1, dim]."""
         entries = self._open(layer, key, value)
-        inputs.check_single(layer, key, self.can_append(layer))
+        inputs.check_single(layer, key, _is_next(entries))
         step = self._planned.next(layer, entries)
         if step is None:  # else it was its turn when the token was planned
             self._check_turn(layer, entries.seen + 1)
@@ -135,3 +135,8 @@ class Decoding(Layers):
                 back()
 
         return restore
+
+
+def _is_next(entries: StoreLayer) -> bool:
+    """Whether a single token may come next."""
+    return entries.pending is None and (entries.decoded > 0 or bool(entries.seen.any()))

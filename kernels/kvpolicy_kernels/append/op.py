@@ -35,7 +35,7 @@ def _check_entries(arenas: Sequence[Tensor], num_segments: int, entries: Sequenc
     for arena, entry in zip(arenas, entries, strict=True):
         if arena.dim() not in (1, 2):
             raise ValueError(f"append: expected arenas [R] or [R, D], got {list(arena.shape)}")
-        if entry.numel() != num_segments * arena.shape[1:].numel():
+        if entry.numel() != num_segments * (arena.shape[1] if arena.dim() == 2 else 1):
             raise ValueError(
                 f"append: {num_segments} rows of an arena {list(arena.shape)} need an entry of shape "
                 f"{[num_segments, *arena.shape[1:]]}, got {list(entry.shape)}"

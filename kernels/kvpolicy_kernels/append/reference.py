@@ -10,4 +10,5 @@ from torch import Tensor
 def reference_append(arenas: Sequence[Tensor], rows: Tensor, entries: Sequence[Tensor]) -> None:
     """Shapes as in `append`."""
     for arena, entry in zip(arenas, entries, strict=True):
-        arena.index_copy_(0, rows, entry.reshape(rows.shape[0], *arena.shape[1:]).to(arena.dtype))
+        own = entry if entry.dtype == arena.dtype else entry.to(arena.dtype)
+        arena.index_copy_(0, rows, own.reshape(rows.shape[0], *arena.shape[1:]))

@@ -37,13 +37,16 @@ def cpu_attention(query: Tensor, segments: Segments, scale: float, sink_logits: 
     runs = list(_runs(bounds))
     parts = _num_parts(runs)
     q = query.reshape(len(bounds), 1, -1, dim)  # [segments, 1, group * n, D]
-    o, lse = zip(*(_attend(q[run.first : run.end], segments, run, parts, scale) for run in runs), strict=True)
-    out = torch.cat(o)
+    if len(runs) == 1:
+        out, lse = _attend(q, segments, runs[0], parts, scale)
+    else:
+        each = [_attend(q[run.first : run.end], segments, run, parts, scale) for run in runs]
+        out, lse = (torch.cat(of_runs) for of_runs in zip(*each, strict=True))
     if sink_logits is not None:
         sinks = sink_logits[None, :, None].expand(batch, num_q_heads, n).reshape(len(bounds), 1, -1)
-        out = _merge(out, torch.cat([torch.cat(lse), sinks.to(lse[0].dtype)], 1))
+        out = _merge(out, torch.cat([lse, sinks.to(lse.dtype)], 1))
     elif parts > 1:
-        out = _merge(out, torch.cat(lse))
+        out = _merge(out, lse)
     return out.view(batch, num_q_heads, n, dim)
 
 
@@ -62,9 +65,11 @@ def _runs(bounds: Sequence[tuple[int, int]]) -> Iterator[_Run]:
 
 def _num_parts(runs: Sequence[_Run]) -> int:
     """As few parts a segment as give the threads equal work in every run, if the longest segment is worth it."""
+    worth = max(run.length for run in runs) // SHORTEST_PART
+    if worth < 2:
+        return 1
     threads = torch.get_num_threads()
-    wanted = threads // gcd(threads, *(run.end - run.first for run in runs))
-    return max(1, min(wanted, max(run.length for run in runs) // SHORTEST_PART))
+    return min(threads // gcd(threads, *(run.end - run.first for run in runs)), worth)
 
 
 def _attend(q: Tensor, segments: Segments, run: _Run, parts: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +87,7 @@ def _attend(q: Tensor, segments: Segments, run: _Run, parts: int, scale: float) 
         mask[:, 1:, :, :overlap] = float("-inf")
         mask = mask.expand(count, -1, rows, -1)
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(
-        q.expand(-1, used, -1, -1),
+        q if used == 1 else q.expand(-1, used, -1, -1),
         _view(segments.keys, run, cut, size),
         _view(segments.values, run, cut, size),
         attn_mask=mask,

@@ -72,6 +72,10 @@ def ragged_attention(
     """
     num_kv_heads = check_segments("ragged_attention", query, segments, chunk, sink_logits)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = chunk is None and entry_mask is None and softcap is None
+    same_dims = segments.values.shape[1] == segments.keys.shape[1]
+    if plain and same_dims and query.device.type == "cpu" and backend in ("auto", "torch"):
+        return cpu_attention(query, segments, scale, sink_logits)
     few = entry_mask is None and _beyond_decoding(query, num_kv_heads) is None
     triton = uses_triton("ragged_attention", backend, query, _beyond_kernels(query, segments, chunk))
     on_cpu = segments.lengths.device.type == "cpu"  # else only what waits for the device anyway looks at the lengths
@@ -93,9 +97,6 @@ def ragged_attention(
 
             out = triton_chunk_attention(query, segments, chunk, scale, softcap, sink_logits, entry_mask)
         return out
-    plain = chunk is None and entry_mask is None and softcap is None
-    if plain and query.device.type == "cpu" and segments.values.shape[1] == segments.keys.shape[1]:
-        return cpu_attention(query, segments, scale, sink_logits)
     return reference_ragged_attention(query, segments, chunk, scale, softcap, sink_logits, entry_mask)
 
 

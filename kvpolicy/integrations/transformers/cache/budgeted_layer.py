@@ -84,8 +84,9 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
         Raises `ModelError` when tokens before these never reached our attention function.
         """
-        self.cache.begin(key_states)
-        self.cache.budgeted[self.row - 1].check_enforced()  # the layer before, or of a forward before
+        cache = self.cache
+        cache.begin(key_states)
+        cache.budgeted[self.row - 1].check_enforced()  # the layer before, or of a forward before
         self.finish()  # followers that did not run in the forward before read nothing any more
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -104,7 +105,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     @untraced
     def attention(self, call: AttentionCall) -> Answer:
         """The attention of this layer, or of one that reuses its keys and values."""
-        store, scoring = self.cache.opened(), call.scoring
+        cache = self.cache
+        store, scoring = cache.opened(), call.scoring
         if not self.arrived:
             self.check_follower(call.module)
             return self._follow(store, call, scoring)
@@ -112,11 +114,11 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         query, key, value, mask = call.query, call.key, call.value, call.mask
         if not self.row:  # once a forward
             check_fed_once(call.options.get("position_ids"), key.shape[2], seen_by(store, 0))
-        reading = self.read(mask, key.shape[2])
+        reading = self.read(mask, key.shape[2], seen_by(store, self.row), may_be_cut=cache.recording)
         valid, self.filled = reading.valid, reading.filled
         # a token is written at once where it sees all entries and nobody may take it back
         plain = valid is None and reading.visible is None and (mask is None or isinstance(mask, LazyMask))
-        if key.shape[2] == 1 and plain and not self.cache.recording and store.can_append(self.row):
+        if key.shape[2] == 1 and plain and not cache.recording and store.can_append(self.row):
             store.append(self.row, key, value)
             return as_answer(store.attend_newest(self.row, query, scoring))
         first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
@@ -144,11 +146,11 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
                 "with other values each time; a budget keeps one value a key, so this model cannot run over it"
             )
 
-    def read(self, mask: Any, count: int) -> Reading:
-        """What the model's mask says of `count` new tokens and of those before."""
-        before, seen = self.columns - count, seen_by(self.cache.opened(), self.row)
+    def read(self, mask: Any, count: int, seen: Tensor, *, may_be_cut: bool) -> Reading:
+        """What the model's mask says of `count` new tokens and of those before. Arguments as in `read_mask`."""
+        before = self.columns - count
         if isinstance(mask, LazyMask):
-            return mask.read(before, seen, self.filled, may_be_cut=self.cache.recording)
+            return mask.read(before, seen, self.filled, may_be_cut=may_be_cut)
         return read_mask(None, count, before, seen, self.filled)
 
     def _follow(self, store: RaggedStore, call: AttentionCall, scoring: Scoring) -> Answer:
