@@ -34,7 +34,7 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
         why = "triton is not installed"
     elif backend == "auto" and not tensor.is_cuda:  # several times a token, so nothing is put into words
         return False
-    elif not tensor.is_cuda and not (backend == "triton" and interpreted()):
+    elif not tensor.is_cuda and not interpreted():
         why = f"Triton runs on CUDA tensors, got {tensor.device}"
     if why is not None and backend == "triton":
         raise ValueError(f"{op}: backend='triton' cannot do this: {why}. Use backend='auto' or 'torch'")
