@@ -1,5 +1,7 @@
 """`kvpolicy bench`: who is timed and weighed, and that a repeat's order is fair."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,6 +11,7 @@ from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attention.attachment import is_attached
 from kvpolicy.integrations.transformers.probes import decode_cost
 from kvpolicy.integrations.transformers.probes.decode_cost import DENSE, DecodeCost, measure_decode
+from kvpolicy.verbs import bench as verb
 from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import save_tiny_falcon
 
@@ -72,6 +75,18 @@ def test_a_prompt_that_is_kept_whole_is_said_to_be(kvpolicy, bench):
 def test_a_text_that_is_too_short_is_repeated(kvpolicy, bench):
     found = kvpolicy(*bench, "full", "--repeats", "1", "--context", "9000", "--new-tokens", "1", "--json").json
     assert found["dense"]["bytes"] == 9001 * LAYERS * HEADS * ENTRY
+
+
+def test_a_gpu_on_which_nothing_was_replayed_is_told(kvpolicy, bench, monkeypatch):
+    own = verb.bench
+
+    def on_a_gpu(*args, **options):
+        answer = own(*args, **options)
+        return dataclasses.replace(answer, run=answer.run | {"device": "NVIDIA H200"})
+
+    monkeypatch.setattr(verb, "bench", on_a_gpu)
+    said = kvpolicy(*bench, "full", "--repeats", "1").out
+    assert "full: decoded without a CUDA graph: the model is on cpu, CUDA graphs need a CUDA device" in said
 
 
 WRONG = {

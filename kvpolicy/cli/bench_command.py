@@ -100,3 +100,5 @@ def _show(answer: Bench) -> None:
         if not row["evicted"] and row["retention"] is not None:
             note = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
             console.print(note, soft_wrap=True)
+        if row["decoding"] == "eager" and run["device"] != "cpu":
+            console.print(f"{row['cache']}: decoded without a CUDA graph: {row['why']}", soft_wrap=True)
