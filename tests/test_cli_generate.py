@@ -68,6 +68,18 @@ def test_json_is_one_object_with_measured_figures(kvpolicy, generate, tiny_check
     assert found["decode_tokens_per_second"] == (found["new_tokens"] - 1) / found["decode_seconds"]
 
 
+def test_bytes_and_a_format_of_the_entries(kvpolicy, generate, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "model", head_dim=16)
+    options = ["--model", folder, "--prompt", PROMPT, "--json", "--policy", "snapkv"]
+    sizes = {}
+    for name in ("model", "int8", "int4"):
+        found = kvpolicy(*generate, "uniform", "--memory", "50kB", "--format", name, *options).json
+        assert (found["format"], found["memory"]) == (name, "50kB")
+        assert found["bytes"] <= 50_000
+        sizes[name] = found["entries"]
+    assert sizes["model"] < sizes["int8"] / 2 < sizes["int4"]
+
+
 def test_full_is_the_model_itself(kvpolicy, generate, tiny_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
@@ -188,6 +200,9 @@ WRONG = {
     "--prompt a -r 0.3 --allocator baklava": "run 'kvpolicy tune' with it and give the plan",
     "--prompt a -r 0.3 --max-new-tokens 0": "Invalid value for '--max-new-tokens'",
     "--prompt a -r 0.3 --temperature -1": "Invalid value for '--temperature'",
+    "--prompt a -r 0.3 --memory 0.3": "--memory goes with a plan or uniform, without --retention and --tokens",
+    "--prompt a --memory much": "'much' is no size",
+    "--prompt a -r 0.3 --format int3": "--format must be one of model, int8, int4, got 'int3'",
     "nowhere.json --prompt a": "plan file 'nowhere.json': cannot be read: No such file or directory",
 }
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache
 
 from kvpolicy import estimate, new_cache
+from kvpolicy.budget.memory_size import read_size
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import activations_of
-from kvpolicy.measure.machine import read_size
 from kvpolicy.measure.memory import estimate_memory
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.model.spec import ModelSpec

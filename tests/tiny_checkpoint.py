@@ -34,7 +34,7 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def save_tiny_checkpoint(folder, *, layers=2, num_kv_heads=2, seed=1):
+def save_tiny_checkpoint(folder, *, layers=2, num_kv_heads=2, seed=1, **more):
     """A random Llama whose weights are large enough that what a head keeps matters to the loss."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
@@ -48,6 +48,7 @@ def save_tiny_checkpoint(folder, *, layers=2, num_kv_heads=2, seed=1):
         max_position_embeddings=256,
         bos_token_id=0,
         eos_token_id=1,
+        **more,
     )
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():

@@ -29,7 +29,7 @@ def format_of(name: str | EntryFormat | None) -> EntryFormat | None:
     if name is None or name == MODEL:
         return None
     if not isinstance(name, str) or name not in FORMATS:
-        raise BudgetError(f"format is {name!r}, expected one of {', '.join(NAMES)}, or an EntryFormat")
+        raise BudgetError(f"format= must be one of {', '.join(NAMES)}, got {name!r}")
     return FORMATS[name]
 
 

@@ -1,18 +1,21 @@
 """An arena whose keys and values are codes of 8 or 4 bits.
 
 A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
-reads them (attention over a chunk, policies) is given decoded ones.
+reads them is given decoded ones; on a GPU a decoded token attends to the codes where nothing has an exact copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.encode import encode
+from kvpolicy_kernels.encoded_attention import encoded_attention
 from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.segments import EncodedSegments
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
@@ -29,6 +32,8 @@ class EncodedArena(LayerArena):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "key_scales", "values", "value_scales")
+    key_scales: Tensor
+    value_scales: Tensor
 
     def __init__(
         self,
@@ -70,13 +75,38 @@ class EncodedArena(LayerArena):
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            self.entry_format.decode(Encoded(getattr(self, name), getattr(self, scales)), self._like.dtype)
-            for name, scales in (("keys", "key_scales"), ("values", "value_scales"))
-        )
+        coded = Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
+        keys, values = (self.entry_format.decode(x, self._like.dtype) for x in coded)
         if self.exact is None or not len(keys):
             return keys, values
         return self.exact.over(keys, values, self.positions, self.owners())
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether a token attends to the codes themselves. The kernel cannot leave out what has an exact copy."""
+        return self.device.type == "cuda" and self.exact is None
+
+    def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
+        if self.reads_codes and query.shape[2] == 1:
+            return encoded_attention(query, self._coded, plan=self._work, **options).out
+        return super().attend(query, options)
+
+    def attend_with_mass(self, query: Tensor, options: Mapping[str, Any], power: float) -> tuple[Tensor, Tensor]:
+        if not self.reads_codes:
+            return super().attend_with_mass(query, options, power)
+        attended = encoded_attention(query, self._coded, plan=self._work, with_mass=True, mass_power=power, **options)
+        assert attended.mass is not None  # as it was asked for
+        return attended.out, attended.mass
+
+    @property
+    def _work(self) -> WorkPlan | None:
+        return None if self.placed is None else self.placed.work
+
+    @property
+    def _coded(self) -> EncodedSegments:
+        keys, values = Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
+        tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
+        return EncodedSegments(keys, values, *tables, self.entry_format)
 
     def replace(
         self,

@@ -21,6 +21,13 @@ Format = Annotated[
         show_default=False,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a retention: bytes of the whole text's cache, as 8MB, or a part of the full cache's, as 0.15.",
+        show_default=False,
+    ),
+]
 MinTokens = Annotated[int, typer.Option(min=1, help="Mean entries per KV head that are kept whatever the retention.")]
 ModelOfPlan = Annotated[
     str | None, typer.Option(help="As for tune; default: the plan's model.", rich_help_panel="Model")

@@ -51,6 +51,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    memory: cache_options.Memory = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Continue the prompt as it stands, without a chat template.")
@@ -79,20 +80,29 @@ def generate(
     import torch
 
     from kvpolicy.budget.entry_format import name_of
+    from kvpolicy.budget.memory_size import read_memory
     from kvpolicy.verbs import arguments
     from kvpolicy.verbs.cache_choice import CacheChoice, load_network
 
     text = _prompt(prompt, prompt_file)
     params = parse_params(policy_param, "--policy-param")
     choice = CacheChoice.of(plan, policy, params, allocator, min_tokens, format)
-    retention = _retention(choice, retention, tokens)
+    sizes: dict[str, Any] = {"tokens": tokens}
+    if memory is None:
+        retention = _retention(choice, retention, tokens)
+    elif retention is not None or tokens is not None or choice.name == "full":
+        raise BudgetError("--memory goes with a plan or uniform, without --retention and --tokens: give one of them")
+    else:
+        read_memory(memory)  # refused now, not behind the model
     where = arguments.pick_device(device)
 
     name, network, tokenizer = load_network(
         model, choice.plan, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where)
     )
     ids, is_chat = _encode(tokenizer, text, no_chat)
-    cache = choice.make(network, retention, tokens=tokens)
+    if memory is not None:
+        sizes = {"memory": memory, "context_length": ids.shape[1] + max_new_tokens}
+    cache = choice.make(network, retention, **sizes)
     _warn_of_lost_facts(choice, retention if tokens is None else min(tokens / ids.shape[1], 1.0))
     progress = watcher(quiet or json)
     progress.note(f"{name} from {network.kvpolicy_source}, on {where}: {ids.shape[1]} tokens of prompt")
@@ -104,7 +114,7 @@ def generate(
     _run(network, cache, ids, stream, max_new_tokens, temperature)
     figures = _figures(cache, stream, ids.shape[1])
     if json:
-        settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens}
+        settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "memory": memory}
         settings |= {"policy": choice.policy_name, "format": name_of(choice.entry_format)}
         run = {"chat": is_chat, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
         opt.print_json({**settings, **run, "text": stream.text, **asdict(figures)})

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 
 import torch
-
-from kvpolicy.errors import BudgetError
-
-_UNITS = {unit: 10 ** (3 * power) for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))}
-_UNITS |= {unit: 2 ** (10 * power) for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
-_SIZES = {unit.lower(): count for unit, count in _UNITS.items()}
 
 
 def device_name(device: torch.device | str) -> str:
@@ -29,12 +22,3 @@ def memory_bytes(device: torch.device | str) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
-
-
-def read_size(text: str | int) -> int:
-    """Bytes of a size as people write it: `24GB`, `79.6 GiB`, or a number of bytes. Raises `BudgetError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
-    count = match and float(match[1]) * _SIZES.get(match[2] or "b", 0)
-    if not count:
-        raise BudgetError(f"'{text}' is no size: expected a number above 0 with one of {', '.join(_UNITS)}, as in 24GB")
-    return int(count)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.plan import policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache.arena import LayerArena
-from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import from_allocator
-from kvpolicy.cache.select import MAX_TOKENS, Protection
+from kvpolicy.cache.select import MAX_TOKENS
 from kvpolicy.cache.size import beside_nbytes, holds_scores
+from kvpolicy.cache.weight import table_nbytes
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.model.spec import ModelSpec
@@ -146,26 +145,13 @@ def estimate_memory(
         batch_size=batch_size,
         entries=entries,
         kept_bytes=entries * entry_bytes,
-        table_bytes=rows * beside + (rows - entries) * entry_bytes + _table_bytes(spec, capacities, batch_size) + flag,
+        table_bytes=rows * beside + (rows - entries) * entry_bytes + table_nbytes(spec, capacities, batch_size) + flag,
         other_bytes=batch_size * stock * itemsize,
         dense_bytes=segments * context_length * entry_bytes,
         layer_bytes=batch_size * spec.num_kv_heads * context_length * entry_bytes,
         weights_bytes=weights_bytes,
         activation_bytes=batch_size * context_length * token_bytes,
     )
-
-
-def _table_bytes(spec: ModelSpec, capacities: Tensor, batch_size: int) -> int:
-    """What a store holds that is no entry: the tables of its layers, each sequence's part of them the same, and the
-    capacities, which sequences of one length share.
-    """
-    shape, count = spec.attention, spec.num_kv_heads
-    arena = LayerArena(
-        count, shape.key_dim, shape.value_dim, torch.float32, torch.device("cpu"), num_pinned=0, scored=False
-    )
-    empty = StoreLayer(0, arena, 1, count, Protection(), scores_stay=True)
-    of_layer = sum(tensor.nbytes for tensor in empty.tensors.values())
-    return batch_size * spec.num_budgeted_layers * of_layer + capacities.nbytes
 
 
 def _stock_numbers(layer: LayerSpec, context_length: int) -> int:

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.budget.memory_size import read_size
 from kvpolicy.cache.select import MAX_TOKENS
 from kvpolicy.defaults import MODEL, RETENTIONS
 from kvpolicy.errors import ModelError
-from kvpolicy.measure.machine import memory_bytes, read_size
+from kvpolicy.measure.machine import memory_bytes
 from kvpolicy.measure.memory import MemoryEstimate, estimate_memory
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.registry import registry

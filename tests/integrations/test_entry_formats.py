@@ -10,6 +10,7 @@ from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PluginError
+from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.comparison.methods import read_asked, read_methods
 from kvpolicy.integrations.transformers import Prompts, TransformersProbe, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -147,13 +148,37 @@ def test_methods_are_compared_at_equal_bytes(model, name):
     assert method.identity != replace(method, entry_format=None).identity
 
 
+@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
+@pytest.mark.parametrize("name", [None, "int8", "int4"])
+def test_bytes_that_were_asked_for_are_kept(model, name, policy):
+    full = 400 * 3 * 2 * 2 * 64
+    for memory, most in ((0.3, 0.3 * full), ("60kB", 60_000)):
+        cache = kvpolicy.new_cache(model, policy=policy, memory=memory, context_length=400, format=name)
+        with torch.no_grad():
+            model(tiny_ids(400), **over(cache))
+        assert most - 500 <= cache.nbytes <= most
+
+
+def test_bytes_that_cannot_be_are_refused(model):
+    with pytest.raises(BudgetError, match=r"3072 bytes for 400 tokens.*fewest entries.*format=int4 take 34\d\d\d"):
+        kvpolicy.new_cache(model, memory=0.01, context_length=400, format="int4")
+    with pytest.raises(BudgetError, match="memory= needs context_length="):
+        kvpolicy.new_cache(model, memory=0.1)
+    with pytest.raises(BudgetError, match="beside retention= or tokens="):
+        kvpolicy.new_cache(model, memory=0.1, retention=0.3)
+    with pytest.raises(BudgetError, match="'much' is no size"):
+        kvpolicy.new_cache(model, memory="much", context_length=9)
+    with pytest.raises(BudgetError, match="memory is 0"):
+        kvpolicy.new_cache(model, memory=0, context_length=9)
+
+
 def test_formats_of_methods():
     everything = read_methods(["full@int4"])
     assert [method.name for method in everything] == ["full", "full@int4", "random/uniform"]
     assert [method.is_full for method in everything] == [True, False, False]
     with pytest.raises(PluginError, match=r"'quantized/int4@int8': .*have a format of their own"):
         read_asked(["quantized/int4@int8"])
-    with pytest.raises(BudgetError, match="format is 'int3'"):
+    with pytest.raises(BudgetError, match="format= must be one of"):
         read_asked(["snapkv@int3"])
 
 
@@ -184,6 +209,16 @@ def test_a_replayed_token_is_the_one_without_a_graph(model, name, policy, monkey
             logits.append(torch.cat([own(part, **over(cache)).logits for part in parts], 1))
         modes = cache.replays.mode
         assert modes == ("graph" if len(logits) == 1 else None)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_a_token_may_attend_to_the_codes(model, policy, monkeypatch):
+    """As on a GPU, where the kernel reads codes."""
+    ids, logits = tiny_ids(110), []
+    for reads in (False, True):
+        monkeypatch.setattr(EncodedArena, "reads_codes", reads)
+        logits.append(stepped_logits(model, ids, cache_over(model, policy, format="int8"), [60, *[1] * 50]))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
@@ -229,7 +264,7 @@ def test_the_exact_tokens_are_kept_whatever_the_policy(model):
 
 
 def test_what_cannot_be_is_refused(model):
-    with pytest.raises(BudgetError, match=r"format is 'int3', expected one of model, int8, int4"):
+    with pytest.raises(BudgetError, match="format= must be one of model, int8, int4, got 'int3'"):
         kvpolicy.new_cache(model, retention=0.4, format="int3")
     with pytest.raises(BudgetError, match="8 or 4 bits with all key channels"):
         kvpolicy.new_cache(model, retention=0.4, format=EntryFormat(16))

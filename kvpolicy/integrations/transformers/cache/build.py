@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvpolicy_kernels.formats import EntryFormat
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import format_of, least_entries
+from kvpolicy.budget.entry_format import check_format, format_of, least_entries
+from kvpolicy.budget.memory_size import read_memory
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import Schedule
+from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
+from kvpolicy.cache.weight import retention_within
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach, attachment_of
@@ -44,6 +48,7 @@ def new_cache(
     min_tokens: int = MIN_TOKENS,
     rollback: int = ROLLBACK,
     format: str | EntryFormat | None = None,
+    memory: float | int | str | None = None,
 ) -> RaggedCache:
     """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
 
@@ -60,6 +65,9 @@ def new_cache(
     rollback:  last tokens that assisted generation can take back
     format:    of the entries: "int8" or "int4", which leaves the sink tokens and the last 32 as they are; None keeps
                them in the model's dtype
+    memory:    instead of `retention`, the bytes of a sequence of `context_length` tokens (or of as many as the plan was
+               made on): a part of the full cache's in the model's dtype, in (0, 1], or bytes as "8GiB". All is counted:
+               codes, positions, scores, tables, and what stays exact
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -71,17 +79,44 @@ def new_cache(
     evicting = policy_of(plan, policy)
     if plan is not None:
         plan.warn_if_other_policy(evicting)
+    splits, entry_format = _allocator(allocator) if plan is None else None, format_of(format)
+    ask = Ask(retention, tokens, context_length, min_tokens)
+    if memory is not None:
+        ask = _within(memory, ask, model, plan, evicting, splits, entry_format)
     recipe = Recipe(
         policy=evicting,
-        allocator=_allocator(allocator) if plan is None else None,
+        allocator=splits,
         plan=plan,
-        ask=Ask(retention, tokens, context_length, min_tokens),
+        ask=ask,
         protected=tuple(tuple(span) for span in protected),
         decode=decode,
         rollback=rollback,
-        entry_format=format_of(format),
+        entry_format=entry_format,
     )
     return cache_of(model, recipe)
+
+
+def _within(
+    memory: float | int | str,
+    ask: Ask,
+    model: PreTrainedModel,
+    plan: BudgetPlan | None,
+    policy: EvictionPolicy,
+    allocator: BudgetAllocator | None,
+    entry_format: EntryFormat | None,
+) -> Ask:
+    """What bytes come to, for a context that is known."""
+    if ask.retention is not None or ask.tokens is not None:
+        raise BudgetError("memory= was given beside retention= or tokens=: give one of them")
+    context = ask.context_length or (None if plan is None else plan.provenance.get("context_length"))
+    if context is None:
+        raise BudgetError("memory= needs context_length=, the tokens whose entries are to go into these bytes")
+    spec, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
+    scored = holds_scores(policy, allocator if is_split else None)
+    asked = read_memory(memory)
+    check_format(entry_format, spec.attention)
+    retention = retention_within(asked, spec, context, model.dtype, policy, entry_format, scored=scored)
+    return replace(ask, retention=retention, context_length=context)
 
 
 def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = None) -> RaggedCache:
