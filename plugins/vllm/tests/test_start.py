@@ -101,16 +101,30 @@ def test_models_are_refused_by_name() -> None:
 
 
 def test_vllm_wants_pages_of_one_size_beside_sliding_windows() -> None:
-    """Why hybrid models are refused. Where this fails, they can be served."""
-    from kvpolicy_vllm.cache_spec import BlockSpec
+    """Why hybrid models are refused: up to 0.27 vLLM raises, and 0.32 pads all pages to the largest."""
+    from kvpolicy_vllm.cache_spec import spec_of
     from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    common = {"head_size": 32, "dtype": torch.bfloat16}
-    window = SlidingWindowSpec(block_size=16, num_kv_heads=2, sliding_window=64, **common)
-    layers = {str(rows): BlockSpec(block_size=64, num_kv_heads=rows, **common) for rows in (26, 40)}
-    with pytest.raises(NotImplementedError, match="page size is not divisible by the maximum page size"):
-        unify_kv_cache_spec_page_size({"window": window, **layers})
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=2, sliding_window=64, head_size=32, dtype=torch.bfloat16)
+    layers = {
+        str(rows): spec_of(
+            SimpleNamespace(
+                impl=SimpleNamespace(rows=rows, serving=SimpleNamespace(tokens_per_block=64)),
+                head_size=32,
+                head_size_v=32,
+                kv_cache_torch_dtype=torch.bfloat16,
+            )
+        )
+        for rows in (26, 40)
+    }
+    try:
+        unified = unify_kv_cache_spec_page_size({"window": window, **layers})
+    except NotImplementedError as error:
+        assert "page size is not divisible by the maximum page size" in str(error)
+    else:
+        assert {spec.page_size_bytes for spec in unified.values()} == {layers["40"].page_size_bytes}
+        assert unified["window"].block_size == 16
 
 
 def test_plans_that_do_not_fit_are_refused_by_name(model: str, plan: str, tmp_path: Path) -> None:
