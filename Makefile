@@ -33,12 +33,12 @@ dev: $(VENV)/.model $(VENV)/.tools
 	$(BIN)/pre-commit install --hook-type pre-commit --hook-type commit-msg
 	@echo 'now: . $(BIN)/activate'
 
-# more for the search, as in: make demo DEMO="--context 256 --trials 2"
-DEMO ?=
+# more for the search; as few trials as there can be, so that the whole takes minutes
+DEMO ?= --trials 8
 # a study of its own: whatever else was searched in this folder, the demo goes on with its own search
 demo: $(VENV)/.model
 	$(BIN)/kvpolicy tune --estimator cosine --allocator baklava --storage plan.json.demo --resume $(DEMO)
-	$(BIN)/kvpolicy show plan.json --png plan.png
+	$(BIN)/python docs/examples/demo.py plan.json plans/smollm2-135m-snapkv/plan.json demo.png
 
 test: $(VENV)/.model $(VENV)/.tools
 	$(PYTEST) -m "not slow and not gpu"
@@ -80,7 +80,7 @@ docs: $(VENV)/.tools
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) site plan.json plan.json.* plan.png
+	rm -rf $(VENV) $(NEWEST) site plan.json plan.json.* plan.png demo.png
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvpolicy needs Python 3.11 or newer")'

@@ -285,6 +285,7 @@ def test_no_arguments_show_the_help(kvpolicy):
     result = kvpolicy()
     assert result.code == 2
     assert "Usage: kvpolicy" in result.out + result.err
+    assert result.err.index("What to do first") > result.err.find("Usage: kvpolicy"), "not above what scrolls away"
 
 
 @pytest.mark.parametrize("verb", ["tune", "eval", "profile"])

@@ -69,6 +69,18 @@ def _root(
     """KV-cache policies: measure which heads matter, search per-head budgets, save a plan."""
 
 
+_FIRST = """\
+ What to do first:
+
+   kvpolicy doctor                   what works on this machine
+   kvpolicy tune --policy snapkv     minutes: budgets for each KV head, as a plan
+   kvpolicy compare snapkv keydiff   minutes: who loses least at equal bytes
+   kvpolicy generate uniform --policy snapkv -r 0.3 --prompt-file FILE
+                                     an answer over 30 % of the cache of a text
+
+ All with a small model on a CPU; --model takes yours.
+"""
+
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's, wherever this typer keeps its click
 _INTERRUPTED = 130
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -90,6 +102,7 @@ def main() -> None:
     except _UsageError as error:
         if len(sys.argv) == 1:
             error.show()  # type: ignore[attr-defined]  # the help
+            print(_FIRST, file=sys.stderr)
             sys.exit(2)
         _fail(f"{error.format_message().rstrip('.')}; see --help")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
