@@ -62,4 +62,8 @@ def test_readme_followed_twice_in_one_folder_ends_well(clone):
         assert done.returncode == 0, f"the {'second' if again else 'first'} time\n{done.stdout}\n{done.stderr}"
         assert "look at it with: .venv/bin/kvpolicy show plan.json" in done.stdout, "it is not on the PATH yet"
         assert "kept: 27648 of " in done.stdout, "what the Python block says it prints"
-        assert (clone / "plan.png").is_file()
+        assert (clone / "demo.png").is_file()
+        table = re.findall(r"^(full|BaKlaVa|recommended) .*\d of 10 ", done.stdout, re.MULTILINE)
+        assert table == ["full", "BaKlaVa", "recommended"]
+    (pasted,) = re.findall(r"^  (\S+/kvpolicy generate .*)$", done.stdout, re.MULTILINE)
+    assert subprocess.run(["bash", "-c", pasted], cwd=clone, env=env, capture_output=True, timeout=300).returncode == 0
