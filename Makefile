@@ -26,7 +26,7 @@ WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
 WITH_VLLM = OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(abspath $(VENV)/vllm-cache) \
 	PYTHONPATH=$(abspath $(VENV)/vllm-plugin):$(abspath $(VENV)/vllm)
 
-.PHONY: dev demo test test-oldest test-newest test-vllm test-all lint docs clean
+.PHONY: dev demo test test-oldest test-newest test-vllm test-all lint docs release-check clean
 
 # all that a contributor needs; commits are checked from then on
 dev: $(VENV)/.model $(VENV)/.tools
@@ -78,6 +78,11 @@ docs: $(VENV)/.tools
 	$(BIN)/python docs/make_methods.py --check
 	$(BIN)/python docs/make_leaderboard.py --check
 	$(BIN)/mkdocs build --strict
+
+# what would be published, built and tried in fresh environments: make release-check PYTHONS="python3.11 python3.13"
+PYTHONS ?= $(PYTHON)
+release-check:
+	.ci/release $(PYTHONS)
 
 clean:
 	rm -rf $(VENV) $(NEWEST) site plan.json plan.json.* plan.png demo.png

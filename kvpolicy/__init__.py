@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from kvpolicy.verbs.eval import eval
     from kvpolicy.verbs.profile import profile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "Budget": "kvpolicy.model.spec",
