@@ -73,7 +73,7 @@ _FIRST = """\
  What to do first:
 
    kvpolicy doctor                   what works on this machine
-   kvpolicy tune --policy snapkv     minutes: budgets for each KV head, as a plan
+   kvpolicy tune --policy snapkv     minutes: budgets of each KV head, a plan
    kvpolicy compare snapkv keydiff   minutes: who loses least at equal bytes
    kvpolicy generate uniform --policy snapkv -r 0.3 --prompt-file FILE
                                      an answer over 30 % of the cache of a text

@@ -42,6 +42,7 @@ def show(
 
     console = Console()
     console.print(summary_table(loaded))
+    console.print()
     console.print(levels_table(loaded))
     if (facts := facts_table(loaded)) is not None:
         console.print(facts)
