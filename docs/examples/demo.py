@@ -50,17 +50,16 @@ def main(own: Path, recommended: Path, picture: Path) -> None:
     console.print(
         f"A prompt of {searched.provenance['context_length']} tokens is compressed once. Perplexity: of as much text "
         f"behind it, {TEXTS} times, from Python's language reference, where no search saw it. Facts: numbers asked for "
-        f"at the end of {FACTS} other prompts. Cache: its bytes behind a prompt."
+        f"at the end of {FACTS} other prompts. Cache: its bytes behind a prompt. The recommended plan was learned "
+        f"behind prompts of {learned.provenance['prefill_length']} tokens, and suits much shorter ones less."
     )
     draw(lines).savefig(picture)
     program = Path(sys.executable).with_name("kvpolicy")
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     console.print(f"\nThe same as a picture: {picture}. The search itself: {shown} show {own}", soft_wrap=True)
     console.print("Next, an answer over the recommended cache:\n", soft_wrap=True)
-    command = (
-        f"{shown} generate {recommended} -r {retention} --prompt-file docs/explanation/roles.md --max-new-tokens 32"
-    )
-    console.print(command, soft_wrap=True)
+    text = "--prompt-file docs/explanation/roles.md --max-new-tokens 32"
+    console.print(f"  {shown} generate {recommended} -r {retention} {text}", soft_wrap=True)
 
 
 def measure(searched: BudgetPlan, learned: BudgetPlan, retention: float) -> list[Line]:
