@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,7 +62,8 @@ def test_json_names_everything() -> None:
 
 @pytest.mark.parametrize("policy", ["streaming", "snapkv"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cache_bytes_are_what_a_real_cache_holds(policy: str, batch: int) -> None:
+@pytest.mark.parametrize("entry_format", [None, INT8, INT4], ids=["model", "int8", "int4"])
+def test_cache_bytes_are_what_a_real_cache_holds(policy: str, batch: int, entry_format: EntryFormat | None) -> None:
     model = tiny_model("Llama")
     spec = ModelSpec.from_config(model.config)
     for context, retention, entries in [
@@ -72,10 +74,10 @@ def test_cache_bytes_are_what_a_real_cache_holds(policy: str, batch: int) -> Non
         (501, 0.3, None),  # no whole number for each KV head
         (300, 1.0, 300),
     ]:
-        cache = new_cache(model, retention=retention, policy=policy)
+        cache = new_cache(model, retention=retention, policy=policy, format=entry_format)
         with torch.no_grad():
             model(tiny_ids(context, batch), **over(cache))
-        weight = estimate_memory(spec, context, retention, batch, 4, policy=policy)
+        weight = estimate_memory(spec, context, retention, batch, 4, policy=policy, entry_format=entry_format)
         assert weight.cache_bytes == cache.nbytes, (context, retention)
         assert weight.entries == int(cache.lengths.sum())
         assert entries is None or weight.entries == entries * cache.lengths.numel()

@@ -20,18 +20,22 @@ def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:
 
 def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_format: EntryFormat | None = None) -> int:
     """Bytes of one entry: key, value and position, and its score where there is one. dtype: of keys and values."""
-    shape = spec.attention
-    if entry_format is None:
-        own = spec.entry_bytes(dtype.itemsize)
-    else:
-        own = entry_format.row_bytes(shape.key_dim) + entry_format.row_bytes(shape.value_dim)
+    own = encoded_nbytes(spec, entry_format) or spec.entry_bytes(dtype.itemsize)
     return own + beside_nbytes(scored=scored)
 
 
-def block_nbytes(spec: ModelSpec, dtype: torch.dtype, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
-    """Bytes of what stays exact of one sequence, over all layers and KV heads."""
+def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
+    """Bytes of the codes of one entry, steps and zeros included; 0 where it has none."""
+    shape = spec.attention
+    return (
+        0 if entry_format is None else entry_format.row_bytes(shape.key_dim) + entry_format.row_bytes(shape.value_dim)
+    )
+
+
+def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
+    """Bytes of what stays exact of one sequence, over all layers and KV heads. itemsize: of one of its numbers"""
     slots, heads = exact_tokens(policy, entry_format), spec.num_kv_heads
-    of_layer = slots * (heads * spec.entry_bytes(dtype.itemsize) + torch.int32.itemsize)
+    of_layer = slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
     return spec.num_budgeted_layers * (of_layer + bool(slots) * heads * torch.int64.itemsize)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.defaults import MODEL
 
@@ -19,6 +20,7 @@ def estimate_command(
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in the cache.")] = 1,
     policy: Annotated[str, typer.Option(help="Eviction policy; most hold a score beside each entry.")] = "streaming",
+    format: cache_options.Format = None,
     dtype: Annotated[str, typer.Option(help="Of cache and weights: float32, bfloat16, float16.")] = "bfloat16",
     gpu_memory: Annotated[
         str | None,
@@ -43,6 +45,7 @@ def estimate_command(
         retention=retention,
         batch=batch,
         policy=policy,
+        format=format,
         dtype=dtype,
         gpu_memory=gpu_memory,
         device=device,
@@ -51,7 +54,13 @@ def estimate_command(
     if json:
         opt.print_json(answer.to_json())
     else:
-        _show(answer, f"{model}: {batch} x {context} tokens under {policy}, all in {dtype}")
+        _show(answer, f"{model}: {batch} x {context} tokens under {policy}, {_kept_in(answer, dtype)}")
+
+
+def _kept_in(answer: Estimate, dtype: str) -> str:
+    if answer.entry_format == "model":
+        return f"all in {dtype}"
+    return f"entries in {answer.entry_format}, all else in {dtype}"
 
 
 def _show(answer: Estimate, name: str) -> None:

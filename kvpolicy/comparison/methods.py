@@ -163,7 +163,7 @@ class Method:
         assert self.entry_format is not None
         scored = holds_scores(self.policy, self.runtime_allocator)
         allowed = spec.total_entries(retention, context) * entry_nbytes(spec, dtype, scored=False)
-        allowed -= block_nbytes(spec, dtype, self.policy, self.entry_format)
+        allowed -= block_nbytes(spec, dtype.itemsize, self.policy, self.entry_format)
         most = int(allowed / entry_nbytes(spec, dtype, scored=scored, entry_format=self.entry_format))
         floor = min(least_entries(self.policy, self.entry_format), context) * spec.total_entries(1.0, 1)
         return min(max(most, floor), spec.total_entries(1.0, context))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
+from kvpolicy_kernels.formats import EntryFormat
 
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import check_format, least_entries
 from kvpolicy.budget.plan import policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.schedule import from_allocator
 from kvpolicy.cache.select import MAX_TOKENS
-from kvpolicy.cache.size import beside_nbytes, holds_scores
+from kvpolicy.cache.size import beside_nbytes, block_nbytes, encoded_nbytes, holds_scores
 from kvpolicy.cache.weight import table_nbytes
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.layer_spec import LayerSpec
@@ -114,6 +116,7 @@ def estimate_memory(
     weights_bytes: int | None = None,
     policy: str | EvictionPolicy | None = None,
     token_bytes: int = 0,
+    entry_format: EntryFormat | None = None,
 ) -> MemoryEstimate:
     """Bytes that `batch_size` sequences of `context_length` tokens hold at a retention, in the cache that `new_cache`
     makes without a plan: an even split that grows with the tokens and keeps short prompts whole.
@@ -121,6 +124,7 @@ def estimate_memory(
     itemsize: bytes of one number in the cache (2 for bfloat16)
     policy:   who evicts, a registered name or an object; default: "streaming". Most hold a score beside each entry
     token_bytes: activations of one token of a prompt that is fed in one forward
+    entry_format: of the entries; None for numbers of `itemsize`. What stays exact counts among the tables
 
     Raises `BudgetError` for numbers out of range, `PluginError` for a policy that is none.
     """
@@ -132,20 +136,23 @@ def estimate_memory(
         raise BudgetError(f"weights_bytes is {weights_bytes}, expected at least 0")
     segments = batch_size * spec.num_budgeted_layers * spec.num_kv_heads
     entry_bytes, evicting = spec.entry_bytes(itemsize), policy_of(None, policy)
-    schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, Ask(retention))
+    check_format(entry_format, spec.attention)
+    own_bytes, least = encoded_nbytes(spec, entry_format) or entry_bytes, least_entries(evicting, entry_format)
+    schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, Ask(retention), least=least)
     capacities = schedule.at(context_length, None)
     lengths = capacities.clamp(max=context_length)
     entries, rows = (batch_size * int(x.sum()) for x in (lengths, LayerArena.room(lengths, capacities)))
     scored = schedule.evicts and holds_scores(evicting, None)
     beside, flag = beside_nbytes(scored=scored), torch.bool.itemsize * scored  # whether a score was NaN
+    tables = rows * beside + (rows - entries) * own_bytes + table_nbytes(spec, capacities, batch_size) + flag
     stock = sum(_stock_numbers(layer, context_length) for layer in spec.layers if not layer.is_budgeted)
     return MemoryEstimate(
         context_length=context_length,
         retention=retention,
         batch_size=batch_size,
         entries=entries,
-        kept_bytes=entries * entry_bytes,
-        table_bytes=rows * beside + (rows - entries) * entry_bytes + table_nbytes(spec, capacities, batch_size) + flag,
+        kept_bytes=entries * own_bytes,
+        table_bytes=tables + batch_size * block_nbytes(spec, itemsize, evicting, entry_format),
         other_bytes=batch_size * stock * itemsize,
         dense_bytes=segments * context_length * entry_bytes,
         layer_bytes=batch_size * spec.num_kv_heads * context_length * entry_bytes,

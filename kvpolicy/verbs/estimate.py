@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.budget.entry_format import MODEL as MODEL_DTYPE
+from kvpolicy.budget.entry_format import format_of, name_of
 from kvpolicy.budget.memory_size import read_size
 from kvpolicy.cache.select import MAX_TOKENS
 from kvpolicy.defaults import MODEL, RETENTIONS
@@ -41,6 +43,7 @@ class Estimate:
     weights_note: what is to be known of the weights' bytes, None for nothing
     device:       what must be fitted into, in words
     device_bytes: all of its memory, None where the system does not say
+    entry_format: the name of the entries' format
     """
 
     rows: tuple[MemoryEstimate, ...]
@@ -51,6 +54,7 @@ class Estimate:
     weights_note: str | None
     device: str
     device_bytes: int | None
+    entry_format: str = MODEL_DTYPE
 
     def fits(self, row: MemoryEstimate) -> bool | None:
         """Whether all fits when it is largest, at the end of the prompt; None where the memory is not known."""
@@ -60,6 +64,7 @@ class Estimate:
         """What `kvpolicy estimate --json` prints: an object for each retention, alone where there is one."""
         more = {
             "policy": self.policy,
+            "format": self.entry_format,
             "weights_note": self.weights_note,
             "device": self.device,
             "device_bytes": self.device_bytes,
@@ -87,6 +92,7 @@ def estimate(
     retention: float | Sequence[float] | None = None,
     batch: int = 1,
     policy: str = "streaming",
+    format: str | None = None,
     dtype: str = "bfloat16",
     gpu_memory: str | int | None = None,
     device: str = "auto",
@@ -99,6 +105,7 @@ def estimate(
     retention: kept fractions, each in (0, 1]; None for 0.5, 0.3, 0.1
     batch:     sequences
     policy:    a registered name; most policies hold a score beside each entry
+    format:    of the entries: "int8", "int4"; None for `dtype`
     dtype:     of cache and weights: "float32", "bfloat16", "float16"
     gpu_memory: what it must fit into, such as "24GB" or a number of bytes; None for the memory of `device`
     device:    whose memory it must fit into, such as "cpu" or "cuda:1"; "auto" is a CUDA device if there is one
@@ -112,7 +119,7 @@ def estimate(
     given = None if gpu_memory is None else read_size(gpu_memory)
     where = arguments.pick_device(device) if given is None else "given"
     memory = memory_bytes(where) if given is None else given
-    evicting = registry.create("policy", policy)
+    evicting, entry_format = registry.create("policy", policy), format_of(format)
     retentions = [arguments.check_retention(r) for r in arguments.several(retention) or RETENTIONS]
 
     from kvpolicy.integrations.transformers import activations_of, load_config, weights_of
@@ -122,7 +129,9 @@ def estimate(
     weights, token_bytes = weights_of(config, itemsize), activations_of(config, itemsize)
 
     def weigh(kept: float, tokens: int, sequences: int) -> MemoryEstimate:
-        return estimate_memory(spec, tokens, kept, sequences, itemsize, weights.nbytes, evicting, token_bytes)
+        return estimate_memory(
+            spec, tokens, kept, sequences, itemsize, weights.nbytes, evicting, token_bytes, entry_format
+        )
 
     def peak(kept: float | None, tokens: int, sequences: int) -> int:
         """None is DynamicCache."""
@@ -141,7 +150,9 @@ def estimate(
         ]
     rows = tuple(weigh(kept, context, batch) for kept in retentions)
     full_limits, own = (None, None) if limits is None else (limits[0], tuple(limits[1:]))
-    return Estimate(rows, own, full_limits, spec.max_context, policy, weights.note, where, memory)
+    return Estimate(
+        rows, own, full_limits, spec.max_context, policy, weights.note, where, memory, name_of(entry_format)
+    )
 
 
 def _largest(peak: Callable[[int], int], memory: int, most: int) -> int:
