@@ -26,10 +26,9 @@ def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_for
 
 def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
     """Bytes of the codes of one entry, steps and zeros included; 0 where it has none."""
-    shape = spec.attention
-    return (
-        0 if entry_format is None else entry_format.row_bytes(shape.key_dim) + entry_format.row_bytes(shape.value_dim)
-    )
+    if entry_format is None:
+        return 0
+    return entry_format.row_bytes(spec.attention.key_dim) + entry_format.row_bytes(spec.attention.value_dim)
 
 
 def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
