@@ -102,7 +102,7 @@ def main() -> None:
     except _UsageError as error:
         if len(sys.argv) == 1:
             error.show()  # type: ignore[attr-defined]  # the help
-            print(_FIRST, file=sys.stderr)
+            sys.stderr.write(f"{_FIRST}\n")
             sys.exit(2)
         _fail(f"{error.format_message().rstrip('.')}; see --help")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
