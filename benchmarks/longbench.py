@@ -60,13 +60,14 @@ def figure(rows: list[dict[str, Any]], about: str) -> plt.Figure:
         -(-len(tasks) // columns), columns, figsize=(3.1 * columns, 2.6 * -(-len(tasks) // columns)),
         layout="constrained", sharex=True, squeeze=False,
     )  # fmt: skip
+    for axis in axes[-1]:
+        axis.set_xlabel("compressed away", fontsize=8)
     for axis, task in zip(axes.flat, tasks, strict=False):
         draw(axis, [row for row in rows if row["task"] == task])
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     handles, names = axes.flat[0].get_legend_handles_labels()
     picture.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    picture.supxlabel("compressed away", fontsize=9)
     picture.suptitle(about, fontsize=9)
     return picture
 
