@@ -31,13 +31,13 @@ def read_lines(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def table_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One for each question, task, method and retention, and one of all tasks together."""
-    scores: dict[tuple[str, str, str, float], dict[tuple[str, int], float]] = {}
+    scores: dict[tuple[str, str, str, float], dict[tuple[str, int, int], float]] = {}
     parts: dict[tuple[str, str, str, float], list[float]] = {}
     uniform = {line["method"]: line["uniform"] for line in lines}
     for line in lines:
         for task in (line["task"], "all"):
             key = (line["question"], task, line["method"], line["retention"])
-            places = [(line["task"], line["first"] + index) for index in range(len(line["scores"]))]
+            places = [(line["task"], line["seed"], line["first"] + index) for index in range(len(line["scores"]))]
             scores.setdefault(key, {}).update(zip(places, line["scores"], strict=True))
             parts.setdefault(key, []).append(line["bytes"] / line["dense_bytes"])
     rows = []

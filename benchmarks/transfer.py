@@ -5,8 +5,8 @@ r"""Do budgets that were learned on one thing hold for another? Learned on novel
 
 Under one policy and at each retention by itself: `tune --allocator learned` on a text, on the answers to pass keys and
 key-value items, and on the answers of one task. Then `task_table.py` measures the plans, uniform budgets and the full
-cache on tasks of which each plan but the last has seen none, the question behind the compressed context. Writes the
-plans, OUT/tasks.jsonl and its tables; a later run goes on with what is there.
+cache on tasks of which each plan but the last has seen none, and on prompts that none has seen, the question behind the
+compressed context. Writes the plans, OUT/tasks.jsonl and its tables; a later run goes on with what is there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from shared import command_line
 from side_by_side import Command, merge_levels, missing, reachable, run, table_of_tasks
 
+UNSEEN_SEED = 7  # the search's prompts come from 0 to 2
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 
 
@@ -73,7 +74,8 @@ def main() -> None:
         )
     plans = [f"{name}.json" for name in sources(options) if (options.out / f"{name}.json").exists()]
     tasks = [f"ruler/{name}" for name in options.tasks]
-    table_of_tasks(options, ["--tasks", *tasks, "--questions", "agnostic"], [f"{options.policy}/uniform", *plans])
+    asked = ["--tasks", *tasks, "--questions", "agnostic", "--seed", UNSEEN_SEED]
+    table_of_tasks(options, asked, [f"{options.policy}/uniform", *plans])
 
 
 if __name__ == "__main__":

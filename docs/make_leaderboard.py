@@ -64,11 +64,11 @@ class Board:
 def boards() -> list[Board]:
     """Those of runs of the table of tasks first, then of comparisons."""
     found = []
-    for path in sorted(RESULTS.glob("ruler_*.jsonl")):
+    for path in [*sorted(RESULTS.glob("ruler_*.jsonl")), *sorted(RESULTS.glob("transfer_*/tasks.jsonl"))]:
         lines = [line for line in read_lines(path).values() if "scores" in line]
         for question in QUESTIONS:
             if own := [line for line in lines if line["question"] == question]:
-                found.append(Board(path.name, own))
+                found.append(Board(str(path.relative_to(RESULTS).as_posix()), own))
     for names in COMPARISONS:
         lines = [line for name in names for line in comparison_lines(RESULTS / name)]
         found.append(Board("`, `".join(names), lines))
@@ -101,8 +101,9 @@ def section(board: Board) -> str:
     """A table with its heading."""
     first, rows = board.lines[0], table_rows(board.lines)
     model = re.sub(r" \(sha256 \w+\)", "", first["model"])
+    seeds = " and ".join(map(str, sorted({line["seed"] for line in board.lines})))
     counts = [row["n"] for row in rows if row["task"] != "all"]
-    said = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))} for each task, seed {first['seed']}"
+    said = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))} for each task, seed {seeds}"
     few = " **Too few samples to rank methods that stand close.**" if max(counts) < FEW else ""
     versions = "".join(f", {name} {first[name]}" for name in ("torch", "transformers") if name in first)
     about = f"{said}; {first['dtype']}, {first['device']}{versions} (in `benchmarks/results`: `{board.source}`).{few}"
@@ -110,12 +111,14 @@ def section(board: Board) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Methods down, tasks across; the mean only where all tasks were measured."""
+    """Methods down, tasks across; the mean only where all samples of all tasks were measured."""
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "all"))
     cells = {(row["retention"], row["method"], row["task"]): row for row in rows}
     head = ["kept", "method", *tasks, *(["mean"] if len(tasks) > 1 else []), "against uniform", "bytes"]
     names = list(dict.fromkeys((row["retention"], row["method"]) for row in rows))
-    complete = {name: all((*name, task) in cells for task in tasks) for name in names}
+    most = {task: max(row["n"] for row in rows if row["task"] == task) for task in tasks}
+    counts = {name: {task: cells[*name, task]["n"] for task in tasks if (*name, task) in cells} for name in names}
+    complete = {name: counts[name] == most for name in names}
     names.sort(key=lambda name: (-name[0], not complete[name], -cells[(*name, "all")]["score"], name[1]))
     lines = [head, ["---"] * len(head)]
     for name in names:
