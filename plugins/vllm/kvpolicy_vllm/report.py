@@ -72,10 +72,11 @@ class Figures:
         self._rows = rows
 
     def collect(self) -> Iterator[Any]:
+        metrics: dict[str, Any] = {}  # one of a name, as the format wants it
         for name, text, labels, value in self._rows:
-            metric = GaugeMetricFamily(f"vllm:kvpolicy_{name}", text, labels=list(labels))
-            metric.add_metric(list(labels.values()), value)
-            yield metric
+            new = GaugeMetricFamily(f"vllm:kvpolicy_{name}", text, labels=list(labels))
+            metrics.setdefault(name, new).add_metric(list(labels.values()), value)
+        yield from metrics.values()
 
 
 class Pulse:

@@ -253,6 +253,8 @@ def test_figures_are_among_the_metrics(model: str, plan: str) -> None:
             for sample in metric.samples
             if sample.name.startswith("vllm:kvpolicy_") and sample.labels["model_name"] == model
         }
+        names = [metric.name for metric in REGISTRY.collect() if metric.name.startswith("vllm:kvpolicy_")]
+        assert len(names) == len(set(names)) == 4
         assert found["vllm:kvpolicy_bytes_per_token", None] == kept * 256 / MAX_MODEL_LEN
         assert found["vllm:kvpolicy_dense_bytes_per_token", None] == 1536
         assert found["vllm:kvpolicy_concurrency_ratio", None] == 6 * MAX_MODEL_LEN / kept
