@@ -16,7 +16,7 @@ from shared import command_line
 from side_by_side import Command, each_as, merge_levels, merge_rows, missing, reachable, run
 
 TASKS = ("passkey", "key-value")
-UNSEEN_SEED = 7  # the search's prompts come from 0 to 2
+UNSEEN_SEED = 7  # the committed plans were searched on prompts of 0 to 2
 
 
 def tunes(options: argparse.Namespace) -> dict[str, Command]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from shared import command_line
 from side_by_side import Command, merge_levels, missing, reachable, run, table_of_tasks
 
-UNSEEN_SEED = 7  # the search's prompts come from 0 to 2
+UNSEEN_SEED = 7  # the committed plans were searched on prompts of 0 to 2
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 
 

@@ -14,7 +14,6 @@ from kvpolicy.tasks.questions import Question, make_passkeys
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.passkey import ABLE, PasskeyCheck
-from kvpolicy.tuning.probes import needle_seed
 from kvpolicy.tuning.settings import TuneSettings
 from kvpolicy.tuning.study_notes import StudyNotes
 
@@ -41,7 +40,7 @@ def _questions(corpus: Corpus, settings: TuneSettings, without: Collection[str])
     """Prompts of the context's length. Raises `TextError` where there is no tokenizer, or the context is too short."""
     if corpus.tokenizer is None:
         raise TextError(f"the text {corpus.name} came without its tokenizer")
-    seed = needle_seed(settings, 2)
+    seed = 3 * settings.seed + 2  # plans say what they found, so it stays what it was
     fits = equal_answers(corpus.tokenizer, seed, without)
     return make_passkeys(corpus.tokenizer, PROMPTS, settings.context_length, seed, fits)
 

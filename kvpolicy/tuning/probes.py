@@ -30,6 +30,7 @@ from kvpolicy.tuning.settings import (
 from kvpolicy.tuning.task_probe import TaskProbe
 
 _PROMPTS = 6  # of `Corpus.prompts`
+_FIRST_SEED = 10**9  # `eval` and `compare` count from 0: what a search has learned from is not among their prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +138,7 @@ def make_probes(
 
 def _of_task(task: Task, corpus: Corpus, settings: TuneSettings) -> tuple[list[list[KnownAnswer]], frozenset[str]]:
     """The search's answers and the held-out ones, which are about other contexts, and the texts of the search's."""
-    tokenizer, seed = _tokenizer(corpus, settings), needle_seed(settings, 0)
+    tokenizer, seed = _tokenizer(corpus, settings), _prompt_seed(settings, 0)
     search, question = NEEDLES_PER_SEQUENCE * settings.sequences, check_question(settings.question)
     count = search + HELDOUT_NEEDLES
     samples = plugin_call.task_samples(task, tokenizer, count, settings.context_length, seed)
@@ -153,9 +154,9 @@ def _joined(objective: str, text: SequenceProbe, needles: PromptProbe) -> Probes
 def _needles(corpus: Corpus, settings: TuneSettings, length: int) -> tuple[Needles, Needles]:
     """The search's and the held-out ones, which ask for other numbers."""
     tokenizer = _tokenizer(corpus, settings)
-    count, seed = NEEDLES_PER_SEQUENCE * settings.sequences, needle_seed(settings, 0)
+    count, seed = NEEDLES_PER_SEQUENCE * settings.sequences, _prompt_seed(settings, 0)
     search = make_needles(tokenizer, count, length, seed)
-    seed = needle_seed(settings, 1)
+    seed = _prompt_seed(settings, 1)
     return search, make_needles(tokenizer, HELDOUT_NEEDLES, length, seed, without=search.answers)
 
 
@@ -168,6 +169,6 @@ def _tokenizer(corpus: Corpus, settings: TuneSettings) -> Any:
     return corpus.tokenizer
 
 
-def needle_seed(settings: TuneSettings, purpose: int) -> int:
-    """Seeds that differ for the search (0), what is held out (1), and the passkey check (2)."""
-    return 3 * settings.seed + purpose
+def _prompt_seed(settings: TuneSettings, purpose: int) -> int:
+    """Seeds of prompts that differ for the search (0) and what is held out (1)."""
+    return _FIRST_SEED + 3 * settings.seed + purpose

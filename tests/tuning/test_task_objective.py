@@ -205,6 +205,16 @@ def test_what_is_searched_is_what_eval_compresses(settings, corpus):
         assert {answer.prompt for answer in search.answers.answers} <= prompts
 
 
+def test_eval_asks_for_nothing_that_a_search_has_learned(settings, corpus):
+    """Not even for as many prompts as the search had made."""
+    learning = replace(settings, objective="task:key-value", data=None, context_length=400)
+    search, heldout, learned = make_probes(a_model(), corpus, learning, registry.create("policy", "snapkv"))
+    count = len(search.answers.answers) + len(heldout.answers.answers)
+    samples = registry.create("task", "key-value").samples(TOKENIZER, count, 400, learning.seed)
+    assert learned
+    assert not learned & {answer for sample in samples for turn in sample.turns for answer in turn.answers}
+
+
 def test_learned_budgets_learn_from_answers(settings, corpus):
     learned = replace(settings, allocator="learned", allocator_params={"steps": 2}, estimator="uniform")
     tune(a_model(), corpus, learned)
