@@ -8,7 +8,9 @@ from transformers import DynamicCache
 
 import kvpolicy
 from kvpolicy import ModelError
+from kvpolicy.cache import store_decoding
 from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.step import PlannedStep
 from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
 
@@ -264,19 +266,19 @@ def test_a_forward_that_broke_off_is_named_at_the_next_use(llama, tmp_path, plac
 
 
 @pytest.mark.parametrize(
-    ("policy", "method", "count", "options"),
+    ("policy", "method", "count"),
     [
-        ("snapkv", "replace", 5, {}),
-        ("streaming", "replace", 5, {}),
-        ("snapkv", "write", 1, {}),
-        ("streaming", "write", 1, {}),
-        ("h2o", "write", 1, {}),
-        ("h2o", "append", 1, {"protected": [(61, 64)]}),  # a span that is still to come
-        ("h2o", "reserve", 1, {"protected": [(61, 64)]}),
+        ("snapkv", "replace", 5),
+        ("streaming", "replace", 5),
+        ("snapkv", "write", 1),
+        ("streaming", "write", 1),
+        ("h2o", "write", 1),
+        ("h2o", "append", 1),  # a token that is planned by none but its layers
+        ("h2o", "reserve", 1),
     ],
 )
-def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method, options):
-    cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET, **options)
+def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, policy, count, method):
+    cache = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
     work, calls = getattr(LayerArena, method), []
 
     def exhausted(arena, *args, **kwargs):
@@ -289,12 +291,14 @@ def test_memory_that_runs_out_inside_the_store_is_named(llama, monkeypatch, poli
         llama(tiny_ids(60), **over(cache))
         with monkeypatch.context() as patch:
             patch.setattr(LayerArena, method, exhausted)
+            if method in ("append", "reserve"):
+                patch.setattr(store_decoding, "plan_step", lambda *args, **kwargs: PlannedStep())
             with pytest.raises(torch.OutOfMemoryError):
                 llama(tiny_ids(count), **over(cache))
         with pytest.raises(ModelError, match="a forward broke off"):
             llama(tiny_ids(1), **over(cache))
         cache.reset()
-        fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET, **options)
+        fresh = kvpolicy.new_cache(llama, policy=policy, **BUDGET)
         logits = [llama(tiny_ids(60), **over(each)).logits for each in (cache, fresh)]
     assert torch.equal(*logits)
 
