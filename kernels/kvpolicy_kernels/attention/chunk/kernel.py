@@ -211,8 +211,8 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, masked: bool, hopper:
     hopper: tensor cores take tiles from shared memory, of which there are 227 KB
 
     16-bit tiles are the largest that compile without a spill on sm_80 and sm_90, and fit the 99 KB of sm_86 where they
-    are not Hopper's; they have not been timed on a GPU yet. fp32 products in three tf32 passes need registers for the
-    split operands, and spill. Tiles of masks take registers too.
+    are not Hopper's. fp32 products in three tf32 passes need registers for the split operands, and spill. Tiles of
+    masks take registers too.
     """
     if dtype == torch.float32:
         tile, warps, stages = 16 if dim > 128 else 32, 8 if 64 < dim <= 128 else 4, 2
