@@ -284,19 +284,21 @@ class LayerArena:
         """Counts the entry that is written behind the others of these segments. growing: bool [S]."""
         self.length, self._placed = self.length + growing, None
 
-    def resume(self, tables: Mapping[str, Tensor]) -> None:
-        """Goes on with tables that were packed, by name; `fill` brings the entries."""
-        for name in _TABLES:
-            setattr(self, name, tables[name])
-
     @property
     def beside(self) -> dict[str, Tensor]:
         """What is held besides the entries and belongs into a file, by name."""
         return {}
 
-    def fill(self, entries: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
-        """Makes its rows again. entries: those of all segments, one behind the other;  beside: both by name"""
-        rows = self.padded_rows()
+    def fill(
+        self, length: Tensor, allocated: Tensor, entries: Mapping[str, Tensor], beside: Mapping[str, Tensor]
+    ) -> None:
+        """Makes its rows again, with the entries in the order in which they are given.
+
+        length, allocated: int64 [S], entries and rows of each segment
+        entries, beside: by name; the entries are those of all segments, one behind the other
+        """
+        self.start, self.length, self.allocated = allocated.cumsum(0) - allocated, length, allocated
+        self.cursor, rows = torch.zeros_like(length), self.padded_rows()
         rows = rows[rows >= 0]
         for name, values in entries.items():
             free: Tensor = getattr(self, name)

@@ -286,10 +286,10 @@ class StoreLayer:
         """A copy. Counts and pending tokens are shared: nobody writes into them."""
         return copy_with(self, arena=self.arena.fork())
 
-    def resume(self, counts: Mapping[str, Tensor], pending: Chunk | None, *, decoded: int, is_ring: bool) -> None:
-        """Goes on with what was packed. counts: `seen`, `evicted_at` and `table`."""
+    def resume(self, counts: Mapping[str, Tensor], pending: Chunk | None, *, decoded: int) -> None:
+        """Goes on with what was packed, over entries that lie by position. counts: `seen`, `evicted_at` and `table`."""
         self.seen, self.evicted_at, self.table = (counts[name] for name in ("seen", "evicted_at", "table"))
-        self.pending, self.decoded, self.is_ring = pending, decoded, is_ring
+        self.pending, self.decoded, self.is_ring = pending, decoded, False
         self.settled = self.seen if pending is None else self.seen - pending.count
 
     # --- rows that are slots

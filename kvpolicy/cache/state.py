@@ -1,7 +1,7 @@
 """What a store holds, as tensors and plain values, and the store from them again.
 
-Of an arena the entries alone are taken along; its free rows are made again, as many as there were, so that the store
-goes on as if nothing had happened.
+Of an arena the entries alone are taken along, by position, with their scores: nothing says how they lay in memory. They
+get room again as behind a prompt, and the order in which they will leave follows from their scores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.files.fields import Fields, describe, sequence, whole
 
-_TABLES = ("start", "length", "allocated", "cursor")
 _COUNTS = ("seen", "evicted_at", "table")
 _CHUNK = ("key", "value", "positions")
 
@@ -60,7 +59,7 @@ def pack(store: RaggedStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(store.layers):
-        layers.append(None if layer is None else {"decoded": layer.decoded, "is_ring": layer.is_ring})
+        layers.append(None if layer is None else {"decoded": layer.decoded})
         if layer is not None:
             layer.check_settled()
             tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in _packed(layer).items()}
@@ -115,10 +114,10 @@ def flag(value: object, path: str) -> bool:
 
 def _packed(layer: StoreLayer) -> dict[str, Tensor]:
     arena = layer.arena
-    rows = arena.padded_rows()
-    rows = rows[rows >= 0]  # in the order of the segments
+    rows = arena.padded_rows().gather(1, arena.padded_positions().argsort(1))
+    rows = rows[rows >= 0]
     packed = {name: tensor[rows] for name, tensor in arena.entries.items()} | arena.beside
-    packed |= {name: getattr(arena, name) for name in _TABLES} | {name: getattr(layer, name) for name in _COUNTS}
+    packed |= {"length": arena.length} | {name: getattr(layer, name) for name in _COUNTS}
     if not all(bool(torch.isfinite(packed[name]).all()) for name in arena.columns):
         raise KVPolicyError("it holds keys or values that are not finite")
     if (pending := layer.pending) is not None:
@@ -148,59 +147,49 @@ def _fill(store: RaggedStore, layer: StoreLayer, tensors: Tensors, fields: Field
     for name in _COUNTS:
         sizes = (batch, num_heads) if name == "table" else (batch,)
         counts[name] = tensors.take(f"{prefix}.{name}", torch.int64, sizes).clone()
-    tables = {name: tensors.take(f"{prefix}.{name}", torch.int64, (batch * num_heads,)).clone() for name in _TABLES}
+    length = tensors.take(f"{prefix}.length", torch.int64, (batch * num_heads,)).clone()
     if f"{prefix}.pending.key" in tensors:
         key = tensors.take(f"{prefix}.pending.key", dtype, (batch, num_heads, None, shape.key_dim))
         value = tensors.take(f"{prefix}.pending.value", dtype, (batch, num_heads, key.shape[2], shape.value_dim))
         positions = tensors.take(f"{prefix}.pending.positions", torch.int64, (batch, key.shape[2]))
         device = arena.device
         pending = Chunk(key.to(device, copy=True), value.to(device, copy=True), positions.clone())
-    arena.resume(tables)
-    layer.resume(counts, pending, decoded=fields.read("decoded", whole, 0), is_ring=fields.read("is_ring", flag))
-    _check_counts(store, layer, prefix)
-    total = int(arena.length.sum())
+    layer.resume(counts, pending, decoded=fields.read("decoded", whole, 0))
+    _check_counts(store, layer, length, prefix)
+    total = int(length.sum())
     entries = {
         name: tensors.take(f"{prefix}.{name}", free.dtype, (total, *free.shape[1:]))
         for name, free in arena.entries.items()
     }
     beside = {name: tensors.take(f"{prefix}.{name}", own.dtype, own.shape) for name, own in arena.beside.items()}
-    _check_entries(layer, entries, prefix)
-    arena.fill(entries, beside)
+    _check_entries(layer, length, entries, prefix)
+    arena.fill(length, arena.room(length, layer.capacity), entries, beside)
 
 
-def _check_counts(store: RaggedStore, layer: StoreLayer, prefix: str) -> None:
-    """Tables that the store will compute addresses from."""
-    arena = layer.arena
+def _check_counts(store: RaggedStore, layer: StoreLayer, length: Tensor, prefix: str) -> None:
+    """Tables that the store will compute addresses from. length: int64 [S], entries of each segment"""
     _check(layer.seen, 0, MAX_TOKENS, f"{prefix}.seen")
     _check(layer.evicted_at, 0, layer.seen, f"{prefix}.evicted_at")
     _check(layer.settled, 0, MAX_TOKENS, f"{prefix}.pending.positions, counted,")
     settled = layer.settled.repeat_interleave(store.num_heads)
-    _check(arena.length, 0, settled, f"{prefix}.length")
-    most = arena.length + arena.slack(arena.length)
-    ceiling = layer.capacity_behind(layer.seen.clamp(min=layer.protection.end))  # once all spans have come
-    limited = ceiling.where(ceiling < UNLIMITED, 0)
-    _check(arena.allocated, arena.length, torch.maximum(most, limited), f"{prefix}.allocated")
-    start = arena.allocated.cumsum(0) - arena.allocated
-    _check(arena.start, start, start, f"{prefix}.start")
-    behind = (arena.length - arena.num_pinned - 1).clamp(min=0)
-    _check(arena.cursor, 0, behind, f"{prefix}.cursor")
+    _check(length, 0, settled, f"{prefix}.length")
     floor = store.least_capacity if bool(settled.any()) else 0
     _check(layer.table, floor, UNLIMITED, f"{prefix}.table")
     if store.decode_mode == "evict":
-        _check(arena.length, 0, layer.capacity, f"{prefix}.length")
+        _check(length, 0, layer.capacity, f"{prefix}.length")
     if (pending := layer.pending) is not None:
         steps = layer.settled[:, None] + (pending.positions >= 0).cumsum(1) - 1
         expected = torch.where(pending.positions < 0, -1, steps)
         _check(pending.positions, expected, expected, f"{prefix}.pending.positions")
 
 
-def _check_entries(layer: StoreLayer, entries: Mapping[str, Tensor], prefix: str) -> None:
+def _check_entries(layer: StoreLayer, length: Tensor, entries: Mapping[str, Tensor], prefix: str) -> None:
     arena, positions = layer.arena, entries["positions"].long()
-    segment = torch.arange(len(arena.length)).repeat_interleave(arena.length)
+    segment = torch.arange(len(length)).repeat_interleave(length)
     settled = layer.settled.repeat_interleave(layer.num_heads)[segment]
     _check(positions, 0, settled - 1, f"{prefix}.positions")
-    if len(torch.unique(segment * (MAX_TOKENS + 1) + positions)) < len(positions):
-        raise KVPolicyError(f"'{prefix}.positions' holds a token twice in one KV head")
+    if bool(((segment * (MAX_TOKENS + 1) + positions).diff() <= 0).any()):
+        raise KVPolicyError(f"'{prefix}.positions' does not rise within a KV head")
     for name in arena.columns:
         if not bool(torch.isfinite(entries[name]).all()):
             raise KVPolicyError(f"'{prefix}.{name}' holds numbers that are not finite")

@@ -1,4 +1,4 @@
-"""A cache that was saved and loaded goes on as one that was not, bit by bit."""
+"""A cache that was saved and loaded holds the same bit by bit, and goes on as one that was not."""
 
 import copy
 import dataclasses
@@ -58,6 +58,14 @@ class Slanted(BudgetAllocator):
         return 1 + self.slope * torch.arange(budget.shape[0] * budget.shape[1]).view(budget.shape)
 
 
+NEAR = 1e-5
+"""Of two continuations in float32, whose entries lie in other orders."""
+
+
+def assert_near(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=NEAR)
+
+
 @pytest.fixture(autouse=True)
 def growing_often(monkeypatch):
     monkeypatch.setattr(store_decoding, "GROWTH_INTERVAL", 4)
@@ -104,8 +112,8 @@ def assert_goes_on(model, cache, folder, ids, mask=None, plan=None, steps=STEPS)
     assert bool((cache.lengths.sum((0, 2)) < cache.store.seen * cache.lengths[:, 0].numel()).all()), (
         "nothing is evicted"
     )
-    assert torch.equal(feed(model, loaded, ids, rest, mask), expected)
-    assert_same(facts(cache), facts(loaded))
+    assert_near(feed(model, loaded, ids, rest, mask), expected)
+    assert_same(facts(cache), facts(loaded), slack=NEAR)
 
 
 CASES = {
@@ -123,7 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decoding_goes_on_bit_by_bit(case, llama, tmp_path):
+def test_decoding_goes_on(case, llama, tmp_path):
     cache, ids, mask = kvpolicy.new_cache(llama, **CASES[case]), tiny_ids(LENGTH, batch=2), left_padded(2)
     if case != "everything":
         return assert_goes_on(llama, cache, tmp_path, ids, mask)
@@ -184,6 +192,35 @@ def test_tokens_that_may_be_taken_back_are_saved(name, tmp_path):
     assert_same(facts(cache), facts(loaded))
 
 
+LAYOUTS = {
+    "a ring that has turned": {"retention": 0.3, "context_length": 100},
+    "one that grows": {"retention": 0.3, "min_tokens": 8},
+    "spans to come": {"retention": 0.3, "context_length": 100, "protected": [(10, 14), (60, 64)]},
+    "the order of scores": {"retention": 0.3, "context_length": 100, "policy": "snapkv"},
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_file_says_nothing_of_how_entries_lie(case, llama, tmp_path):
+    """Turned back and with other room, a cache makes the same file, and what is loaded goes on as both do."""
+    cache, ids = kvpolicy.new_cache(llama, **LAYOUTS[case]), tiny_ids(LENGTH, batch=2)
+    feed(llama, cache, ids, [PROMPT, *[1] * 7], left_padded(2))
+    assert bool(cache.store.layers[0].arena.cursor.any()) == (case != "spans to come")
+    other = cache.fork()
+    for layer in other.store.layers:
+        layer.arena.relayout(layer.arena.allocated + 37)
+    for name, each in (("one", cache), ("other", other)):
+        each.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    loaded = kvpolicy.load_cache(llama, tmp_path / "other")
+    assert_same(facts(cache), facts(loaded))
+    expected, *found = (feed(llama, each, ids, [*[1] * 8, 3, 1], left_padded(2)) for each in (cache, other, loaded))
+    for logits in found:
+        assert_near(logits, expected)
+    kept = [[sorted(x.tolist()) for layer in range(3) for x in each.store.positions(layer)] for each in (cache, loaded)]
+    assert kept[0] == kept[1]
+
+
 def test_padding_between_tokens_is_remembered(llama, tmp_path):
     cache, ids, mask = kvpolicy.new_cache(llama, retention=0.3, min_tokens=8), tiny_ids(LENGTH, batch=2), left_padded(2)
     mask[1, PROMPT : PROMPT + 3] = 0
@@ -202,7 +239,7 @@ def test_a_conversation_goes_on(llama, tmp_path):
     for length in (11, 5):
         turns = [kvpolicy.generate(llama, each, tiny_ids(length, batch=2), **options) for each in (cache, loaded)]
         assert torch.equal(*turns)
-    assert_same(facts(cache), facts(loaded))
+    assert_same(facts(cache), facts(loaded), slack=NEAR)
 
 
 def test_why_a_conversation_ended_is_saved(llama, tmp_path):
@@ -229,4 +266,5 @@ def test_the_model_may_be_another_object_and_in_bf16(tmp_path):
     other = copy.deepcopy(model)
     kvpolicy.detach(other)
     loaded = kvpolicy.load_cache(other, tmp_path / "cache.safetensors")
-    assert torch.equal(feed(other, loaded, ids, [1, 4, 1]), feed(model, cache, ids, [1, 4, 1]))
+    found, expected = feed(other, loaded, ids, [1, 4, 1]), feed(model, cache, ids, [1, 4, 1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)

@@ -1,4 +1,4 @@
-"""A cache from the file that `save` wrote, to go on with as if it had never been away."""
+"""A cache from the file that `save` wrote, to go on with."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.recipe import read_recipe
-from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, WITH_FORMAT, crc32, identity
+from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, crc32, identity
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
 from kvpolicy.model.spec import ModelSpec
 
 
 def load_cache(model: PreTrainedModel, path: str | os.PathLike[str], plan: BudgetPlan | None = None) -> RaggedCache:
-    """The cache in the file at `path`, to go on with as if it had never been away. Attaches the model.
+    """The cache in the file at `path`, to go on with. Attaches the model.
+
+    It holds what was saved bit by bit. Sums over it run in another order, so the last digits of logits may differ.
 
     model: the model that filled the cache, loaded again; the same weights, which is not checked
     plan:  the plan of the cache; needed where the budget grows, checked wherever it is given
@@ -78,10 +80,10 @@ def _read(path: str | os.PathLike[str]) -> _File:
         fields = Fields(document)
         if fields.raw("format") != FORMAT:
             raise KVPolicyError(f"its format is {describe(fields.raw('format'))}, expected '{FORMAT}'")
-        expected = WITH_FORMAT if fields.has("recipe") and fields.fields("recipe").has("entry_format") else VERSION
-        if fields.raw("version") != expected or isinstance(fields.raw("version"), bool):
+        if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
             raise KVPolicyError(
-                f"its version is {describe(fields.raw('version'))}, expected {expected}: use the kvpolicy that wrote it"
+                f"its version is {describe(fields.raw('version'))}, expected {VERSION}: read the text again into a new "
+                "cache and save that, or load the file with the kvpolicy that wrote it"
             )
         if fields.raw(CHECKSUM) != crc32({k: v for k, v in document.items() if k != CHECKSUM}, tensors):
             raise KVPolicyError("it is damaged: its checksum is another")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 
 FORMAT = "kvpolicy-cache"
-VERSION, WITH_FORMAT = 1, 2  # the second where entries are encoded
+VERSION = 3  # since entries lie by position; before that they lay as in memory
 KEY = "kvpolicy"  # of the JSON text in the file's metadata
 CHECKSUM = "crc32"  # and of the checksum in it
 
@@ -78,7 +78,7 @@ def _to_bytes(cache: RaggedCache) -> bytes:
     tensors = {name: _owned(tensor) for name, tensor in sorted(tensors.items())}
     document = {
         "format": FORMAT,
-        "version": VERSION if recipe.entry_format is None else WITH_FORMAT,
+        "version": VERSION,
         "made_by": {"transformers": transformers.__version__},
         "model": identity(cache.spec, next(layer.arena.like.dtype for layer in store.layers if layer is not None)),
         "recipe": recipe.to_json(),
