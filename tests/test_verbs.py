@@ -76,6 +76,14 @@ def test_profile_says_what_the_verb_says(both, tmp_path, more):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_profile_of_layers_that_share(both, tmp_path):
+    out = tmp_path / "sharing.json"
+    ours, printed = both("profile", sharing=1, most_similar=True, out=out)
+    assert ours == printed == json.loads(out.read_text())
+    assert ours["order"] == "most similar first" and ours["shared_layers"] in ([], [[1, 0]])
+    assert len(ours["similarity"]) == len(ours["shared_layers"]) and ours["pairs_tried"] == 1
+
+
 def test_compare_says_what_the_verb_says(both, tmp_path):
     out = tmp_path / "c.json"
     ours, printed = both("compare", "tova", retention=0.5, limit=2, out=out)
@@ -130,6 +138,8 @@ WRONG = [
     ("bench", ["full"], {"allocator": "pyramid"}, "allocator= goes with uniform"),
     ("estimate", [], {"context": 0}, "context= must be at least 1, got 0"),
     ("profile", [], {"estimator": ["cosine", "entropy"]}, "estimator= was given 2 times: only agreement=True takes"),
+    ("profile", [], {"most_similar": True}, "most_similar=True is the order in which sharing= looks for layers"),
+    ("profile", [], {"sharing": 1, "estimator": "entropy"}, "sharing= looks for layers alone"),
     ("profile", [], {"token_map": "x.png", "estimator": "entropy"}, "token_map=: the estimator 'entropy'"),
     ("compare", ["snapkv"], {"prefill": 0}, "prefill=0 decodes from the first token on"),
     ("compare", ["tova"], {"limit": 1}, "limit= must be at least 2, got 1"),

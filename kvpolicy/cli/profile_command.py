@@ -16,6 +16,7 @@ from kvpolicy.plugins.params import parse_params
 if TYPE_CHECKING:
     from kvpolicy.verbs.profile_agreement import AgreementProfile
     from kvpolicy.verbs.profile_heads import HeadProfile
+    from kvpolicy.verbs.profile_sharing import SharingProfile
 
 
 def profile_command(
@@ -39,6 +40,16 @@ def profile_command(
     context: opt.Context = CONTEXT,
     agreement: Annotated[
         bool, typer.Option("--agreement", help="Show how well rankings of the KV heads agree.")
+    ] = False,
+    sharing: Annotated[
+        int | None,
+        typer.Option(
+            help="Look for so many layers that can attend over an earlier layer's entries and keep none (KVSharer).",
+            show_default=False,
+        ),
+    ] = None,
+    most_similar: Annotated[
+        bool, typer.Option("--most-similar", help="With --sharing: try the most similar layers first, not the least.")
     ] = False,
     token_map: Annotated[
         Path | None,
@@ -69,6 +80,8 @@ def profile_command(
     --agreement shows instead how well rankings of the KV heads agree: across calibration prompts, across texts (the
     search and the held-out part of every --text and of Python's language reference), and across estimators. A
     parameter with a fixed set of values, such as head_input of cosine, is tried with each of them.
+
+    --sharing shows instead which layers can do without entries of their own, and whose they attend over.
     """
     from kvpolicy.verbs.profile import profile
 
@@ -79,6 +92,8 @@ def profile_command(
         text=text,
         context=context,
         agreement=agreement,
+        sharing=sharing,
+        most_similar=most_similar,
         token_map=token_map,
         layers=layers,
         out=out,
@@ -97,11 +112,14 @@ def profile_command(
         Console().print(part)
 
 
-def _shown(answer: HeadProfile | AgreementProfile) -> Iterable[Any]:
+def _shown(answer: HeadProfile | AgreementProfile | SharingProfile) -> Iterable[Any]:
     """Lines and tables for the terminal."""
     from kvpolicy.report.agreement_tables import tables
     from kvpolicy.verbs.profile_agreement import AgreementProfile
+    from kvpolicy.verbs.profile_sharing import SharingProfile
 
+    if isinstance(answer, SharingProfile):
+        return _sharing(answer)
     return tables(answer.agreement) if isinstance(answer, AgreementProfile) else _heads(answer)
 
 
@@ -116,3 +134,10 @@ def _heads(answer: HeadProfile) -> Iterator[Any]:
         rank = "no ranking, all are alike" if correlation is None else f"rank correlation {correlation:+.2f}"
         yield f"{name} of a layer, and what shrinking it costs: {rank}, {len(per_head)} layers"
     yield f"unrelated rankings stay within {measured['by_chance']:.2f} of 0 in 95 % of cases"
+
+
+def _sharing(answer: SharingProfile) -> Iterator[Any]:
+    pairs = zip(answer.shared_layers.items(), answer.document["similarity"], strict=True)
+    for (layer, owner), cosine in pairs:
+        yield f"layer {layer} takes layer {owner}'s entries: cosine {cosine:.3f} of the last hidden states"
+    yield f"{len(answer.shared_layers)} layers, {answer.document['pairs_tried']} pairs tried"

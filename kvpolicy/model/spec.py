@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -52,10 +53,41 @@ class ModelSpec:
         """
         return cls(**spec_fields(config))
 
+    def sharing(self, shared_layers: Mapping[int, int]) -> ModelSpec:
+        """The same model with layers that keep no entries and attend over those of an earlier layer instead (KVSharer).
+
+        shared_layers: which layer takes whose entries. A taker's taker takes those of the layer that keeps some
+
+        Raises `ModelError` for layers that are not full-attention layers with entries of their own, for a layer that
+        takes those of itself or of a later one, and for one whose own entries other layers of the model reuse.
+        """
+        layers = list(self.layers)
+        for index, owner in sorted(shared_layers.items()):
+            for layer in (index, owner):
+                if not 0 <= layer < len(layers) or not self.layers[layer].is_budgeted:
+                    raise ModelError(
+                        f"shared_layers: layer {layer} of model type '{self.model_type}' is no full-attention layer "
+                        f"with entries of its own; those are {list(self.budgeted_layers)}"
+                    )
+            if owner >= index:
+                raise ModelError(f"shared_layers: layer {index} cannot take layer {owner}'s entries: that comes later")
+            if index in self.reused_layers:
+                raise ModelError(
+                    f"shared_layers: layer {index} keeps its entries, which other layers of the model reuse"
+                )
+            keeper = layers[owner].shared_with
+            layers[index] = replace(layers[index], shared_with=owner if keeper is None else keeper)
+        return replace(self, layers=tuple(layers))
+
     @property
     def budgeted_layers(self) -> tuple[int, ...]:
         """Model layer indices that get a budget, ascending."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_budgeted)
+
+    @property
+    def reused_layers(self) -> frozenset[int]:
+        """Layers whose entries others reuse."""
+        return frozenset(layer.shared_with for layer in self.layers if layer.shared_with is not None)
 
     @property
     def attention(self) -> LayerSpec:

@@ -18,6 +18,7 @@ from kvpolicy.verbs import arguments
 if TYPE_CHECKING:
     from kvpolicy.verbs.profile_agreement import AgreementProfile
     from kvpolicy.verbs.profile_heads import HeadProfile
+    from kvpolicy.verbs.profile_sharing import SharingProfile
 
 RANKED = ("cosine", "layer_cosine", "entropy", "retrieval")
 """Whose agreement is measured: the estimators that only observe prompts. Without it the first is the default."""
@@ -31,6 +32,8 @@ def profile(
     text: str | Path | Sequence[str | Path] | None = None,
     context: int = CONTEXT,
     agreement: bool = False,
+    sharing: int | None = None,
+    most_similar: bool = False,
     token_map: str | Path | None = None,
     layers: str | Path | None = None,
     out: str | Path | None = None,
@@ -39,8 +42,9 @@ def profile(
     dtype: str = "auto",
     revision: str | None = None,
     progress: Progress | None = None,
-) -> HeadProfile | AgreementProfile:
-    """Measures how much each KV head matters; or, with `agreement`, how alike the KV heads are ranked.
+) -> HeadProfile | AgreementProfile | SharingProfile:
+    """Measures how much each KV head matters; or, with `agreement`, how alike the KV heads are ranked; or, with
+    `sharing`, which layers may do without entries of their own.
 
     model:     a Hub id, a directory, a .gguf file, or the built-in smollm2-135m
     estimator: None for cosine; with `agreement` several, None for cosine, layer_cosine, entropy, retrieval
@@ -49,6 +53,9 @@ def profile(
     context:   tokens of one sequence
     agreement: rank on each prompt alone, on each text, and by several estimators; a parameter whose values are known,
                such as head_input of cosine, is tried with each
+    sharing:   look for so many layers that attend over an earlier layer's entries and keep none (KVSharer), least
+               similar ones first, on 30 pieces of 64 tokens
+    most_similar: look for them among the most similar ones first
     token_map: draw tokens by heads into this file (after BaKlaVa's figure 2)
     layers:    shrink each layer alone, and draw into this file what it costs over its importance (after figure 4)
     out:       write what was measured as JSON
@@ -60,6 +67,8 @@ def profile(
     names, texts = arguments.several(estimator), [Path(path) for path in arguments.several(text)]
     pictures = {"token_map": arguments.optional_path(token_map), "layers": arguments.optional_path(layers)}
     _check(agreement, names, texts, any(pictures.values()))
+    if sharing is not None or most_similar:
+        _check_sharing(sharing, agreement or bool(names) or png is not None or any(pictures.values()))
     estimators = _estimators(names or (RANKED if agreement else RANKED[:1]), dict(param or {}), agreement)
     arguments.check_context(context)
     for source in texts:
@@ -72,14 +81,17 @@ def profile(
 
     from kvpolicy.verbs.profile_agreement import measure_agreement
     from kvpolicy.verbs.profile_heads import check_maps, measure_heads
+    from kvpolicy.verbs.profile_sharing import measure_sharing
     from kvpolicy.verbs.profile_subject import Subject
 
     name, first = next(iter(estimators.items()))
     if pictures["token_map"] is not None:
         check_maps(name, first)
     subject = Subject(str(model), context, progress or Progress(), revision=revision, device=where, dtype=number)
-    answer: HeadProfile | AgreementProfile
-    if agreement:
+    answer: HeadProfile | AgreementProfile | SharingProfile
+    if sharing is not None:
+        answer = measure_sharing(subject, sharing, next(iter(texts), None), most_similar=most_similar)
+    elif agreement:
         answer = measure_agreement(subject, estimators, texts, picture)
     else:
         answer = measure_heads(subject, name, first, next(iter(texts), None), **pictures, png=picture)
@@ -95,6 +107,14 @@ def _check(agreement: bool, names: Sequence[str], texts: Sequence[Path], draws: 
     for argument, values in (("estimator", names), ("text", texts)):
         if len(values) > 1 and not agreement:
             raise KVPolicyError(f"{argument}= was given {len(values)} times: only agreement=True takes more than one")
+
+
+def _check_sharing(sharing: int | None, has_others: bool) -> None:
+    """Raises `KVPolicyError` for arguments that do not go with `sharing`, or not without it."""
+    if sharing is None:
+        raise KVPolicyError("most_similar=True is the order in which sharing= looks for layers: say how many")
+    if has_others:
+        raise KVPolicyError("sharing= looks for layers alone: estimator=, agreement= and pictures are of other runs")
 
 
 def _estimators(names: Sequence[str], params: dict[str, Any], with_variants: bool) -> dict[str, ImportanceEstimator]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvpolicy.integrations.transformers import TransformersProbe, load_model, read_corpus
+from kvpolicy.integrations.transformers import LayerSharing, TransformersProbe, find_sharing, load_model, read_corpus
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 
@@ -26,6 +26,9 @@ class Subject:
 
     def probe(self, corpus: Corpus, sequences: Tensor, prompts: Sequence[Tensor] = ()) -> TransformersProbe:
         return TransformersProbe(self._network, sequences, prompts, tokenize=corpus.tokenize)
+
+    def sharing(self, texts: Tensor, count: int, *, most_similar: bool) -> LayerSharing:
+        return find_sharing(self._network, texts, count, most_similar=most_similar, progress=self.progress)
 
     def title(self, heading: str, text: str) -> str:
         """The head of a picture: what it shows, of which model, on which text."""

@@ -24,12 +24,14 @@ from kvpolicy.integrations.transformers.model.load import load_config, load_mode
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.integrations.transformers.model.weights import activations_of, weights_of
 from kvpolicy.integrations.transformers.probes.base import SequenceProbe
+from kvpolicy.integrations.transformers.probes.layer_sharing import LayerSharing, find_sharing
 from kvpolicy.integrations.transformers.probes.prefilled import Prompts, prompt_cache
 from kvpolicy.integrations.transformers.probes.prompt import PromptProbe
 from kvpolicy.integrations.transformers.probes.window import TransformersProbe
 
 __all__ = [
     "DecodeRunner",
+    "LayerSharing",
     "Pace",
     "PromptProbe",
     "Prompts",
@@ -44,6 +46,7 @@ __all__ = [
     "cast_parameters",
     "detach",
     "detached",
+    "find_sharing",
     "generate",
     "load_cache",
     "load_config",

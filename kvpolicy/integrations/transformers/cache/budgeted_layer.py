@@ -94,6 +94,14 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.columns += self.arrived
         return mark(key_states, self.attention), value_states
 
+    def reused(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer without entries of its own has attention called with: this layer's new keys and values, if
+        somebody reads them, marked so that the call comes here. key, value: its own, [B, H, n, dim]
+        """
+        if self.waiting is not None and self.waiting.prompt:
+            key, value = self.waiting.chunk.key, self.waiting.chunk.value
+        return mark(key, self.attention), value
+
     def check_enforced(self) -> None:
         """Raises `ModelError` where keys and values came, but not their attention."""
         if self.arrived:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvpolicy_kernels.formats import EntryFormat
@@ -49,6 +49,7 @@ def new_cache(
     rollback: int = ROLLBACK,
     format: str | EntryFormat | None = None,
     memory: float | int | str | None = None,
+    shared_layers: Mapping[int, int] | None = None,
 ) -> RaggedCache:
     """An empty cache for one use of `model.generate`, or for a loop over the model. Attaches the model.
 
@@ -68,6 +69,8 @@ def new_cache(
     memory:    instead of `retention`, the bytes of a sequence of `context_length` tokens (or of as many as the plan was
                made on): a part of the full cache's in the model's dtype, in (0, 1], or bytes as "8GiB". All is counted:
                codes, positions, scores, tables, and what stays exact
+    shared_layers: layers of the model that keep no entries, each with the earlier layer whose entries it attends over
+               (`kvpolicy profile --sharing` finds some); budgets are those of the other layers
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -80,9 +83,10 @@ def new_cache(
     if plan is not None:
         plan.warn_if_other_policy(evicting)
     splits, entry_format = _allocator(allocator) if plan is None else None, format_of(format)
+    shared = dict(shared_layers or {})
     ask = Ask(retention, tokens, context_length, min_tokens)
     if memory is not None:
-        ask = _within(memory, ask, model, plan, evicting, splits, entry_format)
+        ask = _within(memory, ask, model, plan, evicting, splits, entry_format, shared)
     recipe = Recipe(
         policy=evicting,
         allocator=splits,
@@ -92,6 +96,7 @@ def new_cache(
         decode=decode,
         rollback=rollback,
         entry_format=entry_format,
+        shared_layers=shared,
     )
     return cache_of(model, recipe)
 
@@ -104,6 +109,7 @@ def _within(
     policy: EvictionPolicy,
     allocator: BudgetAllocator | None,
     entry_format: EntryFormat | None,
+    shared_layers: Mapping[int, int],
 ) -> Ask:
     """What bytes come to, for a context that is known."""
     if ask.retention is not None or ask.tokens is not None:
@@ -111,9 +117,11 @@ def _within(
     context = ask.context_length or (None if plan is None else plan.provenance.get("context_length"))
     if context is None:
         raise BudgetError("memory= needs context_length=, the tokens whose entries are to go into these bytes")
-    spec, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
-    scored = holds_scores(policy, allocator if is_split else None)
+    own, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
+    spec, scored = own.sharing(shared_layers), holds_scores(policy, allocator if is_split else None)
     asked = read_memory(memory)
+    if isinstance(asked, float):  # of the full cache's, in which no layer shares
+        asked *= own.num_budgeted_layers / spec.num_budgeted_layers
     check_format(entry_format, spec.attention)
     retention = retention_within(asked, spec, context, model.dtype, policy, entry_format, scored=scored)
     return replace(ask, retention=retention, context_length=context)
@@ -121,7 +129,7 @@ def _within(
 
 def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = None) -> RaggedCache:
     """The cache that a recipe describes, empty. fixed: its capacities, where they are known already."""
-    spec = ModelSpec.from_config(model.config)
+    spec = ModelSpec.from_config(model.config).sharing(recipe.shared_layers)
     rank, size = rank_and_size(model, spec)
     schedule, split, policy = fixed or schedule_of(recipe, spec, size), None, recipe.policy
     if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:

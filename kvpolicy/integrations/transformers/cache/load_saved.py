@@ -26,8 +26,9 @@ from kvpolicy.integrations.transformers.cache.other_layers import unpack_stock
 from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
-from kvpolicy.integrations.transformers.cache.recipe import read_recipe
+from kvpolicy.integrations.transformers.cache.recipe import read_recipe, read_shared_layers
 from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, crc32, identity
+from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
 from kvpolicy.model.spec import ModelSpec
 
@@ -94,7 +95,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
 
 def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> RaggedCache:
     fields, tensors = file.fields, Tensors(file.tensors)
-    spec = ModelSpec.from_config(model.config)
+    spec = ModelSpec.from_config(model.config).sharing(read_shared_layers(fields.fields("recipe")))
     _check_model(model, spec, fields)
     fixed = _read_fixed(tensors, fields, spec) if fields.has("fixed") else None
     recipe = read_recipe(fields.fields("recipe"), plan, needs_plan=fixed is None)
@@ -206,7 +207,7 @@ def _read_stock(
     shares = cache.spec.num_kv_heads // store.num_heads
     devices, columns = layer_devices(model, cache.spec), cache.budgeted[0].columns
     for index, (layer, values) in enumerate(zip(cache.layers, saved, strict=True)):
-        if isinstance(layer, BudgetedLayer) != (values is None):
+        if isinstance(layer, BudgetedLayer | SharingLayer) != (values is None):
             raise KVPolicyError(f"layer {index} is budgeted in the file or in the model, but not in both")
         if values is not None:
             heads = cache.spec.layers[index].num_kv_heads // shares

@@ -24,6 +24,7 @@ from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Wai
 from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
 from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.save import save_cache
+from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.integrations.transformers.cache.stepped_cache import SteppedCache
 from kvpolicy.model.spec import ModelSpec
 
@@ -71,6 +72,11 @@ class RaggedCache(SteppedCache):
             followers = sum(layer.shared_with == index for layer in spec.layers)
             self.budgeted.append(BudgetedLayer(self, row, index, followers))
             layers[index] = self.budgeted[-1]
+        owners = {layer.model_layer: layer for layer in self.budgeted}
+        for index in {} if recipe is None else recipe.shared_layers:  # a layer that its model has share is never asked
+            owner = spec.layers[index].shared_with
+            assert owner is not None  # `ModelSpec.sharing` has seen to it
+            layers[index] = SharingLayer(owners[owner])
         attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
         super().__init__(layers, max(attends), dropped_at)
         self.attached = attached
@@ -325,7 +331,12 @@ class RaggedCache(SteppedCache):
 
     def _own(self, layers: Sequence[Any]) -> None:
         """Takes copies of another cache's layers for its own."""
-        copies = [layer.fork(self) if isinstance(layer, BudgetedLayer) else copied_layer(layer) for layer in layers]
+        copies: list[Any] = []
+        for layer in layers:
+            if isinstance(layer, SharingLayer):
+                copies.append(SharingLayer(copies[layer.owner.model_layer]))
+            else:
+                copies.append(layer.fork(self) if isinstance(layer, BudgetedLayer) else copied_layer(layer))
         self.layers, self.budgeted = copies, [layer for layer in copies if isinstance(layer, BudgetedLayer)]
         self.rings = [ring.over(copies[ring.index]) for ring in self.rings]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvpolicy_kernels.formats import EntryFormat
@@ -29,6 +30,7 @@ class Recipe:
     allocator:   None under a plan
     plan_sha256: identity of the plan where the plan itself is not at hand
     entry_format: of keys and values; None for the model's dtype
+    shared_layers: as in `ModelSpec.sharing`
     """
 
     policy: EvictionPolicy
@@ -40,6 +42,7 @@ class Recipe:
     rollback: int
     plan_sha256: str | None = None
     entry_format: EntryFormat | None = None
+    shared_layers: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; of a plan its identity alone.
@@ -64,7 +67,17 @@ class Recipe:
                 "rotated": own.rotated,
                 "exact_recent": own.exact_recent,
             }
+        if self.shared_layers:
+            document["shared_layers"] = [list(pair) for pair in sorted(self.shared_layers.items())]
         return document
+
+
+def read_shared_layers(fields: Fields) -> dict[int, int]:
+    """`Recipe.shared_layers` of a recipe in JSON values. Raises `PlanError` naming the field."""
+    if not fields.has("shared_layers"):
+        return {}
+    pairs = fields.read("shared_layers", sequence)
+    return dict(_read_span(pair, fields.path(f"shared_layers[{i}]")) for i, pair in enumerate(pairs))
 
 
 def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Recipe:
@@ -109,6 +122,7 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         rollback=fields.read("rollback", whole, 0),
         plan_sha256=expected,
         entry_format=_read_format(fields.fields("entry_format")) if fields.has("entry_format") else None,
+        shared_layers=read_shared_layers(fields),
     )
 
 
@@ -151,8 +165,9 @@ def _read_format(fields: Fields) -> EntryFormat | None:
         raise PlanError(f"its format is none that there is: {error}") from None
 
 
-def _read_span(value: object, path: str) -> tuple[int, ...]:
-    return tuple(whole(x, f"{path}[{i}]", 0) for i, x in enumerate(sequence(value, path, 2)))
+def _read_span(value: object, path: str) -> tuple[int, int]:
+    first, second = (whole(x, f"{path}[{i}]", 0) for i, x in enumerate(sequence(value, path, 2)))
+    return first, second
 
 
 def _qualname(cls: type) -> str:

@@ -20,7 +20,9 @@ from kvpolicy.cache.schedule import Fixed
 from kvpolicy.errors import KVPolicyError, ModelError
 from kvpolicy.files.fields import render
 from kvpolicy.files.regular import write_bytes
+from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.other_layers import pack_stock
+from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         tensors["filled"] = budgeted[0].filled
     stock: list[Any] = []
     for index, layer in enumerate(cache.layers):
-        packed, values = ({}, None) if layer in budgeted else pack_stock(layer, f"stock.{index}")
+        is_ours = isinstance(layer, BudgetedLayer | SharingLayer)
+        packed, values = ({}, None) if is_ours else pack_stock(layer, f"stock.{index}")
         tensors |= packed
         stock.append(values)
     tensors = {name: _owned(tensor) for name, tensor in sorted(tensors.items())}

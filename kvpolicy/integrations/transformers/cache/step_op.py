@@ -63,14 +63,15 @@ class SteppedLayer:
 
     handle: of the cache
     layer:  which of the model's layers owns the keys
+    keeps:  whether the keys that come are its own; else they are those of a layer that keeps none (`SharingLayer`)
     """
 
-    def __init__(self, handle: int, layer: int) -> None:
-        self.handle, self.layer, self._has_come = handle, layer, False
+    def __init__(self, handle: int, layer: int, *, keeps: bool = True) -> None:
+        self.handle, self.layer, self.keeps, self._has_come = handle, layer, keeps, False
 
     def update(self, key: Tensor) -> Tensor:
         """The key of the token, marked. key: [B, H, 1, D]"""
-        self._has_come = True
+        self._has_come = self.keeps
         return mark(key, self.attention)
 
     def attention(self, call: AttentionCall) -> Answer:

@@ -15,6 +15,7 @@ from kvpolicy.integrations.transformers.attention.columns import Reading
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
 from kvpolicy.integrations.transformers.cache.replays import Replays
+from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.integrations.transformers.cache.step_op import SteppedLayer, handle_of
 from kvpolicy.integrations.transformers.cache.window_ring import StepCounts, WindowRing
 from kvpolicy.model.spec import ModelSpec
@@ -83,7 +84,8 @@ class SteppedCache(CarryingCache):
     @property
     def stock_layers(self) -> list[Any]:
         """Layers that transformers made; the dummies of layers that reuse others' keys and values are none."""
-        return [layer for layer in self.layers if not isinstance(layer, BudgetedLayer) and hasattr(layer, "reset")]
+        ours = BudgetedLayer, SharingLayer
+        return [layer for layer in self.layers if not isinstance(layer, ours) and hasattr(layer, "reset")]
 
     @property
     def layouts(self) -> list[object]:
@@ -116,6 +118,9 @@ class SteppedCache(CarryingCache):
         if handle != self._handle:
             layers = [layer.model_layer for layer in self.budgeted] + [ring.index for ring in self.rings]
             self._handle, self._stepped = handle, {layer: SteppedLayer(handle, layer) for layer in layers}
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, SharingLayer):
+                    self._stepped[index] = SteppedLayer(handle, layer.owner.model_layer, keeps=False)
         self.stepping = counts
         try:
             return forward()
