@@ -52,6 +52,44 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BlockSegments:
+    """Entries of one layer in blocks, which lie anywhere in an arena.
+
+    A block has `sizes[h]` entries of each KV head h, from its row `offsets[h]` on. Entry j of a segment is the entry
+    `j % sizes[h]` of the sequence's block `j // sizes[h]`.
+
+    keys: [R, D];  values: [R, Dv]; rows as in `Segments`
+    blocks: int [B, P], the numbers of each sequence's blocks in their order; those that no entry is in may be anything
+    rows_per_block: block b begins at row `b * rows_per_block`
+    offsets, sizes: int64 [num_kv_heads];  lengths: int64 [B * num_kv_heads], the entries of each segment
+    """
+
+    keys: Tensor
+    values: Tensor
+    blocks: Tensor
+    rows_per_block: int
+    offsets: Tensor
+    sizes: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    def gathered(self) -> Segments:
+        """The same entries behind one another. Waits for the device."""
+        lengths, sizes, offsets = (x.tolist() for x in (self.lengths, self.sizes, self.offsets))
+        rows = []
+        for segment, length in enumerate(lengths):
+            sequence, head = divmod(segment, len(sizes))
+            entry = torch.arange(length, device=self.keys.device)
+            block = self.blocks[sequence].to(entry.device).long()[entry // sizes[head]]
+            rows.append(block * self.rows_per_block + offsets[head] + entry % sizes[head])
+        starts = self.lengths.cumsum(0) - self.lengths
+        every = torch.cat(rows)
+        return Segments(self.keys[every], self.values[every], starts, self.lengths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedSegments:
     """`Segments` whose rows are encoded.
 
@@ -111,7 +149,9 @@ class Chunk:
         return self.key.shape[2]
 
 
-def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | None, sink_logits: Tensor | None) -> int:
+def check_segments(
+    op: str, query: Tensor, segments: Segments | BlockSegments, chunk: Chunk | None, sink_logits: Tensor | None
+) -> int:
     """Returns the number of KV heads; raises `ValueError` for shapes and strides that do not fit."""
     dim, keys, values = query.shape[3], segments.keys, segments.values
     if keys.dim() != 2 or keys.shape[1] != dim or keys.stride(1) != 1:
@@ -124,7 +164,16 @@ def check_segments(op: str, query: Tensor, segments: Segments, chunk: Chunk | No
             f"{op}: expected values [{keys.shape[0]}, Dv] with contiguous rows, got {list(values.shape)} "
             f"with strides {list(values.stride())}"
         )
-    return check_tables(op, query, values.shape[1], segments.starts, segments.lengths, chunk, sink_logits)
+    if isinstance(segments, Segments):
+        return check_tables(op, query, values.shape[1], segments.starts, segments.lengths, chunk, sink_logits)
+    heads = check_tables(op, query, values.shape[1], segments.lengths, segments.lengths, chunk, sink_logits)
+    blocks, offsets, sizes = segments.blocks, segments.offsets, segments.sizes
+    if blocks.dim() != 2 or len(blocks) != len(query) or offsets.shape != (heads,) or sizes.shape != (heads,):
+        raise ValueError(
+            f"{op}: expected blocks [{len(query)}, P], and offsets and sizes [{heads}], got {list(blocks.shape)}, "
+            f"{list(offsets.shape)} and {list(sizes.shape)}"
+        )
+    return heads
 
 
 def check_tables(

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
-from kvpolicy_kernels.segments import Chunk, Segments
+from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -35,6 +35,31 @@ def interleaved(segments):
     keys, values = segments.keys, segments.values
     rows = torch.cat([keys, torch.full_like(keys, NAN), values], 1)
     return replace(segments, keys=rows[:, : keys.shape[1]], values=rows[:, 2 * keys.shape[1] :])
+
+
+def in_blocks(lengths, sizes, dim, dtype=torch.float32):
+    """Segments of these lengths in blocks of as many entries as `sizes` says of each KV head, and NaN around them.
+
+    Sequences take blocks in no order, and behind those that they need there is a number of no block.
+    """
+    sequences, used = len(lengths) // len(sizes), [-(-n // sizes[i % len(sizes)]) for i, n in enumerate(lengths)]
+    needed = [max(used[i : i + len(sizes)]) for i in range(0, len(used), len(sizes))]
+    rows_per_block, blocks = sum(sizes) + 3, torch.full((sequences, max(needed) + 2), 10**6, dtype=torch.int32)
+    order = torch.randperm(sum(needed) + 1).int()
+    for i, count in enumerate(needed):
+        blocks[i, :count], order = order[:count], order[count:]
+    offsets = torch.tensor([1 + sum(sizes[:h]) for h in range(len(sizes))])
+    columns = [torch.full(((sum(needed) + 1) * rows_per_block, dim), NAN).to(DEVICE, dtype) for _ in range(2)]
+    tables = blocks.to(DEVICE), rows_per_block, offsets.to(DEVICE), torch.tensor(sizes).to(DEVICE)
+    segments = BlockSegments(*columns, *tables, torch.tensor(lengths).to(DEVICE))
+    for i, length in enumerate(lengths):
+        sequence, head = divmod(i, len(sizes))
+        for j in range(length):
+            number, inside = divmod(j, sizes[head])
+            row = int(blocks[sequence, number]) * rows_per_block + int(offsets[head]) + inside
+            for column in columns:
+                column[row] = torch.randn(dim).to(DEVICE, dtype)
+    return segments
 
 
 def oracle(query, segments, chunk=None, *, scale=None, softcap=None, sink_logits=None, entry_mask=None):

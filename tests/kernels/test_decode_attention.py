@@ -9,7 +9,7 @@ from kvpolicy_kernels.attention import decode_attention, plan_work, ragged_atten
 from kvpolicy_kernels.attention.plan import reference_plan, unit_of
 from kvpolicy_kernels.segments import Chunk, Segments
 
-from tests.kernels.segments import DEVICE, VARIANTS, arena, chunked, interleaved, options, oracle
+from tests.kernels.segments import DEVICE, VARIANTS, arena, chunked, in_blocks, interleaved, options, oracle
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
@@ -104,6 +104,38 @@ def test_keys_and_values_of_one_arena(backend, case, variant, poisoned):
     query, segments, chunk = chunked(*case)
     for arriving in (None, chunk):
         check(backend, query, interleaved(segments), arriving, **options(variant, case[1]))
+
+
+# lengths of the segments, and the entries of each KV head in a block
+BLOCKS = [([300, 7, 40, 0, 0, 0], [40, 1, 13]), ([200, 131], [70, 64]), ([64, 0, 65, 129], [3])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS[::4], ids=str)
+@pytest.mark.parametrize(("lengths", "sizes"), BLOCKS, ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_entries_in_blocks(backend, lengths, sizes, variant, poisoned):
+    """Few programs, so that pieces begin inside of blocks; plans for these lengths, and for other ones."""
+    segments, batch = in_blocks(lengths, sizes, 16), len(lengths) // len(sizes)
+    query = torch.randn(batch, 3 * len(sizes), 1, 16, device=DEVICE)
+    chunk = Chunk(*(torch.randn(batch, len(sizes), 1, 16, device=DEVICE) for _ in range(2)))
+    kwargs = options(variant, 3 * len(sizes))
+    plans = [None, plan_work(torch.full((len(lengths),), 90, device=DEVICE), num_programs=3)]
+    for new, plan in ((None, plans[0]), (chunk, plans[0]), (None, plans[1])):
+        found = decode_attention(query, segments, new, plan=plan, with_lse=True, backend=backend, **kwargs)
+        expected = oracle(query, segments.gathered(), new, **kwargs)
+        torch.testing.assert_close(found.out.double(), expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.lse.double(), expected[1].to(found.lse.device), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_entries_in_blocks_on_a_gpu(dtype):
+    """At most twice the error of the torch path in the same dtype, at sizes of a model's."""
+    segments = in_blocks([700, 90, 2000, 250] * 2, [70, 9, 200, 25], 128, dtype)
+    query = torch.randn(2, 16, 1, 128, device="cuda").to(dtype)
+    exact = oracle(query, segments.gathered())[0]
+    plain, found = (decode_attention(query, segments, backend=name).out.double() for name in ("torch", "triton"))
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 @needs_triton
@@ -289,3 +321,10 @@ def test_what_does_not_fit_is_refused():
         decode_attention(query, replace(segments, values=segments.values[1:]))
     with pytest.raises(ValueError, match="leaves the arena"):
         decode_attention(query, replace(segments, starts=segments.starts + 20))
+    blocks = in_blocks([4, 5], [3, 2], 16)
+    with pytest.raises(ValueError, match="with_mass needs Segments, got BlockSegments"):
+        decode_attention(query, blocks, with_mass=True)
+    with pytest.raises(
+        ValueError, match=r"expected blocks \[1, P\], and offsets and sizes \[2\], got \[1, 5\], \[2\] and"
+    ):
+        decode_attention(query, replace(blocks, sizes=blocks.sizes[:1]))

@@ -23,27 +23,30 @@ def compile_attend(dtype, dim, group, n, arch, *variants):
     config = kernels.launch_config(dtype, dim, group * n, plain)
     warps = config.pop("num_warps")
     block = max(16, triton.next_power_of_2(dim))
-    has = {f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "LOGITS", "LSE")}
+    has = {f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "LOGITS", "LSE", "BLOCKS")}
     constants = {
         "D": dim, "DV": dim, "K_ROW": row, "V_ROW": row, "UNIT": unit_of(dim), "BLOCK_D": block, "BLOCK_DV": block,
         "EARLY": arch >= 90, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config, **has,
     }  # fmt: skip
     belongs = {
         "sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS", "chunk_k_ptr": "CHUNK", "chunk_v_ptr": "CHUNK",
-        "chunk_mask_ptr": "MASK",
+        "chunk_mask_ptr": "MASK", "blocks_ptr": "BLOCKS", "offsets_ptr": "BLOCKS", "sizes_ptr": "BLOCKS",
     }  # fmt: skip
     constants |= {name: None for name, variant in belongs.items() if variant not in variants}
+    if "BLOCKS" in variants:
+        constants["starts_ptr"] = None
     types = {}
     for name in kernels._attend_kernel.arg_names:
         if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "chunk_k_ptr", "chunk_v_ptr"):
             types[name] = f"*{NAMES[dtype]}"
         elif name.endswith("_ptr"):
-            types[name] = {"starts_ptr": "*i64", "lengths_ptr": "*i64", "chunk_mask_ptr": "*u8"}.get(name, "*i32")
+            wide = ("starts_ptr", "lengths_ptr", "offsets_ptr", "sizes_ptr")
+            types[name] = "*i64" if name in wide else "*u8" if name == "chunk_mask_ptr" else "*i32"
             if name in ("lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"):
                 types[name] = "*fp32"
         else:
             types[name] = "fp32" if name in ("scale_log2", "softcap_log2", "tanh_scale") else "i32"
-    small = ("quantum_ptr", "chunk_mask_ptr", "stride_mb", "stride_mn")
+    small = ("quantum_ptr", "chunk_mask_ptr", "stride_mb", "stride_mn", "blocks_ptr", "stride_blocks")
     aligned = [x for x in types if x.startswith("stride_") or x.endswith("_ptr")]
     aligned = [x for x in aligned if x not in small and x not in constants]
     return compiled(kernels._attend_kernel, arch, constants, types, aligned, warps, 3)
@@ -92,6 +95,15 @@ def test_keys_and_values_of_one_arena_compile(dim):
     """Rows that are further apart are loaded as widely, and cost no register more than there is."""
     kernel = compile_attend(torch.bfloat16, dim, 4, 1, 90, "INTERLEAVED")
     assert re.search(WIDE_LOAD, kernel.ptx)
+    assert kernel.spilled == 0
+
+
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 4), (128, 7)], ids=str)
+def test_entries_in_blocks_compile(dim, group):
+    """Rows that a table says are loaded as widely, and ahead of the products."""
+    kernel = compile_attend(torch.bfloat16, dim, group, 1, 90, "INTERLEAVED", "BLOCKS")
+    assert re.search(WIDE_LOAD, kernel.ptx)
+    assert kernel.shared <= SHARED_MEMORY[90] // 2
     assert kernel.spilled == 0
 
 

@@ -14,7 +14,7 @@ from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import WorkPlan, default_programs, unit_of
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
 from kvpolicy_kernels.base2 import LN2, LOG2E
-from kvpolicy_kernels.segments import Chunk, Segments
+from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
@@ -108,16 +108,24 @@ def _attend_tile(
 
 
 @triton.jit
+def _row_in_block(o_j, block, size, offset, rows_per_block):
+    """The arena's rows of entries o_j of a segment, int64, as `BlockSegments` has them."""
+    return block.to(tl.int64) * rows_per_block + offset + o_j % size
+
+
+@triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr,
     chunk_k_ptr, chunk_v_ptr, chunk_mask_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr, programs_ptr,
+    blocks_ptr, offsets_ptr, sizes_ptr,
     stride_qb, stride_qh, stride_qn, stride_ckb, stride_ckh, stride_ckm, stride_cvb, stride_cvh, stride_cvm,
-    stride_mb, stride_mn, num_segments, num_kv_heads, group, n, m, scale_log2, softcap_log2, tanh_scale,
+    stride_mb, stride_mn, stride_blocks, rows_per_block,
+    num_segments, num_kv_heads, group, n, m, scale_log2, softcap_log2, tanh_scale,
     D: tl.constexpr, DV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CHUNK: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i_m, i_c) takes BLOCK_M of the queries through the segments that the plan gives to its program i_c.
 
@@ -131,6 +139,8 @@ def _attend_kernel(
     logits: float32 [R, group * n], the scores, where the mass of entries is asked for;  sink: [num_q_heads]
     chunk_k: [B, num_kv_heads, m, D];  chunk_v: [B, num_kv_heads, m, DV];  chunk_mask: uint8 [B or 1, 1, n, m]
     units, quantum, programs: a `WorkPlan` of one layer, and UNIT its unit
+    blocks: int [B, P], rows stride_blocks apart, offsets, sizes: int64 [num_kv_heads], and rows_per_block, as
+        `BlockSegments` has them, where entries are in blocks; starts and logits are absent then
     scale_log2, softcap_log2: times log2(e);  tanh_scale: 2 / softcap
     """
     if EARLY:
@@ -148,7 +158,7 @@ def _attend_kernel(
     while (left > 0) & (i_s < num_segments):
         units = tl.load(units_ptr + i_s)
         length = tl.load(lengths_ptr + i_s).to(tl.int32)
-        start = tl.load(starts_ptr + i_s).to(tl.int64)
+        start = 0 if HAS_BLOCKS else tl.load(starts_ptr + i_s).to(tl.int64)
         i_b = (i_s // num_kv_heads).to(tl.int64)
         i_h = (i_s % num_kv_heads).to(tl.int64)
         # [BLOCK_M, BLOCK_D]; row r is query r % n of the group's head r // n
@@ -165,6 +175,12 @@ def _attend_kernel(
         end = tl.minimum(tl.maximum(unit + take - 1, 0) * UNIT, length)
         end = tl.where(is_last, length, end)
         full = begin + (end - begin) // BLOCK_N * BLOCK_N
+        if HAS_BLOCKS:
+            own_blocks_ptr = blocks_ptr + i_b * stride_blocks
+            size = tl.load(sizes_ptr + i_h).to(tl.int32)
+            offset = tl.load(offsets_ptr + i_h).to(tl.int64)
+            # [BLOCK_N], read a tile ahead: rows that waited for it would be fetched when they are needed already
+            block = tl.load(own_blocks_ptr + (begin + o_n) // size, mask=begin + o_n < end, other=0)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -178,7 +194,13 @@ def _attend_kernel(
         logits_ptrs = k_ptrs  # not used
         if HAS_LOGITS:
             logits_ptrs = logits_ptr + (start + begin) * num_rows + o_n[None, :] * num_rows + o_m[:, None]
-        for _ in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+        for first in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+            if HAS_BLOCKS:
+                rows = _row_in_block(first + o_n, block, size, offset, rows_per_block)
+                o_j = first + BLOCK_N + o_n
+                block = tl.load(own_blocks_ptr + o_j // size, mask=o_j < end, other=0)
+                k_ptrs = k_ptr + rows[:, None] * K_ROW + o_d[None, :]
+                v_ptrs = v_ptr + rows[:, None] * V_ROW + o_dv[None, :]
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; all rows of a full tile are entries
             b_k = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, mask=(o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs) if DV == BLOCK_DV else tl.load(v_ptrs, mask=(o_dv < DV)[None, :], other=0.0)
@@ -186,12 +208,17 @@ def _attend_kernel(
                 acc, row_max, row_sum, b_q, b_k, b_v, m_m[:, None], scale_log2, softcap_log2, tanh_scale,
                 logits_ptrs, m_m[:, None], False, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
             )  # fmt: skip
-            k_ptrs += BLOCK_N * K_ROW
-            v_ptrs += BLOCK_N * V_ROW
+            if not HAS_BLOCKS:
+                k_ptrs += BLOCK_N * K_ROW
+                v_ptrs += BLOCK_N * V_ROW
             if HAS_LOGITS:
                 logits_ptrs += BLOCK_N * num_rows
         if full < end:
             m_n = full + o_n < end
+            if HAS_BLOCKS:
+                rows = _row_in_block(full + o_n, block, size, offset, rows_per_block)
+                k_ptrs = k_ptr + rows[:, None] * K_ROW + o_d[None, :]
+                v_ptrs = v_ptr + rows[:, None] * V_ROW + o_dv[None, :]
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; what lies behind the segment may be NaN
             b_k = tl.load(k_ptrs, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)
@@ -303,7 +330,7 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[
 
 def triton_attention(
     query: Tensor,
-    segments: Segments,
+    segments: Segments | BlockSegments,
     chunk: Chunk | None,
     scale: float,
     softcap: float | None = None,
@@ -314,8 +341,14 @@ def triton_attention(
     mass_power: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Shapes as in `decode_attention`."""
-    segments = segments.on(query.device)
-    keys, values, starts, lengths = segments.keys, segments.values, segments.starts, segments.lengths
+    starts, blocks, offsets, sizes, rows_per_block = None, None, None, None, 0
+    if isinstance(segments, BlockSegments):
+        blocks, offsets, sizes = segments.blocks, segments.offsets, segments.sizes
+        rows_per_block = segments.rows_per_block
+    else:
+        segments = segments.on(query.device)
+        starts = segments.starts
+    keys, values, lengths = segments.keys, segments.values, segments.lengths
     batch, num_q_heads, n, dim = query.shape
     num_segments, value_dim = len(segments), values.shape[1]
     num_kv_heads = num_segments // batch
@@ -341,15 +374,17 @@ def triton_attention(
     early = at_least_hopper(query.device)
     _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
         query, keys, values, out, lse, parts, part_lse, logits, sink_logits, chunk_key, chunk_value, mask,
-        starts, lengths, plan.units, plan.quantum, plan.programs,
+        starts, lengths, plan.units, plan.quantum, plan.programs, blocks, offsets, sizes,
         *query.stride()[:3], *_strides(chunk_key), *_strides(chunk_value),
         0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
+        0 if blocks is None else blocks.stride(0), rows_per_block,
         num_segments, num_kv_heads, group, n, 0 if chunk is None else len(chunk),
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         D=dim, DV=value_dim, K_ROW=keys.stride(0), V_ROW=values.stride(0), UNIT=plan.unit,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk is not None, HAS_MASK=mask is not None,
-        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None, EARLY=early,
+        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
+        HAS_BLOCKS=blocks is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip

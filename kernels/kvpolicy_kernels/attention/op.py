@@ -13,7 +13,7 @@ from kvpolicy_kernels.attention.cpu import cpu_attention
 from kvpolicy_kernels.attention.plan import WorkPlan
 from kvpolicy_kernels.attention.reference import reference_decode_attention, reference_ragged_attention
 from kvpolicy_kernels.backend import Backend, uses_triton
-from kvpolicy_kernels.segments import Chunk, Segments, check_segments
+from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments, check_segments
 
 MAX_QUERIES = 16
 """Queries of one call that the Triton kernel of a decoding step takes."""
@@ -102,7 +102,7 @@ def ragged_attention(
 
 def decode_attention(
     query: Tensor,
-    segments: Segments,
+    segments: Segments | BlockSegments,
     chunk: Chunk | None = None,
     *,
     scale: float | None = None,
@@ -117,7 +117,8 @@ def decode_attention(
     """`ragged_attention` for the few queries of a decoding step, a rejected draft, or a short turn.
 
     The arguments up to `sink_logits` are those of `ragged_attention`. The tables of the segments may lie on the device,
-    and then nothing is read back. Segments that leave the arena are noticed on the CPU only.
+    and then nothing is read back. Segments that leave the arena are noticed on the CPU only. Where entries are in
+    blocks, all tables lie on the query's device, and there is no mass.
 
     plan: of `plan_work` for these segments, to be used again from step to step; None makes one
     with_lse, with_mass: what to return besides; `mass` covers entries, not the chunk
@@ -131,6 +132,8 @@ def decode_attention(
     Raises `ValueError` for shapes that do not fit and for a backend that cannot do this.
     """
     num_kv_heads = check_segments("decode_attention", query, segments, chunk, sink_logits)
+    if with_mass and isinstance(segments, BlockSegments):
+        raise ValueError("decode_attention: with_mass needs Segments, got BlockSegments, whose entries have no mass")
     if plan is not None and plan.pieces.shape != (len(segments), 2):
         raise ValueError(
             f"decode_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
@@ -146,6 +149,8 @@ def decode_attention(
                 query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass, mass_power
             )
         )
+    if isinstance(segments, BlockSegments):
+        segments = segments.gathered()
     out, lse, mass = reference_decode_attention(query, segments, chunk, scale, softcap, sink_logits, mass_power)
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
@@ -167,7 +172,7 @@ def _beyond_decoding(query: Tensor, num_kv_heads: int) -> str | None:
     return None
 
 
-def _beyond_kernels(query: Tensor, segments: Segments, chunk: Chunk | None) -> str | None:
+def _beyond_kernels(query: Tensor, segments: Segments | BlockSegments, chunk: Chunk | None) -> str | None:
     """What of these arguments is beyond both Triton kernels, None if nothing is."""
     key_dim, value_dim = segments.keys.shape[1], segments.values.shape[1]
     if max(key_dim, value_dim) > MAX_DIM:

@@ -9,7 +9,7 @@ import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import decode_attention, ragged_attention
 from kvpolicy_kernels.compact import compact
-from kvpolicy_kernels.segments import Segments
+from kvpolicy_kernels.segments import BlockSegments, Segments
 from kvpolicy_kernels.window_attention import window_attention
 from torch import Tensor
 
@@ -45,25 +45,15 @@ class BlockAttention:
         """
         keys, values = arena_of(cache)
         append([keys, values], step.rows, [key, value])
-        segments = Segments(keys, values, step.starts, step.lengths)
-        if step.num_blocks > 1:
-            return self._over_blocks(query, segments, step)
-        query = query[:, :, None]
-        if step.plan is None:
-            return ragged_attention(query, segments, scale=self.scale, softcap=self.softcap)[:, :, 0]
+        layout, query = self.layout, query[:, :, None]
+        segments: Segments | BlockSegments
+        if step.starts is None:
+            segments = BlockSegments(keys, values, step.blocks, layout.rows, layout.offsets, layout.slots, step.lengths)
+        else:
+            segments = Segments(keys, values, step.starts, step.lengths)
+            if step.plan is None:  # on a CPU this is the faster of the two
+                return ragged_attention(query, segments, scale=self.scale, softcap=self.softcap)[:, :, 0]
         return decode_attention(query, segments, scale=self.scale, softcap=self.softcap, plan=step.plan).out[:, :, 0]
-
-    def _over_blocks(self, query: Tensor, segments: Segments, step: LayerStep) -> Tensor:
-        """Each block of a request attends as if it were a request, and their answers are merged."""
-        parts = query.repeat_interleave(step.num_blocks, 0)[:, :, None]
-        out, lse, _ = decode_attention(
-            parts, segments, scale=self.scale, softcap=self.softcap, plan=step.plan, with_lse=True
-        )
-        if lse is None:
-            raise RuntimeError("decode_attention returned no log-sum-exp although it was asked for")
-        out, lse = (x[:, :, 0].view(-1, step.num_blocks, x.shape[1], *x.shape[3:]) for x in (out, lse))
-        weights = torch.softmax(lse, 1).nan_to_num(0.0)  # nothing at all is seen in the rows of no request
-        return torch.sum(out.float() * weights[..., None], 1).to(out.dtype)
 
     def chunk(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int

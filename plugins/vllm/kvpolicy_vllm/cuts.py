@@ -36,9 +36,6 @@ class CutLayout(BlockLayout):
     def lengths(self, counts: Tensor) -> Tensor:
         return torch.where(counts > 0, self.slot((counts - 1).clamp(min=0)) + 1, 0)
 
-    def block_lengths(self, counts: Tensor, num_blocks: int) -> Tensor:
-        return self.lengths(counts).t()[:, None]
-
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CutAttention(BlockAttention):

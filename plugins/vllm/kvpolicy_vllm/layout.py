@@ -73,16 +73,9 @@ class BlockLayout:
 
     def lengths(self, counts: Tensor) -> Tensor:
         """Entries of each head after so many tokens [N], int64 [H, N]."""
-        last = (counts - 1).clamp(min=0)
-        block, inside = self._split(last)
+        block = (counts - 1).clamp(min=0) // self.tokens_per_block
         slots = self.slots[:, None]
-        full = block * slots + torch.minimum(inside + 1, slots)
-        return torch.where(counts > 0, full, 0)
-
-    def block_lengths(self, counts: Tensor, num_blocks: int) -> Tensor:
-        """Entries of each head in each of a request's blocks, after so many tokens [B]: int64 [B, num_blocks, H]."""
-        begins = torch.arange(num_blocks, device=counts.device) * self.tokens_per_block
-        return torch.minimum((counts[:, None] - begins).clamp(min=0)[:, :, None], self.slots)
+        return block * slots + torch.minimum(counts - block * self.tokens_per_block, slots)
 
     def slot(self, positions: Tensor) -> Tensor:
         """Which of a head's entries the token at each position [N] is or was, int64 [H, N].

@@ -20,16 +20,16 @@ from kvpolicy_vllm.layout import BlockLayout
 class LayerStep:
     """What one layer of H KV heads does with one token of each of B requests.
 
-    rows:            int64 [B * H], where keys and values go
-    starts, lengths: int64 [B * P * H], what is attended to in each of a request's P blocks
-    num_blocks:      P, 1 for a slab
-    plan:            how the kernel shares the work; None on a CPU
+    rows:    int64 [B * H], where keys and values go
+    lengths: int64 [B * H], the entries that are attended to
+    starts:  int64 [B * H], where they begin in slabs;  blocks: int [B, P], those that they are in otherwise
+    plan:    how the kernel shares the work; None on a CPU
     """
 
     rows: Tensor
-    starts: Tensor
     lengths: Tensor
-    num_blocks: int
+    starts: Tensor | None
+    blocks: Tensor
     plan: WorkPlan | None
 
 
@@ -63,12 +63,18 @@ class LayerTables:
         used = torch.where(counts[:, None] > 0, blocks[:, :num_blocks], 0).long()  # vLLM gives block 0 to nobody
         slot = wide.slot((counts - 1).clamp(min=0)).t()
         rows = used.gather(1, slot // wide.slots) * self.rows + wide.offsets + slot % wide.slots
-        starts = used[:, :, None] * self.rows + wide.offsets
-        lengths = wide.block_lengths(counts, num_blocks)
-        rows, starts, lengths = (self._by_layer(x) for x in (rows, starts, lengths))
+        lengths = self._by_layer(wide.lengths(counts).t())
+        starts = self._by_layer(used * self.rows + wide.offsets) if num_blocks == 1 else None
+        rows = self._by_layer(rows)
         plan = plan_work(lengths, head_dim=self.head_dim) if lengths.is_cuda else None
         return [
-            LayerStep(rows[i], starts[i], lengths[i], num_blocks, None if plan is None else plan.layer(i))
+            LayerStep(
+                rows[i],
+                lengths[i],
+                None if starts is None else starts[i],
+                blocks[:, :num_blocks],
+                None if plan is None else plan.layer(i),
+            )
             for i in range(self.num_layers)
         ]
 
@@ -77,5 +83,5 @@ class LayerTables:
         return int(self.wide.lengths(counts.long()).sum())
 
     def _by_layer(self, table: Tensor) -> Tensor:
-        """[..., L * H] to [L, ... * H]."""
-        return table.view(*table.shape[:-1], self.num_layers, -1).movedim(-2, 0).flatten(1).contiguous()
+        """[B, L * H] to [L, B * H]."""
+        return table.reshape(len(table), self.num_layers, -1).transpose(0, 1).flatten(1).contiguous()

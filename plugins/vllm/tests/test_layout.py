@@ -40,11 +40,10 @@ def test_positions_say_what_is_kept_and_where(slots: int, tokens_per_block: int,
     layout = BlockLayout.of([slots, slots], tokens_per_block, num_sinks, max_tokens=TOKENS)
     at = torch.arange(TOKENS)
     oldest, slot, lengths = layout.oldest(at)[1], layout.slot(at)[1], layout.lengths(at + 1)[1]
-    in_blocks = layout.block_lengths(at + 1, layout.num_blocks)[:, :, 1].sum(-1)
     for token, (kept, place) in enumerate(token_by_token(slots, tokens_per_block, num_sinks)):
         assert [t for t in range(token + 1) if t < num_sinks or t >= oldest[token]] == kept
         assert slot[token] == place
-        assert lengths[token] == in_blocks[token] == len(kept)
+        assert lengths[token] == len(kept)
     assert layout.lengths(torch.tensor([0])).tolist() == [[0], [0]]
 
 
@@ -96,14 +95,16 @@ def test_layers_together_are_the_layers_alone(tokens_per_block: int) -> None:
     blocks = torch.randperm(40)[: 5 * layouts[0].num_blocks].view(5, -1)
     padded = torch.nn.functional.pad(blocks, (0, 3), value=39)
     for layout, step in zip(layouts, LayerTables(layouts, 16).step(padded, counts), strict=True):
-        assert step.num_blocks == layout.num_blocks
-        assert step.lengths.view(5, -1, 2).sum(1).tolist() == layout.lengths(counts).t().tolist()
+        assert step.lengths.view(5, 2).tolist() == layout.lengths(counts).t().tolist()
         for request, count in enumerate(counts.tolist()):
             if count:
                 rows = layout.rows_of(blocks[request], layout.slot(torch.tensor([count - 1])))
                 assert step.rows.view(5, 2)[request].tolist() == rows[:, 0].tolist()
-        begins = blocks[:, :, None] * layout.rows + layout.offsets
-        assert torch.equal(step.starts.view(5, -1, 2)[counts > 0], begins[counts > 0])
+        assert torch.equal(step.blocks, blocks)
+        assert (step.starts is None) == (layout.num_blocks > 1)
+        if step.starts is not None:
+            begins = blocks * layout.rows + layout.offsets
+            assert torch.equal(step.starts.view(5, 2)[counts > 0], begins[counts > 0])
 
 
 def test_a_row_of_no_request_touches_nobody() -> None:
