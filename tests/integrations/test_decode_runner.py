@@ -1,5 +1,7 @@
 """`DecodeRunner` on tiny models: the logits and tokens of the model's own forward over the same cache."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -248,3 +250,12 @@ def test_prompts_that_it_cannot_take(runner, message, given):
     with pytest.raises(ModelError, match=message):
         found.prefill(*given)
     assert found.generate(tiny_ids(50), 3).shape == (1, 53)
+
+
+def test_a_prompt_that_was_forgotten_takes_no_memory():
+    model = tiny_model("Llama")
+    runner = kvpolicy.DecodeRunner(model, kvpolicy.new_cache(model, retention=0.4))
+    runner.prefill(tiny_ids(50))
+    former = weakref.ref(runner.cache.store)
+    runner.cache.reset()
+    assert former() is None, "the next prompt would have both in memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -54,7 +55,8 @@ class DecodeRunner:
             )
         if compiled:
             cache.replays.compile(types.MethodType(type(self.model).forward, self.model))
-        self._prompt: RaggedStore | None = None  # that came from here
+        # the store of the prompt that came from here, which is free as soon as the cache drops it
+        self._prompt: weakref.ref[RaggedStore] | None = None
 
     @property
     def mode(self) -> Literal["graph", "eager"] | None:
@@ -87,7 +89,7 @@ class DecodeRunner:
             use_cache=True,
             **keep_logits(self.model),
         )
-        self._prompt = self.cache.store
+        self._prompt = weakref.ref(self.cache.opened())
         logits: Tensor = out.logits[:, -1]
         return logits
 
@@ -99,7 +101,7 @@ class DecodeRunner:
         where a step broke off or another prompt came into the cache.
         """
         store = self.cache.opened()
-        if store is not self._prompt:
+        if self._prompt is None or store is not self._prompt():
             raise ModelError("the cache holds a prompt that did not come from this runner: prefill() first")
         if token_ids.numel() != store.batch_size:
             raise ModelError(f"a step takes one token for each of {store.batch_size} rows, got {list(token_ids.shape)}")
