@@ -27,23 +27,23 @@ SHAPES = {
 }  # fmt: skip
 
 
-def random_model(name: str, **changes: Any) -> Any:
-    """In bf16 on the GPU, from seed 0. changes: fields of the configuration that differ"""
+def random_model(name: str, device: str = "cuda", **changes: Any) -> Any:
+    """In bf16, from seed 0. changes: fields of the configuration that differ"""
     (config_class, model_class), sizes = SHAPES[name]
     config = getattr(transformers, config_class)(**sizes | changes)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             return getattr(transformers, model_class)(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def long_llama(num_layers: int) -> Any:
+def long_llama(num_layers: int, device: str = "cuda") -> Any:
     """Llama-3-8B's shape for contexts of up to 262144 tokens."""
     lengths = {"rope_theta": 500000.0, "max_position_embeddings": 262144}
-    return random_model("Llama-3-8B", num_hidden_layers=num_layers, **lengths)
+    return random_model("Llama-3-8B", device, num_hidden_layers=num_layers, **lengths)
 
 
 def described(model: Any) -> str:
