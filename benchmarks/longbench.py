@@ -104,13 +104,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--search-context", type=int, default=4096)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--processes", type=int, default=2, help="searches at once")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no new prompts after so long")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
-    run(tunes(options), options.out, processes=2)
+    run(tunes(options), options.out, options.processes)
     merge_levels([options.out / f"learned_{kept:g}.json" for kept in options.retentions], options.out / "learned.json")
     tasks = [f"longbench/{name}" for name in options.tasks]
     methods = [name for name in METHODS if not name.endswith(".json") or (options.out / name).exists()]

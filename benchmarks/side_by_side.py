@@ -37,11 +37,11 @@ def run(commands: dict[str, Command], folder: Path, processes: int) -> None:
         list(pool.map(one, commands.items()))
 
 
-def table_of_tasks(options: argparse.Namespace, tasks: Command, methods: Sequence[str]) -> None:
-    """Runs `task_table.py` inside the folder `options.out`, where plans go by their file's name: tasks.jsonl there."""
+def table_of_tasks(options: argparse.Namespace, tasks: Command, methods: Sequence[str], name: str = "tasks") -> None:
+    """Runs `task_table.py` inside the folder `options.out`, where plans go by their file's name: NAME.jsonl there."""
     command = ["--model", reachable(options.model), "--device", options.device, "--dtype", options.dtype, *tasks]
     command += ["--context", options.context, "--limit", options.limit, "--batch-size", options.batch_size]
-    command += ["--methods", *methods, "--retentions", *options.retentions, "--out", "tasks.jsonl"]
+    command += ["--methods", *methods, "--retentions", *options.retentions, "--out", f"{name}.jsonl"]
     script = Path(__file__).resolve().with_name("task_table.py")
     subprocess.run([sys.executable, str(script), *map(str, command)], cwd=options.out, check=True)
 
