@@ -109,6 +109,7 @@ def parsed() -> Any:
     parser.add_argument("--methods", nargs="+", help="instead of the four policies, at --retentions")
     parser.add_argument("--others", nargs="*", help="policies under uniform budgets at 0.25; default: all others")
     parser.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS)
+    parser.add_argument("--without-full", dest="full", action="store_false", help="leave the full cache out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no new prompts after so long")
     return parser.parse_args()
 
@@ -132,7 +133,8 @@ def planned_rows(options: Any) -> list[Row]:
         others = [] if options.methods else [name for name in registry.names("policy") if name not in used]
     (full,) = read_asked([FULL])
     rest = [(method, ONE_RETENTION) for method in read_asked([f"{name}/uniform" for name in others])]
-    found = [(False, *pair) for pair in [(full, 1.0), *main]] + [(True, *pair) for pair in rest]
+    dense = [(full, 1.0)] if options.full else []
+    found = [(False, *pair) for pair in [*dense, *main]] + [(True, *pair) for pair in rest]
     policies = list(dict.fromkeys(method.policy_label for _, method, _ in found))
     rows = []
     for turn, question in enumerate(options.questions):

@@ -1,6 +1,7 @@
 """Benchmarks around the table of tasks: what they would search, and what a figure of them shows."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,3 +54,30 @@ def test_budgets_are_learned_on_each_source_apart(benchmark, tmp_path):
     objectives = {name: command[command.index("--objective") + 1] for name, command in commands.items()}
     learned = {"novels_0.25": "perplexity", "needles_0.25": "retrieval", "answers_0.25": "task:ruler/vt"}
     assert objectives == learned
+
+
+def lines_of(folder, name, method, scores, kept=0.25):
+    about = {"model": "m", "dtype": "float32", "context": 8, "limit": 2, "seed": 7, "question": "agnostic"}
+    line = about | {"task": "ruler/vt", "method": method, "retention": kept, "first": 0, "scores": scores}
+    line |= {"bytes": 1, "dense_bytes": 4, "uniform": f"snapkv/uniform{'@int8' if '@' in method else ''}"}
+    with (folder / name).open("a") as file:
+        file.write(f"{json.dumps(line)}\n")
+
+
+def test_a_recipe_is_compared_with_uniform_budgets_in_the_models_dtype(benchmark, tmp_path):
+    recipe = benchmark("recipe")
+    lines_of(tmp_path, "agnostic_model.jsonl", "snapkv/uniform", [0.5] * 20)
+    lines_of(tmp_path, "agnostic_model.jsonl", "plan.json", [0.49] * 20)
+    lines_of(tmp_path, "agnostic_int8.jsonl", "plan.json@int8", [0.25] * 20)
+    rows = {(row["task"], row["method"]): row for row in recipe.differences(tmp_path)}
+    plan, coded = rows["ruler/vt", "plan.json"], rows["all", "plan.json@int8"]
+    assert plan["minus_uniform"] == pytest.approx(-0.01) and plan["holds"]
+    assert coded["minus_uniform"] == pytest.approx(-0.25) and not coded["holds"]
+    page = recipe.markdown(list(rows.values()))
+    assert "| ruler/vt | **-25.0 (-25.0 to -25.0), n = 20** | -1.0 (-1.0 to -1.0), n = 20 |" in page
+
+
+def test_what_a_recipe_measures_is_the_policy_with_and_without_plan_and_format(benchmark):
+    recipe = benchmark("recipe")
+    assert recipe.methods("snapkv", "model") == ["snapkv/uniform", "plan.json"]
+    assert recipe.methods("snapkv", "int8") == ["snapkv/uniform@int8", "plan.json@int8"]
