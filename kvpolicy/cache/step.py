@@ -89,7 +89,8 @@ class PlannedStep:
 
     def is_for(self, first: StoreLayer) -> bool:
         """Whether the next token is planned, and nothing has changed since. first: the first layer"""
-        return bool(self._steps) and not self._due and self._steps[0].before is first.arena.length
+        # tokens that are pending change no table, but come before the one that was planned
+        return bool(self._steps) and not self._due and self._steps[0].before is first.arena.length and first.is_ready
 
     def next(self, layer: int, entries: StoreLayer) -> LayerStep | None:
         """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""

@@ -122,6 +122,47 @@ def test_a_span_that_is_taken_back(model, recorded):
     assert all(len(own) == 75 + 6 for own in found[0][1])
 
 
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
+@pytest.mark.parametrize(("policy", "context"), BUDGETS)
+def test_rejected_drafts_between_replays(policy, context, model, recorded):
+    """Behind a ring that has turned, drafts evict nobody until they are settled; then replays go on where they were."""
+    ids, found = text(120), []
+    for is_replayed in (True, False):
+        cache = cache_over(model, policy, context_length=context, rollback=6)
+        forward = model if is_replayed else model.forward.own
+
+        def feed(tokens, forward=forward, cache=cache):
+            with torch.no_grad():
+                return forward(tokens, **over(cache)).logits[:, -1:]
+
+        for part in ids[:, :90].split([60, *[1] * 30], 1):
+            out = [feed(part)]
+        store = cache.opened()
+        assert cache.replays.mode == ("graph" if is_replayed else None)
+        assert policy in ("h2o", "tova") or bool(store.layers[0].arena.cursor.all())
+        before = [[sorted(x.tolist()) for x in store.positions(layer)] for layer in range(3)]
+        cache.activate_past_recording()
+        for drafts, rejected in ((4, 4), (6, 5), (1, 1), (4, 0)):
+            wrong = torch.full((1, rejected), 7, device=DEVICE)
+            begin = cache.get_seq_length()
+            feed(torch.cat([ids[:, begin : begin + drafts - rejected], wrong], 1))
+            assert [[sorted(x.tolist()) for x in store.positions(layer)] for layer in range(3)] == before
+            cache.crop(-rejected)
+        with pytest.raises(kvpolicy.BudgetError, match="the last 6 tokens cannot be taken back, only 5"):
+            cache.crop(-6)
+        cache.stop_recording()
+        begin = cache.get_seq_length()
+        assert begin == 95
+        for i in range(begin, 120):
+            out.append(feed(ids[:, i : i + 1]))
+            assert i != begin + 2 or cache.replays.mode == ("graph" if is_replayed else None)
+        assert torch.equal(cache.lengths, cache.capacities)
+        kept = [[sorted(x.tolist()) for x in store.positions(layer)] for layer in range(3)]
+        found.append((torch.cat(out, 1), kept))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-4)
+    assert found[0][1] == found[1][1]
+
+
 def test_generate_replays(model, recorded):
     cache = cache_over(model, context_length=50)
     expected = model.generate(text(50), max_new_tokens=60, do_sample=False, **over(cache))
