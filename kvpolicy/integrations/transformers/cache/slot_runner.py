@@ -15,6 +15,7 @@ from kvpolicy.cache.arena import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
 from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.row_rotation import long_rotations, rows_alone
 from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES
 from kvpolicy.integrations.transformers.cache.build import cache_of, schedule_of
 from kvpolicy.integrations.transformers.cache.decode_runner import greedy
@@ -64,7 +65,7 @@ class SlotRunner:
 
     Raises `BudgetError` and `ModelError` for what slots cannot serve: policies that rescore while they decode or have
     the context repeated, allocators that split at run time, protected spans, decode="append", layers other than full
-    attention and sliding windows.
+    attention and sliding windows, keys turned by the longest text so far (rope_type "dynamic").
     """
 
     def __init__(
@@ -95,7 +96,8 @@ class SlotRunner:
         )
         self.cache = cache_of(model, recipe)
         self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)
-        self.cache.furnish_rings(slots, model.dtype, model.device)
+        self.cache.furnish(slots, model.dtype, model.device)
+        self._limit, self._rotations = cache.dropped_at, long_rotations(model)
         self._tokens = torch.zeros(slots, 1, dtype=torch.int64, device=model.device)
         self._free = list(range(slots))
         self._waiting: deque[int] = deque()
@@ -105,13 +107,21 @@ class SlotRunner:
     def admit(self, prompt: Tensor, max_new_tokens: int) -> int:
         """A sequence joins as soon as there is room. prompt: int64 [n] or [1, n]. Returns its number.
 
-        Raises `BudgetError` for one that there is never room for.
+        Raises `BudgetError` for one that there is never room for, `ModelError` for one that would pass the length from
+        which on the model turns its keys in another way.
         """
         prompt = prompt.reshape(1, -1)
         check_token_ids(self.model, prompt)
         if not prompt.numel() or max_new_tokens < 1:
             raise ModelError(
                 f"a sequence needs a prompt and at least one token to come, got {prompt.numel()} and {max_new_tokens}"
+            )
+        seen = prompt.numel() + max_new_tokens - 1  # the last one is not fed
+        if self._limit is not None and prompt.numel() <= self._limit < seen:
+            raise ModelError(
+                f"this model turns its keys in another way beyond {self._limit} tokens (longrope), so no sequence can "
+                f"pass that on its way: {prompt.numel()} + {max_new_tokens} tokens were asked for. Ask for "
+                f"{self._limit + 1 - prompt.numel()} at most, or begin with a longer prompt"
             )
         capacities = self._capacities(prompt.numel() + max_new_tokens)
         if not self.store.could_ever(capacities):
@@ -167,7 +177,8 @@ class SlotRunner:
         if not running:
             return {}
         positions = on_device(self.store.seen[:, None], self.model.device)
-        out = self.model(self._tokens, position_ids=positions, **with_cache(self.model, self.cache), use_cache=True)
+        with rows_alone(self._rotations):
+            out = self.model(self._tokens, position_ids=positions, **with_cache(self.model, self.cache), use_cache=True)
         tokens = self.select(out.logits[:, -1])
         self._tokens.copy_(tokens[:, None])
         values, found = tokens.tolist(), {}
@@ -214,5 +225,3 @@ def _check(recipe: Recipe, cache: RaggedCache) -> None:
     if cache.other_kinds:
         kinds = ", ".join(cache.other_kinds)
         raise ModelError(f"this model has layers of other kinds ({kinds}), whose caches slots cannot hold")
-    if cache.dropped_at is not None:
-        raise ModelError("this model rotates all keys by its longest sequence (longrope), so slots would not be alone")

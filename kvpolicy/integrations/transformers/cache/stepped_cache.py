@@ -56,8 +56,9 @@ class SteppedCache(CarryingCache):
         self.replays = Replays()
         self.is_stepped = False
 
-    def furnish_rings(self, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Has the sliding-window layers of so many slots in rings from now on."""
+    def furnish(self, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Its rows are so many slots from now on: sliding-window layers lie in rings, and its length says nothing."""
+        self.dropped_at = None
         for ring in self.rings:
             layer = self.spec.layers[ring.index]
             ring.furnish((slots, layer.num_kv_heads), (layer.key_dim, layer.value_dim), dtype, device)
