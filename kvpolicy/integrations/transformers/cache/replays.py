@@ -58,6 +58,28 @@ class _Step:
         self.replayed += 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Token:
+    """A forward of one token.
+
+    inputs:   tensors that differ from token to token, at addresses that stay
+    constant: its other arguments, by name
+    counts:   what it goes by as a step
+    kind:     what has to be the same for its kernels to be loaded
+    key:      what has to be the same for a replay: entries at the same addresses, too
+    """
+
+    forward: Forward
+    inputs: dict[str, Tensor]
+    constant: dict[str, Any]
+    counts: StepCounts
+    kind: list[Any]
+    key: list[Any]
+
+    def run(self) -> Any:
+        return self.forward(**self.inputs, **self.constant)
+
+
 class Replays:
     """How the tokens of one cache are decoded.
 
@@ -100,42 +122,100 @@ class Replays:
         """
         if not is_token(cache, call):
             return None
-        why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
-        reading = None if why and not cache.is_stepped else _reading(cache, call.get("attention_mask"))
-        if reading is not None and (reading.valid is not None or reading.visible is not None):
-            why, reading = "attention_mask hides tokens that the cache holds", None
+        reading, why = self._reading(cache, model, call)
         if why:
             self._fall_back(why, cache)
         if reading is None:
             return None
-        store = cache.opened()
-        if not store.advance():
+        if not cache.opened().advance():
             self._fall_back("tokens that could have been taken back (assisted generation) are still to be kept", cache)
             return None
         cache.open_rings()
+        token = self._token(cache, model, own, call)
+        out = None
+        for way in () if why else (self._replay, self._load, self._record):
+            if (out := way(cache, token)) is not None:
+                break
+        if out is None and cache.is_stepped:
+            out = cache.run_step(lambda: own(**token.inputs, **token.constant), token.counts)
+        if out is not None:
+            cache.count_step(reading)
+        return out
+
+    def _reading(
+        self, cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]
+    ) -> tuple[Reading | None, str | None]:
+        """What the token's mask says, None where the token cannot be a step; and why no graph can hold it, if so."""
+        why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
+        if why and not cache.is_stepped:
+            return None, why
+        layer = cache.budgeted[0]
+        reading = read_mask(call.get("attention_mask"), 1, layer.columns, cache.opened().seen, layer.filled)
+        if reading.valid is not None or reading.visible is not None:
+            return None, "attention_mask hides tokens that the cache holds"
+        return reading, why
+
+    def _token(self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any]) -> _Token:
         inputs, counts = self._placed(_inputs(cache, call)), self._counted(cache)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
         weights = next(model.parameters()).data_ptr()  # others where the model has been moved
         # without the cache, which holds what is kept here: it is to be free as soon as it is dropped
         settings = {name: None if value is cache else value for name, value in constant.items()}
         kind = [self.compiled, id(model), weights, settings, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
-        key = [*kind, *cache.layouts]
-        forward = self._forward or own
-        if not why and self._step is not None and self._step.key == key:
-            cache.pass_step(self._step.replay)
-            self.mode, self.why, out = "graph", None, _copied(self._step.out, cache)
-        elif not why and self._ran.count(kind) < (2 if self.compiled else 1):  # compiled code may be made again
-            out = cache.run_step(lambda: forward(**inputs, **constant), counts)
-            self._ran = [kind, *self._ran[:1]]
-            self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
-        elif not why and (step := self._record(cache, forward, inputs, constant, key, counts)) is not None:
-            out = _copied(step.out, cache)
-        elif cache.is_stepped:
-            out = cache.run_step(lambda: own(**inputs, **constant), counts)
-        else:
+        return _Token(self._forward or own, inputs, constant, counts, kind, [*kind, *cache.layouts])
+
+    def _replay(self, cache: RaggedCache, token: _Token) -> Any:
+        """By the graph that there is; None where it is of another step."""
+        if self._step is None or self._step.key != token.key:
             return None
-        cache.count_step(reading)
+        cache.pass_step(self._step.replay)
+        self.mode, self.why = "graph", None
+        return _copied(self._step.out, cache)
+
+    def _load(self, cache: RaggedCache, token: _Token) -> Any:
+        """As a step without a graph, which loads its kernels; None where one of its kind has run before."""
+        if self._ran.count(token.kind) >= (2 if self.compiled else 1):  # compiled code may be made again
+            return None
+        out = cache.run_step(token.run, token.counts)
+        self._ran = [token.kind, *self._ran[:1]]
+        self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
         return out
+
+    def _record(self, cache: RaggedCache, token: _Token) -> Any:
+        """By a new graph; None where it cannot be recorded."""
+        before, self._step = self._step, None  # its memory is free before the next one takes its own
+        if before is not None:
+            self._short_lived = self._short_lived + 1 if before.replayed < _SHORT else 0
+        if self._short_lived == _TOO_OFTEN:
+            self._hopeless = "its entries move every few tokens, so that recording them would not pay"
+        del before
+        restore = cache.bookmark()
+        try:
+            recording, out = record(lambda: cache.run_step(token.run, token.counts, on_device=False))
+        except BaseException as error:
+            restore()
+            if not isinstance(error, Exception):
+                raise
+            if (why := self._note_failure(error)) is not None:
+                self._fall_back(why, cache)
+            return None
+        recording.replay()
+        self._step = _Step(token.key, recording, _kept(out, cache))
+        self.mode, self.why = "graph", None
+        return _copied(self._step.out, cache)
+
+    def _note_failure(self, error: Exception) -> str | None:
+        """Why tokens run without a graph now; None where the next one is tried in the same way."""
+        text = str(error).splitlines()
+        why = f"{type(error).__name__}: {text[0] if text else ''}"
+        if not self.compiled:
+            self._hopeless = why
+            return why
+        if self._failed:  # without the compiler it may go
+            self.compiled, self._forward, self._ran = False, None, []
+            return f"the compiled model cannot be recorded: {why}"
+        self._failed, self._ran = True, []  # a compiler that had more to do; by the next try it has done it
+        return None
 
     def _counted(self, cache: RaggedCache) -> StepCounts:
         """What the step goes by, where a recorded one looks for it."""
@@ -159,48 +239,6 @@ class Replays:
                     self._inputs[name] = own = torch.empty_like(value, memory_format=torch.contiguous_format)
             own.copy_(value)
         return {name: self._inputs[name] for name in inputs}
-
-    def _record(
-        self,
-        cache: RaggedCache,
-        forward: Forward,
-        inputs: dict[str, Tensor],
-        constant: dict[str, Any],
-        key: list[Any],
-        counts: StepCounts,
-    ) -> _Step | None:
-        """Records the forward, and has the device do it. None where it cannot be recorded."""
-        before, self._step = self._step, None  # its memory is free before the next one takes its own
-        if before is not None:
-            self._short_lived = self._short_lived + 1 if before.replayed < _SHORT else 0
-        if self._short_lived == _TOO_OFTEN:
-            self._hopeless = "its entries move every few tokens, so that recording them would not pay"
-        del before
-        restore = cache.bookmark()
-        try:
-            recording, out = record(
-                lambda: cache.run_step(lambda: forward(**inputs, **constant), counts, on_device=False)
-            )
-        except BaseException as error:
-            restore()
-            if not isinstance(error, Exception):
-                raise
-            text = str(error).splitlines()
-            why = f"{type(error).__name__}: {text[0] if text else ''}"
-            if not self.compiled:
-                self._hopeless = why
-            elif self._failed:  # without the compiler it may go
-                self.compiled, self._forward, self._ran = False, None, []
-                why = f"the compiled model cannot be recorded: {why}"
-            else:  # a compiler that had more to do; by the next try it has done it
-                self._failed, self._ran = True, []
-                return None
-            self._fall_back(why, cache)
-            return None
-        recording.replay()
-        self._step = _Step(key, recording, _kept(out, cache))
-        self.mode, self.why = "graph", None
-        return self._step
 
     def _fall_back(self, why: str, cache: RaggedCache) -> None:
         self.mode, self.why = "eager", why
@@ -253,11 +291,6 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
 @functools.cache
 def _takes_positions(forward: Forward) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
-
-
-def _reading(cache: RaggedCache, mask: Tensor | None) -> Reading:
-    layer = cache.budgeted[0]
-    return read_mask(mask, 1, layer.columns, cache.opened().seen, layer.filled)
 
 
 def _inputs(cache: RaggedCache, call: dict[str, Any]) -> dict[str, Tensor]:
