@@ -2,16 +2,22 @@ r"""Tasks of LongBench over what is compressed away: BaKlaVa's and other budgets
 
     python benchmarks/longbench.py --model qwen05.gguf --data longbench --text books.txt --device cuda \
         --dtype bfloat16 --out benchmarks/results/longbench_h200
+    python benchmarks/longbench.py --draw benchmarks/results/longbench_h200
 
 The paper's four tasks and four more, from local files: the first rows of a file are no random sample, so that a mean of
 them is no LongBench score. Plans are searched (baklava, squeeze) or learned (under snapkv) on --text, each level by
 itself where it is learned; then `task_table.py` measures them, uniform budgets under streaming and snapkv, and the full
-cache. Writes the plans, OUT/tasks.jsonl with its tables, and OUT/longbench.png; a later run goes on with what is there.
+cache, each task in a process of its own. Writes the plans, OUT/TASK.jsonl with its tables, and OUT/longbench.png; a
+later run goes on with what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +53,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     }
     learned = ["tune", "--policy", "snapkv", "--estimator", "uniform", "--allocator", "learned", "--sequences", 16]
     learned += ["--allocator-param", f"steps={options.steps}", *common]
-    for kept in options.retentions:
+    for kept in options.retentions if options.learned is None else ():
         commands[f"learned_{kept:g}"] = [*learned, "--retention", kept]
     return missing(commands, options.out)
 
@@ -90,9 +96,11 @@ def draw(axis: Axes, rows: list[dict[str, Any]]) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = command_line(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of NAME.jsonl and dataset2prompt.json")
-    parser.add_argument("--text", type=Path, required=True, help="that budgets are searched and learned on")
+    parser.add_argument("--draw", type=Path, help="only draw the figure of a folder of results")
+    parser.add_argument("--out", type=Path, default=Path("longbench_results"), help="folder")
+    parser.add_argument("--data", type=Path, help="folder of NAME.jsonl and dataset2prompt.json")
+    parser.add_argument("--text", type=Path, help="that budgets are searched and learned on")
+    parser.add_argument("--learned", type=Path, help="a plan for snapkv, instead of learning one for each level")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -104,22 +112,46 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--search-context", type=int, default=4096)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--processes", type=int, default=2, help="searches at once")
+    parser.add_argument("--processes", type=int, default=2, help="searches, and then tasks, at once")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no new prompts after so long")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parsed()
-    options.out.mkdir(parents=True, exist_ok=True)
-    run(tunes(options), options.out, options.processes)
-    merge_levels([options.out / f"learned_{kept:g}.json" for kept in options.retentions], options.out / "learned.json")
-    tasks = [f"longbench/{name}" for name in options.tasks]
+    if options.draw is None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        run(tunes(options), options.out, options.processes)
+        if options.learned is not None:
+            shutil.copyfile(options.learned, options.out / "learned.json")
+        levels = [options.out / f"learned_{kept:g}.json" for kept in options.retentions]
+        merge_levels(levels, options.out / "learned.json")
+        measure(options)
+    draw_all(options.draw or options.out)
+
+
+def measure(options: argparse.Namespace) -> None:
     methods = [name for name in METHODS if not name.endswith(".json") or (options.out / name).exists()]
-    table_of_tasks(options, ["--tasks", *tasks, "--data", options.data.resolve(), "--questions", "aware"], methods)
-    lines = [line for line in read_lines(options.out / "tasks.jsonl").values() if "scores" in line]
+    common = ["--data", options.data.resolve(), "--questions", "aware", "--seconds", options.seconds]
+
+    def one(task: str) -> None:
+        try:
+            table_of_tasks(options, ["--tasks", f"longbench/{task}", *common], methods, task)
+        except subprocess.CalledProcessError as error:  # the other tasks are worth having
+            print(f"{task}: ended with {error.returncode}", flush=True)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        list(pool.map(one, options.tasks))
+
+
+def draw_all(folder: Path) -> None:
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path).values() if "scores" in line]
+    if not lines:
+        sys.exit(f"{folder} has no measurements")
+    papers = [f"longbench/{name}" for name in PAPERS]
+    lines.sort(key=lambda line: (line["task"].removesuffix("_e") not in papers, line["task"]))  # the paper's first
     about = f"{lines[0]['model']}, the first rows of LongBench's tasks (no LongBench score), {lines[0]['device']}"
-    figure(table_rows(lines), about).savefig(options.out / "longbench.png", dpi=130)
+    figure(table_rows(lines), about).savefig(folder / "longbench.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,12 @@ def test_every_task_is_a_part_and_every_method_a_line(benchmark):
 
 def test_searches_that_are_done_are_not_begun_again(benchmark, tmp_path):
     options = {"model": "smollm2-135m", "text": Path("x"), "device": "cpu", "dtype": "float32", "search_context": 64}
-    options |= {"retentions": [0.5, 0.1], "trials": 2, "steps": 3, "out": tmp_path}
+    options |= {"retentions": [0.5, 0.1], "trials": 2, "steps": 3, "out": tmp_path, "learned": None}
     (tmp_path / "squeeze.json").write_text("{}")
     commands = benchmark("longbench").tunes(SimpleNamespace(**options))
     assert list(commands) == ["baklava", "learned_0.5", "learned_0.1"]
     assert commands["learned_0.1"][-4:] == ["--retention", 0.1, "--out", "learned_0.1.json"]
+    assert list(benchmark("longbench").tunes(SimpleNamespace(**options | {"learned": "plan.json"}))) == ["baklava"]
 
 
 def test_budgets_are_learned_on_each_source_apart(benchmark, tmp_path):
@@ -56,10 +57,15 @@ def test_budgets_are_learned_on_each_source_apart(benchmark, tmp_path):
     assert objectives == learned
 
 
-def lines_of(folder, name, method, scores, kept=0.25):
+def lines_of(folder, name, method, scores, task="ruler/vt"):
     about = {"model": "m", "dtype": "float32", "context": 8, "limit": 2, "seed": 7, "question": "agnostic"}
-    line = about | {"task": "ruler/vt", "method": method, "retention": kept, "first": 0, "scores": scores}
-    line |= {"bytes": 1, "dense_bytes": 4, "uniform": f"snapkv/uniform{'@int8' if '@' in method else ''}"}
+    line = about | {"task": task, "method": method, "retention": 0.25, "first": 0, "scores": scores}
+    line |= {
+        "bytes": 1,
+        "dense_bytes": 4,
+        "device": "d",
+        "uniform": f"snapkv/uniform{'@int8' if '@' in method else ''}",
+    }
     with (folder / name).open("a") as file:
         file.write(f"{json.dumps(line)}\n")
 
@@ -75,6 +81,19 @@ def test_a_recipe_is_compared_with_uniform_budgets_in_the_models_dtype(benchmark
     assert coded["minus_uniform"] == pytest.approx(-0.25) and not coded["holds"]
     page = recipe.markdown(list(rows.values()))
     assert "| ruler/vt | **-25.0 (-25.0 to -25.0), n = 20** | -1.0 (-1.0 to -1.0), n = 20 |" in page
+
+
+def test_the_figure_has_the_papers_tasks_first_and_is_drawn_from_what_is_there(benchmark, tmp_path):
+    for task in ("trec_e", "triviaqa_e"):
+        lines_of(tmp_path, f"{task}.jsonl", "snapkv/uniform", [0.5, 1.0], task=f"longbench/{task}")
+    longbench, drawn = benchmark("longbench"), []
+    longbench.figure = lambda rows, about: (
+        drawn.append((rows, about)) or SimpleNamespace(savefig=lambda *given, **how: 0)
+    )
+    longbench.draw_all(tmp_path)
+    ((rows, about),) = drawn
+    assert [row["task"] for row in rows] == ["longbench/triviaqa_e", "all", "longbench/trec_e"]
+    assert about.startswith("m, the first rows") and "no LongBench score" in about
 
 
 def test_what_a_recipe_measures_is_the_policy_with_and_without_plan_and_format(benchmark):

@@ -166,10 +166,11 @@ class AnswerTask(Task):
     def _answers(self, cache: Any, logits: Tensor, samples: list[Sample], lengths: list[int]) -> list[list[str]]:
         """One for each turn of each sample; each stays in the conversation."""
         talk = Talk(self.model, cache, logits, lengths, self._ends())
-        if isinstance(cache, RaggedCache):
+        answers, turns = [list[str]() for _ in samples], max(len(sample.questions) for sample in samples)
+        # a question would have the cache compressed again; single tokens do not, and a GPU replays them from a graph
+        if isinstance(cache, RaggedCache) and (self.question == "agnostic" or turns > 1):
             cache.hold(talk.room(samples, self.role.max_new_tokens))
-        answers: list[list[str]] = [[] for _ in samples]
-        for turn in range(max(len(sample.questions) for sample in samples)):
+        for turn in range(turns):
             asked = [sample.questions[turn] if turn < len(sample.questions) else () for sample in samples]
             if turn or self.question == "agnostic":
                 talk.ask(asked)
