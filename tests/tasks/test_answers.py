@@ -13,6 +13,7 @@ from kvpolicy.comparison.answers import AnswerTask
 from kvpolicy.comparison.methods import Method, read_methods
 from kvpolicy.comparison.real_cache import filled_cache, ready
 from kvpolicy.comparison.results_file import load_comparison
+from kvpolicy.integrations.transformers import RaggedCache
 from kvpolicy.progress import Progress
 from kvpolicy.tasks.own_file import FileTask
 from kvpolicy.tasks.question_time import check_question
@@ -89,19 +90,30 @@ def test_what_is_compressed_is_the_prompt_and_nothing_behind_it(question):
     assert measured.memory.dense_bytes == 3 * 2 * compressed * (16 + 16) * 4
 
 
-def test_a_question_behind_a_compressed_context_is_fed_as_if_token_by_token():
+@pytest.mark.parametrize("question", ["aware", "agnostic"])
+def test_what_follows_a_compressed_prompt_is_fed_as_if_token_by_token(question):
     model, one = tiny_model("Llama"), sample()
-    task, table = task_of([one], model, question="agnostic"), torch.full(SHAPE, 12)
+    task, table = task_of([one], model, question=question), torch.full(SHAPE, 12)
     (found,) = answers_of(task, method(), lambda _: table)
     with ready(model, method()):
-        cache, _ = filled_cache(model, method(), table, torch.tensor([one.context]))
-        fed, said = list(one.questions[0]), []
+        cache, logits = filled_cache(model, method(), table, task.prompts[0])
+        fed, said = list(one.questions[0]) if question == "agnostic" else [], []
         while len(said) < MOST and 2 not in said:
             for token in fed:
                 logits = model(torch.tensor([[token]]), **over(cache)).logits
             said.append(int(logits[0, -1].argmax()))
             fed = said[-1:]
     assert found == [" ".join(map(str, said))]
+
+
+@pytest.mark.parametrize(
+    ("question", "turns", "expected"), [("aware", 1, False), ("aware", 2, True), ("agnostic", 1, True)]
+)
+def test_tokens_are_held_back_only_where_a_question_follows(question, turns, expected, monkeypatch):
+    asked, hold = [], RaggedCache.hold
+    monkeypatch.setattr(RaggedCache, "hold", lambda cache, count: asked.append(count) or hold(cache, count))
+    task_of([sample(turns=turns)], question=question).measure(method(), whole)
+    assert bool(asked) == expected, "tokens that are held back are no replays of a graph"
 
 
 def test_the_two_times_of_a_question_differ_once_something_is_evicted():
