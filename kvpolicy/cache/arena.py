@@ -20,6 +20,7 @@ from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.device_tables import each_entry, on_device
 
 LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
@@ -88,9 +89,11 @@ class LayerArena:
     num_pinned: first entries of a segment, which the ring leaves alone
     layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
+    attends_beside: whether `attend_beside` needs no word from the device
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "values")
+    attends_beside: ClassVar[bool] = True
     start: Tensor
     length: Tensor
     allocated: Tensor
@@ -143,6 +146,12 @@ class LayerArena:
         """Keys [R, D] and values [R, Dv] as numbers, which nobody may write into."""
         return self.keys, self.values
 
+    def no_tokens(self, batch_size: int) -> Chunk:
+        """An empty chunk of what comes here."""
+        shape = batch_size, len(self.start) // batch_size, 0
+        key, value = (vectors.new_empty(*shape, vectors.shape[1]) for vectors in (self.keys, self.values))
+        return Chunk(key, value, torch.zeros(batch_size, 0, dtype=torch.int64))
+
     @property
     def placed(self) -> Placed | None:
         """What a step has brought to the device, unless something has changed since."""
@@ -166,6 +175,11 @@ class LayerArena:
         if placed is None or placed.work is None:
             return ragged_attention(query, self.segments, **options)
         return decode_attention(query, self.segments, plan=placed.work, **options).out
+
+    def attend_beside(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
+        """`attend`, over tokens of a chunk besides."""
+        work = None if self.placed is None else self.placed.work
+        return decode_attention(query, self.segments, chunk, plan=work, **options).out
 
     def attend_with_mass(self, query: Tensor, options: Mapping[str, Any], power: float) -> tuple[Tensor, Tensor]:
         """`attend`, and the attention that each row got: float32 [R], raised to a power and summed over the group."""
@@ -232,7 +246,11 @@ class LayerArena:
         """`append`, where the tables behind it have been worked out."""
         self._put(key, value, step.position, step.row, score)
         self.pass_step(step)
-        self._placed = Placed(step.length, step.start, step.placed_length, step.placed_seen, work)
+        self.place(step.start, step.placed_length, step.placed_seen, work)
+
+    def place(self, starts: Tensor, lengths: Tensor, seen: Tensor, work: WorkPlan | None) -> None:
+        """Notes tables that are on the device, as in `Placed`."""
+        self._placed = Placed(self.length, starts, lengths, seen, work)
 
     def bookmark(self) -> Callable[[], None]:
         """Returns what takes the tables back to here; entries stay where they are."""
@@ -429,20 +447,3 @@ class LayerArena:
         for name in _TABLES:
             setattr(self, name, getattr(self, name)[segments])
         self.relayout(self.allocated)
-
-
-def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table of the CPU on a device, which is not waited for: the CPU stays ahead of it through a whole prompt."""
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-def each_entry(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The segment of each entry, and its place there, int64 [counts.sum()] both, made on the device.
-
-    counts: int64 [S] on the CPU. The device is not waited for, and nothing as long as the entries is copied to it.
-    """
-    total, counts = int(counts.sum()), on_device(counts, device)
-    segment = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
-    return segment, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[segment]

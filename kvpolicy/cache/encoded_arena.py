@@ -32,6 +32,7 @@ class EncodedArena(LayerArena):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "key_scales", "values", "value_scales")
+    attends_beside: ClassVar[bool] = False
     key_scales: Tensor
     value_scales: Tensor
 

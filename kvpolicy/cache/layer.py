@@ -10,15 +10,17 @@ from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.evict import evict, evict_into
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena, on_device
+from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, kept_columns, ranking
+from kvpolicy.cache.tail import Columns, Tail
 from kvpolicy.errors import BudgetError
 
 if TYPE_CHECKING:
-    from kvpolicy.cache.step import LayerStep
+    from kvpolicy.cache.step import LayerStep, TailStep
 
 
 POSITIONS_STEP = 4096
@@ -93,8 +95,9 @@ class StoreLayer:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
         own = {name: getattr(self, name) for name in ("seen", "settled", "evicted_at", "table")}
-        if self.pending is not None:
-            own |= {f"pending.{name}": getattr(self.pending, name) for name in ("key", "value", "positions")}
+        if (pending := self.pending) is not None:
+            own |= {f"pending.{name}": getattr(pending, name) for name in ("key", "value", "positions")}
+            own |= pending.columns.tensors if isinstance(pending, Tail) else {}
         return {**self.arena.tensors, **own}
 
     def check_settled(self) -> None:
@@ -207,6 +210,25 @@ class StoreLayer:
             evict_into(step.row, arena.scores, arena.positions, *tables, **self._protection_options())
         arena.write(key.detach(), value.detach(), step, score, work)
 
+    def open_tail(self, columns: Columns) -> None:
+        """Brings the pending tokens into a block in which more find room."""
+        self.pending = Tail.over(self.pending or self.arena.no_tokens(len(self.seen)), columns)
+
+    def write_on_top(self, key: Tensor, value: Tensor, step: TailStep) -> None:
+        """Writes a token behind the pending ones. key, value: [B, H, 1, dim]."""
+        step.before.write(key, value)
+        self.pass_on_top(step)
+
+    def pass_on_top(self, step: TailStep) -> None:
+        """The host's part of `write_on_top`."""
+        self.seen, self.pending = step.seen, step.before.longer(step.positions)
+
+    def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The attention of a token over all entries and those on top. Arguments as in `LayerArena.attend`."""
+        if isinstance(self.pending, Tail):
+            return self.arena.attend_beside(query, self.pending.whole, options)
+        return self.arena.attend(query, options)
+
     def bookmark(self) -> Callable[[], None]:
         """Returns what takes the counts back to here; entries stay where they are."""
         own, arena = dict(vars(self)), self.arena.bookmark()
@@ -283,8 +305,9 @@ class StoreLayer:
         self.seen = self.settled if self.pending is None else self.settled + self.pending.count
 
     def fork(self) -> StoreLayer:
-        """A copy. Counts and pending tokens are shared: nobody writes into them."""
-        return copy_with(self, arena=self.arena.fork())
+        """A copy. Counts and pending tokens are shared: nobody writes into them, and a block is not gone on with."""
+        pending = None if self.pending is None else self.pending.part(slice(None))
+        return copy_with(self, arena=self.arena.fork(), pending=pending)
 
     def resume(self, counts: Mapping[str, Tensor], pending: Chunk | None, *, decoded: int) -> None:
         """Goes on with what was packed, over entries that lie by position. counts: `seen`, `evicted_at` and `table`."""

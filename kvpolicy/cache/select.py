@@ -15,7 +15,7 @@ import torch
 from kvpolicy_kernels.evict import reference as order
 from torch import Tensor
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.errors import BudgetError
 
 MAX_TOKENS = 2**order.POSITION_BITS - 1

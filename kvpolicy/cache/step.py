@@ -20,6 +20,7 @@ from torch import Tensor
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
+from kvpolicy.cache.tail import Tail
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,29 @@ class LayerStep:
     row: Tensor
     position: Tensor
     placed_seen: Tensor
+
+    def is_next(self, entries: StoreLayer) -> bool:
+        """Whether nothing has happened to the layer since."""
+        # tokens that are pending change no table, but come before the one that was planned
+        return self.before is entries.arena.length and entries.is_ready
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TailStep:
+    """What a token on top of the entries changes in one layer.
+
+    before: the tail that this was worked out from, by identity: whatever else happens to a layer replaces it
+    seen: int64 [B], as in `StoreLayer`, behind the token
+    positions: int64 [B, n + 1], of the tail behind the token
+    """
+
+    before: Tail
+    seen: Tensor
+    positions: Tensor
+
+    def is_next(self, entries: StoreLayer) -> bool:
+        """Whether nothing has happened to the layer since."""
+        return self.before is entries.pending
 
 
 class StepTables:
@@ -76,7 +100,11 @@ class PlannedStep:
     lengths: int64 [L, S] on each device behind the token; L counts the layers of all devices
     """
 
-    def __init__(self, steps: Sequence[LayerStep] = (), lengths: Mapping[torch.device, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        steps: Sequence[LayerStep] | Sequence[TailStep] = (),
+        lengths: Mapping[torch.device, Tensor] | None = None,
+    ) -> None:
         self._steps, self._lengths, self._due = steps, lengths or {}, 0
         self._work: dict[torch.device, WorkPlan] = {}
 
@@ -87,14 +115,18 @@ class PlannedStep:
         work = [plan.units for plan in self._work.values()]  # all of it is one tensor
         return [*(x for x in own if isinstance(x, Tensor)), *self._lengths.values(), *work]
 
+    @property
+    def is_on_top(self) -> bool:
+        """Whether the token goes on top of the entries."""
+        return bool(self._steps) and isinstance(self._steps[0], TailStep)
+
     def is_for(self, first: StoreLayer) -> bool:
         """Whether the next token is planned, and nothing has changed since. first: the first layer"""
-        # tokens that are pending change no table, but come before the one that was planned
-        return bool(self._steps) and not self._due and self._steps[0].before is first.arena.length and first.is_ready
+        return bool(self._steps) and not self._due and self._steps[0].is_next(first)
 
-    def next(self, layer: int, entries: StoreLayer) -> LayerStep | None:
+    def next(self, layer: int, entries: StoreLayer) -> LayerStep | TailStep | None:
         """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""
-        if layer != self._due or not self._steps or self._steps[layer].before is not entries.arena.length:
+        if layer != self._due or not self._steps or not self._steps[layer].is_next(entries):
             return None
         step = self._steps[layer]
         self._due += 1

@@ -10,8 +10,10 @@ from kvpolicy.cache import inputs
 from kvpolicy.cache.first_token import FirstToken
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring, score_step
-from kvpolicy.cache.step import plan_step
+from kvpolicy.cache.step import TailStep, plan_step
 from kvpolicy.cache.store_layers import Layers
+from kvpolicy.cache.tail import Tail
+from kvpolicy.cache.tail_step import plan_on_top
 
 GROWTH_INTERVAL = 64
 """Decoded tokens after which a growing budget is apportioned again, and the device is asked what went wrong on it.
@@ -36,9 +38,9 @@ class Decoding(Layers):
         return entries is not None and _is_next(entries)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Writes one token into every segment. key, value: [B, H, 1, dim]."""
+        """Writes one token into every segment, or on top where it was planned there. key, value: [B, H, 1, dim]."""
         entries = self._open(layer, key, value)
-        inputs.check_single(layer, key, _is_next(entries))
+        inputs.check_single(layer, key, _is_next(entries) or self._planned.is_on_top)
         step = self._planned.next(layer, entries)
         if step is None:  # else it was its turn when the token was planned
             self._check_turn(layer, entries.seen + 1)
@@ -46,7 +48,9 @@ class Decoding(Layers):
                 step = self._planned.next(0, entries)
         if key.device.type == "cpu":
             self._finite.add(layer, keys=key, values=value)
-        if step is None:
+        if isinstance(step, TailStep):
+            entries.write_on_top(key, value, step)
+        elif step is None:
             entries.append(key, value, self.policy.new_entry_score, evict=self.decode_mode == "evict")
         else:
             work = self._planned.work(layer, entries.arena)
@@ -54,18 +58,18 @@ class Decoding(Layers):
 
     def attend(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """query: [B, num_q_heads, n, D], which see every entry held. Returns [B, num_q_heads, n, Dv]."""
-        arena = self._layer(layer).arena
-        inputs.check_query(query, arena.like, self.batch_size, self._num_q_heads)
-        return arena.attend(query, scoring.options())
+        entries = self._layer(layer)
+        inputs.check_query(query, entries.arena.like, self.batch_size, self._num_q_heads)
+        return entries.attend(query, scoring.options())
 
     def attend_newest(self, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
         """`attend` of the token that was appended, after which the policy rescores the entries if it does that at all.
 
         query: [B, num_q_heads, 1, D]
         """
-        if not self.policy.rescores:
-            return self.attend(layer, query, scoring)
         entries = self._layer(layer)
+        if not self.policy.rescores or entries.pending is not None:  # what is on top is scored when it settles
+            return self.attend(layer, query, scoring)
         inputs.check_query(query, entries.arena.like, self.batch_size, self._num_q_heads, 1)
         out = score_step(self.policy, entries, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1 and query.device.type == "cpu":  # a GPU would be waited for
@@ -78,8 +82,10 @@ class Decoding(Layers):
 
     # --- for callers that replay a graph
 
-    def advance(self) -> bool:
+    def advance(self, hold: int = 0) -> bool:
         """Plans the next token: makes room for it, and brings its tables to where the layers read them.
+
+        hold: last tokens that stay on top, as in `keep`
 
         What the layers then do is the same for every token, on the device, as long as `layouts` stays what it is: it
         may be run, or replayed from a graph and then noted by `pass_step`.
@@ -90,8 +96,11 @@ class Decoding(Layers):
         if first is None:
             return False
         self.first_token.come()
-        if self._planned.is_for(first):
+        if self._planned.is_for(first) and self._planned.is_on_top == bool(hold):
             return True
+        if hold:
+            self._planned = plan_on_top(self.layers, hold)
+            return self._planned.is_for(first)
         if self._grows_next(first):
             self._wrong.look(self.policy, "score_step")
             for layer in self._opened():  # before the plan, which is made of capacities
@@ -103,7 +112,15 @@ class Decoding(Layers):
     @property
     def layouts(self) -> list[object]:
         """For each layer, what stays the same while its entries lie where they lie, and a step is the same launches."""
-        return [(layer.arena.layout, layer.max_positions, layer.has_order) for layer in self._opened()]
+        return [
+            (
+                layer.arena.layout,
+                layer.max_positions,
+                layer.has_order,
+                layer.pending.columns if isinstance(layer.pending, Tail) else None,
+            )
+            for layer in self._opened()
+        ]
 
     def pass_step(self) -> None:
         """Notes the planned token, which a graph has written into every layer, and plans the next one.
@@ -114,9 +131,14 @@ class Decoding(Layers):
         for index, entries in enumerate(self._opened()):
             step = self._planned.next(index, entries)
             assert step is not None  # planned, and nothing has changed since
-            entries.pass_step(step)
+            if isinstance(step, TailStep):
+                entries.pass_on_top(step)
+            else:
+                entries.pass_step(step)
         first = self._layer(0)
-        if not self._grows_next(first):
+        if isinstance(first.pending, Tail):
+            self.advance(first.pending.columns.room)
+        elif not self._grows_next(first):
             self.advance()
 
     def _grows_next(self, first: StoreLayer) -> bool:

@@ -20,6 +20,7 @@ from tests.cache.game import poison
 from tests.cache.game_policies import Digest, Fading, Keyed, Window
 from tests.cache.naive import Naive, Schedule
 from tests.integrations.ragged_oracle import masked_logits
+from tests.integrations.recording import record_on_cpu
 from tests.tiny import attention_of, over, tiny_model
 
 POOL = 200
@@ -83,6 +84,7 @@ class CacheGame:
         release = tuple(map(int, transformers.__version__.split(".")[:2]))
         self.can_record = name != "Gemma3n" or release >= (5, 23)
         self.spec, self.folder = ModelSpec.from_config(self.model.config), folder
+        self.has_windows = any(layer.kind != "full" for layer in self.spec.layers)
         sinks, recent = pick.randint(0, 4), pick.choice((0, 0, pick.randint(1, 6)))
         kinds = (lambda: Window(sinks), *(lambda kind=kind: kind(sinks, recent) for kind in (Digest, Keyed, Fading)))
         self.policy = pick.choice(kinds)()
@@ -108,6 +110,8 @@ class CacheGame:
         self.used, self.hold, self.forks, self.columns, self.unfed = 0, 0, [], 0, None
         monkeypatch.setattr(store_decoding, "GROWTH_INTERVAL", self.interval)
         self.recorder = Recorder(monkeypatch)
+        if pick.random() < 0.5:
+            record_on_cpu(monkeypatch)
 
     def _schedule(self, pick, options):
         """The naive schedule; adds to `options` what gives a cache the same."""
@@ -241,10 +245,13 @@ class CacheGame:
         return token
 
     def record(self):
-        """Assisted generation begins or ends: the last tokens can be taken back."""
+        """Assisted generation begins or ends: the last tokens can be taken back. Or they are only kept on top."""
         if self.hold:
             self.cache.stop_recording()
             self.hold = 0
+        elif self.columns and not self.has_windows and self.random.random() < 0.5:
+            self.hold = self.random.randint(1, 9)
+            self.cache.hold(self.hold)
         elif self.columns and self.can_record:
             self.cache.activate_past_recording()
             self.hold = self.rollback
@@ -252,8 +259,7 @@ class CacheGame:
 
     def crop(self):
         count, possible = self.random.randint(1, 5), self.naive.possible()
-        window = any(layer.kind != "full" for layer in self.spec.layers)
-        if window and (not self.hold or count > len(self.naive.rows[0].pending)):
+        if self.has_windows and (not self.hold or count > len(self.naive.rows[0].pending)):
             return  # sliding layers of transformers take back what they have recorded alone
         poison_cache(self.cache)
         if count > possible:

@@ -385,3 +385,45 @@ def test_layers_with_a_sliding_window(name, recorded):
         for key in ("keys", "values"):
             if isinstance(x := vars(one).get(key), torch.Tensor) and x.dim() == 4:
                 torch.testing.assert_close(x[0], vars(other)[key][0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")  # beyond the room there is none
+@pytest.mark.parametrize(("policy", "batch"), [("streaming", 1), ("snapkv", 2), ("h2o", 1)])
+def test_tokens_on_top_of_what_was_compressed(policy, batch, model, recorded):
+    """A question, an answer, another question and answer, in two forks of one prompt; more tokens than were said."""
+    ids = text(120, batch)
+    whole = cache_over(model, policy, decode="append")
+    with torch.no_grad():
+        model(ids[:, :60], **over(whole))
+        caches = [whole.fork() for _ in range(4)]
+        lengths, logits = caches[0].lengths, []
+        for cache, forward, room in zip(caches, (model, model.forward.own) * 2, (50, 50, 15, 15), strict=True):
+            cache.hold(room)
+            out = [forward(ids[:, 60:64], **over(cache)).logits[:, -1]]
+            out += [forward(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(64, 80)]
+            out += [forward(ids[:, 80:84], **over(cache)).logits[:, -1]]
+            out += [forward(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(84, 96)]
+            logits.append(torch.stack(out, 1))
+    for pair in (logits[:2], logits[2:]):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
+    assert caches[0].replays.mode == "graph"
+    assert torch.equal(caches[0].lengths, lengths + 36) and torch.equal(whole.lengths, lengths)
+    for cache, other in (caches[:2], caches[2:]):
+        assert torch.equal(cache.lengths, other.lengths)
+        assert torch.equal(cache.fork().lengths, other.lengths)
+
+
+def test_tokens_on_top_can_be_taken_back(model, recorded):
+    ids, cache = text(90), cache_over(model)
+    with torch.no_grad():
+        model(ids[:, :60], **over(cache))
+        cache.hold(20)
+        for begin, end in ((60, 75), (70, 80), (80, 90)):
+            cache.crop(-max(0, cache.get_seq_length() - begin))
+            logits = [model(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(begin, end)]
+        expected = cache_over(model)
+        model.forward.own(ids[:, :60], **over(expected))
+        expected.hold(20)
+        out = [model.forward.own(ids[:, i : i + 1], **over(expected)).logits[:, -1] for i in range(60, 90)]
+    assert cache.get_seq_length() == 90
+    torch.testing.assert_close(torch.stack(logits), torch.stack(out[20:]), rtol=0, atol=1e-4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach

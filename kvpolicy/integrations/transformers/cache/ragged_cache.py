@@ -49,6 +49,8 @@ class RaggedCache(SteppedCache):
     repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
 
     watch: takes the tokens of a forward instead of the store, while the context is repeated
+    recording: whether the last `rollback` tokens are kept on top of the entries
+    is_holding: whether `hold` asked for it: drafts are not expected then
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
     """
@@ -84,7 +86,7 @@ class RaggedCache(SteppedCache):
         self.store: RaggedStore | None = None
         self.recipe, self.repeats = recipe, repeats
         self.watch: Callable[[int, Waiting], None] | None = None
-        self.recording = False
+        self.recording = self.is_holding = False
         self.prepare_steps()
         self._fresh = [copied(vars(layer)) for layer in self.stock_layers]
         self.unfed: Tensor | None = None
@@ -136,7 +138,7 @@ class RaggedCache(SteppedCache):
 
     def hold(self, count: int) -> None:
         """Keeps what comes on top of the capacities, unscored, as long as it is among the last `count` tokens."""
-        self.recording, self.rollback = True, count
+        self.recording, self.is_holding, self.rollback = True, count > 0, count
 
     @contextmanager
     def peek(self, watch: Callable[[int, Waiting], None]) -> Iterator[None]:
@@ -216,14 +218,14 @@ class RaggedCache(SteppedCache):
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
         self.check_repeated()
         self.close_rings()
-        self.recording = True
+        self.recording, self.is_holding = True, False
         for layer in self.stock_layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def stop_recording(self) -> None:
         """Ends what `activate_past_recording` began; transformers never does."""
-        self.recording = False
+        self.recording = self.is_holding = False
         for layer in self.stock_layers:  # no ring is open while it records
             if getattr(layer, "record_past", False):
                 layer.crop(0)  # lets it go back to its working size, without which the next forward fails
@@ -269,7 +271,7 @@ class RaggedCache(SteppedCache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.store, self.recording, self.unfed, self.ended = None, False, None, None
+        self.store, self.recording, self.is_holding, self.unfed, self.ended = None, False, False, None, None
         self.forget()
         self.replays.forget()
         for ring in self.rings:

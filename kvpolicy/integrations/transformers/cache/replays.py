@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.errors import GraphWarning
 from kvpolicy.integrations.transformers.attention.columns import Reading, read_mask
 from kvpolicy.integrations.transformers.cache.cuda_graph import Recording, record, unrecordable
@@ -127,8 +127,8 @@ class Replays:
             self._fall_back(why, cache)
         if reading is None:
             return None
-        if not cache.opened().advance():
-            self._fall_back("tokens that could have been taken back (assisted generation) are still to be kept", cache)
+        if not cache.opened().advance(cache.rollback if cache.recording else 0):
+            self._fall_back("tokens that can be taken back, or could, are still to be kept or given up", cache)
             return None
         cache.open_rings()
         token = self._token(cache, model, own, call)
@@ -264,8 +264,8 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
         return "the layers lie on several devices, a CUDA graph on one"
     if cache.opened().num_heads != cache.spec.num_kv_heads:
         return "processes share the model, and what they exchange is not recorded"
-    if cache.recording:
-        return "the last tokens may be taken back (assisted generation), so they are not in the cache yet"
+    if cache.recording and not cache.is_holding:
+        return "the last tokens may be taken back (assisted generation), and drafts come several at a time"
     if cache.other_kinds:
         kinds = ", ".join(cache.other_kinds)
         return f"layers of other kinds ({kinds}) count their tokens in Python, which a graph would not do"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.budget.entry_format import name_of
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
 from kvpolicy.errors import BudgetError, ModelError

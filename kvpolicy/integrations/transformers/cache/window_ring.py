@@ -17,7 +17,7 @@ from kvpolicy_kernels.attention import decode_attention
 from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.scoring import Scoring
 
 

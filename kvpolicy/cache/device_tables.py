@@ -1,0 +1,23 @@
+"""Tables of the CPU on a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the CPU on a device, which is not waited for: the CPU stays ahead of it through a whole prompt."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def each_entry(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The segment of each entry, and its place there, int64 [counts.sum()] both, made on the device.
+
+    counts: int64 [S] on the CPU. The device is not waited for, and nothing as long as the entries is copied to it.
+    """
+    total, counts = int(counts.sum()), on_device(counts, device)
+    segment = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
+    return segment, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[segment]
