@@ -7,8 +7,8 @@ from kvpolicy_kernels.append import append
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk
-from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.device_tables import on_device
 
 
 class ExactBlock:

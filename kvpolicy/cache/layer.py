@@ -11,8 +11,8 @@ from kvpolicy_kernels.evict import evict, evict_into
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
-from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, kept_columns, ranking

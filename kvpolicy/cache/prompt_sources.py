@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
-from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.attention_mass import attention_mass, attention_of_each
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import EvictionPolicy

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from kvpolicy_kernels.attention import plan_work
 
-from kvpolicy.cache.arena import on_device
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.step import PlannedStep, TailStep
 from kvpolicy.cache.tail import Columns, Tail
