@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 from kvpolicy_kernels.window_attention import window_attention
-from kvpolicy_kernels.window_attention.reference import reference_window_attention
+from kvpolicy_kernels.window_attention.reference import reference_window_attention, window_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ def inputs(length, num_q_heads, num_kv_heads, dim, dtype, batch=2):
     return make(num_q_heads), make(num_kv_heads), make(num_kv_heads)
 
 
-def check(case, variant, dtype, backend, count=None):
+def check(case, variant, dtype, backend, count=None, **growth):
     length, num_q_heads, num_kv_heads, dim, capacities, num_sinks, prefill = case
     q, k, v = inputs(length, num_q_heads, num_kv_heads, dim, dtype)
     q = q[:, :, length - (count or length) :]
@@ -39,11 +39,12 @@ def check(case, variant, dtype, backend, count=None):
     scale, softcap = variant.get("scale", dim**-0.5), variant.get("softcap")
     arguments = (capacities, num_sinks)
     out = window_attention(
-        q, k, v, *arguments, scale=scale, softcap=softcap, sink_logits=sinks, prefill_length=prefill, backend=backend
-    )
+        q, k, v, *arguments, scale=scale, softcap=softcap, sink_logits=sinks, prefill_length=prefill, backend=backend,
+        **growth,
+    )  # fmt: skip
     rest = (scale, softcap, sinks, prefill)
-    exact = reference_window_attention(q.double(), k.double(), v.double(), *arguments, *rest)
-    plain = reference_window_attention(q, k, v, *arguments, *rest)
+    exact = reference_window_attention(q.double(), k.double(), v.double(), *arguments, *rest, **growth)
+    plain = reference_window_attention(q, k, v, *arguments, *rest, **growth)
     error, allowed = (out.double() - exact).abs().max(), (plain.double() - exact).abs().max()
     assert error <= 2 * allowed + 1e-5, f"error {error:.2e}, same-dtype torch {allowed:.2e}"
 
@@ -76,6 +77,46 @@ def test_the_last_tokens_may_ask_alone(case, count, variant):
 @pytest.mark.parametrize(("case", "count"), CHUNKS[:4])
 def test_the_last_tokens_may_ask_triton_alone(case, count, variant, poisoned):
     check(case, variant, torch.float32, "triton", count)
+
+
+# a case, how many ask, the tokens of a block, those that are left out
+GROWING = [
+    ((200, 2, 2, 16, [40, 7], 4, 0), 200, 64, 0),
+    ((200, 4, 2, 16, [5, 64], 4, 0), 131, 64, 0),
+    ((200, 3, 1, 16, [20], 0, 0), 150, 32, 70),
+    ((37, 2, 2, 16, [16, 9], 8, 0), 37, 16, 0),
+    ((6, 2, 2, 16, [16, 9], 8, 0), 3, 16, 0),
+]
+
+
+@pytest.mark.parametrize("variant", [{"softcap": 5.0, "sinks": True}], ids=str)
+@pytest.mark.parametrize(("case", "count", "tokens_per_block", "skipped"), GROWING, ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_capacities_may_grow_with_the_tokens(backend, case, count, tokens_per_block, skipped, variant, poisoned):
+    growth = {"tokens_per_block": tokens_per_block, "skipped": skipped}
+    check(case, variant, torch.float32, backend, count, **growth)
+
+
+@pytest.mark.parametrize(("capacity", "num_sinks"), [(5, 2), (16, 4), (1, 0)])
+def test_a_growing_window_is_a_list_that_fills_and_evicts(capacity, num_sinks):
+    seen, entries = window_mask([capacity], num_sinks, 100, tokens_per_block=16)[0], []
+    for token in range(100):
+        if len(entries) == capacity * (token // 16 + 1):
+            entries.remove(next(one for one in entries if one >= num_sinks))
+        entries.append(token)
+        assert seen[token].nonzero()[:, 0].tolist() == entries
+
+
+def test_what_does_not_go_with_growing_windows_is_refused():
+    q, k, v = inputs(8, 4, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="prefill_length must be 0 with tokens_per_block, got 3"):
+        window_attention(q, k, v, [5, 9], 4, prefill_length=3, tokens_per_block=16)
+
+
+def test_capacities_may_be_a_tensor():
+    q, k, v = inputs(128, 4, 2, 16, torch.float32)
+    found = window_attention(q, k, v, torch.tensor([20, 50]), 4)
+    assert torch.equal(found, window_attention(q, k, v, [20, 50], 4))
 
 
 def test_more_queries_than_tokens_are_refused():

@@ -12,7 +12,7 @@ from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr")
 
 
-def compile_window_attention(dtype, dim, group, arch, softcap=False, sinks=False, before=False):
+def compile_window_attention(dtype, dim, group, arch, softcap=False, sinks=False, before=False, grows=False):
     config = launch_config(dtype, dim, arch >= 90)
     block = max(16, triton.next_power_of_2(dim))
     constants = {
@@ -27,6 +27,7 @@ def compile_window_attention(dtype, dim, group, arch, softcap=False, sinks=False
         "HAS_SOFTCAP": softcap,
         "HAS_SINK": sinks,
         "HAS_BEFORE": before,
+        "GROWS": grows,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
     types = {}
@@ -55,7 +56,7 @@ def test_window_attention_compiles(dtype, dim, group, arch):
         assert kernel.spilled == 0
 
 
-@pytest.mark.parametrize("variant", ["softcap", "sinks", "before"])
+@pytest.mark.parametrize("variant", ["softcap", "sinks", "before", "grows"])
 def test_window_attention_variants_compile(variant):
     kernel = compile_window_attention(torch.bfloat16, 128, 4, 90, **{variant: True})
     assert kernel.shared <= SHARED_MEMORY[90]

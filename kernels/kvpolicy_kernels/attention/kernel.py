@@ -113,7 +113,7 @@ def _row_in_block(o_j, block, size, offset, rows_per_block):
     return block.to(tl.int64) * rows_per_block + offset + o_j % size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_blocks", "rows_per_block"))
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr,
     chunk_k_ptr, chunk_v_ptr, chunk_mask_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr, programs_ptr,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpolicy_kernels.window_attention.reference import oldest_seen
+
 BLOCK = 128  # of 64, 128 and 256 the fastest on CPUs at contexts 1024 to 4096, windows of 10 to 50 %
 
 
@@ -43,6 +45,39 @@ def blocked_window_attention(
             attend.causal(q[:, :, some], k[:, :, :dense], v[:, :, :dense], o[:, :, some])
         if dense < length:
             _windows(attend, q, k, v, o, max(dense, before), int(capacity) - num_sink_tokens, num_sink_tokens)
+    return out
+
+
+def growing_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    capacities: Sequence[int],
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    tokens_per_block: int,
+    skipped: int,
+) -> Tensor:
+    """Shapes as in `window_attention`. Here each block of queries has a mask of its own."""
+    group, length = query.shape[1] // key.shape[1], key.shape[2]
+    before = length - query.shape[2]
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    column = torch.arange(length, device=query.device)
+    for head, capacity in enumerate(capacities):
+        heads, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        attend = Attend(scale, softcap, None if sink_logits is None else sink_logits[heads])
+        oldest = oldest_seen(column + skipped, capacity, num_sink_tokens, tokens_per_block) - skipped
+        for begin in range(before, length, BLOCK):
+            end = min(begin + BLOCK, length)
+            first = min(max(int(oldest[begin]), num_sink_tokens), end)
+            used = torch.cat([column[: min(num_sink_tokens, end)], column[first:end]])
+            seen = (used <= column[begin:end, None]) & ((used < num_sink_tokens) | (used >= oldest[begin:end, None]))
+            mask = query.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+            some = slice(begin - before, end - before)
+            k, v = key[:, own, used], value[:, own, used]
+            out[:, heads, some] = attend.masked(query[:, heads, some], k, v, mask)
     return out
 
 

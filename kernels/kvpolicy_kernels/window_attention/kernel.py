@@ -18,14 +18,22 @@ from kvpolicy_kernels.softcap.kernel import capped
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 
-COUNTS = ("before", "length", "prefill")  # change from call to call and must not compile again
+COUNTS = ("before", "length", "prefill", "skipped")  # change from call to call and must not compile again
+
+
+@triton.jit
+def _oldest(o_q, capacity, num_sinks, tokens_per_block):
+    """The oldest token besides the sinks that token o_q sees, where capacities grow."""
+    number = o_q // tokens_per_block
+    evicted = tl.maximum(o_q - number * tokens_per_block + 1 - capacity, 0)  # in its own block
+    return num_sinks + number * (tokens_per_block - capacity) + evicted
 
 
 @triton.jit
 def _attend_tile(
-    acc, row_max, row_sum, b_q, k_base, v_base, o_n, o_m, o_d, o_dv, stride_kn, stride_vn,
+    acc, row_max, row_sum, b_q, k_base, v_base, o_n, o_m, o_oldest, o_d, o_dv, stride_kn, stride_vn,
     length, window, num_sinks, prefill, scale_log2, softcap_log2, tanh_scale,
-    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m_n = o_n < length
     # [BLOCK_D, BLOCK_N]
@@ -36,7 +44,10 @@ def _attend_tile(
     scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, b_q.dtype == tl.float32)
-    near = (o_n[None, :] > o_m[:, None] - window) | (o_n[None, :] < num_sinks) | (o_m[:, None] < prefill)
+    if GROWS:
+        near = (o_n[None, :] >= o_oldest[:, None]) | (o_n[None, :] < num_sinks)
+    else:
+        near = (o_n[None, :] > o_m[:, None] - window) | (o_n[None, :] < num_sinks) | (o_m[:, None] < prefill)
     visible = (o_n[None, :] <= o_m[:, None]) & near & m_n[None, :]
     scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -59,10 +70,11 @@ def _window_attention_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, window_ptr, sink_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    before, length, num_sinks, prefill, scale_log2, softcap_log2, tanh_scale,
+    before, length, num_sinks, prefill, tokens_per_block, skipped, scale_log2, softcap_log2, tanh_scale,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_BEFORE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_BEFORE: tl.constexpr, GROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # longest rows first: the last query blocks of a dense head are the most work
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -92,22 +104,28 @@ def _window_attention_kernel(
     if HAS_SINK:
         row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(sink_ptr + i_h).to(tl.float32) * TO_BASE_2
         row_sum += 1.0
+    o_oldest = o_m  # not used
     oldest = tl.maximum(first - window + 1, 0)
+    if GROWS:
+        capacity = window + num_sinks
+        # [BLOCK_M]
+        o_oldest = _oldest(o_m + skipped, capacity, num_sinks, tokens_per_block) - skipped
+        oldest = tl.maximum(_oldest(first + skipped, capacity, num_sinks, tokens_per_block) - skipped, 0)
     if first < prefill:
         oldest = 0
     oldest = oldest // BLOCK_N * BLOCK_N
     for start in range(0, tl.minimum(num_sinks, oldest), BLOCK_N):
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, b_q, k_base, v_base, start + tl.arange(0, BLOCK_N), o_m, o_d, o_dv,
+            acc, row_max, row_sum, b_q, k_base, v_base, start + tl.arange(0, BLOCK_N), o_m, o_oldest, o_d, o_dv,
             stride_kn, stride_vn, tl.minimum(length, oldest), window, num_sinks, prefill,
             scale_log2, softcap_log2, tanh_scale,
-            D, DV, HAS_SOFTCAP, PRECISION,
+            D, DV, HAS_SOFTCAP, GROWS, PRECISION,
         )  # fmt: skip
     for start in range(oldest, tl.minimum(first + BLOCK_M, length), BLOCK_N):
         acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, b_q, k_base, v_base, start + tl.arange(0, BLOCK_N), o_m, o_d, o_dv,
+            acc, row_max, row_sum, b_q, k_base, v_base, start + tl.arange(0, BLOCK_N), o_m, o_oldest, o_d, o_dv,
             stride_kn, stride_vn, length, window, num_sinks, prefill, scale_log2, softcap_log2, tanh_scale,
-            D, DV, HAS_SOFTCAP, PRECISION,
+            D, DV, HAS_SOFTCAP, GROWS, PRECISION,
         )  # fmt: skip
     # rows past the end may have seen nothing
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -145,6 +163,8 @@ def triton_window_attention(
     softcap: float | None,
     sink_logits: Tensor | None,
     prefill_length: int,
+    tokens_per_block: int | None = None,
+    skipped: int = 0,
 ) -> Tensor:
     """Shapes as in `window_attention`; window: int32 [num_kv_heads], capacity minus sinks, on the device."""
     batch, num_q_heads, count, dim = query.shape
@@ -156,11 +176,12 @@ def triton_window_attention(
     _window_attention_kernel[grid](
         query, key, value, out, window, sink_logits,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        length - count, length, num_sink_tokens, prefill_length,
+        length - count, length, num_sink_tokens, prefill_length, tokens_per_block or 0, skipped,
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         NUM_Q_HEADS=num_q_heads, GROUP=num_q_heads // key.shape[1], D=dim, DV=value.shape[-1],
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
         HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_BEFORE=count < length,
+        GROWS=tokens_per_block is not None,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip

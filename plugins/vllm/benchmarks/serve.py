@@ -3,16 +3,19 @@
     python plugins/vllm/benchmarks/serve.py --seconds 360 --out plugins/vllm/benchmarks/results/serve_h200.csv
 
 Llama-3-8B's shape with weights that vLLM makes up, prompts of random tokens, plans whose shares are lognormal with
-sigma 1. `dense` and `fp8` are vLLM as it is, `slab` has fixed capacities, `blocks` ones that grow with the length. Each
-job of `JOBS` has an engine and a process of its own, in the order of their worth, until the seconds are over; a job
-that fails or takes too long loses its own rows alone. Rows are written as they come:
+sigma 1. `dense` and `fp8` are vLLM as it is, `slab` has fixed capacities, `blocks` ones that grow with the length, and
+`keydiff` has slabs whose entries are chosen by their keys. Each job of `JOBS` has an engine and a process of its own,
+in the order of their worth, until the seconds are over; a job that fails or takes too long loses its own rows alone.
+Rows are written as they come:
 
 - `fits`: requests of the longest length that the memory holds, by vLLM's own count.
 - `batch`: as many requests at once as fit; tokens a second of their decoding. Their prompts count as read and their
-  entries are random numbers, because reading a hundred prompts of 32k tokens takes minutes.
-- `single`: one prompt, which is read; seconds to its first token, milliseconds a token behind it.
+  entries are random numbers, because reading a hundred prompts of 32k tokens takes minutes. Under `keydiff` their
+  lengths are spread over a period, so that some are cut in every step, as they are when requests come and go.
+- `single`: one prompt, which is read; seconds to its first token, milliseconds a token behind it. Twice, two rows.
 - `trace`: Poisson arrivals of prompts of 2k tokens up to the context, 128 to 512 tokens each; tokens a second, and the
-  50th and 99th percentile of the time to the first token and of the time of a token.
+  50th and 99th percentile of the time to the first token and of the time of a token. The jobs `...-small` have two
+  fifths of the device's memory, where what a request takes decides how many are served at once.
 
 All decode in CUDA graphs, without torch.compile, which takes half a minute of a start (`--compile` for it). `--tiny` is
 for a look on a CPU: a small model, contexts of 256 tokens, figures that mean nothing.
@@ -33,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ COLUMNS = (
     "start_seconds", "compiled", "device", "torch", "vllm",
 )  # fmt: skip
 SINKS = 4
+PERIOD = 512  # tokens from cut to cut under `keydiff`, as the plan's smallest capacity makes it
 CHUNK = 8192  # vLLM's max_num_batched_tokens
 DECODE = 128  # tokens of each answer in `batch` and `single`
 ARRIVALS, RATE = 48, 1.5  # requests of `trace`, and how many come in a second
@@ -51,27 +55,36 @@ LONGEST_JOB = 110.0  # seconds after which a job is given up
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One engine. context: tokens of a request, its answer included;  kept: fraction of the entries."""
+    """One engine.
+
+    context: tokens of a request, its answer included;  kept: fraction of the entries
+    memory:  vLLM's gpu_memory_utilization
+    """
 
     system: str
     context: int
     kept: float
     runs: tuple[str, ...]
     max_num_seqs: int
+    memory: float = 0.9
 
 
 JOBS = {
+    "slab-20-trace": Job("slab", 32768, 0.2, ("fits", "trace"), 128),
+    "dense-trace": Job("dense", 32768, 1.0, ("fits", "trace"), 128),
+    "blocks-20": Job("blocks", 32768, 0.2, ("fits", "batch"), 160),
+    "slab-30-128k": Job("slab", 131072, 0.3, ("single",), 8),
+    "dense-128k": Job("dense", 131072, 1.0, ("single",), 8),
+    "keydiff-20": Job("keydiff", 32768, 0.2, ("fits", "batch", "single"), 160),
+    "blocks-30": Job("blocks", 32768, 0.3, ("single",), 8),
+    "slab-20-trace-small": Job("slab", 32768, 0.2, ("fits", "trace"), 128, 0.4),
+    "dense-trace-small": Job("dense", 32768, 1.0, ("fits", "trace"), 128, 0.4),
+    "slab-30": Job("slab", 32768, 0.3, ("single",), 8),
     "slab-20": Job("slab", 32768, 0.2, ("fits", "batch"), 160),
     "dense": Job("dense", 32768, 1.0, ("fits", "batch", "single"), 32),
     "fp8": Job("fp8", 32768, 1.0, ("fits", "batch"), 64),
-    "slab-30": Job("slab", 32768, 0.3, ("single",), 8),
-    "slab-30-128k": Job("slab", 131072, 0.3, ("single",), 8),
-    "dense-128k": Job("dense", 131072, 1.0, ("single",), 8),
-    "blocks-20": Job("blocks", 32768, 0.2, ("fits", "batch"), 160),
-    "blocks-30": Job("blocks", 32768, 0.3, ("single",), 8),
-    "dense-trace": Job("dense", 32768, 1.0, ("trace",), 128),
-    "slab-20-trace": Job("slab", 32768, 0.2, ("trace",), 128),
 }
+"""In the order of what is not known yet."""
 
 
 def main() -> None:
@@ -87,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="serve.csv", help="CSV, to which rows are added")
     parser.add_argument("--seconds", type=float, default=3600.0, help="no job goes on after these")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--memory", type=float, default=0.9, help="vLLM's gpu_memory_utilization")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as vLLM does by itself")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
@@ -125,7 +137,7 @@ def _one(options: argparse.Namespace) -> None:
     job = JOBS[options.job]
     if options.tiny:
         os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1")
-        job = Job(job.system, 256, job.kept, job.runs, 8)
+        job = replace(job, context=256, max_num_seqs=8)
     import torch
     import vllm.model_executor.models.llama
 
@@ -150,9 +162,9 @@ class Bench:
         extra: dict[str, Any] = {}
         if job.system == "fp8":
             extra["kv_cache_dtype"] = "fp8"
-        if job.system in ("slab", "blocks"):
-            settings = _write_plan(folder, config, job.kept, job.context)
-            if job.system == "slab":
+        if job.system in ("slab", "blocks", "keydiff"):
+            settings = _write_plan(folder, config, job, options.tiny)
+            if job.system != "blocks":
                 settings["context_length"] = job.context
             extra["additional_config"] = {"kvpolicy": settings}
         if not options.compile:
@@ -165,7 +177,7 @@ class Bench:
             max_num_batched_tokens=self.chunk,
             max_num_seqs=job.max_num_seqs,
             cudagraph_capture_sizes=[1, 2, 4, *range(8, job.max_num_seqs + 1, 8)],
-            gpu_memory_utilization=options.memory,
+            gpu_memory_utilization=job.memory,
             enable_prefix_caching=False,
             enforce_eager=options.tiny,
             seed=0,
@@ -195,7 +207,8 @@ class Bench:
             if run == "batch":
                 self._batch(min(self.job.max_num_seqs, math.floor(fits)))
             elif run == "single":
-                self._single()
+                for _ in range(2):
+                    self._single()
             elif run == "trace":
                 self._trace()
 
@@ -204,7 +217,7 @@ class Bench:
 
         cache = self.core.scheduler.kv_cache_config
         fits = float(get_max_concurrency_for_kv_cache_config(self.core.vllm_config, cache))
-        if self.job.system == "slab":
+        if self.job.system in ("slab", "keydiff"):
             fits = cache.num_blocks - 1  # a block is a request, and one is vLLM's own
         if "fits" in self.job.runs:
             sizes = [tensor.size for tensor in cache.kv_cache_tensors]
@@ -215,8 +228,9 @@ class Bench:
 
     def _batch(self, count: int) -> None:
         self._fill()
+        longest, period = self.job.context - self.decode - 1, PERIOD if self.job.system == "keydiff" else 0
         with self._prompts_count_as_read():
-            served = self._serve([self.job.context - self.decode - 1] * count, self.decode)
+            served = self._serve([longest - period * i // count for i in range(count)], self.decode)
         begin = max(times[0] for _, times in served)
         end = min(times[-1] for _, times in served)
         tokens = sum(sum(begin < at <= end for at in times) for _, times in served)
@@ -366,20 +380,26 @@ def _write_model(folder: Path, tiny: bool, context: int) -> Any:
     return config
 
 
-def _write_plan(folder: Path, config: Any, kept: float, context: int) -> dict[str, Any]:
-    """Its file and retention. Shares lognormal with sigma 1, clipped so that blocks can hold them."""
+def _write_plan(folder: Path, config: Any, job: Job, tiny: bool) -> dict[str, Any]:
+    """Its file and retention. Shares lognormal with sigma 1, clipped so that blocks hold them and periods are long."""
     import torch
 
     import kvpolicy
+    from kvpolicy.budget.plan import PlanChoice
 
     spec = kvpolicy.ModelSpec.from_config(config)
     shares = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
-    least = max(SINKS + 1, context // 64)
-    budget = kvpolicy.Budget(spec.total_entries(kept, context), spec.table_shape, least, context)
-    table = kvpolicy.apportion(shares, budget)
-    path = folder / "plan.json"
-    kvpolicy.save_plan(kvpolicy.BudgetPlan.from_capacities(spec, table, context_length=context), path)
-    return {"plan": str(path), "retention": int(table.sum()) / (table.numel() * context)}
+    least, policy = max(SINKS + 1, job.context // 64), PlanChoice("streaming", {"num_sink_tokens": SINKS})
+    if job.system == "keydiff":
+        recent = 4 if tiny else 32
+        least, policy = 64 if tiny else 4 * PERIOD, PlanChoice("keydiff", {"recent_window": recent})
+    kept = max(job.kept, 0.5) if tiny else job.kept
+    budget = kvpolicy.Budget(spec.total_entries(kept, job.context), spec.table_shape, least, job.context)
+    plan = kvpolicy.BudgetPlan.from_capacities(
+        spec, kvpolicy.apportion(shares, budget), context_length=job.context, policy=policy
+    )
+    kvpolicy.save_plan(plan, folder / "plan.json")
+    return {"plan": str(folder / "plan.json"), "retention": float(plan.levels[0].retention)}
 
 
 if __name__ == "__main__":

@@ -63,19 +63,27 @@ class StepRequests:
 
     @classmethod
     def read(cls, step: Any) -> StepRequests:
-        """step: vLLM's metadata. In a step of single tokens nothing is copied, and nothing waits for the device."""
+        """step: vLLM's metadata. Nothing waits for the device, and in a step of single tokens nothing is copied."""
         lengths, blocks = step.seq_lens[: step.num_reqs], step.block_table_tensor[: step.num_reqs]
         if step.max_query_len == 1:
             return cls(None, lengths, blocks, [])
-        begins, counts = step.query_start_loc_cpu.tolist(), lengths.tolist()
+        begins, counts = step.query_start_loc_cpu.tolist(), _counts(step)
         singles, chunks = [], []
         for request, (begin, end, count) in enumerate(zip(begins, begins[1:], counts, strict=False)):
             if end - begin == 1:
                 singles.append((begin, request))
             elif end > begin:
                 chunks.append((begin, end, count - (end - begin), blocks[request]))
-        at, of = torch.tensor(singles, dtype=torch.int64, device=blocks.device).view(-1, 2).unbind(1)
+        table = torch.tensor(singles, dtype=torch.int64, pin_memory=blocks.is_cuda).view(-1, 2)
+        at, of = table.to(blocks.device, non_blocking=True).unbind(1)
         return cls(at, lengths[of], blocks[of], chunks)
+
+
+def _counts(metadata: Any) -> list[int]:
+    """Tokens of each request with this forward's. Waits for the device where vLLM does not know them on the host."""
+    known = metadata.seq_lens_cpu_upper_bound  # exact, because nothing is drafted
+    counts: list[int] = (metadata.seq_lens if known is None else known).tolist()
+    return counts
 
 
 class SharedSteps:
@@ -97,9 +105,7 @@ class SharedSteps:
 
     def cut(self, metadata: Any) -> None:
         """Under a content policy, before the step itself: where a single token's request has come to a cut."""
-        known = metadata.seq_lens_cpu_upper_bound  # exact, because nothing is drafted
-        counts = (metadata.seq_lens if known is None else known).tolist()
-        begins = metadata.query_start_loc_cpu.tolist()
+        begins, counts = metadata.query_start_loc_cpu.tolist(), _counts(metadata)
         for request, (begin, end, count) in enumerate(zip(begins, begins[1:], counts, strict=False)):
             if end - begin == 1:
                 for module in self._modules:
@@ -126,7 +132,7 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
         self.is_cut = bool(impls[0].serving.period)
         self.is_first = next(iter(layers)) in layer_names
         if impls[0].steps is None:
-            check_attention(device, vllm_config.model_config.dtype)
+            check_attention(device, vllm_config.model_config.dtype, impls[0].head_size)
             layouts = [impl.layout(device) for impl in impls]
             steps = SharedSteps(LayerTables(layouts, impls[0].head_size), list(layers.values()))
             for index, (impl, layout) in enumerate(zip(impls, layouts, strict=True)):

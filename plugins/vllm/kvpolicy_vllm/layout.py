@@ -77,6 +77,12 @@ class BlockLayout:
         slots = self.slots[:, None]
         return block * slots + torch.minimum(counts - block * self.tokens_per_block, slots)
 
+    def num_kept(self, begin: int, end: int, at: int) -> Tensor:
+        """How many of the tokens from `begin` to before `end` a query at `at` sees, int64 [H]."""
+        sinks = max(0, min(self.num_sink_tokens, end) - begin)
+        oldest = self.oldest(torch.full((1,), at, device=self.slots.device))[:, 0]
+        return (end - oldest.clamp(min=begin)).clamp(min=0) + sinks
+
     def slot(self, positions: Tensor) -> Tensor:
         """Which of a head's entries the token at each position [N] is or was, int64 [H, N].
 
@@ -84,17 +90,22 @@ class BlockLayout:
         """
         if self.table is not None:
             return self.table[positions].t().long()
-        ring = self.slots[:, None] - self.num_sink_tokens
-        turned = self.num_sink_tokens + (positions - self.num_sink_tokens) % ring
-        return torch.where(positions < self.slots[:, None], positions, turned)
+        return self._slot_in_ring(self.slots[:, None], positions)
 
-    def rows_of(self, blocks: Tensor, slot: Tensor) -> Tensor:
-        """The arena's row of each entry, int64 [H, N].
+    def rows_of(self, blocks: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
+        """The arena's rows of some heads' tokens, int64 [N].
 
-        blocks: int [P], the blocks of one request;  slot: [H, N], from `slot`
+        blocks: int [P], the blocks of one request;  heads, positions: int64 [N]
         """
-        number, inside = slot // self.slots[:, None], slot % self.slots[:, None]
-        return blocks.long()[number] * self.rows + self.offsets[:, None] + inside
+        slots = self.slots[heads]
+        slot = self._slot_in_ring(slots, positions) if self.table is None else self.table[positions, heads].long()
+        return blocks.long()[slot // slots] * self.rows + self.offsets[heads] + slot % slots
+
+    def _slot_in_ring(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """For slabs."""
+        ring = slots - self.num_sink_tokens
+        turned = self.num_sink_tokens + (positions - self.num_sink_tokens) % ring
+        return torch.where(positions < slots, positions, turned)
 
     def _split(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return positions // self.tokens_per_block, positions % self.tokens_per_block

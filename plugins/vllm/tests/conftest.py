@@ -27,6 +27,11 @@ VOCABULARY = 256
 MAX_MODEL_LEN = 512
 
 
+def on_a_gpu(*values: Any) -> Any:
+    """A case of a parametrised test that needs a GPU."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a random Llama of 3 layers, 4 query heads and 2 KV heads."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import on_a_gpu
 from kvpolicy_vllm import self_check
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.layout import BlockLayout
@@ -47,36 +48,43 @@ def test_positions_say_what_is_kept_and_where(slots: int, tokens_per_block: int,
     assert layout.lengths(torch.tensor([0])).tolist() == [[0], [0]]
 
 
+def last_kept(slots: int) -> list[int]:
+    """Tokens in blocks of 64 with four sinks."""
+    *_, (kept, _) = token_by_token(slots, 64, 4)
+    return kept
+
+
 def test_rows_of_heads_and_blocks_are_apart() -> None:
     layout = BlockLayout.of([5, 20], 64, 4, max_tokens=TOKENS, rows=40)
     blocks = torch.randperm(9)[: layout.num_blocks]
-    slot = torch.arange(5 * layout.num_blocks).expand(2, -1)
-    rows = layout.rows_of(blocks, slot)
+    tokens = [torch.tensor(kept) for kept in (last_kept(5), last_kept(20))]
+    heads = torch.cat([torch.full_like(kept, head) for head, kept in enumerate(tokens)])
+    rows = layout.rows_of(blocks, heads, torch.cat(tokens))
     assert layout.rows == 40 and len(rows.unique()) == rows.numel() and int(rows.max()) < 9 * 40
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("device", "softcap"), [("cpu", None), ("cpu", 5.0), on_a_gpu("cuda", None)])
 @pytest.mark.parametrize(("slots", "tokens_per_block"), [((16, 64), 512), ((20, 9), 64)])
 @pytest.mark.parametrize("chunk", [1, 16, 37, 200])
 def test_chunks_and_single_tokens_attend_alike(
-    slots: tuple[int, int], tokens_per_block: int, softcap: float | None, chunk: int
+    slots: tuple[int, int], tokens_per_block: int, softcap: float | None, chunk: int, device: str
 ) -> None:
     torch.manual_seed(0)
-    layout = BlockLayout.of(slots, tokens_per_block, 4, max_tokens=512)
+    layout = BlockLayout.of(slots, tokens_per_block, 4, max_tokens=512, device=device)
     attention = BlockAttention(layout, 0.25, softcap)
-    query, key, value = torch.randn(300, 4, 16), torch.randn(300, 2, 16), torch.randn(300, 2, 16)
+    query, key, value = (torch.randn(300, heads, 32).to(device) for heads in (4, 2, 2))
     answers = []
     for size in (chunk, 300):
-        cache = torch.full((10, layout.rows, 2, 16), 1e4)  # what lay there before
-        blocks = torch.randperm(9)[: layout.num_blocks] + 1
-        tables = LayerTables([layout], 16)
+        cache = torch.full((10, layout.rows, 2, 32), 1e4, device=device)  # what lay there before
+        blocks = torch.randperm(9, device=device)[: layout.num_blocks] + 1
+        tables = LayerTables([layout], 32)
         parts = [
             attention.chunk(*(x[begin : begin + size] for x in (query, key, value)), cache, blocks, begin)
             if size > 1
             else attention.decode(
                 *(x[begin : begin + 1] for x in (query, key, value)),
                 cache,
-                *tables.step(blocks[None], torch.tensor([begin + 1])),
+                *tables.step(blocks[None], torch.tensor([begin + 1], device=device)),
             )
             for begin in range(0, 300, size)
         ]
@@ -98,8 +106,8 @@ def test_layers_together_are_the_layers_alone(tokens_per_block: int) -> None:
         assert step.lengths.view(5, 2).tolist() == layout.lengths(counts).t().tolist()
         for request, count in enumerate(counts.tolist()):
             if count:
-                rows = layout.rows_of(blocks[request], layout.slot(torch.tensor([count - 1])))
-                assert step.rows.view(5, 2)[request].tolist() == rows[:, 0].tolist()
+                rows = layout.rows_of(blocks[request], torch.arange(2), torch.tensor([count - 1] * 2))
+                assert step.rows.view(5, 2)[request].tolist() == rows.tolist()
         assert torch.equal(step.blocks, blocks)
         assert (step.starts is None) == (layout.num_blocks > 1)
         if step.starts is not None:
@@ -120,21 +128,21 @@ def test_a_row_of_no_request_touches_nobody() -> None:
 
 def test_self_check_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     check = self_check.check_attention.__wrapped__
-    check(torch.device("cpu"), torch.float32)
-    check(torch.device("cpu"), torch.bfloat16)
+    check(torch.device("cpu"), torch.float32, 64)
+    check(torch.device("cpu"), torch.bfloat16, 128)
     oldest = BlockLayout.oldest
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="attends wrongly on cpu"):
         patch.setattr(BlockLayout, "slot", lambda self, at: at % self.slots[:, None])
-        check(torch.device("cpu"), torch.float32)
+        check(torch.device("cpu"), torch.float32, 64)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="attends"):
         patch.setattr(BlockLayout, "oldest", lambda self, at: oldest(self, at) * 0)
-        check(torch.device("cpu"), torch.float32)
+        check(torch.device("cpu"), torch.float32, 64)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_holds_on_a_gpu(dtype: torch.dtype) -> None:
-    self_check.check_attention.__wrapped__(torch.device("cuda"), dtype)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 128), (torch.float16, 128)])
+def test_attention_holds_on_a_gpu(dtype: torch.dtype, dim: int) -> None:
+    self_check.check_attention.__wrapped__(torch.device("cuda"), dtype, dim)
 
 
 @pytest.mark.gpu
@@ -142,11 +150,11 @@ def test_attention_holds_on_a_gpu(dtype: torch.dtype) -> None:
 def test_a_step_of_single_tokens_fits_a_graph(slots: tuple[int, int], tokens_per_block: int) -> None:
     device = torch.device("cuda")
     layout = BlockLayout.of(slots, tokens_per_block, 4, max_tokens=4096, device=device)
-    attention, tables = BlockAttention(layout, 0.125), LayerTables([layout], 64)
-    caches = [torch.zeros(40, layout.rows, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    attention, tables = BlockAttention(layout, 0.125), LayerTables([layout], 128)
+    caches = [torch.zeros(40, layout.rows, 2, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
     blocks = torch.arange(1, 1 + 2 * layout.num_blocks, device=device).view(2, -1)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
-    new = [torch.zeros(2, heads, 64, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    new = [torch.zeros(2, heads, 128, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
     for _ in range(2):
         attention.decode(*new, caches[0], *tables.step(blocks, counts))
     graph = torch.cuda.CUDAGraph()

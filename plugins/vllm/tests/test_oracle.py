@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,24 +140,52 @@ def test_pages_equal_the_masked_forward(
     assert preemptions.count > 0
 
 
+def graph_options(graphs: str) -> dict[str, Any]:
+    """Options of an engine; its chunks may be made smaller."""
+    return {
+        "max_num_batched_tokens": 512,
+        "enforce_eager": graphs == "NONE",
+        "compilation_config": {"mode": 0, "cudagraph_mode": graphs},
+        "gpu_memory_utilization": 0.2,
+    }
+
+
+def answers_in_chunks(llm: Any, requests: dict[int, int]) -> Iterator[tuple[list[list[int]], Any]]:
+    """Prompts and what was found. requests: how many of them with each number of tokens that a step takes at most."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    for chunk, count in requests.items():
+        scheduler.max_num_scheduled_tokens = chunk
+        asked = prompts([301, *lengths(count - 1, chunk)])
+        yield asked, answers(llm, asked, 20)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", ["NONE", "FULL_DECODE_ONLY"])
+@pytest.mark.parametrize(
+    ("graphs", "requests"),
+    [("FULL_DECODE_ONLY", {16: 20, 37: 40, 64: 60, 512: 80}), ("NONE", {37: 15, 512: 25})],
+    ids=["graphs", "eager"],
+)
 @pytest.mark.parametrize("tokens_per_block", [MAX_MODEL_LEN, 64])
 def test_a_gpu_equals_the_masked_forward(
-    model: str, engine: Any, tmp_path: Path, graphs: str, tokens_per_block: int
+    model: str,
+    engine: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: str,
+    requests: dict[int, int],
+    tokens_per_block: int,
 ) -> None:
+    """One engine for all chunks; requests of growing blocks are preempted."""
     table = [[13, 40], [26, 19], [52, 10]]
     plan = save_plan(model, tmp_path / "plan.json", [[8 * slots for slots in row] for row in table])
     settings = {"plan": plan, "retention": sum(map(sum, table)) / (6 * 64)}
-    if tokens_per_block == MAX_MODEL_LEN:
+    is_slab = tokens_per_block == MAX_MODEL_LEN
+    if is_slab:
         settings["context_length"] = MAX_MODEL_LEN
         table = [[8 * slots for slots in row] for row in table]
-    llm = engine(
-        settings,
-        max_num_batched_tokens=64,
-        enforce_eager=graphs == "NONE",
-        compilation_config={"mode": 0, "cudagraph_mode": graphs},
-        gpu_memory_utilization=0.2,
-    )
-    asked = prompts([150, 7, 40, 301, *lengths(20, 3)])
-    check(Oracle(model, layouts(tokens_per_block, table)), asked, answers(llm, asked, 40), tolerance=1e-3)
+    preemptions = Preemptions(monkeypatch)
+    llm = engine(settings, num_gpu_blocks_override=6 if is_slab else 10, **graph_options(graphs))
+    oracle = Oracle(model, layouts(tokens_per_block, table))
+    for asked, found in answers_in_chunks(llm, requests):
+        check(oracle, asked, found, tolerance=1e-3)
+    assert is_slab or preemptions.count > 0

@@ -273,7 +273,7 @@ def test_installing_twice_does_nothing() -> None:
 def test_self_check_runs_at_start(model: str, plan: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpolicy_vllm import backend
 
-    calls: list[torch.dtype] = []
-    monkeypatch.setattr(backend, "check_attention", lambda device, dtype: calls.append(dtype))
+    calls: list[tuple[torch.dtype, int]] = []
+    monkeypatch.setattr(backend, "check_attention", lambda device, dtype, dim: calls.append((dtype, dim)))
     engine({"plan": plan, **FIXED})
-    assert set(calls) == {torch.float32}
+    assert set(calls) == {(torch.float32, 32)}
