@@ -65,7 +65,7 @@ def _masked(layout: BlockLayout | None, query: Tensor, key: Tensor, value: Tenso
     mask = (at <= at[:, None]).expand(HEADS, -1, -1)
     if layout is not None:
         mask = mask & ((at < layout.num_sink_tokens) | (at >= layout.oldest(at)[:, :, None]))
-    q, k, v = query.float().unflatten(1, (HEADS, GROUP)), key.float(), value.float()
+    q, k, v = query.float().view(TOKENS, HEADS, GROUP, -1), key.float(), value.float()
     scores = torch.einsum("qhgd,khd->hgqk", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
     return torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)

@@ -15,7 +15,7 @@ BLOCKS = (64, 128, 256, 512, 1024, 2048)
 """Tokens of a block where budgets grow with the length; the smallest that fits the plan is taken, but for `MOST`."""
 
 MOST = 32
-"""Blocks of a request that are better not exceeded: each is attended to by itself, and merged."""
+"""Blocks of a request that are better not exceeded, so that a head's entries are read in long runs."""
 
 ROUNDING = 0.1
 """The most that a head's share of a block may be off, relative to the plan's."""
