@@ -46,7 +46,7 @@ COLUMNS = (
     "start_seconds", "compiled", "device", "torch", "vllm",
 )  # fmt: skip
 SINKS = 4
-PERIOD = 512  # tokens from cut to cut under `keydiff`, as the plan's smallest capacity makes it
+PERIOD = 512  # tokens from cut to cut under `keydiff`
 CHUNK = 8192  # vLLM's max_num_batched_tokens
 DECODE = 128  # tokens of each answer in `batch` and `single`
 ARRIVALS, RATE = 48, 1.5  # requests of `trace`, and how many come in a second
@@ -228,7 +228,8 @@ class Bench:
 
     def _batch(self, count: int) -> None:
         self._fill()
-        longest, period = self.job.context - self.decode - 1, PERIOD if self.job.system == "keydiff" else 0
+        longest = self.job.context - self.decode - 1
+        period = self.core.vllm_config.additional_config.get("kvpolicy", {}).get("period", 0)
         with self._prompts_count_as_read():
             served = self._serve([longest - period * i // count for i in range(count)], self.decode)
         begin = max(times[0] for _, times in served)
