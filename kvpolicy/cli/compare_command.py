@@ -23,7 +23,8 @@ def compare_command(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8); "
+            help="POLICY/ALLOCATOR, POLICY (under uniform), a plan file, POLICY/PLAN, or quantized/int4 (int2, fp8, "
+            "kivi4, kivi2); "
             "behind any of the first a format of the entries, snapkv@int4 (int8), at the same bytes; "
             "with parameters, in quotes: 'POLICY(NAME=JSON, ...)'. More may follow as arguments.",
             show_default=False,

@@ -28,8 +28,8 @@ from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
 
 UNIFORM, RANDOM, FULL = "uniform", "random", "full"
-QUANTIZED = ("fp8", "int4", "int2")
-"""What transformers' `QuantizedCache` may hold the entries in: methods of their own, such as quantized/int4."""
+QUANTIZED = ("fp8", "int4", "int2", "kivi4", "kivi2")
+"""What transformers' `QuantizedCache`, or KIVI's, may hold the entries in: methods of their own, as quantized/int4."""
 _PARTS = re.compile(r"([^/(]*(?:\(.*?\))?)(?:/(.*))?", re.DOTALL)
 _AT = "@"
 _FORMAT = re.compile(rf"(.+){_AT}([a-z]+[0-9]*)", re.DOTALL)

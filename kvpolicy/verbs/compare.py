@@ -74,9 +74,9 @@ def compare(
     """Compares methods at equal bytes: quality with intervals, bytes, decode time, and who is better than whom.
 
     methods:    "POLICY/ALLOCATOR", "POLICY" (under uniform), a plan file, "POLICY/PLAN", or "quantized/int4" (int2,
-                fp8); with parameters, "POLICY(NAME=JSON, ...)"; in a format, "snapkv@int4", with as many entries as
-                take the bytes of the others. The controls are always added: the full cache, entries kept at random,
-                uniform budgets under each policy, and budgets shuffled over the KV heads
+                fp8, kivi4, kivi2); with parameters, "POLICY(NAME=JSON, ...)"; in a format, "snapkv@int4", with as many
+                entries as take the bytes of the others. The controls are always added: the full cache, entries kept at
+                random, uniform budgets under each policy, and budgets shuffled over the KV heads
     task:       what to measure: "perplexity", or a registered task such as "passkey", "ruler/vt", "longbench/trec"
     question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
     data:       the folder of a task's files

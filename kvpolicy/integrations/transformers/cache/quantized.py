@@ -1,4 +1,6 @@
-"""transformers' own `QuantizedCache`: every token is kept, in fewer bits. A baseline, without kvpolicy in it."""
+"""Caches that keep every token, in fewer bits: transformers' own `QuantizedCache`, and KIVI's. Baselines, without a
+budget in them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 from transformers.utils import is_optimum_quanto_available
 
 from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.cache.kivi import kivi_cache
 
 _BACKENDS: dict[str, tuple[str, dict[str, int]]] = {
     "fp8": ("fp8", {}),
@@ -17,16 +20,21 @@ _BACKENDS: dict[str, tuple[str, dict[str, int]]] = {
     "int2": ("quanto", {"nbits": 2}),
 }
 
+_KIVI = {"kivi4": 4, "kivi2": 2}
+
 
 def quantized_cache(model: PreTrainedModel, kind: str) -> Cache:
-    """An empty `QuantizedCache` with transformers' defaults, for a model that is not attached (`detached`).
+    """An empty cache in fewer bits, for a model that is not attached (`detached`).
 
-    kind: "fp8", or "int4" and "int2", which need the package optimum-quanto
+    kind: transformers' `QuantizedCache` with its defaults in "fp8", or in "int4" and "int2", which need the package
+        optimum-quanto; or "kivi4" and "kivi2", KIVI's own rule
 
     The prompt is quantized when it has been attended to. What follows is held as it is until 128 tokens have come
-    (int4, int2). Raises `ModelError` where the package is missing, and where this transformers has no such cache for
-    this model.
+    (int4, int2), or as `KiviLayer` says. Raises `ModelError` where the package is missing, and where there is no such
+    cache for this model.
     """
+    if kind in _KIVI:
+        return kivi_cache(model, _KIVI[kind])
     backend, options = _BACKENDS[kind]
     if backend == "quanto" and not is_optimum_quanto_available():
         raise ModelError(f"a cache in {kind} needs the package optimum-quanto: pip install optimum-quanto")
