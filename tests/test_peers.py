@@ -16,7 +16,7 @@ def head_to_head(monkeypatch):
     import head_to_head
 
     yield head_to_head
-    for name in ("head_to_head", "conversation"):
+    for name in ("head_to_head", "conversation", "peers_picture"):
         sys.modules.pop(name, None)
 
 
@@ -26,6 +26,7 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
     def run(command, **options):
         asked.append(json.loads(Path(command[2]).read_text()))
         row = {"tool": "kvpress 0.5.5", "method": "snapkv", "kept": 0.5, "n": 2, "score": 0.0, "ms_a_token": 3.0}
+        row |= {"second_turn": 0.0, "bytes": 4}
         return type("Done", (), {"stdout": f"a warning\n{json.dumps(row)}\n"})
 
     monkeypatch.setattr(head_to_head.subprocess, "run", run)
@@ -43,3 +44,4 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
     assert float(ours["bytes"]) < 0.6 * float(dense["bytes"])
     assert [row["padded_batch"] for row in (dense, ours, rows["kvpolicy", "snapkv/adakv"])] == ["equal"] * 3
     assert "nothing" in rows["kvpolicy", "nothing"]["error"]
+    assert out.with_suffix(".png").stat().st_size > 10_000

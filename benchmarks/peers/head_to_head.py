@@ -7,7 +7,7 @@ A number stands in a context, which is compressed before its question comes. Col
 said, and said again in a second turn; bytes that the cache really holds behind the context; seconds of the context's
 forward and milliseconds a token of the answer, plain loops everywhere; and whether two prompts of different lengths
 give the same tokens in one left-padded batch as they do alone. kvpress 0.5.5 needs transformers below 5.3, so it runs
-in an environment of its own; without --kvpress its rows are left out.
+in an environment of its own; without --kvpress its rows are left out. A picture of it lies beside the CSV, OUT.png.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from kvpolicy.tasks.family import task_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conversation import Peer, Prompt, measured, positions, stock_bytes
+from peers_picture import picture
 
 METHODS = (
     ("snapkv", "uniform"), ("expected_attention", "uniform"), ("keydiff", "uniform"), ("streaming", "uniform"),
@@ -61,6 +62,7 @@ def main() -> None:
         writer = csv.DictWriter(file, [*columns, *settings])
         writer.writeheader()
         writer.writerows(row | settings for row in rows)
+    picture([row | settings for row in rows], options.out.with_suffix(".png"))
 
 
 def parsed() -> Any:
