@@ -12,6 +12,9 @@ MODULES = {"basics", "harness", "shapes", "shared", "side_by_side", "task_lines"
 SCRIPTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if path.stem not in MODULES]
 
 
+WITH_KERNELS = ("decode_formats", "decode_graph", "decode_windows", "prefill")
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """Modules of the benchmarks' folders are found, and forgotten afterwards."""
@@ -27,7 +30,7 @@ def alone(monkeypatch):
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_needs_no_gpu(script, monkeypatch, capsys):
-    if script.parent.parent.name == "kernels" or script.stem in ("decode_graph", "decode_windows", "prefill"):
+    if script.parent.parent.name == "kernels" or script.stem in WITH_KERNELS:
         pytest.importorskip("triton")
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as exit_:

@@ -1,27 +1,35 @@
 """Decode attention over int8 and int4 entries beside the same entries in bf16, and what encoding a token costs.
 
     python kernels/benchmarks/bench_encoded_attention.py --out kernels/benchmarks/results/encoded_attention_h200.csv
+    python kernels/benchmarks/bench_encoded_attention.py --launches --out kernels/benchmarks/results/launches_h200.csv
 
 Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
 the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens
-besides, as a chunk under a mask. "encode" rows are one token of a layer, keys and values, beside `append` alone.
+besides, whose codes are hidden. "encode" rows are one token of a layer, keys and values, beside `append` alone.
+
+`--launches` times tile sizes and numbers of programs instead, fastest first at the end, in about a minute and a half:
+what `launch_config` and `encoded_programs` say is decided by its "entries and block" rows. "no entries" is what a call
+takes whatever the size.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from basics import command_line, write_csv
 from bench_decode_attention import spread
 from harness import cold_time, copies_needed, machine, read_limit
 from kvpolicy_kernels.append import append
-from kvpolicy_kernels.attention import decode_attention, plan_work
+from kvpolicy_kernels.attention import WorkPlan, decode_attention, plan_work
+from kvpolicy_kernels.attention.kernel import triton_plan
 from kvpolicy_kernels.encode import encode
-from kvpolicy_kernels.encoded_attention import encoded_attention
+from kvpolicy_kernels.encoded_attention import encoded_attention, encoded_programs
+from kvpolicy_kernels.encoded_attention import kernel as encoded_kernel
 from kvpolicy_kernels.formats import FORMATS, EntryFormat
-from kvpolicy_kernels.segments import Chunk, EncodedSegments, Segments
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, Segments
 from torch import Tensor
 
 # batch, mean entries of a KV head, KV heads, group, head dim, distribution
@@ -32,7 +40,12 @@ CELLS = (
     (8, 8192, 4, 2, 256, "uniform"),
 )  # fmt: skip
 GOALS = {"int8": 0.65, "int4": 0.5}
-BLOCK, PART = 36, 2**16  # tokens of the exact block;  rows encoded at a time
+SINKS, BLOCK, PART = 4, 36, 2**16  # sinks and all tokens of the exact block;  rows encoded at a time
+LAUNCHES = (  # BLOCK_N, STAGES, maxnreg
+    (64, 3, None), (64, 3, 168), (64, 4, None), (64, 2, 168), (32, 3, None), (32, 3, 168), (32, 4, 128),
+)  # fmt: skip
+LAUNCH_CELLS = CELLS[1], CELLS[3]
+PER_SM, UNITS = (4, 6, 8, 11, 16), (64, 128)  # programs of a multiprocessor;  entries of a unit
 Calls = list[Callable[[], object]]
 
 
@@ -50,8 +63,22 @@ class Case:
         block = (torch.randn(batch, heads, BLOCK, dim, device="cuda").bfloat16() for _ in range(2))
         self.block = Chunk(*block, torch.ones(batch, 1, 1, BLOCK, dtype=torch.bool, device="cuda"))
         self.plan = plan_work(self.lengths, head_dim=dim)
+        self.encoded_plan = plan_work(self.lengths, head_dim=dim, num_programs=encoded_programs(self.lengths.device))
         first = self.lengths.cumsum(0) - self.lengths
         self.starts = [first + i * self.total for i in range(self.rows // self.total)]
+
+    def copies(self, starts: Tensor) -> ExactCopies:
+        """Of the first and the last entries of every segment, whose tokens lie in their order."""
+        positions = torch.full((self.rows,), -1, dtype=torch.int32, device="cuda")
+        last = int(self.lengths.max())  # where the last token of every segment is
+        batch = len(self.query)
+        for start, length in zip(starts.tolist(), self.lengths.tolist(), strict=True):
+            own = torch.arange(last - length, last, device="cuda", dtype=torch.int32)
+            own[:SINKS] = torch.arange(SINKS, device="cuda")[:length]
+            positions[start : start + length] = own
+        ring = torch.arange(last - BLOCK + SINKS, last, device="cuda", dtype=torch.int32)
+        slots = torch.cat([torch.arange(SINKS, device="cuda", dtype=torch.int32), ring.roll(last % (BLOCK - SINKS))])
+        return ExactCopies(self.block.key, self.block.value, slots.expand(batch, -1).contiguous(), positions, SINKS)
 
     def encoded(self, entry_format: EntryFormat) -> list[EncodedSegments]:
         columns = []
@@ -64,12 +91,16 @@ class Case:
         segments = [Segments(self.keys, self.values, starts, self.lengths) for starts in self.starts]
         return [functools.partial(decode_attention, self.query, x, chunk, plan=self.plan) for x in segments]
 
-    def ours(self, segments: list[EncodedSegments], chunk: Chunk | None) -> Calls:
-        run = functools.partial(encoded_attention, plan=self.plan, backend="triton")
-        return [functools.partial(run, self.query, x, chunk) for x in segments]
+    def ours(self, segments: list[EncodedSegments], *, with_block: bool, plan: WorkPlan | None = None) -> Calls:
+        run = functools.partial(encoded_attention, plan=plan or self.encoded_plan, backend="triton")
+        copies = [self.copies(x.starts) if with_block else None for x in segments]
+        return [functools.partial(run, self.query, x, copies=own) for x, own in zip(segments, copies, strict=True)]
 
     def check(self, segments: EncodedSegments, chunk: Chunk | None) -> float:
-        """The error over the torch path's, of the longest segment's sequence; raises `AssertionError` above 2."""
+        """The error over the torch path's, of the longest segment's sequence, with a chunk instead of a block.
+
+        Raises `AssertionError` above 2.
+        """
         heads = len(self.lengths) // len(self.query)
         b = int(self.lengths.argmax()) // heads
         mine = slice(b * heads, (b + 1) * heads)
@@ -115,7 +146,7 @@ def attention_lines(limit: float) -> list[dict[str, object]]:
                 segments = case.encoded(entry_format)
                 error = case.check(segments[0], chunk)
                 nbytes = 2 * case.total * entry_format.row_bytes(dim)
-                timed[name] = *cold_time(case.ours(segments, chunk)), nbytes, error
+                timed[name] = *cold_time(case.ours(segments, with_block=chunk is not None)), nbytes, error
             for name, (seconds, noise, nbytes, error) in timed.items():
                 lines.append(
                     {"batch": batch, "mean_length": mean, "kv_heads": heads, "group": group, "dim": dim,
@@ -129,6 +160,61 @@ def attention_lines(limit: float) -> list[dict[str, object]]:
                 print(*list(lines[-1].values())[:15], sep="\t", flush=True)
         del case
     return lines
+
+
+def launch_lines() -> list[dict[str, object]]:
+    """Tile sizes, then numbers of programs and units at the default tile size."""
+    lines: list[dict[str, object]] = []
+    device = torch.device("cuda")
+    for cell in LAUNCH_CELLS:
+        case, per_sm = Case(*cell), encoded_programs(device) // multiprocessors()
+        base, _ = cold_time(case.plain(None))
+        empty = torch.zeros_like(case.lengths)
+        for name, entry_format in FORMATS.items():
+            segments = case.encoded(entry_format)
+            default = encoded_kernel.launch_config(torch.bfloat16, cell[4], entry_format.codes_in_word, cell[3])
+            own = default["BLOCK_N"], default["STAGES"], default.get("maxnreg")
+            none = [EncodedSegments(x.keys, x.values, x.starts, empty, entry_format) for x in segments]
+            tiles = [(x, per_sm, 128) for x in LAUNCHES if x == own or name == "int4" or x[0] < 64]
+            programs = [(own, count, unit) for count in PER_SM for unit in UNITS]
+            most = [(LAUNCHES[1], 11, 64), (LAUNCHES[5], 12, 64)]
+            for what, tile, count, unit, these in (
+                ("no entries", own, per_sm, 128, none),
+                *(("entries and block", *x, segments) for x in dict.fromkeys([*tiles, *programs, *most])),
+            ):
+                lengths = empty if these is none else case.lengths
+                plan = triton_plan(lengths, count * multiprocessors(), unit)
+                line = {
+                    "what": what, "format": name, "megabytes": round(case.nbytes / 1e6), "block_n": tile[0],
+                    "stages": tile[1], "maxnreg": tile[2] or "", "per_sm": count, "unit": unit,
+                    **timed_launch(case.ours(these, with_block=these is segments, plan=plan), tile, default),
+                }  # fmt: skip
+                line["of_bf16"] = "" if "error" in line else round(float(str(line["microseconds"])) / base / 1e6, 3)
+                lines.append(line | machine())
+                print(*list(line.values()), sep="\t", flush=True)
+        del case
+    ran = [x for x in lines if x["what"] != "no entries" and "error" not in x]
+    print("fastest:")
+    for line in sorted(ran, key=lambda x: (x["format"], x["megabytes"], x["of_bf16"])):
+        print(*list(line.values())[:11], sep="\t")
+    return lines
+
+
+def timed_launch(calls: Calls, tile: tuple[int, int, int | None], default: dict[str, int]) -> dict[str, object]:
+    """Microseconds under a tile size, or what went wrong."""
+    config = {name: x for name, x in default.items() if name != "maxnreg"} | {"BLOCK_N": tile[0], "STAGES": tile[1]}
+    config |= {} if tile[2] is None else {"maxnreg": tile[2]}
+    with mock.patch.object(encoded_kernel, "launch_config", lambda *arguments: config):
+        try:
+            seconds, noise = cold_time(calls)
+        except Exception as error:  # a launch that the device refuses is a row of its own
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"microseconds": round(seconds * 1e6, 2), "spread": round(noise, 3)}
+
+
+def multiprocessors() -> int:
+    count: int = torch.cuda.get_device_properties(0).multi_processor_count
+    return count
 
 
 def encode_lines() -> list[dict[str, object]]:
@@ -164,8 +250,13 @@ def encode_lines() -> list[dict[str, object]]:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
-    out = parser.parse_args().out
+    parser.add_argument("--launches", action="store_true", help="tile sizes and numbers of programs instead")
+    options = parser.parse_args()
+    out = options.out
     torch.manual_seed(0)
+    if options.launches:
+        write_csv(out, launch_lines())
+        return
     lines = attention_lines(read_limit())
     write_csv(out, [*lines, *encode_lines()])
 

@@ -149,6 +149,39 @@ class Chunk:
         return self.key.shape[2]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactCopies:
+    """What some of the entries were before they were encoded, which counts in their places: sinks, and the last ones.
+
+    key: [B, num_kv_heads, N, D];  value: [B, num_kv_heads, N, Dv]; N is `num_sinks` and a ring: token p has slot p, or
+        `num_sinks + p % (N - num_sinks)`
+    positions: int32 [B, N], of the copies, -1 for an empty slot; the ring has those from some token on
+    of_rows:   int32 [R], of the entries;  a copy belongs to an entry of every KV head
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    of_rows: Tensor
+    num_sinks: int
+
+    def chunk(self, n: int) -> Chunk:
+        """The copies as tokens that all `n` queries see."""
+        mask = (self.positions >= 0)[:, None, None]
+        return Chunk(self.key, self.value, mask if n == 1 else mask.expand(-1, -1, n, -1))
+
+    def hidden(self, rows: Tensor, b: int) -> Tensor:
+        """Which of these rows of sequence b have copies that count. rows: int64 [N]; returns bool [N]"""
+        ring = self.positions[b, self.num_sinks :]
+        since = torch.where(ring < 0, torch.iinfo(torch.int32).max, ring).min()
+        return (self.of_rows[rows] < self.num_sinks) | (self.of_rows[rows] >= since)
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Of each position, its slot."""
+        recent = self.positions.shape[1] - self.num_sinks
+        return torch.where(positions < self.num_sinks, positions, self.num_sinks + positions % recent)
+
+
 def check_segments(
     op: str, query: Tensor, segments: Segments | BlockSegments, chunk: Chunk | None, sink_logits: Tensor | None
 ) -> int:

@@ -90,10 +90,12 @@ class LayerArena:
     layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
     attends_beside: whether `attend_beside` needs no word from the device
+    num_programs: that share the attention of a token on a GPU; None for as many as usual
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "values")
     attends_beside: ClassVar[bool] = True
+    num_programs: int | None = None
     start: Tensor
     length: Tensor
     allocated: Tensor

@@ -1,7 +1,7 @@
 """An arena whose keys and values are codes of 8 or 4 bits.
 
 A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
-reads them is given decoded ones; on a GPU a decoded token attends to the codes where nothing has an exact copy.
+reads them is given decoded ones; on a GPU a decoded token attends to the codes, and to the exact copies beside them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.encode import encode
-from kvpolicy_kernels.encoded_attention import encoded_attention
+from kvpolicy_kernels.encoded_attention import encoded_attention, encoded_programs
 from kvpolicy_kernels.formats import Encoded, EntryFormat
-from kvpolicy_kernels.segments import EncodedSegments
+from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
 from torch import Tensor
 
 from kvpolicy.cache.arena import Chunk, LayerArena
@@ -53,6 +53,7 @@ class EncodedArena(LayerArena):
         super().__init__(count, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
         self.entry_format, self.num_heads, recent = entry_format, segments[1], entry_format.exact_recent
         self._like, self._value_dim = self.keys, shape.value_dim
+        self.num_programs = encoded_programs(device)
         key, value = (torch.empty(*segments, 0, dim, dtype=dtype, device=device) for dim in dims)
         self.exact = ExactBlock(key, value, num_sinks, recent) if recent else None
         for name, column in zip(self.columns, self._laid(self.keys, self.values), strict=True):
@@ -84,18 +85,20 @@ class EncodedArena(LayerArena):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether a token attends to the codes themselves. The kernel cannot leave out what has an exact copy."""
-        return self.device.type == "cuda" and self.exact is None
+        """Whether a token attends to the codes themselves; a longer chunk attends to decoded entries."""
+        return self.device.type == "cuda"
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
-        if self.reads_codes and query.shape[2] == 1:
-            return encoded_attention(query, self._coded, plan=self._work, **options).out
-        return super().attend(query, options)
+        if not self.reads_codes or query.shape[2] > 1:
+            return super().attend(query, options)
+        return encoded_attention(query, self._coded, plan=self._work, copies=self._copies, **options).out
 
     def attend_with_mass(self, query: Tensor, options: Mapping[str, Any], power: float) -> tuple[Tensor, Tensor]:
         if not self.reads_codes:
             return super().attend_with_mass(query, options, power)
-        attended = encoded_attention(query, self._coded, plan=self._work, with_mass=True, mass_power=power, **options)
+        attended = encoded_attention(
+            query, self._coded, plan=self._work, copies=self._copies, with_mass=True, mass_power=power, **options
+        )
         assert attended.mass is not None  # as it was asked for
         return attended.out, attended.mass
 
@@ -108,6 +111,12 @@ class EncodedArena(LayerArena):
         keys, values = Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
         tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
         return EncodedSegments(keys, values, *tables, self.entry_format)
+
+    @property
+    def _copies(self) -> ExactCopies | None:
+        if (exact := self.exact) is None:
+            return None
+        return ExactCopies(exact.keys, exact.values, exact.positions, self.positions, exact.num_sinks)
 
     def replace(
         self,

@@ -148,7 +148,9 @@ class PlannedStep:
         if device.type != "cuda":
             return None
         if device not in self._work:
-            self._work[device] = plan_work(self._lengths[device], head_dim=arena.head_dim)
+            self._work[device] = plan_work(
+                self._lengths[device], head_dim=arena.head_dim, num_programs=arena.num_programs
+            )
         return self._work[device].layer(layer)
 
 

@@ -5,10 +5,18 @@
 
 import pytest
 
+from kvpolicy.cache.encoded_arena import EncodedArena
 from tests.cache.encoded_game import EncodedGame
 from tests.cache.game import sequences
 
 
 @pytest.mark.parametrize("seed", sequences(30))
 def test_a_store_of_codes_keeps_what_the_naive_model_keeps(seed, monkeypatch):
+    EncodedGame(seed).play(monkeypatch, 6)
+
+
+@pytest.mark.parametrize("seed", sequences(30))
+def test_a_store_that_reads_codes_gives_the_same(seed, monkeypatch):
+    """As a GPU does: codes that have exact copies are left out, and the copies come beside them."""
+    monkeypatch.setattr(EncodedArena, "reads_codes", True)
     EncodedGame(seed).play(monkeypatch, 6)

@@ -8,7 +8,7 @@ import torch
 from kvpolicy_kernels.attention import plan_work
 from kvpolicy_kernels.encoded_attention import encoded_attention
 from kvpolicy_kernels.formats import INT4, INT8, Encoded, EntryFormat
-from kvpolicy_kernels.segments import Chunk, EncodedSegments
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 
 from tests.kernels.segments import DEVICE, VARIANTS, arena, options, oracle
 
@@ -31,15 +31,19 @@ def encoded(lengths, dim, value_dim, entry_format):
     return EncodedSegments(*columns, rows.starts, rows.lengths, entry_format)
 
 
-def check(backend, query, segments, chunk=None, tolerance=2e-5, num_programs=7, **kwargs):
-    """Attention, log-sum-exps and mass; with few programs, so that segments are cut and programs hold several."""
+def check(backend, query, segments, chunk=None, tolerance=2e-5, num_programs=7, counted=None, **kwargs):
+    """Attention, log-sum-exps and mass; with few programs, so that segments are cut and programs hold several.
+
+    counted: the entries as they count, where that is not as they are decoded
+    """
     if backend == "triton":
         kwargs["plan"] = plan_work(
             segments.lengths.to(DEVICE), head_dim=query.shape[-1], num_programs=num_programs, backend="triton"
         )
     found = encoded_attention(query, segments, chunk, backend=backend, with_lse=True, with_mass=True, **kwargs)
-    kwargs.pop("plan", None)
-    expected = oracle(query, segments.decoded(torch.float32), chunk, **kwargs)
+    kwargs = {name: x for name, x in kwargs.items() if name not in ("plan", "copies")}
+    counted = segments.decoded(torch.float32) if counted is None else counted
+    expected = oracle(query, counted, chunk, **kwargs)
     assert found.out.dtype == query.dtype
     for name, got, right in zip(found._fields, found, expected, strict=True):
         same = got.double() == right  # -inf in both
@@ -97,6 +101,68 @@ def test_chunk(backend, lengths, n, m, masked, entry_format, poisoned):
     segments = encoded(lengths, 32, 16, entry_format)
     extra = {"softcap": 5.0, "sink_logits": torch.zeros(6, device=DEVICE)} if n == 4 else {}
     check(backend, query, segments, Chunk(key, value, mask), **extra)
+
+
+def copies_of(segments, batch, num_sinks, recent, seen, dims):
+    """Exact copies of the sinks and of the last tokens, whose codes are nonsense, and the entries as they count.
+
+    seen: tokens of each sequence. Segments hold the sinks, as many of the last tokens as there are, and any others.
+    """
+    heads, rows = len(segments) // batch, len(segments.keys.codes)
+    positions = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
+    slots = torch.full((batch, num_sinks + recent), -1, dtype=torch.int32, device=DEVICE)
+    counted = segments.decoded(torch.float32)
+    key, value = (torch.randn(batch, heads, num_sinks + recent, dim, device=DEVICE) for dim in dims)
+    for i, (start, length) in enumerate(zip(segments.starts.tolist(), segments.lengths.tolist(), strict=True)):
+        b, h = divmod(i, heads)
+        first, last = range(min(num_sinks, seen[b])), range(max(num_sinks, seen[b] - recent), seen[b])
+        others = range(num_sinks, max(num_sinks, seen[b] - recent))
+        places = [*first, *last, *others[: length - len(first) - len(last)]]
+        assert len(places) == length
+        order = torch.randperm(length)
+        own = torch.tensor(places, dtype=torch.int32)[order]
+        positions[start : start + length] = own.to(DEVICE)
+        for p in (*first, *last):
+            slot = p if p < num_sinks else num_sinks + p % recent
+            slots[b, slot] = p
+            row = start + int((own == p).nonzero())
+            counted.keys[row], counted.values[row] = key[b, h, slot], value[b, h, slot]
+    return ExactCopies(key, value, slots, positions, num_sinks), counted
+
+
+@pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "seen", "num_sinks", "n", "dims"),
+    [
+        ([150, 9, 70, 12], [300, 200], 4, 1, (32, 16)),
+        ([9, 9, 100, 200], [90, 400], 0, 1, (80, 80)),
+        ([3, 3, 7, 7], [3, 7], 4, 1, (16, 16)),
+        ([140, 30, 12, 20], [150, 30], 2, 3, (16, 32)),
+    ],
+    ids=str,
+)
+@backends
+def test_exact_copies(backend, lengths, seen, num_sinks, n, dims, entry_format, poisoned):
+    """Hidden codes, in every tile or in all of one, a ring that is not full, and sinks that have not all come."""
+    recent = 9
+    lengths = [max(x, min(seen[i // 2], num_sinks + recent)) for i, x in enumerate(lengths)]
+    segments = encoded(lengths, *dims, entry_format)
+    copies, counted = copies_of(segments, 2, num_sinks, recent, seen, dims)
+    query = torch.randn(2, 6, n, dims[0], device=DEVICE)
+    extra = {"softcap": 3.0, "sink_logits": torch.zeros(6, device=DEVICE)} if n == 3 else {}
+    check(backend, query, segments, copies=copies, counted=counted, **extra)
+
+
+@backends
+def test_mass_of_a_power_of_copies(backend):
+    segments = encoded([40, 13], 16, 16, INT4)
+    copies, _ = copies_of(segments, 1, 2, 5, [60], (16, 16))
+    query = torch.randn(1, 2, 1, 16, device=DEVICE)
+    plain, squares = (
+        encoded_attention(query, segments, copies=copies, with_mass=True, mass_power=x, backend=backend).mass
+        for x in (1.0, 2.0)
+    )
+    torch.testing.assert_close(squares, plain.square(), atol=1e-6, rtol=1e-5)
 
 
 @backends
@@ -186,6 +252,11 @@ def test_what_does_not_fit_is_refused():
         encoded_attention(query, replace(segments, starts=segments.starts + 20))
     with pytest.raises(ValueError, match=r"need a plan whose pieces are \[2, 2\], got \[3, 2\]"):
         encoded_attention(query, segments, plan=plan_work(torch.tensor([1, 2, 3])))
+    copies, _ = copies_of(segments, 1, 1, 2, [9], (32, 16))
+    with pytest.raises(ValueError, match=r"expected copies .* with less than 3 sinks, got .* with 3"):
+        encoded_attention(query, segments, copies=replace(copies, num_sinks=3))
+    with pytest.raises(ValueError, match="copies and a chunk exclude each other"):
+        encoded_attention(query, segments, Chunk(copies.key, copies.value), copies=copies)
     with pytest.raises(ValueError, match=r"starts and lengths must be \[1 \* num_kv_heads\]"):
         encoded_attention(torch.randn(1, 3, 1, 32, device=DEVICE), segments)
 

@@ -10,38 +10,39 @@ triton = pytest.importorskip("triton", reason="triton is a Linux-only dependency
 from kvpolicy_kernels.attention.plan import unit_of  # noqa: E402
 from kvpolicy_kernels.encoded_attention import kernel as kernels  # noqa: E402
 from kvpolicy_kernels.encoded_attention.finish.kernel import _finish_kernel, finish_config  # noqa: E402
+from kvpolicy_kernels.encoded_attention.programs import PROGRAMS_PER_SM  # noqa: E402
+from kvpolicy_kernels.encoded_attention.turn.kernel import _turn_kernel, turn_config  # noqa: E402
 from kvpolicy_kernels.formats import FORMATS  # noqa: E402
 
-from tests.kernels.compiling import NAMES, SHARED_MEMORY, compiled  # noqa: E402
+from tests.kernels.compiling import SHARED_MEMORY, compiled  # noqa: E402
 
 WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of 16 bytes
 FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
 
 
-def compile_attend(name, dtype, dim, arch, *variants):
+def compile_attend(name, dtype, dim, arch, *variants, rows=4):
     """variants: names of what the launch has besides, such as "SOFTCAP"."""
-    entry_format = FORMATS[name]
-    config = kernels.launch_config(dtype, dim, "LOGITS" in variants)
-    warps, planes = config.pop("num_warps"), entry_format.codes_in_word
+    planes = FORMATS[name].codes_in_word
+    config = kernels.launch_config(dtype, dim, planes, rows)
+    warps = config.pop("num_warps")
     constants = {
         "D": dim, "DV": dim, "KW_ROW": dim // planes, "VW_ROW": dim // planes, "KS_ROW": 1, "VS_ROW": 1,
         "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
-        "TURN_SCALE": 0.125, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_WV": kernels.plane_block(dim, planes),
-        "BLOCK_W": max(16, triton.next_power_of_2(dim // planes)),
-        "ROTATED": entry_format.rotated, "EARLY": arch >= 90,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config,
+        "BLOCK_W": kernels.plane_block(dim, planes), "BLOCK_WV": kernels.plane_block(dim, planes), "EARLY": arch >= 90,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "ROOMY": True,
+        "HIDES": "HIDES" in variants, **config,
         **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
+    belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
-    if not entry_format.rotated:
-        constants["turn_ptr"] = None
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
-    types |= {"q_ptr": f"*{NAMES[dtype]}", "turn_ptr": "*i8", "kw_ptr": "*i16", "vw_ptr": "*i16"}
-    types |= dict.fromkeys(("out_ptr", "lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"), "*fp32")
+    types |= {"q_ptr": "*fp32" if dtype == torch.float32 else "*fp16", "kw_ptr": "*i16", "vw_ptr": "*i16"}
+    types |= dict.fromkeys(
+        ("sums_ptr", "out_ptr", "lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"), "*fp32"
+    )
     types |= dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i64") | dict.fromkeys(FLOATS, "fp32")
-    aligned = [x for x in types if x.startswith("stride_") or x.endswith("_ptr")]
-    aligned = [x for x in aligned if x != "quantum_ptr" and x not in constants]
+    aligned = [x for x in types if x.endswith("_ptr") and x != "quantum_ptr" and x not in constants]
     return compiled(kernels._attend_kernel, arch, constants, types, aligned, warps, 3)
 
 
@@ -66,9 +67,9 @@ REST = [
     ids=str,
 )
 def test_attention_compiles(name, dtype, dim, arch):
-    kernel = compile_attend(name, dtype, dim, arch, "LSE")
+    kernel = compile_attend(name, dtype, dim, arch, "LSE", "HIDES")
     assert "mma" in kernel.ptx, "the products must run on tensor cores"
-    assert kernel.shared <= SHARED_MEMORY[arch] // 2  # two programs side by side
+    assert kernel.shared * (PROGRAMS_PER_SM if dim <= 128 else 7) <= SHARED_MEMORY[arch]  # side by side
     assert dim == 80 or re.search(WIDE_LOAD, kernel.ptx)
     assert ("griddepcontrol.launch_dependents" in kernel.ptx) == (arch >= 90)
     if dtype != torch.float32:
@@ -76,10 +77,28 @@ def test_attention_compiles(name, dtype, dim, arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE")], ids=str)
+@pytest.mark.parametrize("variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE", "HIDES"), ("LSE",)], ids=str)
+@pytest.mark.parametrize("rows", [4, 32])
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_variants_compile(name, variants):
-    assert compile_attend(name, torch.bfloat16, 128, 90, *variants).spilled == 0
+def test_variants_compile(name, rows, variants):
+    assert compile_attend(name, torch.bfloat16, 128, 90, *variants, rows=rows).spilled == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "dim", [128, pytest.param(80, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)]
+)
+def test_turn_compiles(dim, arch):
+    config = turn_config(torch.bfloat16, dim)
+    warps = config.pop("num_warps")
+    constants = {
+        "D": dim, "PLANES": 4, "TURN_SCALE": 0.125, "BLOCK_C": 64, "ROTATED": True, "PACKED": True, "HIDES": True,
+        "EARLY": arch >= 90, "PRECISION": "tf32", **config,
+    }  # fmt: skip
+    types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in _turn_kernel.arg_names}
+    types |= {"q_ptr": "*bf16", "turn_ptr": "*i8", "out_ptr": "*fp16", "sums_ptr": "*fp32", "scale_log2": "fp32"}
+    aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
+    assert compiled(_turn_kernel, arch, constants, types, aligned, warps, 3).spilled == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -89,7 +108,7 @@ def test_finish_compiles(dim, masked, arch):
     warps = config.pop("num_warps")
     constants = {
         "D": dim, "DV": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True, "HAS_CHUNK": True,
-        "HAS_MASK": masked, "HAS_SOFTCAP": False, "PRECISION": "tf32", **config,
+        "HAS_MASK": masked, "HAS_SOFTCAP": False, "EARLY": arch >= 90, "PRECISION": "tf32", **config,
     }  # fmt: skip
     if not masked:
         constants["chunk_mask_ptr"] = None

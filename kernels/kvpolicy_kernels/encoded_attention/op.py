@@ -9,7 +9,7 @@ from kvpolicy_kernels.attention.op import MAX_QUERIES, MAX_ROWS, Attended
 from kvpolicy_kernels.attention.plan import WorkPlan
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.encoded_attention.reference import reference_encoded_attention
-from kvpolicy_kernels.segments import Chunk, EncodedSegments, check_tables
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, check_tables
 
 
 def encoded_attention(
@@ -24,19 +24,18 @@ def encoded_attention(
     with_lse: bool = False,
     with_mass: bool = False,
     mass_power: float = 1.0,
+    copies: ExactCopies | None = None,
     backend: Backend = "auto",
 ) -> Attended:
     """`decode_attention` over entries of 8 or 4 bits: what it gives for the decoded ones.
 
-    The chunk holds what is not encoded: the tokens of this forward, and in front of them those of an exact block, with
-    a mask of which of its slots a query sees.
-
     The arguments are those of `decode_attention`, but for the segments.
+    copies: count in the places of some entries, mass included; every query sees them. Not beside a chunk
     backend: "auto" is Triton on CUDA and torch elsewhere and for what the kernels cannot do; they take what those of
         `decode_attention` take, and rows of any format of 8 or 4 bits
 
-    On CUDA codes are read and never written back as numbers: products of codes are scaled afterwards, the query is
-    rotated when it is loaded, and the result is rotated back once, before it meets the chunk.
+    On CUDA codes are read and never written back as numbers: the query is rotated first, products of codes are scaled
+    afterwards, and the result is rotated back once, before it meets the chunk or the copies.
     Raises `ValueError` for shapes that do not fit and for a backend that cannot do this.
     """
     if segments.entry_format.bits == 16:
@@ -50,21 +49,41 @@ def encoded_attention(
             f"encoded_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
             f"{list(plan.pieces.shape)}"
         )
+    if copies is not None:
+        _check_copies(copies, query, segments, num_kv_heads, value_dim)
+        if chunk is not None:
+            raise ValueError("encoded_attention: copies and a chunk exclude each other: give the copies alone")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    beyond = _beyond_kernel(query, num_kv_heads, chunk)
+    beyond = _beyond_kernel(query, num_kv_heads, chunk if copies is None else copies)
     if uses_triton("encoded_attention", backend, query, beyond):
         from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
 
         return Attended(
             *triton_encoded_attention(
-                query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass, mass_power
+                query, segments, chunk, scale, softcap, sink_logits, plan, with_lse, with_mass, mass_power, copies
             )
         )
-    out, lse, mass = reference_encoded_attention(query, segments, chunk, scale, softcap, sink_logits, mass_power)
+    out, lse, mass = reference_encoded_attention(
+        query, segments, chunk, scale, softcap, sink_logits, mass_power, copies
+    )
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 
-def _beyond_kernel(query: Tensor, num_kv_heads: int, chunk: Chunk | None) -> str | None:
+def _check_copies(
+    copies: ExactCopies, query: Tensor, segments: EncodedSegments, num_kv_heads: int, value_dim: int
+) -> None:
+    batch, rows, (key, value) = query.shape[0], len(segments.keys.codes), (copies.key, copies.value)
+    slots = copies.positions.shape[-1]
+    shapes = ((batch, num_kv_heads, slots, query.shape[3]), (batch, num_kv_heads, slots, value_dim), (batch, slots))
+    parts = (key, value, copies.positions, copies.of_rows)
+    if tuple(x.shape for x in parts) != (*shapes, (rows,)) or not 0 <= copies.num_sinks < slots:
+        raise ValueError(
+            f"encoded_attention: expected copies {[list(x) for x in (*shapes, (rows,))]} with less than {slots} sinks, "
+            f"got {[list(x.shape) for x in parts]} with {copies.num_sinks}"
+        )
+
+
+def _beyond_kernel(query: Tensor, num_kv_heads: int, chunk: Chunk | ExactCopies | None) -> str | None:
     """What of these arguments is beyond the Triton kernels, None if nothing is."""
     n, group = query.shape[2], query.shape[1] // num_kv_heads
     if n > MAX_QUERIES or n * group > MAX_ROWS:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvpolicy_kernels.attention.reference import reference_decode_attention
-from kvpolicy_kernels.segments import Chunk, EncodedSegments
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, Segments
 
 
 def reference_encoded_attention(
@@ -16,7 +17,22 @@ def reference_encoded_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     mass_power: float = 1.0,
+    copies: ExactCopies | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `encoded_attention`. Returns (out, lse, mass)."""
     decoded = segments.decoded(query.dtype)
+    if copies is not None:
+        decoded = _with_copies(decoded, copies, len(segments) // len(query))
     return reference_decode_attention(query, decoded, chunk, scale, softcap, sink_logits, mass_power)
+
+
+def _with_copies(decoded: Segments, copies: ExactCopies, num_kv_heads: int) -> Segments:
+    """The entries with the copies in their places."""
+    keys, values = decoded.keys.clone(), decoded.values.clone()
+    for i, (start, length) in enumerate(decoded.bounds()):
+        b, h = divmod(i, num_kv_heads)
+        rows = torch.arange(start, start + length, device=keys.device)
+        rows = rows[copies.hidden(rows, b)]
+        slots = copies.slots(copies.of_rows[rows])
+        keys[rows], values[rows] = copies.key[b, h, slots], copies.value[b, h, slots]
+    return Segments(keys, values, decoded.starts, decoded.lengths)

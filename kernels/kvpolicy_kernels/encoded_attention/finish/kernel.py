@@ -23,7 +23,8 @@ def _finish_kernel(
     stride_mb, stride_mn, num_kv_heads, group, n, m, scale_log2, softcap_log2, tanh_scale,
     D: tl.constexpr, DV: tl.constexpr, TURN_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_CHUNK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CHUNK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What was found over the entries, rotated back, and then the chunk. Program (i_s, i_m) takes rows of a segment.
 
@@ -41,6 +42,8 @@ def _finish_kernel(
     m_m = o_m < num_rows
     m_dv = o_dv < DV
     rows = i_s.to(tl.int64) * num_rows + o_m
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     if ROTATED:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         for first in tl.range(0, BLOCK_DV, BLOCK_T, num_stages=1):
@@ -122,11 +125,13 @@ def finish(
     scale: float,
     softcap: float | None,
     rotated: bool,
+    early: bool,
 ) -> None:
     """Writes `out`, and what `lse` is with the chunk.
 
     mid: float32 [B, num_q_heads, n, Dv], contiguous, over the entries alone, rotated or not
     lse: float32 [B, num_q_heads, n], of `mid`;  query: [B, num_q_heads, n, D], with contiguous rows
+    early: the launch before lets this one begin before it ends
     """
     batch, num_q_heads, n, dim = query.shape
     value_dim, group = mid.shape[3], num_q_heads // num_kv_heads
@@ -143,7 +148,8 @@ def finish(
         D=dim, DV=value_dim, TURN_SCALE=block_of(value_dim) ** -0.5,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         ROTATED=rotated, HAS_CHUNK=chunk is not None, HAS_MASK=mask is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
+        EARLY=early, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What the codes of entries are in products."""

@@ -1,0 +1,14 @@
+"""How many programs share the entries of a layer that are encoded."""
+
+from __future__ import annotations
+
+import torch
+
+PROGRAMS_PER_SM = 8  # of one warp each
+
+
+def encoded_programs(device: torch.device) -> int:
+    """`num_programs` of a plan for `encoded_attention`."""
+    if device.type != "cuda":
+        return PROGRAMS_PER_SM
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

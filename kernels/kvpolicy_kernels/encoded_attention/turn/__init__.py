@@ -1,0 +1,1 @@
+"""What attention over codes does with its queries first."""
