@@ -67,7 +67,7 @@ class Case:
         first = self.lengths.cumsum(0) - self.lengths
         self.starts = [first + i * self.total for i in range(self.rows // self.total)]
 
-    def copies(self, starts: Tensor) -> ExactCopies:
+    def exact_copies(self, starts: Tensor) -> ExactCopies:
         """Of the first and the last entries of every segment, whose tokens lie in their order."""
         positions = torch.full((self.rows,), -1, dtype=torch.int32, device="cuda")
         last = int(self.lengths.max())  # where the last token of every segment is
@@ -93,7 +93,7 @@ class Case:
 
     def ours(self, segments: list[EncodedSegments], *, with_block: bool, plan: WorkPlan | None = None) -> Calls:
         run = functools.partial(encoded_attention, plan=plan or self.encoded_plan, backend="triton")
-        copies = [self.copies(x.starts) if with_block else None for x in segments]
+        copies = [self.exact_copies(x.starts) if with_block else None for x in segments]
         return [functools.partial(run, self.query, x, copies=own) for x, own in zip(segments, copies, strict=True)]
 
     def check(self, segments: EncodedSegments, chunk: Chunk | None) -> float:

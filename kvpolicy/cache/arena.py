@@ -173,8 +173,7 @@ class LayerArena:
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
-        placed = self.placed
-        if placed is None or placed.work is None:
+        if (placed := self.placed) is None or placed.work is None:
             return ragged_attention(query, self.segments, **options)
         return decode_attention(query, self.segments, plan=placed.work, **options).out
 

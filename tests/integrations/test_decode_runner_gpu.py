@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.integrations.transformers.cache import replays
 from tests.integrations.test_decode_runner import CONTEXT, run, stepped
 from tests.tiny import attention_of, over, tiny_ids, tiny_model
@@ -113,6 +114,23 @@ def test_a_fall_back_is_told_once():
         runner.generate(tiny_ids(50).cuda(), 10)
         runner.generate(tiny_ids(50).cuda(), 10)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_formats_are_replayed(name, policy, monkeypatch):
+    """From the codes, with the exact block beside those of int4; as over decoded entries."""
+    model, ids = tiny_model("Llama").cuda(), tiny_ids(120).cuda()
+    options = {
+        "policy": policy, "allocator": "uniform", "retention": 0.5, "context_length": len(ids[0]), "format": name
+    }  # fmt: skip
+    runner = runner_of(model, **options)
+    found = run(runner, ids, 90)
+    assert (runner.mode, runner.why) == ("graph", None)
+    monkeypatch.setattr(EncodedArena, "reads_codes", False)
+    with torch.no_grad(), no_graphs(monkeypatch):
+        expected = stepped(model, kvpolicy.new_cache(model, **options), ids, 90)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
 PLANS = ("uniform", "ragged", "steep")
