@@ -84,6 +84,7 @@ def test_where_nothing_waits_a_look_is_a_check():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_it_arrives_without_waiting():
     flag = torch.ones((), dtype=torch.bool, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
