@@ -88,6 +88,7 @@ class LayerArena:
     cursor:     int64 [S], the ring's oldest entry, counted from `num_pinned`
     num_pinned: first entries of a segment, which the ring leaves alone
     layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
+    moves:      how often that was so
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
     attends_beside: whether `attend_beside` needs no word from the device
     num_programs: that share the attention of a token on a GPU; None for as many as usual
@@ -116,7 +117,7 @@ class LayerArena:
         self.values = torch.empty(0, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, dtype=torch.int32, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
-        self.num_pinned, self.layout = num_pinned, object()
+        self.num_pinned, self.layout, self.moves = num_pinned, object(), 0
         self._placed: Placed | None = None
         self._new_scores: Tensor | None = None  # float32 [S], of decoded tokens: always the same
         for name in _TABLES:
@@ -325,7 +326,7 @@ class LayerArena:
             getattr(self, name)[rows] = values.to(self.device)
         for name, own in self.beside.items():
             own.copy_(beside[name])
-        self.layout = object()
+        self.layout, self.moves = object(), self.moves + 1
 
     def forget(self, settled: Tensor) -> None:
         """Tokens from these on have been taken back. settled: int64 [B]"""
@@ -404,7 +405,7 @@ class LayerArena:
             else:
                 setattr(self, name, new)
         if not stays:
-            self.layout = object()
+            self.layout, self.moves = object(), self.moves + 1
 
     # --- rows that are slots
 

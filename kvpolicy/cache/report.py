@@ -29,6 +29,8 @@ class CacheReport:
         the device saw it); None before, and for a cache that was loaded
     peak_nbytes: the most memory until then above what was in use before the prompt, activations included: of the GPU,
         or of the process; None where the system does not say, or where more had been in use at some time before
+    moves: how often entries were moved to other addresses, in the layer where it was most often: by each chunk of a
+        prompt or turn, and where segments that grow have used up their room. A graph is recorded again behind each
     entry_format: the name of the entries' format, "model" for the model's dtype
     """
 
@@ -46,6 +48,7 @@ class CacheReport:
     evicted: bool
     first_token_seconds: float | None
     peak_nbytes: int | None
+    moves: int
     entry_format: str = MODEL
 
     @property
@@ -106,5 +109,6 @@ def report_of(store: RaggedStore) -> CacheReport:
         evicted=any(bool(layer.evicted_at.any()) for layer in opened),
         first_token_seconds=store.first_token.seconds,
         peak_nbytes=store.first_token.peak_nbytes,
+        moves=max((layer.arena.moves for layer in opened), default=0),
         entry_format=name_of(store.entry_format),
     )

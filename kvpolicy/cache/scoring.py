@@ -125,7 +125,7 @@ def score_step(
         out = arena.attend(query, options)
     step = _decode_step(policy, layer, arena.scores, mass)
     scores = plugin_call.step_scores(policy, step)
-    rescore(arena.scores, scores.contiguous(), arena.positions, wrong.flag(arena.device))
+    rescore(arena.scores, scores.contiguous(), arena.positions, wrong.flag(layer.index, arena.device))
     return out
 
 
@@ -160,49 +160,52 @@ def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
 
 @dataclass(slots=True)
 class NotANumber:
-    """Whether a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
+    """In which layers a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
 
-    fault: bool [], since the last check, at an address that stays; None where nothing has come
+    faults: bool [num_layers], since the last check, at an address that stays; None where nothing has come
     """
 
-    fault: Tensor | None = None
+    num_layers: int
+    faults: Tensor | None = None
     _copy: LateCopy | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        own = [] if self.fault is None else [self.fault]
+        own = [] if self.faults is None else [self.faults]
         return own if self._copy is None else [*own, self._copy.value]
 
-    def flag(self, device: torch.device) -> Tensor:
-        """What becomes True, made on this device if there is none."""
-        if self.fault is None:
+    def flag(self, layer: int, device: torch.device) -> Tensor:
+        """What becomes True for a layer, bool []; on this device if there was none."""
+        if self.faults is None:
             with torch.inference_mode(False):  # else it could not be written to outside of that mode
-                self.fault = torch.zeros((), dtype=torch.bool, device=device)
-        return self.fault
+                self.faults = torch.zeros(self.num_layers, dtype=torch.bool, device=device)
+        return self.faults[layer]
 
-    def add(self, scores: Tensor) -> None:
-        fault = self.flag(scores.device)
+    def add(self, layer: int, scores: Tensor) -> None:
+        fault = self.flag(layer, scores.device)
         fault |= scores.isnan().any().to(fault.device)
 
     def fork(self) -> NotANumber:
-        return NotANumber(None if self.fault is None else self.fault.clone())
+        return NotANumber(self.num_layers, None if self.faults is None else self.faults.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NotANumber:
         return self.fork()
 
     def check(self, policy: EvictionPolicy, method: str) -> None:
         """Raises `PluginError` where any of the scores since the last check was none."""
-        if self.fault is not None and bool(self.fault):
-            self.fault.zero_()
+        if self.faults is not None and bool(self.faults.any()):
+            layers = self.faults.nonzero()[:, 0].tolist()
+            self.faults.zero_()
             self._copy = None
-            plugin_call.refuse_nan(policy, method)
+            plugin_call.refuse_nan(policy, method, layers)
 
     def look(self, policy: EvictionPolicy, method: str) -> None:
         """`check`, but a device is not waited for: what it says then is heard at a later look."""
-        if self.fault is None:
+        if self.faults is None:
             return
-        if not waits(self.fault) or (self._copy is not None and self._copy.has_arrived and bool(self._copy.value)):
+        copy = self._copy
+        if not waits(self.faults) or (copy is not None and copy.has_arrived and bool(copy.value.any())):
             self.check(policy, method)
-        elif self._copy is None or self._copy.has_arrived:
-            self._copy = LateCopy(self.fault)
+        elif copy is None or copy.has_arrived:
+            self._copy = LateCopy(self.faults)

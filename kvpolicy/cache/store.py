@@ -99,7 +99,7 @@ class RaggedStore(Decoding):
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(schedule, split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
-        self._wrong, self._finite = NotANumber(), Finiteness()
+        self._wrong, self._finite = NotANumber(len(self.layers)), Finiteness()
         self._planned, self._tables = PlannedStep(), StepTables()
         self.first_token = FirstToken()
 
@@ -275,7 +275,7 @@ class RaggedStore(Decoding):
         if settling and entries.arena.scores is not None:
             scores = score_chunk(self.policy, entries, query, chunk, scoring.options(), extra or {})
             scores = scores[:, : entries.arena.width + settling]  # pending tokens compete once they settle
-            self._wrong.add(scores)
+            self._wrong.add(layer, scores)
             if self.split is not None or is_last:  # a split would apportion by NaN
                 self._wrong.check(self.policy, "score_prompt")
         statistics, split = None, self.split

@@ -51,8 +51,8 @@ def retention_within(
     full = spec.total_entries(1.0, context)
     allowed = round(memory * full * spec.entry_bytes(dtype.itemsize)) if isinstance(memory, float) else memory
     beside = table_nbytes(spec, torch.empty(spec.table_shape, dtype=torch.int64))
-    flag = scored * torch.bool.itemsize  # whether a score was NaN
-    beside += block_nbytes(spec, dtype.itemsize, policy, entry_format) + flag
+    flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
+    beside += block_nbytes(spec, dtype.itemsize, policy, entry_format) + flags
     beside += spec.total_entries(1.0, 1) * _STEP_NBYTES
     each = entry_nbytes(spec, dtype, scored=scored, entry_format=entry_format)
     least = min(least_entries(policy, entry_format), context) * spec.total_entries(1.0, 1)

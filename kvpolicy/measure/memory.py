@@ -143,8 +143,9 @@ def estimate_memory(
     lengths = capacities.clamp(max=context_length)
     entries, rows = (batch_size * int(x.sum()) for x in (lengths, LayerArena.room(lengths, capacities)))
     scored = schedule.evicts and holds_scores(evicting, None)
-    beside, flag = beside_nbytes(scored=scored), torch.bool.itemsize * scored  # whether a score was NaN
-    tables = rows * beside + (rows - entries) * own_bytes + table_nbytes(spec, capacities, batch_size) + flag
+    beside = beside_nbytes(scored=scored)
+    flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
+    tables = rows * beside + (rows - entries) * own_bytes + table_nbytes(spec, capacities, batch_size) + flags
     stock = sum(_stock_numbers(layer, context_length) for layer in spec.layers if not layer.is_budgeted)
     return MemoryEstimate(
         context_length=context_length,

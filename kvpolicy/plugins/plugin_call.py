@@ -180,9 +180,11 @@ def step_scores(policy: EvictionPolicy, step: DecodeStep) -> Tensor:
     return _scores(policy, "score_step", scores, step.scores.shape, step.scores.device)
 
 
-def refuse_nan(policy: EvictionPolicy, method: str) -> NoReturn:
-    """For scores that were found to hold NaN."""
-    _refuse(policy, method, None, "numbers", "NaN: absent entries (position -1) must be masked out")
+def refuse_nan(policy: EvictionPolicy, method: str, layers: Sequence[int]) -> NoReturn:
+    """For scores that were found to hold NaN. layers: where, among the budgeted ones"""
+    others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    where = f"layer {layers[0]}{others}"
+    _refuse(policy, method, None, "numbers", f"NaN in {where}: absent entries (position -1) must be masked out")
 
 
 def _scores(

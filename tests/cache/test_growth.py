@@ -134,6 +134,20 @@ def test_growing_moves_the_entries_once_in_64_tokens():
     prompt(store, 16)
     arenas = [store.layers[0].arena.keys for _ in decode(store, 112)]
     assert len({id(arena) for arena in arenas}) <= 112 // 64 + 1
+    before, arenas = store.report().moves, []
+    for _ in decode(store, 640):
+        if not arenas or arenas[-1] is not store.layers[0].arena.keys:
+            arenas.append(store.layers[0].arena.keys)
+    assert 1 < len(arenas) <= 640 // 64 + 1
+    assert store.report().moves == before + len(arenas) - 1
+
+
+def test_fixed_capacities_move_entries_until_they_are_full():
+    store = RaggedStore(spec_of(2), Fixed(torch.full((2, 2), 120)), Recent(4))
+    assert store.report().moves == 0
+    prompt(store, 100)
+    moves = [store.report().moves for _ in decode(store, 300)]
+    assert moves == [moves[0]] * 300 and moves[0] <= 2
 
 
 def test_retention_1_evicts_nothing_and_scores_nothing():

@@ -40,23 +40,23 @@ def on_a_device(monkeypatch):
 
 
 def test_what_went_wrong_is_heard_at_the_next_look(on_a_device):
-    wrong = NotANumber()
+    wrong = NotANumber(3)
     on_a_device(wrong)  # nothing has come
     for _ in range(3):
-        wrong.add(FINE)
+        wrong.add(1, FINE)
         on_a_device(wrong)
-    wrong.add(WRONG)
-    wrong.add(FINE)
+    wrong.add(1, WRONG)
+    wrong.add(1, FINE)
     on_a_device(wrong)
-    with pytest.raises(PluginError, match=r"HeavyHitter.score_step returned .*NaN"):
+    with pytest.raises(PluginError, match=r"HeavyHitter.score_step returned NaN in layer 1: absent"):
         wrong.look(HeavyHitter(), "score_step")
     for _ in range(2):  # said once
         on_a_device(wrong)
 
 
 def test_a_device_that_is_behind_is_asked_again(on_a_device):
-    wrong = NotANumber()
-    wrong.add(WRONG)
+    wrong = NotANumber(3)
+    wrong.add(1, WRONG)
     SlowCopy.arrived = False
     for _ in range(3):
         on_a_device(wrong)
@@ -66,8 +66,8 @@ def test_a_device_that_is_behind_is_asked_again(on_a_device):
 
 
 def test_a_copy_hears_of_it_too_and_by_itself(on_a_device):
-    wrong = NotANumber()
-    wrong.add(WRONG)
+    wrong = NotANumber(3)
+    wrong.add(1, WRONG)
     on_a_device(wrong)
     for other in (wrong.fork(), copy.deepcopy(wrong), wrong):
         with pytest.raises(PluginError, match="NaN"):
@@ -76,8 +76,8 @@ def test_a_copy_hears_of_it_too_and_by_itself(on_a_device):
 
 
 def test_where_nothing_waits_a_look_is_a_check():
-    wrong = NotANumber()
-    wrong.add(WRONG)
+    wrong = NotANumber(3)
+    wrong.add(1, WRONG)
     with pytest.raises(PluginError, match="NaN"):
         wrong.look(HeavyHitter(), "score_step")
     wrong.look(HeavyHitter(), "score_step")

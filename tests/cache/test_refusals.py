@@ -13,7 +13,7 @@ from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring
 from tests.cache.play import spec_of, store_of, tensors
-from tests.cache.policies import Recent, ValueNorm
+from tests.cache.policies import HeavyHitter, Recent, ValueNorm
 from tests.cache.snapshot import snapshot
 
 
@@ -45,7 +45,7 @@ def _spoiled(scores, how):
     [
         ("shape", r"returned torch.float32 of shape \(1, 2, 8\), expected float32 of shape \(1, 2, 9\)"),
         ("dtype", r"returned torch.float64 of shape \(1, 2, 9\), expected float32"),
-        ("nan", "returned NaN: absent entries"),
+        ("nan", "returned NaN in layer 0: absent entries"),
     ],
 )
 def test_scores_of_a_prompt(how, error):
@@ -58,7 +58,7 @@ def test_scores_of_a_prompt(how, error):
     [
         ("shape", r"returned torch.float32 of shape \(10,\), expected float32 of shape \(11,\)"),
         ("dtype", "returned torch.float64"),
-        ("nan", "returned NaN"),
+        ("nan", "returned NaN in layer 0: absent entries"),
     ],
 )
 def test_scores_of_a_step(how, error):
@@ -66,6 +66,27 @@ def test_scores_of_a_step(how, error):
     store.prefill(0, *tensors(9))
     with pytest.raises(PluginError, match=r"Wrong.score_step " + error):
         store.decode(0, *tensors(1))
+
+
+@dataclass(frozen=True, slots=True)
+class LateWrong(HeavyHitter):
+    """NaN from some layer on."""
+
+    first: int = 1
+
+    def score_step(self, step):
+        return step.scores * (torch.nan if step.layer >= self.first else 1.0)
+
+
+@pytest.mark.parametrize(("first", "where"), [(1, "layer 1 and 1 more"), (2, "layer 2")])
+def test_nan_names_the_layer(first, where):
+    store = store_of(LateWrong(first=first), [[5, 6]] * 3)
+    for layer in range(3):
+        store.prefill(layer, *tensors(9))
+    for layer in range(2):
+        store.decode(layer, *tensors(1))
+    with pytest.raises(PluginError, match=f"LateWrong.score_step returned NaN in {where}: absent"):
+        store.decode(2, *tensors(1))
 
 
 def test_infinite_scores_are_scores():

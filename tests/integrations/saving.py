@@ -67,7 +67,7 @@ def facts(cache):
     for index, layer in enumerate(cache.store.layers):
         add(layer, f"store.{index}", ("arena", "is_ring"))
         of_a_graph = ("_placed", "layout", "_new_scores")
-        add(layer.arena, f"arena.{index}", (*of_a_graph, "start", "allocated", "cursor"))
+        add(layer.arena, f"arena.{index}", (*of_a_graph, "start", "allocated", "cursor", "moves"))
     for index, layer in enumerate(cache.layers):
         add(layer, f"layer.{index}", ("_cache",) if isinstance(layer, BudgetedLayer) else ())
     return found
