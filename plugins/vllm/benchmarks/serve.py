@@ -4,14 +4,14 @@
 
 Llama-3-8B's shape with weights that vLLM makes up, prompts of random tokens, plans whose shares are lognormal with
 sigma 1. `dense` and `fp8` are vLLM as it is, `slab` has fixed capacities, `blocks` ones that grow with the length, and
-`keydiff` has slabs whose entries are chosen by their keys. Each job of `JOBS` has an engine and a process of its own,
-in the order of their worth, until the seconds are over; a job that fails or takes too long loses its own rows alone.
-Rows are written as they come:
+`keydiff` and `snapkv` have slabs whose entries are chosen by their keys, and by the attention of the last queries. Each
+job of `JOBS` has an engine and a process of its own, in the order of their worth, until the seconds are over; a job
+that fails or takes too long loses its own rows alone. Rows are written as they come:
 
 - `fits`: requests of the longest length that the memory holds, by vLLM's own count.
 - `batch`: as many requests at once as fit; tokens a second of their decoding. Their prompts count as read and their
-  entries are random numbers, because reading a hundred prompts of 32k tokens takes minutes. Under `keydiff` their
-  lengths are spread over a period, so that some are cut in every step, as they are when requests come and go.
+  entries are random numbers, because reading a hundred prompts of 32k tokens takes minutes. Under a policy
+  that cuts, their lengths are spread over a period, so that in every step some are cut, as when requests come and go.
 - `single`: one prompt, which is read; seconds to its first token, milliseconds a token behind it. Twice, two rows.
 - `trace`: Poisson arrivals of prompts of 2k tokens up to the context, 128 to 512 tokens each; tokens a second, and the
   50th and 99th percentile of the time to the first token and of the time of a token. The jobs `...-small` have two
@@ -46,7 +46,7 @@ COLUMNS = (
     "start_seconds", "compiled", "device", "torch", "vllm",
 )  # fmt: skip
 SINKS = 4
-PERIOD = 512  # tokens from cut to cut under `keydiff`
+CUT, PERIOD = ("keydiff", "snapkv"), 512  # systems whose heads are cut back, and the tokens from cut to cut
 CHUNK = 8192  # vLLM's max_num_batched_tokens
 DECODE = 128  # tokens of each answer in `batch` and `single`
 ARRIVALS, RATE = 48, 1.5  # requests of `trace`, and how many come in a second
@@ -80,6 +80,7 @@ JOBS = {
     "slab-20-trace-small": Job("slab", 32768, 0.2, ("fits", "trace"), 128, 0.4),
     "dense-trace-small": Job("dense", 32768, 1.0, ("fits", "trace"), 128, 0.4),
     "slab-30": Job("slab", 32768, 0.3, ("single",), 8),
+    "snapkv-20": Job("snapkv", 32768, 0.2, ("fits", "batch", "single"), 160),
     "slab-20": Job("slab", 32768, 0.2, ("fits", "batch"), 160),
     "dense": Job("dense", 32768, 1.0, ("fits", "batch", "single"), 32),
     "fp8": Job("fp8", 32768, 1.0, ("fits", "batch"), 64),
@@ -162,7 +163,7 @@ class Bench:
         extra: dict[str, Any] = {}
         if job.system == "fp8":
             extra["kv_cache_dtype"] = "fp8"
-        if job.system in ("slab", "blocks", "keydiff"):
+        if job.system not in ("dense", "fp8"):
             settings = _write_plan(folder, config, job, options.tiny)
             if job.system != "blocks":
                 settings["context_length"] = job.context
@@ -217,7 +218,7 @@ class Bench:
 
         cache = self.core.scheduler.kv_cache_config
         fits = float(get_max_concurrency_for_kv_cache_config(self.core.vllm_config, cache))
-        if self.job.system in ("slab", "keydiff"):
+        if self.job.system in ("slab", *CUT):
             fits = cache.num_blocks - 1  # a block is a request, and one is vLLM's own
         if "fits" in self.job.runs:
             sizes = [tensor.size for tensor in cache.kv_cache_tensors]
@@ -391,9 +392,11 @@ def _write_plan(folder: Path, config: Any, job: Job, tiny: bool) -> dict[str, An
     spec = kvpolicy.ModelSpec.from_config(config)
     shares = torch.randn(spec.table_shape, generator=torch.Generator().manual_seed(0)).exp()
     least, policy = max(SINKS + 1, job.context // 64), PlanChoice("streaming", {"num_sink_tokens": SINKS})
-    if job.system == "keydiff":
-        recent = 4 if tiny else 32
-        least, policy = 64 if tiny else 4 * PERIOD, PlanChoice("keydiff", {"recent_window": recent})
+    if job.system in CUT:
+        params = {"recent_window": 4 if tiny else 32}
+        if job.system == "snapkv":
+            params["observation_window"] = params["recent_window"]
+        least, policy = 64 if tiny else 4 * PERIOD, PlanChoice(job.system, params)
     kept = max(job.kept, 0.5) if tiny else job.kept
     budget = kvpolicy.Budget(spec.total_entries(kept, job.context), spec.table_shape, least, job.context)
     plan = kvpolicy.BudgetPlan.from_capacities(

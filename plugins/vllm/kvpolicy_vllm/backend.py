@@ -19,6 +19,7 @@ from kvpolicy import registry
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.observation import Observation
 from kvpolicy_vllm.report import pulse
 from kvpolicy_vllm.self_check import check_attention
 from kvpolicy_vllm.serving import Serving
@@ -134,7 +135,10 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
         if impls[0].steps is None:
             check_attention(device, vllm_config.model_config.dtype, impls[0].head_size)
             layouts = [impl.layout(device) for impl in impls]
-            steps = SharedSteps(LayerTables(layouts, impls[0].head_size), list(layers.values()))
+            cut = [layout.observation for layout in layouts if isinstance(layout, CutLayout)]
+            observations = [one for one in cut if one is not None]
+            tables = LayerTables(layouts, impls[0].head_size, observations)
+            steps = SharedSteps(tables, list(layers.values()))
             for index, (impl, layout) in enumerate(zip(impls, layouts, strict=True)):
                 impl.start(index, layout, steps)
         self.steps: SharedSteps = impls[0].steps
@@ -199,7 +203,14 @@ class BlockImpl(AttentionImpl[StepRequests]):
             rows=self.rows,
             device=device,
         )
-        return CutLayout.every(self.serving.period, layout) if self.serving.period else layout
+        if not self.serving.period:
+            return layout
+        observation = None
+        if self.serving.window:
+            observation = Observation.behind(
+                self.slots, self.rows, self.serving.window, self.num_heads, self.head_size, device
+            )
+        return CutLayout.every(self.serving.period, layout, observation)
 
     def start(self, index: int, layout: BlockLayout, steps: SharedSteps) -> None:
         self.index, self.steps = index, steps

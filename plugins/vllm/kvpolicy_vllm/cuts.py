@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 import torch
+from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import ragged_attention
 from kvpolicy_kernels.segments import Chunk, Segments
 from torch import Tensor
@@ -17,17 +18,24 @@ from torch import Tensor
 from kvpolicy import EvictionPolicy, LayerActivations
 from kvpolicy_vllm.attend import BlockAttention, arena_of
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.observation import Observation, vectors
+from kvpolicy_vllm.steps import LayerStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CutLayout(BlockLayout):
-    """A slab. `slots` are the most entries of each KV head; a cut leaves `period` fewer. They lie in their order."""
+    """A slab. `slots` are the most entries of each KV head; a cut leaves `period` fewer. They lie in their order.
+
+    observation: what the policy asks of queries, if it does
+    """
 
     period: int
+    observation: Observation | None
 
     @classmethod
-    def every(cls, period: int, layout: BlockLayout) -> CutLayout:
-        return cls(**{one.name: getattr(layout, one.name) for one in fields(BlockLayout)}, period=period)
+    def every(cls, period: int, layout: BlockLayout, observation: Observation | None = None) -> CutLayout:
+        known = {one.name: getattr(layout, one.name) for one in fields(BlockLayout)}
+        return cls(**known, period=period, observation=observation)
 
     def slot(self, positions: Tensor) -> Tensor:
         begins = positions // self.period * self.period
@@ -45,6 +53,11 @@ class CutAttention(BlockAttention):
     on_host: CutLayout = field(init=False)
     policy: EvictionPolicy
     layer: int
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: LayerStep) -> Tensor:
+        if step.queries is not None:
+            append([vectors(cache)], step.queries, [query])
+        return BlockAttention.decode(self, query, key, value, cache, step)
 
     def chunk(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, blocks: Tensor, num_before: int
@@ -66,6 +79,8 @@ class CutAttention(BlockAttention):
             out[span] = attended[0].transpose(0, 1)
             rows = starts[:, None] + counts[:, span]
             keys[rows], values[rows] = k[0], v[0]
+            if layout.observation is not None:
+                layout.observation.write_queries(query[span], cache, blocks[0].long(), begin)
         return out
 
     def cut(self, cache: Tensor, blocks: Tensor, count: int) -> None:
@@ -78,24 +93,51 @@ class CutAttention(BlockAttention):
         if torch.equal(lengths, kept):
             return
         keys, values = arena_of(cache)
-        starts = (blocks[0].long() * layout.rows + layout.offsets)[:, None]
-        index = torch.arange(int(lengths.max()), device=cache.device)
-        ends = lengths.to(cache.device)[:, None]
-        rows = starts + torch.minimum(index, ends - 1)
-        k, v = keys[rows], values[rows]
-        # a row's number stands for its position: the policies here only compare positions
-        activations = LayerActivations(
-            self.layer, keys=k[None], values=v[None], positions=torch.where(index < ends, index, -1)[None]
+        block = blocks[0].long()
+        segments = Segments(keys, values, block * layout.rows + layout.offsets, lengths.to(cache.device))
+        activations = self._activations(cache, block, segments, count, int(lengths.max()))
+        chosen = self._chosen(activations, segments.lengths, kept)
+        most = chosen.shape[1]
+        place = torch.cat([torch.arange(n) + head * most for head, n in enumerate(kept.tolist())]).to(cache.device)
+        head, entry = place // most, place % most
+        rows, old = segments.starts[head] + entry, chosen[head, entry]
+        keys[rows], values[rows] = activations.keys[0, head, old], activations.values[0, head, old]
+        if layout.observation is not None:
+            layout.observation.write_positions(activations.positions[0, head, old], cache, block, head, entry)
+
+    def _activations(
+        self, cache: Tensor, block: Tensor, segments: Segments, count: int, longest: int
+    ) -> LayerActivations:
+        """What the policy is shown of a request with `count` tokens, whose entries the segments are."""
+        index, ends = torch.arange(longest, device=cache.device), segments.lengths[:, None]
+        rows = segments.starts[:, None] + torch.minimum(index, ends - 1)
+        keys, values = segments.keys[rows][None], segments.values[rows][None]
+        observation = self.layout.observation
+        if observation is None:
+            # a row's number stands for its position: such policies only compare positions
+            positions = torch.where(index < ends, index, -1)
+            return LayerActivations(self.layer, keys=keys, values=values, positions=positions[None])
+        positions = observation.positions(cache, block, segments.lengths, index, count, self.layout.period)
+        mass = observation.mass(cache, block, segments, count, self.scale, self.softcap)
+        return LayerActivations(
+            self.layer,
+            keys=keys,
+            values=values,
+            positions=positions[None],
+            window_attention=mass.masked_fill(index >= ends, 0.0),
         )
-        scores = self.policy.score_prompt(activations)[0]
-        pinned = (index < layout.num_sink_tokens) | (index >= ends - self.policy.recent_window)
+
+    def _chosen(self, activations: LayerActivations, lengths: Tensor, kept: Tensor) -> Tensor:
+        """The entries that stay, in their order: int64 [H, most], behind a head's last one a number of none.
+
+        lengths: int64 [H];  kept: likewise, on the host
+        """
+        scores, device = self.policy.score_prompt(activations)[0], lengths.device
+        index, ends = torch.arange(scores.shape[1], device=device), lengths[:, None]
+        pinned = (index < self.layout.num_sink_tokens) | (index >= ends - self.policy.recent_window)
         scores = scores.masked_fill(pinned, float("inf")).masked_fill(index >= ends, float("-inf"))
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        # of equal scores, such as those of two neighbours that are pooled, the more recent entry stays
+        order = len(index) - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         most = int(kept.max())
-        behind = torch.arange(most, device=cache.device) >= kept.to(cache.device)[:, None]
-        chosen = order[:, :most].masked_fill(behind, len(index)).sort(-1).values.flatten()
-        places = [torch.arange(n) + head * most for head, n in enumerate(kept.tolist())]
-        place = torch.cat(places).to(cache.device)
-        head = place // most
-        rows = starts[head, 0] + place % most
-        keys[rows], values[rows] = k[head, chosen[place]], v[head, chosen[place]]
+        behind = torch.arange(most, device=device) >= kept.to(device)[:, None]
+        return order[:, :most].masked_fill(behind, len(index)).sort(-1).values

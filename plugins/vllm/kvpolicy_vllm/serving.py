@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, PluginError, load_plan, registry
+from kvpolicy_vllm.observation import Observation
 from kvpolicy_vllm.settings import KEY, Settings
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048)
@@ -21,8 +22,8 @@ ROUNDING = 0.1
 """The most that a head's share of a block may be off, relative to the plan's."""
 
 
-CONTENT_POLICIES = ("keydiff", "l2norm")
-"""Those that score an entry by its key alone, which is in the block."""
+CONTENT_POLICIES = ("keydiff", "l2norm", "snapkv")
+"""Those that score an entry by its key, which is in the block, or by the attention of the last queries, kept there."""
 
 PERIODS = (16, 512)
 """The fewest and the most tokens from cut to cut under a content policy: about a quarter of the smallest capacity."""
@@ -39,6 +40,8 @@ class Serving:
     max_model_len:    the most tokens of a request
     policy, policy_params: the plan's
     period:           tokens from cut to cut; 0 under a window rule
+    window:           queries before a cut that are asked; 0 for none
+    num_q_heads, head_dim: of a layer of the whole model
     """
 
     plan: str
@@ -49,6 +52,9 @@ class Serving:
     policy: str
     policy_params: dict[str, Any]
     period: int
+    window: int
+    num_q_heads: int
+    head_dim: int
 
     @classmethod
     def resolve(cls, settings: Settings, hf_config: Any, max_model_len: int, tp_size: int) -> Serving:
@@ -64,7 +70,7 @@ class Serving:
         is_growing = settings.tokens is None and settings.context_length is None
         table, tokens = (_growing if is_growing else _fixed)(plan, settings, max_model_len, tp_size)
         policy, least = plan.method.policy, int(table.min())
-        period = _period(plan, least, is_growing)
+        period, window = _cuts(plan, least, is_growing)
         if period:
             table = table + period * (table >= max_model_len)  # a head that keeps everything is never cut
         if least <= plan.num_sink_tokens:
@@ -73,9 +79,11 @@ class Serving:
                 f"{plan.num_sink_tokens} sink tokens"
             )
         slots = tuple(tuple(row) for row in table.tolist())
+        first = spec.layers[0]
         return cls(
-            settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len, policy.name, dict(policy.params), period
-        )
+            settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len, policy.name, dict(policy.params), period,
+            window, first.num_q_heads, first.key_dim,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, vllm_config: Any) -> Serving | None:
@@ -107,7 +115,14 @@ class Serving:
 
     def rows(self, layer: int, tp_size: int) -> int:
         """Rows of a block: the most of any rank, because vLLM wants equal blocks on all of them."""
-        return max(sum(self.rank_slots(layer, rank, tp_size)) for rank in range(tp_size))
+        ranks = [self.rank_slots(layer, rank, tp_size) for rank in range(tp_size)]
+        return max(sum(slots) + self._observed(slots, tp_size) for slots in ranks)
+
+    def _observed(self, slots: tuple[int, ...], tp_size: int) -> int:
+        """Rows behind the entries of a rank's block."""
+        if not self.window:
+            return 0
+        return Observation.size(slots, self.window, self.num_q_heads // tp_size, self.head_dim)
 
     def entries(self, tokens: int, tp_size: int) -> int:
         """Entries that a request of so many tokens takes the memory of, over all layers and ranks."""
@@ -115,16 +130,17 @@ class Serving:
         return rows * tp_size * -(-tokens // self.tokens_per_block)
 
 
-def _period(plan: BudgetPlan, least: int, is_growing: bool) -> int:
-    """Tokens from cut to cut, 0 under a window rule. least: the smallest capacity."""
+def _cuts(plan: BudgetPlan, least: int, is_growing: bool) -> tuple[int, int]:
+    """Tokens from cut to cut, 0 under a window rule, and queries that a cut asks. least: the smallest capacity."""
     choice = plan.method.policy
     policy = registry.create("policy", choice.name, choice.params)
     if policy.window_rule:
-        return 0
+        return 0, 0
     if choice.name not in CONTENT_POLICIES:
         raise PluginError(
-            f"the plan's policy '{choice.name}' scores entries by more than their keys; kvpolicy-vllm serves window "
-            f"rules, such as 'streaming', and {' and '.join(CONTENT_POLICIES)}: tune a plan for one of them"
+            f"the plan's policy '{choice.name}' scores entries by more than their keys and the attention of the last "
+            f"queries; kvpolicy-vllm serves window rules, such as 'streaming', and {', '.join(CONTENT_POLICIES)}: tune "
+            "a plan for one of them"
         )
     if is_growing:
         raise BudgetError(
@@ -137,7 +153,13 @@ def _period(plan: BudgetPlan, least: int, is_growing: bool) -> int:
             f"a KV head would have {least} entries, too few for the plan's policy '{choice.name}' with {pinned} sink "
             f"and recent tokens: it needs {4 * PERIODS[0]} at least, and a quarter more than those"
         )
-    return min(period, PERIODS[1])
+    window = policy.observation_window if "window_attention" in policy.requires else 0
+    if window > period:
+        raise BudgetError(
+            f"a KV head would have {least} entries, which are cut every {period} tokens, too few for the plan's policy "
+            f"'{choice.name}' to ask {window} queries: it needs {4 * window} at least"
+        )
+    return min(period, PERIODS[1]), window
 
 
 def _fixed(plan: BudgetPlan, settings: Settings, max_model_len: int, tp_size: int) -> tuple[Tensor, int]:

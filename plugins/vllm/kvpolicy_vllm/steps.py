@@ -14,6 +14,7 @@ from kvpolicy_kernels.attention import WorkPlan, plan_work
 from torch import Tensor
 
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.observation import Observation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +25,7 @@ class LayerStep:
     lengths: int64 [B * H], the entries that are attended to
     starts:  int64 [B * H], where they begin in slabs;  blocks: int [B, P], those that they are in otherwise
     plan:    how the kernel shares the work; None on a CPU
+    queries: int64 [B * num_q_heads], where queries go among the vectors of the blocks, if they are kept
     """
 
     rows: Tensor
@@ -31,6 +33,7 @@ class LayerStep:
     starts: Tensor | None
     blocks: Tensor
     plan: WorkPlan | None
+    queries: Tensor | None
 
 
 class LayerTables:
@@ -39,8 +42,8 @@ class LayerTables:
     num_heads: the KV heads of all of them
     """
 
-    def __init__(self, layouts: Sequence[BlockLayout], head_dim: int) -> None:
-        """layouts: of one number of heads, sinks and tokens in a block, on one device."""
+    def __init__(self, layouts: Sequence[BlockLayout], head_dim: int, observations: Sequence[Observation] = ()) -> None:
+        """layouts: of one number of heads, sinks and tokens in a block, on one device; observations: theirs, if any"""
         first, self.num_layers, self.head_dim = layouts[0], len(layouts), head_dim
         tables = [layout.table for layout in layouts if layout.table is not None]
         self.wide = replace(
@@ -52,6 +55,8 @@ class LayerTables:
         rows = torch.tensor([layout.rows for layout in layouts], device=first.slots.device)
         self.rows = rows.repeat_interleave(first.num_kv_heads)
         self.num_heads = len(self.rows)
+        self.observations = list(observations)
+        self.begins = torch.tensor([[one.rows, one.first] for one in observations], device=rows.device)
 
     def step(self, blocks: Tensor, counts: Tensor) -> list[LayerStep]:
         """For each layer. Waits for nothing.
@@ -67,6 +72,7 @@ class LayerTables:
         starts = self._by_layer(used * self.rows + wide.offsets) if num_blocks == 1 else None
         rows = self._by_layer(rows)
         plan = plan_work(lengths, head_dim=self.head_dim) if lengths.is_cuda else None
+        queries = self._queries(used[:, 0], (counts - 1).clamp(min=0)) if self.observations else None
         return [
             LayerStep(
                 rows[i],
@@ -74,9 +80,15 @@ class LayerTables:
                 None if starts is None else starts[i],
                 blocks[:, :num_blocks],
                 None if plan is None else plan.layer(i),
+                None if queries is None else queries[i],
             )
             for i in range(self.num_layers)
         ]
+
+    def _queries(self, block: Tensor, tokens: Tensor) -> Tensor:
+        """[L, B * num_q_heads]"""
+        rows, first = self.begins.t()[:, :, None]
+        return self.observations[0].vectors_of_queries(block * rows + first, tokens).flatten(1)
 
     def entries(self, counts: Tensor) -> int:
         """Entries that requests of so many tokens [B] hold, over all layers and heads of the rank."""

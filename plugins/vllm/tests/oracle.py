@@ -39,8 +39,11 @@ class Oracle:
         if isinstance(layout, CutLayout):
             assert self.policy is not None
             capacities = [min(slots, layout.tokens_per_block) for slots in layout.slots.tolist()]
-            heads = zip(key[0], capacities, strict=True)
-            seen = torch.stack([seen_by_cuts(self.policy, module.layer_idx, k, n, layout.period) for k, n in heads])
+            queries = query[0].unflatten(0, (-1, group))
+            heads = zip(queries, key[0], capacities, strict=True)
+            seen = torch.stack(
+                [seen_by_cuts(self.policy, module.layer_idx, q, k, n, layout.period, scaling) for q, k, n in heads]
+            )
         elif layout is not None:
             seen = seen & ((at < layout.num_sink_tokens) | (at >= layout.oldest(at)[:, :, None]))
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -54,17 +57,22 @@ class Oracle:
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
 
 
-def seen_by_cuts(policy: EvictionPolicy, layer: int, keys: Tensor, capacity: int, period: int) -> Tensor:
+def seen_by_cuts(
+    policy: EvictionPolicy, layer: int, queries: Tensor, keys: Tensor, capacity: int, period: int, scale: float
+) -> Tensor:
     """Which tokens each token of one head sees, bool [T, T], with a list that is cut token by token.
 
-    keys: [T, D]
+    queries: [group, T, D];  keys: [T, D]
     """
     seen = torch.zeros(len(keys), len(keys), dtype=torch.bool)
     kept: list[int] = []
     for token in range(len(keys)):
         if token % period == 0 and len(kept) > capacity - period and capacity < MAX_MODEL_LEN:
-            activations = LayerActivations(layer, keys=keys[None, None, kept], positions=torch.tensor([[kept]]))
-            scores = policy.score_prompt(activations)[0, 0].tolist()
+            sources = {"keys": keys[None, None, kept], "positions": torch.tensor([[kept]])}
+            if "window_attention" in policy.requires:
+                asked = range(token - policy.observation_window, token)
+                sources["window_attention"] = sum(_attention(queries[:, q], keys, kept, q, scale) for q in asked)[None]
+            scores = policy.score_prompt(LayerActivations(layer, **sources))[0, 0].tolist()
             recent = range(token - policy.recent_window, token)
             pinned = [at < policy.num_sink_tokens or at in recent for at in kept]
             ranked = sorted(zip(pinned, scores, kept, strict=True), reverse=True)
@@ -72,3 +80,10 @@ def seen_by_cuts(policy: EvictionPolicy, layer: int, keys: Tensor, capacity: int
         kept.append(token)
         seen[token, kept] = True
     return seen
+
+
+def _attention(query: Tensor, keys: Tensor, kept: list[int], at: int, scale: float) -> Tensor:
+    """Of one token's queries [group, D] to the entries up to itself, summed over the group: [1, entries]."""
+    logits = query @ keys[kept].T * scale
+    logits = logits.masked_fill(torch.tensor(kept) > at, float("-inf"))
+    return logits.softmax(-1).sum(0, keepdim=True)

@@ -11,6 +11,7 @@ from conftest import MAX_MODEL_LEN, answers, on_a_gpu, prompts, save_plan
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
+from kvpolicy_vllm.observation import Observation
 from kvpolicy_vllm.steps import LayerTables
 from oracle import Oracle, seen_by_cuts
 from test_oracle import answers_in_chunks, check, graph_options
@@ -21,15 +22,24 @@ from kvpolicy.budget.plan import PlanChoice
 POLICIES = [
     ("keydiff", {"num_sink_tokens": 4, "recent_window": 8}),
     ("l2norm", {"num_skipped_layers": 1, "recent_window": 8}),
+    ("snapkv", {"observation_window": 8, "recent_window": 8, "num_sink_tokens": 2, "kernel_size": 3}),
 ]
 CAPACITIES = [[64, 120], [90, 72], [MAX_MODEL_LEN, 100]]
 PERIOD = 16
 
 
-def layout_of(slots: list[int], num_sinks: int = 0, device: str = "cpu") -> CutLayout:
+def layout_of(slots: list[int], policy: kvpolicy.EvictionPolicy, device: str = "cpu") -> CutLayout:
+    """Of a layer of four query heads of 32 numbers."""
     slots = [n + PERIOD * (n == MAX_MODEL_LEN) for n in slots]
-    plain = BlockLayout.of(slots, MAX_MODEL_LEN, num_sinks, max_tokens=MAX_MODEL_LEN, device=device)
-    return CutLayout.every(PERIOD, plain)
+    window, rows, observation = 0, sum(slots), None
+    if "window_attention" in policy.requires:
+        window = policy.observation_window
+        rows += Observation.size(slots, window, 4, 32)
+        observation = Observation.behind(slots, rows, window, 4, 32, device)
+    plain = BlockLayout.of(
+        slots, MAX_MODEL_LEN, policy.num_sink_tokens, max_tokens=MAX_MODEL_LEN, rows=rows, device=device
+    )
+    return CutLayout.every(PERIOD, plain, observation)
 
 
 @pytest.mark.parametrize("device", ["cpu", on_a_gpu("cuda")])
@@ -40,9 +50,10 @@ def test_chunks_and_single_tokens_attend_to_what_the_cuts_left(
 ) -> None:
     torch.manual_seed(0)
     policy = kvpolicy.registry.create("policy", name, params)
-    layout = layout_of([64, 90], policy.num_sink_tokens, device)
+    layout = layout_of([64, 90], policy, device)
+    observations = [] if layout.observation is None else [layout.observation]
     attention = CutAttention(layout=layout, scale=0.25, policy=policy, layer=2)
-    tables = LayerTables([layout], 32)
+    tables = LayerTables([layout], 32, observations)
     query, key, value = (torch.randn(300, heads, 32).to(device) for heads in (4, 2, 2))
     cache = torch.full((4, layout.rows, 2, 32), 1e4, device=device)  # what lay there before
     blocks = torch.tensor([2], device=device)
@@ -57,8 +68,9 @@ def test_chunks_and_single_tokens_attend_to_what_the_cuts_left(
                 attention.decode(q, k, v, cache, *tables.step(blocks[None], torch.tensor([begin + 1], device=device)))
             )
     out, query, key, value = torch.cat(parts).cpu(), query.cpu(), key.cpu(), value.cpu()
-    heads = zip(key.transpose(0, 1), layout.slots.tolist(), strict=True)
-    seen = torch.stack([seen_by_cuts(policy, 2, k, n, PERIOD) for k, n in heads]).repeat_interleave(2, 0)
+    queries = query.transpose(0, 1).unflatten(0, (2, 2))
+    heads = zip(queries, key.transpose(0, 1), layout.slots.tolist(), strict=True)
+    seen = torch.stack([seen_by_cuts(policy, 2, q, k, n, PERIOD, 0.25) for q, k, n in heads]).repeat_interleave(2, 0)
     q, k, v = (x.transpose(0, 1) for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.25)
     torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=1e-4)
@@ -69,7 +81,7 @@ def test_a_whole_budget_is_never_cut() -> None:
     torch.manual_seed(0)
     policy = kvpolicy.registry.create("policy", "keydiff", {})
     plain = BlockLayout.of([MAX_MODEL_LEN] * 2, MAX_MODEL_LEN, 0, max_tokens=MAX_MODEL_LEN)
-    cut = layout_of([MAX_MODEL_LEN] * 2)
+    cut = layout_of([MAX_MODEL_LEN] * 2, policy)
     new = torch.randn(300, 4, 16), torch.randn(300, 2, 16), torch.randn(300, 2, 16)
     outs = [
         attention.chunk(*new, torch.zeros(3, attention.layout.rows, 2, 16), torch.tensor([1]), 0)
@@ -78,7 +90,7 @@ def test_a_whole_budget_is_never_cut() -> None:
     torch.testing.assert_close(*outs)
 
 
-@pytest.mark.parametrize(("name", "params", "chunk"), [(*POLICIES[0], 37), (*POLICIES[1], 64)])
+@pytest.mark.parametrize(("name", "params", "chunk"), [(*POLICIES[0], 37), (*POLICIES[1], 64), (*POLICIES[2], 37)])
 def test_an_engine_equals_the_masked_forward(
     model: str, engine: Any, tmp_path: Path, name: str, params: dict[str, int], chunk: int
 ) -> None:
@@ -91,20 +103,22 @@ def test_an_engine_equals_the_masked_forward(
     )
     asked = prompts([150, 7, 40, 301, 64, 290])
     policy = kvpolicy.registry.create("policy", name, params)
-    layouts = [layout_of(row, policy.num_sink_tokens) for row in CAPACITIES]
+    layouts = [layout_of(row, policy) for row in CAPACITIES]
     check(Oracle(model, layouts, policy), asked, answers(llm, asked, 20))
 
 
 @pytest.mark.gpu
-def test_a_gpu_cuts_between_the_steps_of_a_graph(model: str, engine: Any, tmp_path: Path) -> None:
-    name, params = POLICIES[0]
+@pytest.mark.parametrize(("name", "params"), POLICIES[::2])
+def test_a_gpu_cuts_between_the_steps_of_a_graph(
+    model: str, engine: Any, tmp_path: Path, name: str, params: dict[str, int]
+) -> None:
     plan = save_plan(model, tmp_path / "plan.json", CAPACITIES, policy=PlanChoice(name, params))
     llm = engine(
         {"plan": plan, "retention": sum(map(sum, CAPACITIES)) / (6 * MAX_MODEL_LEN), "context_length": MAX_MODEL_LEN},
         num_gpu_blocks_override=4,
         **graph_options("FULL_DECODE_ONLY"),
     )
-    layouts = [layout_of(row, params["num_sink_tokens"]) for row in CAPACITIES]
-    oracle = Oracle(model, layouts, kvpolicy.registry.create("policy", name, params))
+    policy = kvpolicy.registry.create("policy", name, params)
+    oracle = Oracle(model, [layout_of(row, policy) for row in CAPACITIES], policy)
     for asked, found in answers_in_chunks(llm, {37: 4, 512: 4}):
         check(oracle, asked, found, tolerance=1e-3)

@@ -138,8 +138,8 @@ def test_plans_that_do_not_fit_are_refused_by_name(model: str, plan: str, tmp_pa
         config(model, {"plan": plan, "retention": 0.01, "context_length": MAX_MODEL_LEN})
     with pytest.raises(kvpolicy.BudgetError, match=r"kvpolicy.tokens is 600, more than the 512 tokens"):
         config(model, {"plan": plan, "tokens": 600})
-    other = save_plan(model, tmp_path / "other.json", [[64, 64]] * 3, policy="snapkv")
-    with pytest.raises(kvpolicy.PluginError, match="'snapkv' scores entries by more than their keys"):
+    other = save_plan(model, tmp_path / "other.json", [[64, 64]] * 3, policy="h2o")
+    with pytest.raises(kvpolicy.PluginError, match="'h2o' scores entries by more than their keys and the attention of"):
         config(model, {"plan": other, **FIXED})
     keys = save_plan(model, tmp_path / "keys.json", [[64, 200]] * 3, policy="keydiff")
     with pytest.raises(kvpolicy.BudgetError, match="'keydiff' needs fixed capacities"):
@@ -147,6 +147,9 @@ def test_plans_that_do_not_fit_are_refused_by_name(model: str, plan: str, tmp_pa
     few = save_plan(model, tmp_path / "few.json", [[60, 200]] * 3, policy="keydiff")
     with pytest.raises(kvpolicy.BudgetError, match="would have 60 entries, too few for the plan's policy 'keydiff'"):
         config(model, {"plan": few, "retention": 260 / 1024, "context_length": MAX_MODEL_LEN})
+    asked = save_plan(model, tmp_path / "asked.json", [[100, 200]] * 3, policy="snapkv")
+    with pytest.raises(kvpolicy.BudgetError, match=r"cut every 16 tokens, too few for .* 'snapkv' to ask 32 queries"):
+        config(model, {"plan": asked, "retention": 300 / 1024, "context_length": MAX_MODEL_LEN})
     lopsided = save_plan(model, tmp_path / "lopsided.json", [[6, 400]] * 3)
     with pytest.raises(kvpolicy.BudgetError, match="no block of up to 256 tokens holds the plan's smallest shares"):
         config(model, {"plan": lopsided, "retention": 406 / 1024}, max_model_len=256)
