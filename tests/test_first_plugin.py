@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "plugins" / "template"
 PAGE = (ROOT / "docs" / "tutorial" / "first-plugin.md").read_text(encoding="utf-8")
 POLICY_PAGE = (ROOT / "docs" / "how-to" / "write-eviction-policy.md").read_text(encoding="utf-8")
-FILES = re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
+SHOWN = re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
+FILES = [(name, text) for name, text in SHOWN if not name.startswith("my-policy/")]
+TWO_FILES = [(name, text) for name, text in SHOWN if name.startswith("my-policy/")]
 COMMANDS = [line[2:] for line in PAGE.splitlines() if line.startswith("$ ")]
 
 
@@ -43,15 +46,15 @@ def own(tmp_path):
     return tmp_path / "my-plugin"
 
 
-def run(folder, *command):
+def run(folder, *command, source="src"):
     """Standard output of Python in a package's folder, with the package found as an installed one is."""
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = folder / "src" / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info = folder / source / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     entries = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["kvpolicy"].items())
     (info / "entry_points.txt").write_text(f"[kvpolicy]\n{entries}")
-    path = os.pathsep.join([str(folder / "src"), *filter(None, sys.path)])
+    path = os.pathsep.join([str(folder / source), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -74,6 +77,17 @@ def test_a_copy_is_renamed_and_what_is_not_needed_is_removed(own):
     hook.write_text(calls.sub("", hook.read_text(encoding="utf-8")), encoding="utf-8")
     assert run(own, "-c", LISTED).strip() == "['key_norm']"
     assert "3 passed" in run(own, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def test_a_package_of_two_files_keeps_the_laws_and_is_found(tmp_path):
+    assert [name for name, _ in TWO_FILES] == ["my-policy/pyproject.toml", "my-policy/my_policy.py"]
+    (tmp_path / "my-policy").mkdir()
+    for name, text in TWO_FILES:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (laws,) = [shlex.split(command) for command in COMMANDS if command.startswith("python -c ")]
+    found = "import kvpolicy; print(kvpolicy.registry.get('policy', 'my-policy:fading').__name__)"
+    code = f"{laws[2]}\n{found}"
+    assert run(tmp_path / "my-policy", "-c", code, source=".").strip() == "FadingPolicy"
 
 
 def rows(head):
