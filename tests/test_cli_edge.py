@@ -165,6 +165,7 @@ def test_the_model_of_a_plan_starts_no_download(refused, tuned, tmp_path, monkey
         raise OSError("it is not here\nand more")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("kvpolicy.integrations.transformers.model.load.is_reachable", lambda: True)
     plan = tmp_path / "plan.json"
     document = json.loads(tuned[0].read_text())
     document["model"]["id"] = "somebody/model"

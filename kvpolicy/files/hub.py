@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from kvpolicy.errors import KVPolicyError, foreign
 from kvpolicy.files.regular import read_bytes, write_bytes
@@ -29,6 +32,18 @@ class Place:
 def is_directory(name: str) -> bool:
     """Whether a name means a directory: one that is there, or one that no Hub id can be."""
     return os.path.isdir(name) or name.startswith((".", "/", "~")) or os.path.isabs(name)
+
+
+def is_reachable() -> bool:
+    """Whether the Hub's host has an address here. Its client tries each file for half a minute where it has none."""
+    from huggingface_hub import constants
+
+    try:
+        if not getproxies():
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def fetch(source: str, file: str, revision: str | None, most: int) -> tuple[bytes, Place]:

@@ -108,6 +108,25 @@ def test_a_model_of_the_hub_without_a_network():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("has_address", [True, False])
+def test_a_hub_without_an_address_is_not_asked_again_and_again(monkeypatch, has_address):
+    def address(host, port):
+        if not has_address:
+            raise OSError("Name or service not known")
+
+    def from_pretrained(source, **options):
+        asked.append(options["local_files_only"])
+        raise OSError("it is not here")
+
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", address)
+    monkeypatch.setattr("kvpolicy.files.hub.getproxies", dict)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(ModelError, match=r"\(nobody/nothing\): it is not here$"):
+        load_config("nobody/nothing")
+    assert asked == [not has_address]
+
+
 # --- GGUF
 
 

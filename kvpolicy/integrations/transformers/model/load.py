@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kvpolicy.defaults import MODEL
 from kvpolicy.errors import ModelError, foreign
+from kvpolicy.files.hub import is_reachable
 from kvpolicy.integrations.transformers.model import default_model
 from kvpolicy.integrations.transformers.model.checkpoint import check_filled
 from kvpolicy.integrations.transformers.model.converted import converted, sound_copy
@@ -46,7 +47,7 @@ def load_model(
     source, origin = resolve(name)
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "local_files_only": not download}
+    where = _where(source, revision, download)
     options = {"use_safetensors": True, "dtype": _dtype(dtype), "ignore_mismatched_sizes": True}  # we say which
     with foreign(f"cannot load the model '{name}' from {origin}", ModelError), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **where)
@@ -63,7 +64,7 @@ def load_model(
 def load_config(name: str = MODEL, *, revision: str | None = None) -> Any:
     """The configuration alone; no weights are read (a GGUF's is read from its header). Raises `ModelError`."""
     source, origin = resolve(name)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    where = _where(source, revision, download=True)
     if source.endswith(".gguf"):
         gguf = Path(source)
         copy = sound_copy(gguf)
@@ -99,6 +100,12 @@ def resolve(name: str) -> tuple[str, str]:
     with foreign(f"no model directory at '{name}', and no Hub id can be so", ModelError):
         validate_repo_id(name)
     return name, f"the Hugging Face Hub ({name})"
+
+
+def _where(source: str, revision: str | None, download: bool) -> dict[str, Any]:
+    """Options of transformers' `from_pretrained`: what is not here is fetched if it may be, and if there is a way."""
+    is_local = not download or not (os.path.exists(source) or is_reachable())
+    return {"revision": revision, "trust_remote_code": False, "local_files_only": is_local}
 
 
 def _check_generation_config(source: str) -> None:
