@@ -52,6 +52,7 @@ def test_a_plan_shows_quality_over_bytes_and_its_search() -> None:
     finally:
         del PLAN.provenance["history"]
     assert page.count("<circle") == 10 and "50 % kept: trial 3, +0.0200" in page
+    assert ">2</text>" in page and ">1.5</text>" not in page, "there is no trial 1.5"
 
 
 def test_what_is_kept_is_drawn_as_it_is() -> None:

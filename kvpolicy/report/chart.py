@@ -62,13 +62,14 @@ def chart(
 
 
 class _Axis:
-    """Values to places, with a margin at both ends, and ticks at round numbers."""
+    """Values to places, with a margin at both ends, and ticks at round numbers, at whole ones where all values are."""
 
     def __init__(self, values: Iterable[float], begin: float, end: float) -> None:
         found = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(found), max(found)
         margin = 0.05 * (high - low) or abs(high) / 10 or 1.0
         self._low, self._span, self._begin, self._end = low - margin, high - low + 2 * margin, begin, end
+        self._least_step = 1.0 if all(float(value).is_integer() for value in found) else 0.0
 
     def at(self, value: float) -> float:
         return self._begin + (value - self._low) / self._span * (self._end - self._begin)
@@ -76,6 +77,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         step = 10 ** math.floor(math.log10(self._span / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if self._span / (step * factor) <= 6)
+        step = max(step, self._least_step)
         first = math.ceil(self._low / step)
         return [number * step for number in range(first, math.floor((self._low + self._span) / step) + 1)]
 
