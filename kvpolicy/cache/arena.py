@@ -312,10 +312,9 @@ class LayerArena:
     def fill(
         self, length: Tensor, allocated: Tensor, entries: Mapping[str, Tensor], beside: Mapping[str, Tensor]
     ) -> None:
-        """Makes its rows again, with the entries in the order in which they are given.
+        """Makes its rows again. length, allocated: int64 [S], entries and rows of each segment.
 
-        length, allocated: int64 [S], entries and rows of each segment
-        entries, beside: by name; the entries are those of all segments, one behind the other
+        entries: those of all segments, one behind the other;  beside: both by name
         """
         self.start, self.length, self.allocated = allocated.cumsum(0) - allocated, length, allocated
         self.cursor, rows = torch.zeros_like(length), self.padded_rows()
