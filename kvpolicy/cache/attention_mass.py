@@ -11,7 +11,8 @@ from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.chunk import Chunk
 
 
 def attention_mass(

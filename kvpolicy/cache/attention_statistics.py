@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.attention_mass import attention_of_each
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring

@@ -18,7 +18,8 @@ from kvpolicy_kernels.formats import Encoded, EntryFormat
 from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.exact_block import ExactBlock
 from kvpolicy.model.layer_spec import LayerSpec

@@ -6,7 +6,7 @@ import torch
 from kvpolicy_kernels.append import append
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.device_tables import on_device
 

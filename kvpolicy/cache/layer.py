@@ -10,7 +10,8 @@ from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.evict import evict, evict_into
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.eviction_order import eviction_order

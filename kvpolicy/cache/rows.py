@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import Schedule

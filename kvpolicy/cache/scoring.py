@@ -11,7 +11,8 @@ import torch
 from kvpolicy_kernels.rescore import rescore
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk, LayerArena
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.late_copy import LateCopy, waits
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.prompt_sources import Candidates

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.select import MAX_TOKENS

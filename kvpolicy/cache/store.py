@@ -17,9 +17,9 @@ from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
-from kvpolicy.cache.arena import Chunk
 from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.attention_statistics import attention_statistics
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.first_token import FirstToken
 from kvpolicy.cache.inputs import Finiteness

@@ -13,7 +13,7 @@ import torch
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 
 
 class Columns:

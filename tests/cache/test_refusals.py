@@ -8,7 +8,7 @@ import torch
 
 from kvpolicy import BudgetError, BudgetPlan, EvictionPolicy, PluginError
 from kvpolicy.cache import RaggedStore
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import Scoring

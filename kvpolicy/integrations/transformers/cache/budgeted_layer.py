@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore

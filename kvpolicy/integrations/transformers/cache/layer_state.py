@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.cache.arena import Chunk
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.scoring import Scoring
 
 
