@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy.errors import ModelError
+from kvpolicy.errors import BudgetError, ModelError
 from tests.integrations.ragged_oracle import stepped_logits
 from tests.tiny import over, tiny_ids, tiny_model
 
@@ -80,3 +80,40 @@ def test_what_cannot_be_forked():
     hook.remove()
     with pytest.raises(ModelError, match="a forward broke off"):
         cache.fork()
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv"])
+def test_budgets_tried_on_copies_of_one_prompt(policy, tmp_path):
+    """A copy whose budget is lowered holds what a cache holds that had it from the beginning, and goes on as that."""
+    model, ids = tiny_model("Llama"), tiny_ids(60)
+    spec = kvpolicy.ModelSpec.from_config(model.config)
+    whole = kvpolicy.new_cache(model, policy=policy, retention=0.9, context_length=60)
+    stepped_logits(model, ids[:, :45], whole, [45])
+    for entries in (12, 30):
+        table = entries + torch.arange(6).view(spec.table_shape)
+        plan = kvpolicy.BudgetPlan.from_capacities(spec, table, 60, policy=policy)
+        own, tried = kvpolicy.new_cache(model, plan, context_length=60), whole.fork()
+        stepped_logits(model, ids[:, :45], own, [45])
+        tried.rebudget(table)
+        assert torch.equal(tried.lengths[:, 0], table) and torch.equal(tried.capacities, own.capacities)
+        tried.save(tmp_path / "cache.kv")
+        loaded = kvpolicy.load_cache(model, tmp_path / "cache.kv")
+        expected, *found = (stepped_logits(model, ids[:, 45:], each, [1] * 15) for each in (own, tried, loaded))
+        for logits in found:
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert whole.lengths.unique().tolist() == [45]
+
+
+def test_a_budget_that_cannot_be_taken_is_refused():
+    model = tiny_model("Llama")
+    cache = kvpolicy.new_cache(model, policy="snapkv", retention=1.0)
+    with pytest.raises(ModelError, match="a prompt comes first"):
+        cache.rebudget(torch.full((3, 2), 9))
+    stepped_logits(model, tiny_ids(20), cache, [20])
+    with pytest.raises(BudgetError, match=r"SnapKVPolicy has scored nothing: make it with retention= below 1"):
+        cache.rebudget(torch.full((3, 2), 9))
+    cache = kvpolicy.new_cache(model, retention=0.5)
+    stepped_logits(model, tiny_ids(20), cache, [20])
+    with pytest.raises(BudgetError, match=r"the table has shape \(2, 3\), the model has \(3, 2\)"):
+        cache.rebudget(torch.full((2, 3), 9))
+    assert cache.lengths.unique().tolist() == [20]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvpolicy
+from kvpolicy import registry
 from kvpolicy.cache.arena import LayerArena
-from kvpolicy.cache.lower import lower
 from kvpolicy.integrations.transformers.cache import replays
 from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
@@ -96,13 +96,27 @@ def test_a_copy_whose_budget_is_lowered_between_tokens(model):
             model(ids[:, :40], **over(cache))
         own = [decoded(model, cache, ids[:, 40:50], is_replayed)]
         fork = cache.fork()
-        lower(fork.opened(), torch.tensor([[9, 14], [20, 6]]))
+        fork.rebudget(torch.tensor([[9, 14], [20, 6]]))
         own.append(decoded(model, fork, ids[:, 50:], is_replayed))
         assert fork.lengths[:, 0].tolist() == [[9, 14], [20, 6]]
         own.append(decoded(model, cache, ids[:, 50:], is_replayed))
         found.append(own)
     for one, other in zip(*found, strict=True):
         assert_alike(one, other)
+
+
+@pytest.mark.parametrize("policy", registry.names("policy"))
+def test_every_policy(policy, model):
+    ids, found = tiny_ids(40).to(DEVICE), []
+    for is_replayed in (True, False):
+        cache = kvpolicy.new_cache(model, policy=policy, retention=0.5, context_length=40)
+        with torch.no_grad():
+            model(ids[:, :30], **over(cache))
+        if cache.awaits_repeat:
+            kvpolicy.repeat_context(model, cache, ids[:, :30], INSTRUCTION)
+        found.append(decoded(model, cache, ids[:, 30:], is_replayed))
+    assert_alike(*found)
+    assert all(len(kept) == 20 for kept in found[0][1])
 
 
 class Elsewhere(LayerArena):

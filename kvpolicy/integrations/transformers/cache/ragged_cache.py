@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.lower import lower
 from kvpolicy.cache.store import ROLLBACK, RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.tracing import untraced
@@ -180,6 +181,24 @@ class RaggedCache(SteppedCache):
         )
         other._own(self.layers)
         return other
+
+    def rebudget(self, capacities: Tensor) -> None:
+        """Other capacities from now on: evicts down to them, by the scores that the entries have.
+
+        capacities: int64 [L, H], fixed whatever comes; larger ones bring nothing back that was evicted
+
+        With `fork`, several budgets are tried behind one prompt. Raises `BudgetError` for a table of another shape or
+        below the policy's fewest entries, and where entries have no scores since nothing was ever to be evicted;
+        `ModelError` for an empty cache, and in the middle of a forward.
+        """
+        self._settle()
+        store = self._enforced()
+        if not (store.schedule.evicts or store.policy.window_rule):
+            raise BudgetError(
+                f"this cache was to keep everything, so {type(store.policy).__name__} has scored nothing: make it with "
+                "retention= below 1"
+            )
+        lower(store, capacities)
 
     def end_turn(self, unfed: Tensor | None, ended: str | None) -> None:
         """Notes what the next turn feeds first, int64 [B, k], or why none can follow."""
