@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -45,8 +46,10 @@ def answer_rows(
     progress.begin("evaluate", len(pairs) * task.steps)
     try:
         for method, kept in pairs:
+            begun = time.monotonic()
             measured = task.measure(method, partial(_table, task, method, kept, seed))
-            rows.append(_row(task, method.name, kept, measured, seed) | facts)
+            spent = {"seconds": round(time.monotonic() - begun, 2)}
+            rows.append(_row(task, method.name, kept, measured, seed) | spent | facts)
             progress.advance(f"{method.name}, {kept:.4g} kept: {task.role.metric} {rows[-1]['score']:.3f}")
     finally:
         progress.end()

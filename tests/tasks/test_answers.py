@@ -188,6 +188,7 @@ def test_eval_gives_a_row_of_each_with_its_metric(kvpolicy, small, tmp_path):
     assert (document["task"], document["question"], document["metric"]) == ("file", "agnostic", "f1")
     assert document["f1"] == document["score"] and document["n"] == 3 and document["retention"] == 0.5
     assert document["bytes"] < document["full"]["bytes"] and document["versions"]["kvpolicy"]
+    assert document["seconds"] > 0 and document["full"]["seconds"] > 0
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
     table = kvpolicy("eval", "full", *options)
     assert "f1" in table.out and "a context before its question" in table.out
