@@ -35,7 +35,8 @@ question; in it all methods answer the same samples at the same bytes, which are
 full cache; positions, scores and tables count). Scores are percent with 95 % bootstrap intervals over samples; RULER's
 tasks are made by its rules in words of our own, so they rank methods and are no RULER scores. `against uniform` is the
 paired difference to uniform budgets under the same policy, in points, bold where its interval leaves out 0. Where all
-or no samples were right a bootstrap has no width.
+or no samples were right a bootstrap has no width. Behind `@` stands the format of the entries: in eight bits 1.8 times
+as many go into the bytes of `kept`.
 
 Within what is kept, the method with the highest mean stands first. A name that ends in `.json` is a plan, whose budgets
 were measured or learned beforehand; [what the others do](methods/index.md), [how tasks are
@@ -63,12 +64,14 @@ class Board:
 
 def boards() -> list[Board]:
     """Those of runs of the table of tasks first, then of comparisons."""
+    runs = [*sorted(RESULTS.glob("ruler_*.jsonl")), *sorted(RESULTS.glob("transfer_*/tasks.jsonl"))]
     found = []
-    for path in [*sorted(RESULTS.glob("ruler_*.jsonl")), *sorted(RESULTS.glob("transfer_*/tasks.jsonl"))]:
-        lines = [line for line in read_lines(path).values() if "scores" in line]
+    for run in [*runs, *sorted(RESULTS.glob("recipe_*"))]:
+        files = sorted(run.glob("*.jsonl")) if run.is_dir() else [run]
+        lines = [line for path in files for line in read_lines(path).values() if "scores" in line]
         for question in QUESTIONS:
             if own := [line for line in lines if line["question"] == question]:
-                found.append(Board(str(path.relative_to(RESULTS).as_posix()), own))
+                found.append(Board(run.relative_to(RESULTS).as_posix(), own))
     for names in COMPARISONS:
         lines = [line for name in names for line in comparison_lines(RESULTS / name)]
         found.append(Board("`, `".join(names), lines))
