@@ -128,6 +128,9 @@ def test_it_is_compiled_once_in_one_piece(monkeypatch, recorded, name, policy):
         assert found.generate(ids, 20).tolist() == expected.tolist()
         assert found.mode == "graph"
     assert counters["stats"]["unique_graphs"] == 1
+    cache.reset()
+    assert model.generate(ids, **over(cache), max_new_tokens=20, do_sample=False, eos_token_id=None).equal(expected)
+    assert cache.replays.compiled and found.mode == "graph", "whoever decodes over the cache"
 
 
 def test_generate(runner):

@@ -109,6 +109,7 @@ def longrope(name):
     return tiny_model(name, rope_parameters=rope, max_position_embeddings=192, **more).to(DEVICE)
 
 
+@pytest.mark.filterwarnings("ignore::kvpolicy.GraphWarning")
 @pytest.mark.parametrize("name", ["Phi3", "Llama"])
 @pytest.mark.parametrize("replayed", [False, True])
 def test_short_and_long_texts_under_longrope(name, replayed, monkeypatch):
