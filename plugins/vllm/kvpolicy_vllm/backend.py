@@ -127,7 +127,8 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = vllm_config.compilation_config.static_forward_context
+        every = vllm_config.compilation_config.static_forward_context
+        layers = {name: layer for name, layer in every.items() if isinstance(layer.impl, BlockImpl)}
         impls = [layer.impl for layer in layers.values()]
         self.entry_bytes = 2 * impls[0].head_size * vllm_config.model_config.dtype.itemsize
         self.is_cut = bool(impls[0].serving.period)

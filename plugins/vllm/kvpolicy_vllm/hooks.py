@@ -41,8 +41,9 @@ def _configured(create: Any) -> Any:
         refusals.check(config)
         model = config.model_config
         serving = Serving.resolve(
-            settings, model.hf_text_config, model.max_model_len, config.parallel_config.tensor_parallel_size
-        )
+            settings, model.hf_text_config, model.max_model_len, config.parallel_config.tensor_parallel_size,
+            config.cache_config.block_size,
+        )  # fmt: skip
         config.additional_config = {**config.additional_config, KEY: serving.to_json()}
         report.start(serving, config)
         return config
@@ -57,7 +58,7 @@ def _budgeted(init: Any) -> Any:
 
         config = get_current_vllm_config()
         serving = Serving.of(config)
-        if serving is None:
+        if serving is None or (serving.window_block and kwargs.get("per_layer_sliding_window") is not None):
             init(self, *args, **kwargs)
             return
         from vllm.distributed import get_tensor_model_parallel_rank
@@ -67,7 +68,7 @@ def _budgeted(init: Any) -> Any:
 
         init(self, *args, **{**kwargs, "attn_backend": BlockBackend})
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-        self.impl.assign(serving, extract_layer_index(self.layer_name), rank, size)
+        self.impl.assign(serving, serving.layers.index(extract_layer_index(self.layer_name)), rank, size)
 
     return __init__
 
@@ -78,7 +79,10 @@ def _described(describe: Any) -> Any:
         if Serving.of(vllm_config) is None:
             return describe(self, vllm_config)
         from kvpolicy_vllm import cache_spec
+        from kvpolicy_vllm.backend import BlockImpl
 
+        if not isinstance(self.impl, BlockImpl):
+            return describe(self, vllm_config)
         cache_spec.register()
         return cache_spec.spec_of(self)
 

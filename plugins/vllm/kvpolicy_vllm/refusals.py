@@ -7,7 +7,10 @@ from typing import Any
 
 from kvpolicy import BudgetError
 
-MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+HYBRID = ("Gemma3ForCausalLM",)
+"""Of these some layers have sliding windows, and full attention where the model says so."""
+
 EXACT = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -37,6 +40,8 @@ def _reasons(config: Any) -> Iterator[str]:
         yield "multi-modal prompts attend to prefixes in both directions"
     if getattr(model, "original_max_model_len", None) == -1:
         yield "a length that vLLM fits to the memory (give a number for --max-model-len)"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager and set(model.architectures) & set(HYBRID):
+        yield "sliding windows without a cache of their own (no --disable-hybrid-kv-cache-manager)"
     heads = model.get_total_num_kv_heads()
     if heads % parallel.tensor_parallel_size:
         yield f"{parallel.tensor_parallel_size} tensor-parallel ranks do not divide the model's {heads} KV heads"
@@ -47,5 +52,5 @@ def _model_reasons(model: Any) -> Iterator[str]:
     names = list(model.architectures)
     if not set(names) & set(MODELS):
         yield f"the architecture {', '.join(names)}; known are {', '.join(MODELS)}"
-    if model.get_sliding_window() is not None:
-        yield "sliding windows: beside them vLLM wants pages of one size, which layers of different budgets do not have"
+    if model.get_sliding_window() is not None and not set(names) & set(HYBRID):
+        yield f"sliding windows, but for those of {', '.join(HYBRID)}"

@@ -27,6 +27,8 @@ def start(serving: Serving, vllm_config: Any) -> None:
     dense = tokens * layers * heads
     flat = [slots for row in serving.slots for slots in row]
     kind = "a slab" if serving.is_slab else f"blocks of {serving.tokens_per_block} tokens"
+    if serving.window_block:
+        kind += f", which with their padding are those of the {layers} layers without a sliding window"
     if serving.period:
         kind += f", chosen by {serving.policy} every {serving.period} tokens"
     logger.info(

@@ -42,6 +42,8 @@ class Serving:
     period:           tokens from cut to cut; 0 under a window rule
     window:           queries before a cut that are asked; 0 for none
     num_q_heads, head_dim: of a layer of the whole model
+    layers:           those of the model that have a budget, in the order of `slots`
+    window_block:     tokens of a block of the others, which have sliding windows in vLLM's own caches; 0 without others
     """
 
     plan: str
@@ -55,19 +57,17 @@ class Serving:
     window: int
     num_q_heads: int
     head_dim: int
+    layers: tuple[int, ...]
+    window_block: int
 
     @classmethod
-    def resolve(cls, settings: Settings, hf_config: Any, max_model_len: int, tp_size: int) -> Serving:
-        """Raises `BudgetError`, `PlanError` or `PluginError` in one line, each for its own."""
+    def resolve(cls, settings: Settings, hf_config: Any, max_model_len: int, tp_size: int, block_size: int) -> Serving:
+        """block_size: vLLM's own. Raises `BudgetError`, `PlanError` or `PluginError` in one line, each for its own."""
         plan = load_plan(settings.plan)
         spec = ModelSpec.from_config(hf_config)
         plan.check_model(spec)
-        if len(spec.budgeted_layers) < len(spec.layers):
-            others = sorted({layer.kind for layer in spec.layers if not layer.is_budgeted})
-            raise BudgetError(
-                f"the model has layers without a budget ({', '.join(others)}), which kvpolicy-vllm cannot serve yet"
-            )
         is_growing = settings.tokens is None and settings.context_length is None
+        window_block = block_size if _is_hybrid(spec, is_growing) else 0
         table, tokens = (_growing if is_growing else _fixed)(plan, settings, max_model_len, tp_size)
         policy, least = plan.method.policy, int(table.min())
         period, window = _cuts(plan, least, is_growing)
@@ -79,10 +79,10 @@ class Serving:
                 f"{plan.num_sink_tokens} sink tokens"
             )
         slots = tuple(tuple(row) for row in table.tolist())
-        first = spec.layers[0]
+        first = spec.layers[spec.budgeted_layers[0]]
         return cls(
             settings.plan, slots, tokens, plan.num_sink_tokens, max_model_len, policy.name, dict(policy.params), period,
-            window, first.num_q_heads, first.key_dim,
+            window, first.num_q_heads, first.key_dim, spec.budgeted_layers, window_block,
         )  # fmt: skip
 
     @classmethod
@@ -97,11 +97,12 @@ class Serving:
                 f"additional_config.{KEY} was not resolved: the engine's configuration was not made by "
                 "EngineArgs.create_engine_config, which kvpolicy-vllm needs"
             )
-        return cls(**{**value, "slots": tuple(tuple(row) for row in value["slots"])})
+        slots = tuple(tuple(row) for row in value["slots"])
+        return cls(**{**value, "slots": slots, "layers": tuple(value["layers"])})
 
     def to_json(self) -> dict[str, Any]:
         """For `of`."""
-        return {**asdict(self), "slots": [list(row) for row in self.slots]}
+        return {**asdict(self), "slots": [list(row) for row in self.slots], "layers": list(self.layers)}
 
     @property
     def is_slab(self) -> bool:
@@ -114,9 +115,16 @@ class Serving:
         return row[rank * heads : (rank + 1) * heads]
 
     def rows(self, layer: int, tp_size: int) -> int:
-        """Rows of a block: the most of any rank, because vLLM wants equal blocks on all of them."""
-        ranks = [self.rank_slots(layer, rank, tp_size) for rank in range(tp_size)]
-        return max(sum(slots) + self._observed(slots, tp_size) for slots in ranks)
+        """Rows of a block: the most of any rank, because vLLM wants equal blocks on all of them.
+
+        Beside sliding windows the most of any layer, and a multiple of the rows of their blocks: there vLLM wants equal
+        blocks of all layers, and enlarges those of windows by a whole factor.
+        """
+        layers = range(len(self.slots)) if self.window_block else [layer]
+        ranks = [self.rank_slots(one, rank, tp_size) for one in layers for rank in range(tp_size)]
+        most = max(sum(slots) + self._observed(slots, tp_size) for slots in ranks)
+        unit = max(1, self.window_block * len(ranks[0]))
+        return -(-most // unit) * unit
 
     def _observed(self, slots: tuple[int, ...], tp_size: int) -> int:
         """Rows behind the entries of a rank's block."""
@@ -128,6 +136,25 @@ class Serving:
         """Entries that a request of so many tokens takes the memory of, over all layers and ranks."""
         rows = sum(self.rows(layer, tp_size) for layer in range(len(self.slots)))
         return rows * tp_size * -(-tokens // self.tokens_per_block)
+
+
+def _is_hybrid(spec: ModelSpec, is_growing: bool) -> bool:
+    """Raises `BudgetError` for layers that cannot stand beside those with a budget."""
+    others = sorted({layer.kind for layer in spec.layers if not layer.is_budgeted})
+    if not others:
+        return False
+    count, full = len(spec.layers), len(spec.budgeted_layers)
+    if others != ["sliding"] or full > count - full:
+        raise BudgetError(
+            f"the model has {count - full} layers without a budget ({', '.join(others)}) beside {full} with one; "
+            "kvpolicy-vllm serves sliding windows, at least as many layers of them as others"
+        )
+    if not is_growing:
+        raise BudgetError(
+            "beside sliding windows capacities have to grow: vLLM's blocks are then of one size for all layers, and a "
+            "window would take one as large as a slab. Give retention alone, without tokens= and context_length="
+        )
+    return True
 
 
 def _cuts(plan: BudgetPlan, least: int, is_growing: bool) -> tuple[int, int]:

@@ -18,7 +18,10 @@ from kvpolicy import EvictionPolicy, LayerActivations
 
 
 class Oracle:
-    """Greedy tokens and their log-probabilities, with a forward over everything for each token."""
+    """Greedy tokens and their log-probabilities, with a forward over everything for each token.
+
+    Layers with a sliding window have that; what `layouts` says is for the others, in their order.
+    """
 
     def __init__(
         self, folder: str, layouts: Sequence[BlockLayout] | None, policy: EvictionPolicy | None = None
@@ -29,13 +32,20 @@ class Oracle:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="oracle"
         ).eval()
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         at, group = torch.arange(query.shape[2]), query.shape[1] // key.shape[1]
         seen = (at <= at[:, None]).expand(key.shape[1], -1, -1)
-        layout = None if self.layouts is None else self.layouts[module.layer_idx]
+        layout = None
+        if module.layer_idx not in self.full:
+            seen = seen & (at > at[:, None] - module.sliding_window)
+        elif self.layouts is not None:
+            layout = self.layouts[self.full.index(module.layer_idx)]
         if isinstance(layout, CutLayout):
             assert self.policy is not None
             capacities = [min(slots, layout.tokens_per_block) for slots in layout.slots.tolist()]

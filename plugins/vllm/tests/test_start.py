@@ -97,11 +97,11 @@ def test_models_are_refused_by_name() -> None:
     made = SimpleNamespace(architectures=["GPTNeoXForCausalLM"], get_sliding_window=lambda: 128)
     reasons = list(hooks.refusals._model_reasons(made))
     assert reasons[0].startswith("the architecture GPTNeoXForCausalLM; known are LlamaForCausalLM, ")
-    assert reasons[1].startswith("sliding windows: beside them vLLM wants pages of one size")
+    assert reasons[1] == "sliding windows, but for those of Gemma3ForCausalLM"
 
 
 def test_vllm_wants_pages_of_one_size_beside_sliding_windows() -> None:
-    """Why hybrid models are refused: up to 0.27 vLLM raises, and 0.32 pads all pages to the largest."""
+    """Why blocks are padded beside them: up to 0.27 vLLM raises, and 0.32 pads each page to the largest."""
     from kvpolicy_vllm.cache_spec import spec_of
     from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -186,7 +186,7 @@ def test_blocks_are_the_smallest_that_keep_the_shares(model: str, tmp_path: Path
     serving = Serving.of(config(model, {"plan": small, "retention": 313 / 1024}))
     assert serving is not None and serving.tokens_per_block == 256
     hf_config = transformers.AutoConfig.from_pretrained(model)
-    long = Serving.resolve(Settings(plan, retention=352 / 1024), hf_config, 4096, 1)
+    long = Serving.resolve(Settings(plan, retention=352 / 1024), hf_config, 4096, 1, 16)
     assert long.tokens_per_block == 128  # no more than 32 of them
 
 
