@@ -34,8 +34,7 @@ def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
 def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
     """Bytes of what stays exact of one sequence, over all layers and KV heads. itemsize: of one of its numbers"""
     slots, heads = exact_tokens(policy, entry_format), spec.num_kv_heads
-    of_layer = slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
-    return spec.num_budgeted_layers * (of_layer + bool(slots) * heads * torch.int64.itemsize)
+    return spec.num_budgeted_layers * slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
 
 
 def beside_nbytes(*, scored: bool) -> int:
