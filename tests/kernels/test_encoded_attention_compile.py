@@ -102,19 +102,19 @@ def test_turn_compiles(dim, arch):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("dim", "masked"), [(64, False), (256, True)])
+@pytest.mark.parametrize(("dim", "masked"), [(128, True), (256, False)])
 def test_finish_compiles(dim, masked, arch):
     config = finish_config(dim)
     warps = config.pop("num_warps")
     constants = {
-        "D": dim, "DV": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True, "HAS_CHUNK": True,
-        "HAS_MASK": masked, "HAS_SOFTCAP": False, "EARLY": arch >= 90, "PRECISION": "tf32", **config,
+        "D": dim, "DV": dim, "TURN_BLOCK": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True,
+        "HAS_CHUNK": True, "HAS_MASK": masked, "HAS_SOFTCAP": False, "EARLY": arch >= 90, **config,
     }  # fmt: skip
     if not masked:
         constants["chunk_mask_ptr"] = None
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in _finish_kernel.arg_names}
-    types |= dict.fromkeys(("mid_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(FLOATS, "fp32")
-    types |= {"turn_ptr": "*i8", "chunk_mask_ptr": "*u8"}
+    types |= dict.fromkeys(("mid_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32") | dict.fromkeys(FLOATS, "fp32")
+    types |= {"turn_ptr": "*i8", "chunk_mask_ptr": "*i32", "pieces_ptr": "*i32"}
     aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
     aligned = [x for x in aligned if x not in ("chunk_mask_ptr", "stride_mb", "stride_mn")]
     assert compiled(_finish_kernel, arch, constants, types, aligned, warps, 3).spilled == 0

@@ -301,7 +301,7 @@ def triton_encoded_attention(
         plan = triton_plan(lengths, encoded_programs(lengths.device), unit_of(widest))
     num_programs, rotated = plan.programs.shape[0], entry_format.rotated
     query = query if query.stride(-1) == 1 else query.contiguous()
-    arriving = chunk if copies is None else copies.chunk(n)
+    arriving = chunk if copies is None else Chunk(copies.key, copies.value)
     single, finishes = torch.float32, rotated or arriving is not None
     out = query.new_empty(batch, num_q_heads, n, value_dim)
     mid = query.new_empty(out.shape, dtype=single) if finishes else out
@@ -333,9 +333,13 @@ def triton_encoded_attention(
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
     if lse is not None and finishes:
-        finish(mid, lse, out, query, arriving, num_kv_heads, scale, softcap, rotated, early)
+        slots = None if copies is None else copies.positions
+        finish(
+            mid, lse, (parts, part_lse, plan.pieces), out, query, arriving, slots, scale, softcap, rotated, early
+        )  # fmt: skip
+    else:
+        merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
     if logits is None:
         return out, lse if with_lse else None, None
     assert lse is not None  # as mass is asked for
