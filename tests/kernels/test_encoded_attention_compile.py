@@ -20,8 +20,8 @@ WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of
 FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
 
 
-def compile_attend(name, dtype, dim, arch, *variants, rows=4):
-    """variants: names of what the launch has besides, such as "SOFTCAP"."""
+def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
+    """variants: names of what the launch has besides, such as "SOFTCAP";  ones: arguments that are 1, a constant."""
     planes = FORMATS[name].codes_in_word
     config = kernels.launch_config(dtype, dim, planes, rows)
     warps = config.pop("num_warps")
@@ -36,6 +36,7 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4):
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
     belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    constants |= dict.fromkeys(ones, 1)
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
     types |= {"q_ptr": "*fp32" if dtype == torch.float32 else "*fp16", "kw_ptr": "*i16", "vw_ptr": "*i16"}
     types |= dict.fromkeys(
@@ -82,6 +83,12 @@ def test_attention_compiles(name, dtype, dim, arch):
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_variants_compile(name, rows, variants):
     assert compile_attend(name, torch.bfloat16, 128, 90, *variants, rows=rows).spilled == 0
+
+
+@pytest.mark.slow
+def test_attention_compiles_for_one_of_everything():
+    ones = ("num_segments", "num_kv_heads", "group", "n", "num_entries", "num_sinks")
+    assert compile_attend("int4", torch.bfloat16, 64, 90, "LSE", "HIDES", ones=ones).spilled == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -89,6 +89,29 @@ def _attend_codes(
 
 
 @triton.jit
+def _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr):
+    """Of a segment, its units, its length and its first row; of the last one where there is none."""
+    i_s = tl.minimum(i_s, num_segments - 1)
+    return (
+        tl.load(units_ptr + i_s),
+        tl.load(lengths_ptr + i_s).to(tl.int32),
+        tl.load(starts_ptr + i_s).to(tl.int64),
+    )
+
+
+@triton.jit
+def _fetch(ptr, row, num_entries, ROW: tl.constexpr, COUNT: tl.constexpr):
+    """Has the L2 cache fetch rows, as far as there are any, in lines of 128 bytes. ptr: to int16"""
+    o_line = tl.arange(0, triton.next_power_of_2(tl.cdiv(COUNT * ROW, 64))) * 64
+    if num_entries > 0:
+        place = tl.minimum(row * ROW + o_line, tl.cast(num_entries, tl.int64) * ROW - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l", [(ptr + place).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _loaded(ptrs, mask, WHOLE: tl.constexpr):
     return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=mask, other=0)
 
@@ -128,12 +151,13 @@ def _attend_kernel(
     o_wv = tl.arange(0, BLOCK_WV)
     m_m = o_m < num_rows
     m_q = (o_w < W)[:, None] & m_m[None, :]
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # for `turn`
+    units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
+    if EARLY:  # while `turn` runs, which is waited for
+        ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
+        _fetch(kw_ptr, ahead, num_entries, KW_ROW, BLOCK_N * (STAGES - 1))
+        _fetch(vw_ptr, ahead, num_entries, VW_ROW, BLOCK_N * (STAGES - 1))
+        tl.extra.cuda.gdc_wait()
     while (left > 0) & (i_s < num_segments):
-        units = tl.load(units_ptr + i_s)
-        length = tl.load(lengths_ptr + i_s).to(tl.int32)
-        start = tl.load(starts_ptr + i_s).to(tl.int64)
         i_h = (i_s % num_kv_heads).to(tl.int64)
         # [BLOCK_W, BLOCK_M] and [BLOCK_M]; row r is query r % n of the group's head r // n
         q_rows = i_s.to(tl.int64) * num_rows + o_m
@@ -209,6 +233,7 @@ def _attend_kernel(
         left -= take
         i_s += 1
         unit = 0
+        units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
 
 
 @triton.jit
