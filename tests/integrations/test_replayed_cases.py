@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 import kvpolicy
 from kvpolicy import registry
@@ -117,6 +119,61 @@ def test_every_policy(policy, model):
         found.append(decoded(model, cache, ids[:, 30:], is_replayed))
     assert_alike(*found)
     assert all(len(kept) == 20 for kept in found[0][1])
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append(None)
+
+
+def is_long(ids, scores):
+    return torch.full((len(ids),), ids.shape[1] >= 38, device=ids.device)
+
+
+WAYS = {
+    "sampling": {"do_sample": True, "top_k": 20},
+    "several answers": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+    "processors": {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "criteria": {"do_sample": False, "stopping_criteria": StoppingCriteriaList([is_long])},
+    "logits": {"do_sample": False, "output_logits": True, "return_dict_in_generate": True},
+    "a streamer": {"do_sample": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_generate_offers(way, model, monkeypatch):
+    found, ids = [], tiny_ids(30).to(DEVICE)
+    for is_replayed in (True, False):
+        if not is_replayed:
+            monkeypatch.setattr(replays, "is_token", lambda *_: False)
+        cache, streamer = kvpolicy.new_cache(model, retention=0.4, min_tokens=8), Heard()
+        options = WAYS[way] | {"eos_token_id": None} | ({"streamer": streamer} if way == "a streamer" else {})
+        torch.manual_seed(5)
+        out = model.generate(ids, **over(cache), max_new_tokens=14, **options)
+        assert cache.replays.mode == ("graph" if is_replayed else None)
+        tokens = out if isinstance(out, torch.Tensor) else out.sequences
+        found.append((tokens.tolist(), streamer.tokens, None if tokens is out else torch.stack(out.logits)))
+    assert found[0][:2] == found[1][:2]
+    assert way != "a streamer" or found[0][1] == [*found[0][0][0], None]
+    assert way != "criteria" or len(found[0][0][0]) == 38
+    if way == "logits":
+        torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=1e-4)
+
+
+def test_a_cache_that_attached_supplies(model):
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+    cache = kvpolicy.new_cache(model, retention=0.4, min_tokens=8)
+    expected = kvpolicy.generate(model, cache, ids := tiny_ids(30).to(DEVICE), **options)
+    with kvpolicy.attached(model, retention=0.4, min_tokens=8):
+        out = model.generate(ids, return_dict_in_generate=True, **options)
+    assert out.sequences.equal(expected)
+    assert out.past_key_values.replays.mode == cache.replays.mode == "graph"
 
 
 class Elsewhere(LayerArena):
