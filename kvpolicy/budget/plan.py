@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kvpolicy.budget import entries
 from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import Format, exact_recent
 from kvpolicy.budget.plan_card import plan_card
 from kvpolicy.budget.plan_parts import (
     PlanChoice,
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 FORMAT = "kvpolicy-plan"
-VERSION = 1
+VERSION, WITH_FORMATS = 1, 2  # the second where a level has formats
 PLAN_FILE = "plan.json"
 """The name of a plan that is shared."""
 _SAME_RETENTION = 1e-9
@@ -98,7 +98,7 @@ class BudgetPlan:
         if len(self.levels) > _MAX_LEVELS:
             raise PlanError(f"levels has {len(self.levels)} items, expected at most {_MAX_LEVELS}")
         for index, level in enumerate(self.levels):
-            check_level(level, f"levels[{index}]", self.model.table_shape)
+            check_level(level, f"levels[{index}]", self.model)
             for earlier in range(index):
                 if abs(self.levels[earlier].retention - level.retention) < _SAME_RETENTION:
                     raise PlanError(
@@ -184,6 +184,15 @@ class BudgetPlan:
         weight = min(1.0, max(0.0, (retention - lower.retention) / (end - lower.retention)))
         return lower.shares + weight * (end_shares - lower.shares)
 
+    def entry_format(self, ask: Ask) -> Format:
+        """Of the entries of a cache that keeps this much: that of the level which this is, or lies next above."""
+        ask = self.completed(ask)
+        return self._format_at(ask.fraction(ask.context_length or 1) if ask.retention is None else ask.retention)
+
+    def _format_at(self, retention: float) -> Format:
+        level = self.level_at(retention) or min(self.levels, key=lambda level: level.retention)
+        return level.entry_format
+
     def level_at(self, retention: float) -> PlanLevel | None:
         """The stored level that `retention` is or lies next above; None below the lowest one."""
         below = [level for level in self.levels if level.retention <= retention + _SAME_RETENTION]
@@ -199,17 +208,18 @@ class BudgetPlan:
         tp_size:   tensor-parallel ranks; rank r owns the r-th run of consecutive KV heads and every rank
             gets the same total (up to one entry)
 
-        The sum is `round(retention * context_length * L * H)`, unless the floors (sink tokens + 1 per KV head)
-        exceed that: then it is theirs. Raises `PlanError` for a retention the plan does not reach and
-        `BudgetError` for arguments that cannot be honoured; warns with `PlanWarning` where `tokens` is below the
-        lowest level (its shares are scaled) or the context is over four times the one searched on.
+        The sum is `round(retention * context_length * L * H)`, unless the floors (sink tokens + 1 per KV head, or with
+        formats what stays exact) exceed that: then it is theirs. Raises `PlanError` for a retention the plan does not
+        reach and `BudgetError` for arguments that cannot be honoured; warns with `PlanWarning` where `tokens` is below
+        the lowest level (its shares are scaled) or the context is over four times the one searched on.
         """
         context = positive("context_length", context_length)
         self.warn_if_long(context)
         ask, shape = self.completed(Ask(retention, tokens, context)), self.model.table_shape
         shares = self.shares_at(ask.fraction(context)) if ask.tokens is None else self._shares_for(ask.tokens, context)
         groups = entries.rank_groups(*shape, tp_size)
-        return entries.capacities(shares, ask.total(context, shape), context, self.least_capacity, groups)
+        least = self.num_sink_tokens + max(exact_recent(self._format_at(ask.fraction(context))), 1)
+        return entries.capacities(shares, ask.total(context, shape), context, least, groups)
 
     def completed(self, ask: Ask) -> Ask:
         """With what the plan knows of it: the retention of its only level; for `tokens`, the context it was made on.
@@ -263,27 +273,6 @@ class BudgetPlan:
         )
         return True
 
-    def warn_if_other_policy(self, policy: EvictionPolicy) -> bool:
-        """Warns, with `PlanWarning`, where a tuned plan is used with another policy. Returns whether it did.
-
-        A table of a user's own was tuned for no policy.
-        """
-        tuned, own = self.method.policy, None
-        if self.method.allocator is None:
-            return False
-        with contextlib.suppress(PluginError):  # a policy that is not installed here is another one
-            own = registry.create("policy", tuned.name, tuned.params)
-        params = plugin_call.params_of(policy)
-        if own is not None and type(own) is type(policy) and plugin_call.params_of(own) == params:
-            return False
-        warnings.warn(
-            f"the plan was tuned for the policy '{tuned.name}' {tuned.params}, but {policy!r} evicts here: the budgets "
-            "may not suit it; 'kvpolicy eval' with policy= tells",
-            PlanWarning,
-            stacklevel=3,
-        )
-        return True
-
     @property
     def sha256(self) -> str:
         """Identity of the plan: sha256 of the file that `save_plan` writes."""
@@ -293,7 +282,7 @@ class BudgetPlan:
         """The plan as JSON values, in the layout of the plan file."""
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self._version,
             "model": model_json(self.model),
             "method": {name: choice_json(getattr(self.method, name)) for name in PlanMethod.__slots__},
             "importance": importance_json(self.importance),
@@ -307,15 +296,16 @@ class BudgetPlan:
         fields = Fields(document)
         if fields.raw("format") != FORMAT:
             raise PlanError(f"format is {describe(fields.raw('format'))}, expected '{FORMAT}'; this is no plan")
-        if fields.raw("version") != VERSION or isinstance(fields.raw("version"), bool):
+        version = fields.raw("version")
+        if version not in (VERSION, WITH_FORMATS) or isinstance(version, bool):
             raise PlanError(
-                f"version is {describe(fields.raw('version'))}, expected {VERSION}; "
+                f"version is {describe(version)}, expected {VERSION} or {WITH_FORMATS}; "
                 "make the plan again, or use the kvpolicy that wrote it"
             )
         check_json(document, "")
         model = read_model(fields.fields("model"))
         levels = fields.read("levels", sequence)
-        return cls(
+        plan = cls(
             model=model,
             method=read_method(fields.fields("method")),
             importance=read_importance(fields.fields("importance"), model.table_shape)
@@ -324,6 +314,10 @@ class BudgetPlan:
             levels=tuple(read_level(Fields(x, f"levels[{i}]"), model.table_shape) for i, x in enumerate(levels)),
             provenance=fields.mapping("provenance"),
         )
+        if plan._version != version:
+            has = "a level" if plan._version == WITH_FORMATS else "no level"
+            raise PlanError(f"version is {version}, expected {plan._version}: {has} has formats")
+        return plan
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], revision: str | None = None) -> BudgetPlan:
@@ -350,6 +344,10 @@ class BudgetPlan:
             return publish(name, files, f"Plan for {self.model.id or 'a model'}", private=private).commit
         except KVPolicyError as error:
             raise PlanError(f"the plan was not pushed: {error}") from None
+
+    @property
+    def _version(self) -> int:
+        return WITH_FORMATS if any(level.formats for level in self.levels) else VERSION
 
     def _known(self) -> str:
         return ", ".join(f"{value:g}" for value in self.retentions)

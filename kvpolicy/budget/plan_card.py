@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from kvpolicy.budget.entry_format import name_of
 from kvpolicy.files.plain import markdown_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def plan_card(plan: BudgetPlan, name: str) -> str:
             "|" + "---|" * len(_COLUMNS),
             *(_row(_cells(level)) for level in levels),
             "",
+            *(f"- entries at {100 * x.retention:.4g} %: {name_of(x.entry_format)}" for x in levels if x.formats),
             "Perplexity and pass keys are of text that the search never saw. What stands here is what the plan says.",
             "",
             *(f"- {key}: {markdown_text(str(plan.provenance[key]))}" for key in _PROVENANCE if key in plan.provenance),

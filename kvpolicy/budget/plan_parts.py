@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from kvpolicy_kernels.formats import check_dim
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import MODEL, NAMES, Format, named, of_layers
 from kvpolicy.errors import BudgetError, PlanError
 from kvpolicy.files.fields import Fields, check_json, describe, number, sequence, table, text, vector, whole
 from kvpolicy.model.layer_spec import LayerSpec
@@ -93,6 +95,8 @@ class PlanLevel:
     """What was found for one retention.
 
     shares:     float64 `[L, H]`, the kept fraction of the context, 0 to 1; their mean is `retention`
+    formats:    names of the formats of the budgeted layers' entries, "model" for the model's dtype; None where that is
+        the one of all of them
     perplexity: of search, heldout, heldout_full, heldout_uniform (those that were measured)
     comparison: free-form facts about plan against uniform, such as `interval` (95 % paired bootstrap of the
         held-out loss difference, nats per token, [low, high]) and `verdict` in words
@@ -107,9 +111,18 @@ class PlanLevel:
     perplexity: dict[str, float] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", self.shares.detach().to("cpu", torch.float64))
+        if self.formats is not None:
+            own = tuple(self.formats)
+            object.__setattr__(self, "formats", None if set(own) == {MODEL} else own)
+
+    @property
+    def entry_format(self) -> Format:
+        """Of the entries of a cache under this level."""
+        return None if self.formats is None else of_layers([named(name) for name in self.formats])
 
 
 def check_method(method: PlanMethod) -> None:
@@ -121,7 +134,8 @@ def check_method(method: PlanMethod) -> None:
         whole(method.policy.params["num_sink_tokens"], "method.policy.params.num_sink_tokens", 0)
 
 
-def check_level(level: PlanLevel, path: str, shape: tuple[int, int]) -> None:
+def check_level(level: PlanLevel, path: str, model: PlanModel) -> None:
+    shape = model.table_shape
     if not 0 < level.retention <= 1:
         raise PlanError(f"{path}.retention is {level.retention}, expected above 0 and at most 1")
     if tuple(level.shares.shape) != shape:
@@ -137,12 +151,27 @@ def check_level(level: PlanLevel, path: str, shape: tuple[int, int]) -> None:
     mean = float(level.shares.mean())
     if abs(mean - level.retention) > _MEAN_TOLERANCE:
         raise PlanError(f"{path}.shares have the mean {mean:.9g}, expected the level's retention {level.retention:.9g}")
+    if level.formats is not None:
+        _check_formats(level.formats, f"{path}.formats", model)
     for name in ("allocator_params", "perplexity", "comparison", "retrieval"):
         check_json(getattr(level, name), f"{path}.{name}")
     for key, value in level.perplexity.items():
         if number(value, f"{path}.perplexity.{key}") < 0:
             raise PlanError(f"{path}.perplexity.{key} is {value}, expected at least 0")
     _check_retrieval(level.retrieval, f"{path}.retrieval")
+
+
+def _check_formats(formats: tuple[str, ...], path: str, model: PlanModel) -> None:
+    layers = len(model.budgeted_layers)
+    if len(formats) != layers:
+        raise PlanError(f"{path} has {len(formats)} items, expected one for each of {layers} budgeted layers")
+    for index, name in enumerate(formats):
+        if name not in NAMES:
+            raise PlanError(f"{path}[{index}] is {describe(name)}, expected one of {', '.join(NAMES)}")
+    try:
+        check_dim(model.head_dim)
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from None
 
 
 def _check_retrieval(retrieval: dict[str, Any], path: str) -> None:
@@ -192,6 +221,7 @@ def read_importance(fields: Fields, shape: tuple[int, int]) -> Importance:
 
 
 def read_level(fields: Fields, shape: tuple[int, int]) -> PlanLevel:
+    formats = fields.read("formats", sequence, shape[0]) if fields.has("formats") else None
     return PlanLevel(
         retention=fields.read("retention", number),
         shares=fields.read("shares", table, shape),
@@ -199,6 +229,9 @@ def read_level(fields: Fields, shape: tuple[int, int]) -> PlanLevel:
         perplexity=fields.mapping("perplexity"),
         comparison=fields.mapping("comparison"),
         retrieval=fields.mapping("retrieval"),
+        formats=None
+        if formats is None
+        else tuple(text(x, fields.path(f"formats[{i}]")) for i, x in enumerate(formats)),
     )
 
 
@@ -230,7 +263,7 @@ def level_json(level: PlanLevel) -> dict[str, Any]:
         "perplexity": level.perplexity,
         "comparison": level.comparison,
         "retrieval": level.retrieval,
-    }
+    } | ({} if level.formats is None else {"formats": list(level.formats)})
 
 
 def kept_fractions(proportions: Tensor, retention: float) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from kvpolicy_kernels.formats import EntryFormat
+from torch import Tensor
 
-from kvpolicy.budget.entry_format import exact_tokens
+from kvpolicy.budget.entry_format import Format, exact_tokens, of_layer
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
@@ -24,6 +25,13 @@ def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_for
     return own + beside_nbytes(scored=scored)
 
 
+def entry_costs(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_format: Format) -> Tensor:
+    """Bytes of one entry of each KV head, int64 `[L, H]`: `Budget.cost` for a total in bytes."""
+    layers = range(spec.num_budgeted_layers)
+    own = [entry_nbytes(spec, dtype, scored=scored, entry_format=of_layer(entry_format, layer)) for layer in layers]
+    return torch.tensor(own)[:, None].repeat(1, spec.num_kv_heads)
+
+
 def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
     """Bytes of the codes of one entry, steps and zeros included; 0 where it has none."""
     if entry_format is None:
@@ -31,10 +39,13 @@ def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
     return entry_format.row_bytes(spec.attention.key_dim) + entry_format.row_bytes(spec.attention.value_dim)
 
 
-def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: EntryFormat | None) -> int:
+def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: Format) -> int:
     """Bytes of what stays exact of one sequence, over all layers and KV heads. itemsize: of one of its numbers"""
-    slots, heads = exact_tokens(policy, entry_format), spec.num_kv_heads
-    return spec.num_budgeted_layers * slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
+    heads, total = spec.num_kv_heads, 0
+    for layer in range(spec.num_budgeted_layers):
+        slots = exact_tokens(policy, of_layer(entry_format, layer))
+        total += slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
+    return total
 
 
 def beside_nbytes(*, scored: bool) -> int:

@@ -8,11 +8,10 @@ from typing import Any, get_args
 
 import torch
 from kvpolicy_kernels.attention import ragged_attention
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import check_format, format_of, least_entries
+from kvpolicy.budget.entry_format import Format, check_format, exact_recent, format_of, least_entries
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
@@ -54,7 +53,8 @@ class RaggedStore(Decoding):
     split:      run-time allocation instead of the schedule's own shares
     heads:      (first, count) of the KV heads held here, under tensor parallelism
     supplied:   sources that a store has not by itself and the caller hands in with each forward
-    entry_format: in which keys and values are kept; None for the dtype in which they come
+    entry_format: in which keys and values are kept, one for all layers or one for each; None for the dtype in which
+        they come
 
     Raises `PluginError` when the policy requires a source that it cannot be given, `BudgetError` for a schedule of
     another model.
@@ -72,7 +72,7 @@ class RaggedStore(Decoding):
         split: RuntimeSplit | None = None,
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
-        entry_format: EntryFormat | None = None,
+        entry_format: Format = None,
     ) -> None:
         check_sources(policy, supplied, None if split is None else split.allocator)
         if schedule.shape != spec.table_shape:
@@ -87,13 +87,13 @@ class RaggedStore(Decoding):
                 f"{type(split.allocator).__name__} splits the budget at run time by comparing all KV heads, of which a "
                 "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
             )
-        check_format(entry_format, spec.attention)
+        check_format(entry_format, spec)
         self.spec, self.policy, self.decode_mode, self.entry_format = spec, policy, decode, entry_format
         floor = self.least_capacity
         self.batch_size = positive("batch_size", batch_size)
         split = None if split is None else split.with_floor(floor)
         schedule = schedule if split is not None else schedule.with_floor(floor)
-        recent = policy.recent_window if entry_format is None else max(policy.recent_window, entry_format.exact_recent)
+        recent = max(policy.recent_window, exact_recent(entry_format))
         self.protection = Protection.of(policy.num_sink_tokens, recent, protected)
         self.first_head, self.num_heads = first, count
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
@@ -118,14 +118,14 @@ class RaggedStore(Decoding):
         spec: ModelSpec | None = None,
         protected: Sequence[Sequence[int]] = (),
         decode: DecodeMode = "evict",
-        format: str | EntryFormat | None = None,
+        format: str | Format = None,
     ) -> RaggedStore:
         """An empty store under a plan.
 
         retention: kept fraction of the tokens seen; None means the plan's level if it has just one
         tokens:    instead, mean entries per KV head; with `context_length`, capacities are fixed up front
         spec:      the model's; None means plain attention of the plan's shape
-        format:    of the entries, "int8" or "int4"; None keeps them in `dtype`
+        format:    of the entries, "int8", "int4", or "model", which keeps them in `dtype`; None for the plan's own
 
         Raises `PlanError` and `BudgetError` as `BudgetPlan.capacities` does.
         """
@@ -133,8 +133,9 @@ class RaggedStore(Decoding):
             spec = plan.model.to_spec()
         else:
             plan.check_model(spec)
-        policy, entry_format = policy_of(plan), format_of(format)
-        ask, least = Ask(retention, tokens, context_length, min_tokens), least_entries(policy, entry_format)
+        policy, ask = policy_of(plan), Ask(retention, tokens, context_length, min_tokens)
+        entry_format = plan.entry_format(ask) if format is None else format_of(format)
+        least = least_entries(policy, entry_format)
         store = cls(
             spec,
             schedules.from_plan(plan, ask, least=least),

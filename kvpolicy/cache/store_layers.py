@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
-from kvpolicy.budget.entry_format import least_entries
+from kvpolicy.budget.entry_format import Format, least_entries, of_layer
 from kvpolicy.cache import inputs
 from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import LayerArena
@@ -33,7 +32,7 @@ class Layers(Accounts):
 
     policy: EvictionPolicy
     decode_mode: DecodeMode
-    entry_format: EntryFormat | None
+    entry_format: Format
     protection: Protection
     first_head: int
     _shape: LayerSpec
@@ -44,7 +43,7 @@ class Layers(Accounts):
         """A layer that holds nothing yet."""
         entries = self.layers[layer] = StoreLayer(
             layer,
-            self._arena(dtype, device),
+            self._arena(layer, dtype, device),
             self.batch_size,
             self.num_heads,
             self.protection,
@@ -57,11 +56,12 @@ class Layers(Accounts):
         """The fewest entries that a KV head may be given."""
         return least_entries(self.policy, self.entry_format)
 
-    def _arena(self, dtype: torch.dtype, device: torch.device) -> LayerArena:
+    def _arena(self, layer: int, dtype: torch.dtype, device: torch.device) -> LayerArena:
         shape, batch, heads = self._shape, self.batch_size, self.num_heads
+        entry_format = of_layer(self.entry_format, layer)
         num_pinned = self.protection.num_pinned
         scored = self.schedule.evicts and holds_scores(self.policy, self.split)
-        if self.entry_format is None:
+        if entry_format is None:
             dims = shape.key_dim, shape.value_dim
             return LayerArena(batch * heads, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
         return EncodedArena(
@@ -69,7 +69,7 @@ class Layers(Accounts):
             shape,
             dtype,
             device,
-            entry_format=self.entry_format,
+            entry_format=entry_format,
             num_sinks=self.policy.num_sink_tokens,
             num_pinned=num_pinned,
             scored=scored,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
-from kvpolicy.budget.entry_format import least_entries, name_of
+from kvpolicy.budget.entries import capacities
+from kvpolicy.budget.entry_format import Format, least_entries, name_of
+from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.budget.plan_parts import PlanLevel
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.select import Protection
-from kvpolicy.cache.size import block_nbytes, entry_nbytes
+from kvpolicy.cache.size import block_nbytes, entry_costs
 from kvpolicy.errors import BudgetError
-from kvpolicy.model.spec import ModelSpec
+from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
 _STEP_NBYTES = 7 * torch.int64.itemsize + torch.float32.itemsize  # of a KV head, while a token is decoded: `LayerStep`
@@ -31,35 +35,88 @@ def table_nbytes(spec: ModelSpec, capacities: Tensor, batch_size: int = 1) -> in
     return batch_size * spec.num_budgeted_layers * of_layer + capacities.nbytes
 
 
-def retention_within(
+def byte_budget(
     memory: int | float,
     spec: ModelSpec,
     context: int,
     dtype: torch.dtype,
     policy: EvictionPolicy,
-    entry_format: EntryFormat | None,
+    entry_format: Format,
     *,
     scored: bool,
-) -> float:
-    """The largest part of `context` tokens whose entries, in a store of one sequence, take these bytes at most.
+) -> Budget:
+    """The budget, in bytes, of the entries of one sequence of `context` tokens: what is left for them of `memory`.
 
     memory: bytes, or as a float up to 1 the part of the full cache's bytes in `dtype`. Keys, values, positions, scores,
         tables and what stays exact are counted
 
     Raises `BudgetError` where not even the fewest entries of each KV head go into them.
     """
-    full = spec.total_entries(1.0, context)
-    allowed = round(memory * full * spec.entry_bytes(dtype.itemsize)) if isinstance(memory, float) else memory
+    full = spec.total_entries(1.0, context) * spec.entry_bytes(dtype.itemsize)
+    allowed = round(memory * full) if isinstance(memory, float) else memory
     beside = table_nbytes(spec, torch.empty(spec.table_shape, dtype=torch.int64))
     flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
     beside += block_nbytes(spec, dtype.itemsize, policy, entry_format) + flags
     beside += spec.total_entries(1.0, 1) * _STEP_NBYTES
-    each = entry_nbytes(spec, dtype, scored=scored, entry_format=entry_format)
-    least = min(least_entries(policy, entry_format), context) * spec.total_entries(1.0, 1)
-    total = (allowed - beside) // each
-    if total < least:
+    cost = entry_costs(spec, dtype, scored=scored, entry_format=entry_format)
+    least = min(least_entries(policy, entry_format), context)
+    if allowed - beside < least * int(cost.sum()):
         raise BudgetError(
             f"memory={memory} is {allowed} bytes for {context} tokens, but the fewest entries that the KV heads can be "
-            f"given in format={name_of(entry_format)} take {least * each + beside}: give more, or another format"
+            f"given in format={name_of(entry_format)} take {least * int(cost.sum()) + beside}: give more, or another "
+            "format"
         )
-    return min(total, full) / full
+    total = min(allowed - beside, int(cost.sum()) * context)
+    return Budget(total, spec.table_shape, least, context, cost)
+
+
+def even_retention(budget: Budget) -> float:
+    """The kept part of a context under a budget in bytes whose entries all take the same."""
+    assert budget.cost is not None  # in bytes
+    return budget.total // int(budget.cost[0, 0]) / int(budget.ceilings().sum())
+
+
+def plan_retention(
+    plan: BudgetPlan,
+    context: int,
+    budget_of: Callable[[Format], Budget],
+    format_of_level: Callable[[PlanLevel], Format] = lambda level: level.entry_format,
+) -> float:
+    """The largest retention whose capacities go into a budget in bytes, of a plan whose levels may differ in formats:
+    that under the format of the highest level that goes into them.
+
+    budget_of: raises `BudgetError` for a format of which even the fewest entries are too many
+
+    It is below the plan's lowest level where that does not go into the bytes.
+    """
+    levels = sorted(plan.levels, key=lambda level: -level.retention)
+    full = context * plan.model.table_shape[0] * plan.model.table_shape[1]
+    kept, most = 0, full
+    for level in levels:
+        least = round(level.retention * full)
+        try:
+            kept = _most_entries(plan, context, budget_of(format_of_level(level)), least, most)
+        except BudgetError:
+            if level is levels[-1]:
+                raise
+        if kept >= least:
+            break
+        most = least - 1
+    return kept / full
+
+
+def _most_entries(plan: BudgetPlan, context: int, budget: Budget, least: int, most: int) -> int:
+    """Of `least` to `most` entries in all, the most that go into the budget; fewer where not even `least` do."""
+    assert budget.cost is not None  # in bytes
+    full, cost = int(budget.ceilings().sum()), budget.cost
+
+    def spent(entries: int) -> int:
+        table = capacities(plan.shares_at(entries / full), entries, context, int(budget.floors().max()))
+        return int((table * cost).sum())
+
+    if (smallest := spent(least)) > budget.total:
+        return min(least * budget.total // smallest, least - 1)
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if spent(middle) <= budget.total else (least, middle - 1)
+    return least

@@ -27,6 +27,7 @@ def bench_command(
     policy_param: opt.PolicyParams = None,
     allocator: cache_options.Allocator = None,
     min_tokens: cache_options.MinTokens = MIN_TOKENS,
+    format: cache_options.Format = None,
     model: cache_options.ModelOfPlan = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -55,6 +56,7 @@ def bench_command(
         policy_param=parse_params(policy_param, "--policy-param"),
         allocator=allocator,
         min_tokens=min_tokens,
+        format=format,
         model=model,
         device=device,
         dtype=dtype,
@@ -69,6 +71,7 @@ def bench_command(
 
 
 def _show(answer: Bench) -> None:
+    from kvpolicy.budget.entry_format import MODEL
     from kvpolicy.cli.terminal import Console
     from kvpolicy.report.grid import Grid
     from kvpolicy.report.numbers import size
@@ -97,6 +100,8 @@ def _show(answer: Bench) -> None:
     note = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
     console.print(f"{note}; peak: most bytes above the model's, activations included", soft_wrap=True)
     for row in answer.caches:
+        if row["format"] != MODEL:
+            console.print(f"{row['cache']}: entries in {row['format']}", soft_wrap=True)
         if not row["evicted"] and row["retention"] is not None:
             note = f"{row['cache']}: nothing was evicted (--min-tokens keeps short prompts)"
             console.print(note, soft_wrap=True)

@@ -17,7 +17,7 @@ Allocator = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Format of the entries: int8, int4, or model, which is the model's own dtype and the default.",
+        help="Format of the entries: int8, int4, or model, the model's dtype; default: the plan's own, else model.",
         show_default=False,
     ),
 ]

@@ -100,6 +100,7 @@ def eval_command(
 
 
 def _show(answer: Evaluation) -> None:
+    from kvpolicy.budget.entry_format import MODEL
     from kvpolicy.cli.terminal import Console
     from kvpolicy.report.depth_map import depth_maps, terminal_depths
     from kvpolicy.report.grid import Grid
@@ -122,6 +123,8 @@ def _show(answer: Evaluation) -> None:
     console.print(Grid(["plan", "kept", metric.replace("_", " "), "95 %", "bytes", "of full", "n"], rows))
     for depths in depth_maps(answer.rows):
         console.print(terminal_depths(depths))
-    first = answer.rows[0]
+    first, own = answer.rows[0], list(dict.fromkeys(row["format"] for row in answer.rows if row["format"] != MODEL))
     caption = f"measured under {first['policy']}: {answer.described}; in {first['dtype']}"
     console.print(caption, soft_wrap=True)
+    if own:
+        console.print(f"entries of all but the full cache: {'; '.join(own)}", soft_wrap=True)

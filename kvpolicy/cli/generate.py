@@ -115,7 +115,7 @@ def generate(
     figures = _figures(cache, stream, ids.shape[1])
     if json:
         settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "memory": memory}
-        settings |= {"policy": choice.policy_name, "format": name_of(choice.entry_format)}
+        settings |= {"policy": choice.policy_name, "format": name_of(cache.recipe.entry_format)}
         run = {"chat": is_chat, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
         opt.print_json({**settings, **run, "text": stream.text, **asdict(figures)})
     elif not quiet:

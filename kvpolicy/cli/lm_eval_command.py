@@ -36,6 +36,7 @@ def lm_eval_command(
     policy_param: opt.PolicyParams = None,
     allocator: cache_options.Allocator = None,
     min_tokens: cache_options.MinTokens = MIN_TOKENS,
+    format: cache_options.Format = None,
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of YAML files with tasks of your own.", show_default=False)
     ] = None,
@@ -72,6 +73,7 @@ def lm_eval_command(
         policy_param=parse_params(policy_param, "--policy-param"),
         allocator=allocator,
         min_tokens=min_tokens,
+        format=format,
         include_path=include_path,
         num_fewshot=num_fewshot,
         limit=limit,
@@ -90,6 +92,7 @@ def lm_eval_command(
 
 
 def _show(answer: HarnessRun) -> None:
+    from kvpolicy.budget.entry_format import MODEL
     from kvpolicy.cli.terminal import Console
     from kvpolicy.report.grid import Grid
     from kvpolicy.report.numbers import percent
@@ -103,4 +106,5 @@ def _show(answer: HarnessRun) -> None:
     console, run = Console(), answer.run
     console.print(Grid(["task", "figure", "value", "n"], rows))
     kept = f"{run['plan']}, {percent(run['retention'])} kept under {run['policy']}"
+    kept += "" if run["format"] == MODEL else f", entries in {run['format']}"
     console.print(f"{kept}; contexts of up to {run['min_tokens']} tokens whole; in {run['dtype']}", soft_wrap=True)

@@ -31,10 +31,12 @@ def validate_command(
     if json:
         opt.print_json(sound.to_json())
         return
+    from kvpolicy.budget.entry_format import MODEL
     from kvpolicy.cli.terminal import Console
     from kvpolicy.report.numbers import percent
 
-    levels = ", ".join(percent(retention) for retention in sound.retentions)
+    pairs = zip(sound.retentions, sound.formats, strict=True)
+    levels = ", ".join(percent(kept) + ("" if own == MODEL else f" in {own}") for kept, own in pairs)
     fits = "" if sound.checked_against is None else f", and fits {sound.checked_against}"
     line = f"{plan}: a sound plan of {sound.model or 'an unnamed model'} for {sound.policy}, {levels} kept{fits}"
     Console().print(line, soft_wrap=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.comparison.methods import Method, check_decodes
 from kvpolicy.comparison.task import Measured, Tables, Task
 from kvpolicy.integrations.transformers import TransformersProbe
@@ -43,7 +43,7 @@ class DecodingTask(Task):
         probe, table = self._probe(method.policy.num_sink_tokens, method.entry_format), tables(self.context)
         return Measured(probe.loss(table), measured_bytes(probe, table))
 
-    def _probe(self, num_sink_tokens: int, entry_format: EntryFormat | None = None) -> TransformersProbe:
+    def _probe(self, num_sink_tokens: int, entry_format: Format = None) -> TransformersProbe:
         return TransformersProbe(
             self.model,
             self.sequences,

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
+from kvpolicy.budget.apportion import apportion
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entries import capacities, context_budget, unmeasured_capacities
-from kvpolicy.budget.entry_format import format_of, least_entries, name_of
+from kvpolicy.budget.entry_format import Format, LayerFormats, format_of, least_entries, name_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan, policy_of
-from kvpolicy.cache.size import block_nbytes, entry_nbytes, holds_scores
+from kvpolicy.budget.plan_warnings import warn_if_other_policy
+from kvpolicy.cache.size import block_nbytes, entry_costs, entry_nbytes, holds_scores
+from kvpolicy.cache.weight import even_retention, plan_retention
 from kvpolicy.comparison.calibration import calibration_of
 from kvpolicy.errors import BudgetError, PlanError, PlanWarning, PluginError
-from kvpolicy.model.spec import ModelSpec
+from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.hookspecs import Role
 from kvpolicy.plugins.params import label_of, parse_named
@@ -46,6 +49,7 @@ class Method:
     shuffled:  capacities go to other KV heads at random: the control that tells whether it matters who has which
     quantized: of `QUANTIZED`, where nothing is evicted and all of it is held in fewer bits; the policy has no say
     entry_format: of the entries; None for the model's dtype
+    has_format: whether it was named; else a plan's levels have their own, and `at` says which
     """
 
     name: str
@@ -56,7 +60,8 @@ class Method:
     plan: BudgetPlan | None = None
     shuffled: bool = False
     quantized: str | None = None
-    entry_format: EntryFormat | None = None
+    entry_format: Format = None
+    has_format: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -80,19 +85,32 @@ class Method:
         """The policy's name, with those of its parameters that are not the defaults."""
         if self.evicts_nothing:
             return FULL
-        return _label("policy", self.policy_name, self.policy) + self._suffix
-
-    @property
-    def _suffix(self) -> str:
-        """What stands behind the names of a method that keeps its entries in a format."""
-        return "" if self.entry_format is None else f"{_AT}{name_of(self.entry_format)}"
+        return _label("policy", self.policy_name, self.policy) + _suffix(self.control_format)
 
     @property
     def uniform_name(self) -> str:
         """The method that this one's budgets are compared with: uniform ones under the same policy. '' for none."""
         if self.evicts_nothing:
             return ""
-        return f"{_label('policy', self.policy_name, self.policy)}/{UNIFORM}{self._suffix}"
+        return f"{_label('policy', self.policy_name, self.policy)}/{UNIFORM}{_suffix(self.control_format)}"
+
+    @property
+    def control_format(self) -> Format:
+        """That of the uniform budgets: a plan's, where all its levels have the same one in all layers."""
+        only = next(iter(self._formats)) if len(self._formats) == 1 else None
+        return None if isinstance(only, LayerFormats) else only
+
+    @property
+    def has_formats(self) -> bool:
+        """Whether entries are kept in another format than the model's dtype, at some retention at least."""
+        return self._formats != {None}
+
+    @property
+    def _formats(self) -> set[Format]:
+        """Those of a plan's levels, where none was named."""
+        if self.plan is None or self.has_format or self.entry_format is not None:
+            return {self.entry_format}
+        return {level.entry_format for level in self.plan.levels}
 
     @property
     def remark(self) -> str:
@@ -101,7 +119,7 @@ class Method:
             return ""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PlanWarning)
-            self.plan.warn_if_other_policy(self.policy)
+            warn_if_other_policy(self.plan, self.policy)
         return "; ".join(str(warning.message) for warning in caught)
 
     def calibration(self, retention: float) -> dict[str, Any]:
@@ -128,6 +146,17 @@ class Method:
         document: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
         return document
 
+    def at(self, spec: ModelSpec, context: int, retention: float, dtype: torch.dtype) -> Method:
+        """The same with the format that it has at this retention, which is one of bytes."""
+        if self.has_format or self.plan is None or not self.has_formats:
+            return self
+
+        def budget(entry_format: Format) -> Budget:
+            return replace(self, entry_format=entry_format)._byte_budget(spec, context, retention, dtype)
+
+        kept = plan_retention(self.plan, context, budget)
+        return replace(self, entry_format=self.plan.entry_format(Ask(kept)))
+
     def table(self, spec: ModelSpec, context: int, retention: float, seed: int, dtype: torch.dtype) -> Tensor:
         """Entries each KV head may keep of `context` tokens, int64 `[L, H]`: as many as take the bytes of a window
         rule's at this retention, positions included. Where scores are held beside the entries, there are fewer.
@@ -138,15 +167,25 @@ class Method:
         """
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
-        least = least_entries(self.policy, self.entry_format)
         if self.entry_format is None:
             table = self._exact_table(spec, context, retention)
             total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
+            table = capacities(table, total, context, self.policy.least_capacity)
         else:
-            total = self._coded_total(spec, context, retention, dtype)
-            table = self._exact_table(spec, context, total / spec.total_entries(1.0, context))
-        table = capacities(table, total, context, least)
+            budget = self._byte_budget(spec, context, retention, dtype)
+            if self.plan is None:
+                kept = even_retention(budget)
+            else:
+                kept = plan_retention(self.plan, context, lambda _: budget, lambda _: self.entry_format)
+            table = apportion(self._exact_table(spec, context, kept), budget)
         return _shuffled(table, seed) if self.shuffled else table
+
+    def kept_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
+        """The capacities at exactly this retention, int64 `[L, H]`, with what stays exact in each of them."""
+        if self.evicts_nothing:
+            return torch.full(spec.table_shape, context)
+        table, least = self._exact_table(spec, context, retention), least_entries(self.policy, self.entry_format)
+        return capacities(table, int(table.sum()), context, least)
 
     def _exact_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
         """The capacities at exactly this retention, int64 `[L, H]`."""
@@ -158,15 +197,17 @@ class Method:
         budget = context_budget(total, spec.table_shape, context, self.policy.least_capacity)
         return unmeasured_capacities(self.allocator, budget)
 
-    def _coded_total(self, spec: ModelSpec, context: int, retention: float, dtype: torch.dtype) -> int:
-        """Entries in a format that take the bytes of a window rule's in the model's dtype, what is exact included."""
-        assert self.entry_format is not None
+    def _byte_budget(self, spec: ModelSpec, context: int, retention: float, dtype: torch.dtype) -> Budget:
+        """The bytes of a window rule's entries in the model's dtype, less what is exact here; the fewest entries at
+        least.
+        """
         scored = holds_scores(self.policy, self.runtime_allocator)
         allowed = spec.total_entries(retention, context) * entry_nbytes(spec, dtype, scored=False)
         allowed -= block_nbytes(spec, dtype.itemsize, self.policy, self.entry_format)
-        most = int(allowed / entry_nbytes(spec, dtype, scored=scored, entry_format=self.entry_format))
-        floor = min(least_entries(self.policy, self.entry_format), context) * spec.total_entries(1.0, 1)
-        return min(max(most, floor), spec.total_entries(1.0, context))
+        cost = entry_costs(spec, dtype, scored=scored, entry_format=self.entry_format)
+        floor = min(least_entries(self.policy, self.entry_format), context)
+        total = min(max(allowed, floor * int(cost.sum())), context * int(cost.sum()))
+        return Budget(total, spec.table_shape, floor, context, cost)
 
     def _window_bytes_part(self, spec: ModelSpec, dtype: torch.dtype) -> float:
         """Bytes of an entry under a window rule, as a part of those of an entry here."""
@@ -209,7 +250,7 @@ def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill:
                 "it and give the plan"
             )
         below = [r for r in retentions if method.plan is not None and method.plan.level_at(r) is None]
-        if method.plan is not None and below:
+        if method.plan is not None and below and not method.has_formats:  # in which fewer bytes are more entries
             known = ", ".join(f"{retention:g}" for retention in method.plan.retentions)
             raise PlanError(f"{method.name} has the levels {known} and nothing below: leave out retention={below[0]:g}")
         if prefill == 0:
@@ -244,12 +285,13 @@ def _read(name: str) -> Method:
     return _of(policy, budgets or UNIFORM)
 
 
-def _in_format(method: Method, name: str, entry_format: EntryFormat | None) -> Method:
+def _in_format(method: Method, name: str, entry_format: Format) -> Method:
     """A method with entries in a format. Raises `PluginError` for one whose entries have one already."""
     if method.quantized:
         raise PluginError(f"'{name}': entries that transformers quantizes have a format of their own; leave one out")
     named = name if method.plan is not None else f"{method.name}{_AT}{name_of(entry_format)}"
-    return replace(method, name=named if entry_format else method.name, entry_format=entry_format)
+    named = named if entry_format or method.plan is not None else method.name
+    return replace(method, name=named, entry_format=entry_format, has_format=True)
 
 
 def _parts(name: str) -> tuple[str, str | None]:
@@ -296,10 +338,13 @@ def _full() -> Method:
 
 
 def _uniform_of(method: Method) -> Method:
-    allocator = registry.create("allocator", UNIFORM)
-    return Method(
-        method.uniform_name, method.policy_name, method.policy, UNIFORM, allocator, entry_format=method.entry_format
-    )
+    allocator, own = registry.create("allocator", UNIFORM), method.control_format
+    return Method(method.uniform_name, method.policy_name, method.policy, UNIFORM, allocator, entry_format=own)
+
+
+def _suffix(entry_format: Format) -> str:
+    """What stands behind the names of a method that keeps its entries in a format."""
+    return "" if entry_format is None else f"{_AT}{name_of(entry_format)}"
 
 
 def _shuffled(table: Tensor, seed: int) -> Tensor:

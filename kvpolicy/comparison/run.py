@@ -94,6 +94,7 @@ def _measured(task: Task, method: Method, retention: float, seed: int, timing: b
     row = Row(method.name, retention, method.identity, method.uniform_name, remark=method.remark)
     try:
         row = replace(row, calibration=method.calibration(retention))
+        method = method.at(task.spec, task.context, retention, task.dtype)
         tables = partial(_table, task, method, retention, seed)
         measured = task.measure(method, tables)
         if not bool(torch.isfinite(measured.losses).all()):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers import PromptProbe, SequenceProbe, TransformersProbe
 from kvpolicy.plugins.roles import EvictionPolicy
@@ -36,7 +36,7 @@ def probe_for(
     tokenizer: Any = None,
     prefill_length: int | None = None,
     batch_size: int = 1,
-    entry_format: EntryFormat | None = None,
+    entry_format: Format = None,
 ) -> SequenceProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.

@@ -136,7 +136,7 @@ def estimate_memory(
         raise BudgetError(f"weights_bytes is {weights_bytes}, expected at least 0")
     segments = batch_size * spec.num_budgeted_layers * spec.num_kv_heads
     entry_bytes, evicting = spec.entry_bytes(itemsize), policy_of(None, policy)
-    check_format(entry_format, spec.attention)
+    check_format(entry_format, spec)
     own_bytes, least = encoded_nbytes(spec, entry_format) or entry_bytes, least_entries(evicting, entry_format)
     schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, Ask(retention), least=least)
     capacities = schedule.at(context_length, None)

@@ -10,7 +10,7 @@ from kvpolicy.report.chart import Point, Series, chart
 from kvpolicy.report.heat_cells import heat_cells
 from kvpolicy.report.kept_tokens import KeptTokens, kept_tokens_html
 from kvpolicy.report.numbers import (
-    bytes_per_token,
+    level_bytes,
     model_name,
     percent,
     relative_budgets,
@@ -63,7 +63,7 @@ def _quality(plan: BudgetPlan) -> str:
         points = [
             Point(weight / 1000, value, f"{percent(level.retention)} kept, {size(weight)} a token, {value:.3f}")
             for level in levels
-            if (value := level.perplexity.get(key)) is not None and (weight := bytes_per_token(plan, level.retention))
+            if (value := level.perplexity.get(key)) is not None and (weight := level_bytes(plan, level))
         ]
         if points:
             series.append(Series(name, tuple(points)))

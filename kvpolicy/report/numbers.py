@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import named
 from kvpolicy.budget.plan import BudgetPlan, PlanChoice, PlanLevel
 
 LOST_FACTS = 0.05
@@ -27,6 +28,16 @@ def bytes_per_token(plan: BudgetPlan, retention: float) -> float:
     """Bytes of keys and values that the budgeted layers keep per token of context, in 16-bit numbers."""
     layers, heads = plan.model.table_shape
     return retention * layers * heads * 2 * plan.model.head_dim * ITEMSIZE
+
+
+def level_bytes(plan: BudgetPlan, level: PlanLevel) -> float:
+    """Bytes of keys and values that a level keeps per token of context, in its formats."""
+    if level.formats is None:
+        return bytes_per_token(plan, level.retention)
+    dim, total = plan.model.head_dim, 0.0
+    for shares, own in zip(level.shares, map(named, level.formats), strict=True):
+        total += float(shares.sum()) * 2 * (dim * ITEMSIZE if own is None else own.row_bytes(dim))
+    return total
 
 
 def size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from kvpolicy.budget.entry_format import name_of
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.report.grid import Grid
 from kvpolicy.report.numbers import (
@@ -12,6 +13,7 @@ from kvpolicy.report.numbers import (
     choice,
     excess,
     interval,
+    level_bytes,
     lost_facts,
     model_name,
     passkeys,
@@ -24,6 +26,7 @@ from kvpolicy.report.numbers import (
 
 LEVEL_COLUMNS = (
     ("kept", "kept"),
+    ("format", "format"),
     ("KV per token", "per token"),
     ("perplexity", "heldout"),
     ("uniform", "heldout_uniform"),
@@ -48,7 +51,8 @@ def level_rows(plan: BudgetPlan) -> list[dict[str, str]]:
     for level in sorted_levels(plan):
         row = {name: f"{value:.3f}" for name, value in level.perplexity.items()}
         row["kept"] = percent(level.retention)
-        row["per token"] = size(bytes_per_token(plan, level.retention))
+        row["per token"] = size(level_bytes(plan, level))
+        row["format"] = "" if level.formats is None else name_of(level.entry_format)
         for key, name in (
             ("answers", "heldout"),
             ("answers_uniform", "heldout_uniform"),

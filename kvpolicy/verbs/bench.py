@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.defaults import CONTEXT, MIN_TOKENS, RETENTIONS
 from kvpolicy.measure.machine import device_name
 from kvpolicy.progress import Progress
@@ -51,6 +52,7 @@ def bench(
     policy_param: Mapping[str, Any] | None = None,
     allocator: str | None = None,
     min_tokens: int = MIN_TOKENS,
+    format: str | Format = None,
     model: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -70,12 +72,13 @@ def bench(
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
     allocator:  splits the budget under "uniform"; None for an even split
     min_tokens: least entries of a KV head, on average
+    format:     of the entries: "int8", "int4", "model" for the model's dtype; None for the plan's own
     model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
     batch_size: sequences in one forward
 
     Raises `BudgetError`, `ModelError`, `PlanError`, `PluginError`, `TextError`.
     """
-    choice = CacheChoice.of(str(plan), policy, policy_param, allocator, min_tokens)
+    choice = CacheChoice.of(str(plan), policy, policy_param, allocator, min_tokens, format)
     arguments.check_context(context)
     arguments.check_least(1, new_tokens=new_tokens, repeats=repeats, batch_size=batch_size)
     retentions = _retentions(choice, arguments.several(retention))
@@ -143,5 +146,5 @@ def _row(cost: DecodeCost, dense: DecodeCost, retention: float | None) -> dict[s
     if cost is dense:
         return row
     kept = {"entries": cost.entries, "entries_seen": cost.entries_seen, "kept": cost.entries / cost.entries_seen}
-    decoding = {"decoding": cost.decoding, "why": cost.why}
+    decoding = {"format": cost.entry_format, "decoding": cost.decoding, "why": cost.why}
     return {**row, "retention": retention, **kept, "evicted": cost.entries < cost.entries_seen, **decoding}

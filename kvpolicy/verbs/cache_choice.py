@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpolicy_kernels.formats import EntryFormat
-
-from kvpolicy.budget.entry_format import format_of
+from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import Format, format_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan
 from kvpolicy.defaults import MODEL
 from kvpolicy.errors import AbsentModelError, BudgetError, ModelError, PlanError
@@ -76,7 +75,8 @@ def load_network(
 class CacheChoice:
     """What the caches of a run have in common; the retention comes with each.
 
-    name: "uniform", "full", or the path of the plan
+    name:   "uniform", "full", or the path of the plan
+    format: of the entries; None for the plan's own, and without a plan for the model's dtype
     """
 
     name: str
@@ -85,7 +85,7 @@ class CacheChoice:
     policy: EvictionPolicy
     allocator: str | None
     min_tokens: int
-    entry_format: EntryFormat | None = None
+    format: str | Format = None
 
     @classmethod
     def of(
@@ -95,7 +95,7 @@ class CacheChoice:
         policy_params: Mapping[str, Any] | None,
         allocator: str | None,
         min_tokens: int,
-        format: str | EntryFormat | None = None,
+        format: str | Format = None,
     ) -> CacheChoice:
         """Checks what can be checked before a model is loaded. Raises what `load_plan` and the registry raise."""
         plan = None if name in ("uniform", "full") else load_plan(name)
@@ -105,7 +105,8 @@ class CacheChoice:
                 raise BudgetError(f"allocator= goes with uniform: {name} leaves nothing to be split")
             check_splits_without_plan(allocator)
         arguments.check_least(1, min_tokens=min_tokens)
-        return cls(name, plan, evicts, evicting, allocator, min_tokens, format_of(format))
+        format_of(format)
+        return cls(name, plan, evicts, evicting, allocator, min_tokens, format)
 
     def check(self, retention: float | None, otherwise: str = "") -> None:
         """Refuses a retention that these caches cannot have. Raises `PlanError` or `BudgetError`."""
@@ -116,6 +117,11 @@ class CacheChoice:
         arguments.check_retention(retention)
         if self.plan is not None:
             check_level(self.plan, retention, otherwise)
+
+    def entry_format(self, retention: float) -> Format:
+        """Of the entries at a retention."""
+        own = format_of(self.format)
+        return own if self.plan is None or self.format is not None else self.plan.entry_format(Ask(retention))
 
     def make(self, model: Any, retention: float | None, **more: Any) -> Any:
         """A new cache for a loaded model; `more` goes to `new_cache`."""
@@ -128,6 +134,6 @@ class CacheChoice:
             policy=self.policy,
             allocator=self.allocator,
             min_tokens=self.min_tokens,
-            format=self.entry_format,
+            format=self.format,
             **more,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.budget.entry_format import MODEL as MODEL_DTYPE
-from kvpolicy.budget.entry_format import format_of, name_of
+from kvpolicy.budget.entry_format import name_of, named
 from kvpolicy.budget.memory_size import read_size
 from kvpolicy.cache.select import MAX_TOKENS
 from kvpolicy.defaults import MODEL, RETENTIONS
@@ -119,7 +119,7 @@ def estimate(
     given = None if gpu_memory is None else read_size(gpu_memory)
     where = arguments.pick_device(device) if given is None else "given"
     memory = memory_bytes(where) if given is None else given
-    evicting, entry_format = registry.create("policy", policy), format_of(format)
+    evicting, entry_format = registry.create("policy", policy), named(format or MODEL_DTYPE)
     retentions = [arguments.check_retention(r) for r in arguments.several(retention) or RETENTIONS]
 
     from kvpolicy.integrations.transformers import activations_of, load_config, weights_of

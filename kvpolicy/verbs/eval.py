@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 
+from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entries import capacities, context_budget, unmeasured_capacities
-from kvpolicy.budget.entry_format import format_of, name_of
+from kvpolicy.budget.entry_format import Format, format_of, name_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan
+from kvpolicy.budget.plan_warnings import warn_if_other_policy
 from kvpolicy.defaults import CONTEXT
 from kvpolicy.errors import BudgetError, KVPolicyError, PlanError
 from kvpolicy.files.regular import write_bytes
@@ -68,7 +70,7 @@ def eval(
     retention: float | Sequence[float] | None = None,
     policy: str | None = None,
     policy_param: Mapping[str, Any] | None = None,
-    format: str | EntryFormat | None = None,
+    format: str | Format = None,
     model: str | Path | None = None,
     text: str | Path | None = None,
     context: int | None = None,
@@ -95,7 +97,8 @@ def eval(
     records:    a JSONL file for what each sample gave; samples that it has already are not run again
     retention:  kept fractions, each in (0, 1]; None for the plan's levels. "uniform" needs some
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
-    format:     of the entries of all but the full cache: "int8", "int4"; None for the model's dtype. With perplexity
+    format:     of the entries of all but the full cache: "int8", "int4", "model" for the model's dtype; None for the
+                plan's own, which uniform budgets get too
     model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
     text:       a UTF-8 file; None for Python's language reference. A task needs none
     context:    tokens of one sequence or prompt; None for the plan's, or 1024
@@ -113,15 +116,10 @@ def eval(
     name, source, lines = str(plan), arguments.optional_path(text), arguments.optional_path(records)
     picture = arguments.optional_path(png)
     _check_of_task(chosen, prefill, source, lines, picture)
-    entry_format = format_of(format)
-    if chosen is not None and entry_format is not None:
-        raise BudgetError(
-            f"format= goes with perplexity here; 'kvpolicy compare' answers {chosen.name} under a format, as in "
-            "'kvpolicy compare snapkv@int4'"
-        )
+    format_of(format)
     loaded = None if name in ("uniform", "full") else load_plan(name)
     evicting, evicts = chosen_policy(loaded, policy, policy_param)
-    other = loaded is not None and loaded.warn_if_other_policy(evicts)
+    other = loaded is not None and warn_if_other_policy(loaded, evicts)
     if chosen is None and prefill is None and loaded is not None and not other and context is None:
         prefill = loaded.provenance.get("prefill_length")
     context = arguments.check_context(_own_context(loaded) if context is None else context)
@@ -142,32 +140,52 @@ def eval(
         sizes = {"limit": limit, "context": context, "seed": seed, "batch_size": batch_size}
         subject = (network, tokenizer)
         files = (lines, picture)
-        return _answered(chosen, name, loaded, (evicting, evicts), retentions, subject, sizes, files, progress)
+        pairs = _pairs(name, loaded, retentions, format)
+        return _answered(chosen, loaded, (evicting, evicts), pairs, subject, sizes, files, progress)
     corpus = read_corpus(tokenizer, source)
     count = max(1, min(limit, corpus.room("heldout", context)))
     sequences = corpus.sequences("heldout", count, context)
     options: dict[str, Any] = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
-    probe = probe_for(evicts, network, sequences, entry_format=entry_format, **options)
-    whole = probe if entry_format is None or name == "full" else probe_for(evicts, network, sequences, **options)
+
+    @cache
+    def probe_under(entry_format: Format) -> SequenceProbe:
+        return probe_for(evicts, network, sequences, entry_format=entry_format, **options)
+
+    pairs = _pairs(name, loaded, retentions, format)
+    probe = probe_under(pairs[-1][2])  # refuses here what it would refuse behind others
     if loaded is not None:
         loaded.check_model(probe.spec)
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
-    measured = _measured((whole, probe), name, loaded, retentions, progress or Progress())
+    measured = _measured(probe_under, loaded, pairs, progress or Progress())
     return Evaluation(name, tuple(_row(measure, task, seed) | facts for measure in measured), probe.described)
+
+
+_Pair = tuple[str, float, Format]
+"""Who splits the budget ("full", "uniform", or the plan's name), what is kept, and the format of the entries."""
+
+
+def _pairs(name: str, plan: BudgetPlan | None, retentions: list[float], format: str | Format) -> list[_Pair]:
+    """What is measured: the full cache, and at each retention uniform budgets and the plan's."""
+    if name == "full":
+        return [("full", 1.0, format_of(format))]
+    pairs: list[_Pair] = [("full", 1.0, None)]
+    for kept in retentions:
+        own = format_of(format) if plan is None or format is not None else plan.entry_format(Ask(kept))
+        pairs += [(who, kept, own) for who in dict.fromkeys(("uniform", name))]
+    return pairs
 
 
 def _answered(
     chosen: ChosenTask,
-    name: str,
     plan: BudgetPlan | None,
     policy: tuple[str, EvictionPolicy],
-    retentions: list[float],
+    pairs: list[_Pair],
     subject: tuple[Any, Any],
     sizes: dict[str, int],
     files: tuple[Path | None, Path | None],
     progress: Progress | None,
 ) -> Evaluation:
-    """A registered task under the plan. subject: model and tokenizer;  files: records, picture;  sizes: the others"""
+    """A registered task. subject: model and tokenizer;  files: records, picture;  sizes: the others"""
     from kvpolicy.integrations.transformers import weights_sha256
     from kvpolicy.verbs.eval_task import answer_rows, name_places
 
@@ -180,8 +198,8 @@ def _answered(
     if picture is not None and not name_places(task.samples):
         raise KVPolicyError(f"png= draws scores by depth and length, which the samples of {task.name} do not name")
     facts = {"policy": policy[0], "dtype": number, "context_length": sizes["context"]}
-    rows = answer_rows(task, name, plan, policy, retentions, seed=sizes["seed"], facts=facts, progress=progress)
-    answer = Evaluation(name, tuple(rows), task.described)
+    rows = answer_rows(task, plan, policy, pairs, seed=sizes["seed"], facts=facts, progress=progress)
+    answer = Evaluation(pairs[-1][0], tuple(rows), task.described)
     if picture is not None:
         _draw(answer, picture)
     return answer
@@ -223,22 +241,14 @@ class _Measured:
 
 
 def _measured(
-    probes: tuple[SequenceProbe, SequenceProbe],
-    name: str,
-    plan: BudgetPlan | None,
-    retentions: list[float],
-    progress: Progress,
+    probe_under: Callable[[Format], SequenceProbe], plan: BudgetPlan | None, pairs: list[_Pair], progress: Progress
 ) -> Iterator[_Measured]:
-    """The full cache, and at each retention uniform budgets and the plan's. probes: of the full cache, of the others"""
     from kvpolicy.measure.evaluation import measured_bytes, perplexity
 
-    pairs = [("full", 1.0)]
-    if name != "full":
-        pairs += [(plan_name, kept) for kept in retentions for plan_name in dict.fromkeys(("uniform", name))]
     progress.begin("evaluate", len(pairs))
     try:
-        for plan_name, kept in pairs:
-            probe = probes[plan_name != "full"]
+        for plan_name, kept, entry_format in pairs:
+            probe = probe_under(entry_format)
             table = _table(plan_name, plan, probe, kept)
             losses = probe.loss(table)
             progress.advance(f"{plan_name}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format, name_of
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.comparison.answers import AnswerTask
 from kvpolicy.comparison.methods import FULL, UNIFORM, Method, read_asked
@@ -23,51 +25,56 @@ from kvpolicy.verbs.chosen_task import versions
 
 def answer_rows(
     task: AnswerTask,
-    name: str,
     plan: BudgetPlan | None,
     policy: tuple[str, EvictionPolicy],
-    retentions: Sequence[float],
+    pairs: Sequence[tuple[str, float, Format]],
     *,
     seed: int,
     facts: dict[str, Any],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """A row for the full cache, and at each retention for uniform budgets and the plan's, as JSON values.
+    """A row for each pair, as JSON values.
 
-    name: the plan's, "uniform" or "full";  policy: its name and itself;  facts: that every row has
+    pairs:  "full", "uniform" or the plan's name, what is kept, and the format of the entries
+    policy: its name and itself;  facts: that every row has
     """
-    (full,) = read_asked([FULL])
-    uniform = Method(UNIFORM, *policy, UNIFORM, registry.create("allocator", UNIFORM))
-    pairs = [(full, 1.0)]
-    if name != FULL:
-        own = [] if plan is None else [Method(name, *policy, plan=plan)]
-        pairs += [(method, kept) for kept in retentions for method in (uniform, *own)]
     rows = []
     progress.begin("evaluate", len(pairs) * task.steps)
     try:
-        for method, kept in pairs:
-            begun = time.monotonic()
+        for name, kept, entry_format in pairs:
+            method, begun = replace(_method(name, plan, policy), entry_format=entry_format), time.monotonic()
             measured = task.measure(method, partial(_table, task, method, kept, seed))
             spent = {"seconds": round(time.monotonic() - begun, 2)}
-            rows.append(_row(task, method.name, kept, measured, seed) | spent | facts)
+            rows.append(_row(task, method, kept, measured, seed) | spent | facts)
             progress.advance(f"{method.name}, {kept:.4g} kept: {task.role.metric} {rows[-1]['score']:.3f}")
     finally:
         progress.end()
     return rows
 
 
+def _method(name: str, plan: BudgetPlan | None, policy: tuple[str, EvictionPolicy]) -> Method:
+    if name == FULL:
+        return read_asked([FULL])[0]
+    if name == UNIFORM:
+        return Method(UNIFORM, *policy, UNIFORM, registry.create("allocator", UNIFORM))
+    return Method(name, *policy, plan=plan)
+
+
 def _table(task: AnswerTask, method: Method, retention: float, seed: int, context: int) -> Tensor:
+    if method.entry_format is not None:
+        return method.kept_table(task.spec, context, retention)  # a retention is of entries here, not of bytes
     return method.table(task.spec, context, retention, seed, task.dtype)
 
 
-def _row(task: AnswerTask, plan: str, retention: float, measured: Measured, seed: int) -> dict[str, Any]:
+def _row(task: AnswerTask, method: Method, retention: float, measured: Measured, seed: int) -> dict[str, Any]:
     losses, weight = measured.losses, measured.memory
     low, high = mean_interval(losses, seed)
     return {
         "task": task.name,
         "question": task.question,
-        "plan": plan,
+        "plan": method.name,
         "retention": retention,
+        "format": name_of(method.entry_format),
         "metric": task.role.metric,
         "score": 1 - float(losses.mean()),
         task.role.metric: 1 - float(losses.mean()),

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.budget.entry_format import Format, name_of
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.progress import Progress
@@ -41,6 +42,7 @@ def lm_eval(
     policy_param: Mapping[str, Any] | None = None,
     allocator: str | None = None,
     min_tokens: int = MIN_TOKENS,
+    format: str | Format = None,
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -60,6 +62,7 @@ def lm_eval(
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
     allocator:    what splits the budget where there is no plan; None for uniform
     min_tokens:   mean entries per KV head that are kept whatever the retention: shorter contexts stay whole
+    format:       of the entries: "int8", "int4", "model" for the model's dtype; None for the plan's own
     include_path: a folder of YAML files with tasks of your own
     num_fewshot:  examples in front of each question; None for the task's own number
     limit:        samples of each task; None for all
@@ -78,7 +81,7 @@ def lm_eval(
         raise KVPolicyError(f"include_path={folder} is no directory")
     arguments.check_least(1, limit=limit, batch_size=batch_size)
     arguments.check_least(0, num_fewshot=num_fewshot)
-    choice = CacheChoice.of(str(plan), policy, policy_param, allocator, min_tokens)
+    choice = CacheChoice.of(str(plan), policy, policy_param, allocator, min_tokens, format)
     kept = _retention(choice, retention)
     where = arguments.pick_device(device)
     number = arguments.pick_dtype(dtype, where)
@@ -96,11 +99,13 @@ def lm_eval(
         "policy": choice.policy,
         "allocator": choice.allocator,
         "min_tokens": min_tokens,
+        "format": format,
     }
     subject = PolicyLM(network, tokenizer, choice.plan, batch_size=batch_size, **caches)
     sizes: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
     results = run_tasks(subject, names, include=folder, **sizes)
     run = {"model": name, "plan": choice.name, "policy": choice.policy_name, "retention": kept}
+    run |= {"format": name_of(choice.entry_format(kept))}
     run |= {"min_tokens": min_tokens, **sizes, "device": where, "dtype": str(network.dtype).removeprefix("torch.")}
     versions = {package: version(package) for package in ("kvpolicy", "lm_eval", "torch", "transformers")}
     return HarnessRun(run | {"versions": versions}, results)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.budget.ask import Ask
+from kvpolicy.budget.entry_format import check_format, name_of
 from kvpolicy.budget.plan import BudgetPlan, load_plan, policy_of
 from kvpolicy.errors import PlanWarning, PluginError
 from kvpolicy.model.spec import ModelSpec
@@ -19,6 +21,7 @@ class SoundPlan:
 
     sha256:          of the plan as `save_plan` writes it
     retentions:      its levels, ascending
+    formats:         of the entries of each of them, "model" for the model's dtype
     checked_against: the model whose configuration it fits, None where none was given
     warnings:        what to know before it is used
     """
@@ -28,6 +31,7 @@ class SoundPlan:
     model: str
     policy: str
     retentions: tuple[float, ...]
+    formats: tuple[str, ...]
     checked_against: str | None
     warnings: tuple[str, ...]
 
@@ -53,13 +57,17 @@ def validate(plan: str | Path, *, model: str | Path | None = None, revision: str
         if model is not None:
             from kvpolicy.integrations.transformers import load_config
 
-            loaded.check_model(ModelSpec.from_config(load_config(str(model), revision=revision)))
+            spec = ModelSpec.from_config(load_config(str(model), revision=revision))
+            loaded.check_model(spec)
+            for level in loaded.levels:
+                check_format(level.entry_format, spec)
     return SoundPlan(
         plan=str(plan),
         sha256=loaded.sha256,
         model=loaded.model.id,
         policy=loaded.method.policy.name,
         retentions=loaded.retentions,
+        formats=tuple(name_of(loaded.entry_format(Ask(retention))) for retention in loaded.retentions),
         checked_against=None if model is None else str(model),
         warnings=(*(str(warning.message) for warning in told), *_absent(loaded)),
     )

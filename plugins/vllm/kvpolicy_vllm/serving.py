@@ -66,6 +66,11 @@ class Serving:
         plan = load_plan(settings.plan)
         spec = ModelSpec.from_config(hf_config)
         plan.check_model(spec)
+        if any(level.formats for level in plan.levels):
+            raise BudgetError(
+                f"the plan {settings.plan} keeps entries in formats of fewer bits, which kvpolicy-vllm cannot serve: "
+                "take a plan that was made without --format"
+            )
         is_growing = settings.tokens is None and settings.context_length is None
         window_block = block_size if _is_hybrid(spec, is_growing) else 0
         table, tokens = (_growing if is_growing else _fixed)(plan, settings, max_model_len, tp_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +189,15 @@ def test_blocks_are_the_smallest_that_keep_the_shares(model: str, tmp_path: Path
     hf_config = transformers.AutoConfig.from_pretrained(model)
     long = Serving.resolve(Settings(plan, retention=352 / 1024), hf_config, 4096, 1, 16)
     assert long.tokens_per_block == 128  # no more than 32 of them
+
+
+def test_formats_of_a_plan_are_refused(model: str, tmp_path: Path) -> None:
+    plan = kvpolicy.load_plan(save_plan(model, tmp_path / "plan.json", CAPACITIES))
+    levels = tuple(replace(level, formats=("int4", "int8", "model")) for level in plan.levels)
+    kvpolicy.save_plan(replace(plan, levels=levels), tmp_path / "coded.json")
+    hf_config = transformers.AutoConfig.from_pretrained(model)
+    with pytest.raises(kvpolicy.BudgetError, match="coded.json keeps entries in formats of fewer bits"):
+        Serving.resolve(Settings(str(tmp_path / "coded.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1)
 
 
 def test_start_tells_what_it_saves_and_vllm_agrees(model: str, plan: str, engine: Any, lines: list[str]) -> None:

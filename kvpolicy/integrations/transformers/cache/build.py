@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kvpolicy_kernels.formats import EntryFormat
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import check_format, format_of, least_entries
+from kvpolicy.budget.entry_format import Format, check_format, format_of, least_entries
 from kvpolicy.budget.memory_size import read_memory
 from kvpolicy.budget.plan import BudgetPlan, policy_of
+from kvpolicy.budget.plan_warnings import warn_if_other_format, warn_if_other_policy
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import Schedule
 from kvpolicy.cache.size import holds_scores
 from kvpolicy.cache.split import RuntimeSplit
 from kvpolicy.cache.store import ROLLBACK, DecodeMode, RaggedStore
-from kvpolicy.cache.weight import retention_within
+from kvpolicy.cache.weight import byte_budget, even_retention, plan_retention
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach, attachment_of
@@ -28,7 +28,7 @@ from kvpolicy.integrations.transformers.cache.placement import check_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
 from kvpolicy.integrations.transformers.cache.recipe import Recipe
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
-from kvpolicy.model.spec import ModelSpec
+from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy
@@ -47,7 +47,7 @@ def new_cache(
     decode: DecodeMode = "evict",
     min_tokens: int = MIN_TOKENS,
     rollback: int = ROLLBACK,
-    format: str | EntryFormat | None = None,
+    format: str | Format = None,
     memory: float | int | str | None = None,
     shared_layers: Mapping[int, int] | None = None,
 ) -> RaggedCache:
@@ -64,8 +64,8 @@ def new_cache(
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     min_tokens: mean entries per KV head that a growing budget never goes below
     rollback:  last tokens that assisted generation can take back
-    format:    of the entries: "int8" or "int4", which leaves the sink tokens and the last 32 as they are; None keeps
-               them in the model's dtype
+    format:    of the entries: "int8" or "int4", which leaves the sink tokens and the last 32 as they are, or "model"
+               for the model's dtype; None is the plan's, which may have one for each layer, and without a plan "model"
     memory:    instead of `retention`, the bytes of a sequence of `context_length` tokens (or of as many as the plan was
                made on): a part of the full cache's in the model's dtype, in (0, 1], or bytes as "8GiB". All is counted:
                codes, positions, scores, tables, and what stays exact
@@ -81,12 +81,16 @@ def new_cache(
         raise BudgetError("a plan and an allocator were given: a plan has its shares already; give one")
     evicting = policy_of(plan, policy)
     if plan is not None:
-        plan.warn_if_other_policy(evicting)
-    splits, entry_format = _allocator(allocator) if plan is None else None, format_of(format)
-    shared = dict(shared_layers or {})
+        warn_if_other_policy(plan, evicting)
+    splits, shared = _allocator(allocator) if plan is None else None, dict(shared_layers or {})
     ask = Ask(retention, tokens, context_length, min_tokens)
     if memory is not None:
-        ask = _within(memory, ask, model, plan, evicting, splits, entry_format, shared)
+        ask = _within(memory, ask, model, plan, evicting, splits, format, shared)
+    entry_format = format_of(format)
+    if plan is not None and format is None:
+        entry_format = plan.entry_format(ask)
+    elif plan is not None:
+        warn_if_other_format(plan, ask, entry_format)
     recipe = Recipe(
         policy=evicting,
         allocator=splits,
@@ -108,7 +112,7 @@ def _within(
     plan: BudgetPlan | None,
     policy: EvictionPolicy,
     allocator: BudgetAllocator | None,
-    entry_format: EntryFormat | None,
+    format: str | Format,
     shared_layers: Mapping[int, int],
 ) -> Ask:
     """What bytes come to, for a context that is known."""
@@ -117,13 +121,20 @@ def _within(
     context = ask.context_length or (None if plan is None else plan.provenance.get("context_length"))
     if context is None:
         raise BudgetError("memory= needs context_length=, the tokens whose entries are to go into these bytes")
-    own, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
-    spec, scored = own.sharing(shared_layers), holds_scores(policy, allocator if is_split else None)
-    asked = read_memory(memory)
+    whole, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
+    spec, scored = whole.sharing(shared_layers), holds_scores(policy, allocator if is_split else None)
+    asked, own = read_memory(memory), format_of(format)
     if isinstance(asked, float):  # of the full cache's, in which no layer shares
-        asked *= own.num_budgeted_layers / spec.num_budgeted_layers
-    check_format(entry_format, spec.attention)
-    retention = retention_within(asked, spec, context, model.dtype, policy, entry_format, scored=scored)
+        asked *= whole.num_budgeted_layers / spec.num_budgeted_layers
+
+    def budget(entry_format: Format) -> Budget:
+        check_format(entry_format, spec)
+        return byte_budget(asked, spec, context, model.dtype, policy, entry_format, scored=scored)
+
+    if plan is None:
+        retention = even_retention(budget(own))
+    else:
+        retention = plan_retention(plan, context, budget, lambda level: level.entry_format if format is None else own)
     return replace(ask, retention=retention, context_length=context)
 
 

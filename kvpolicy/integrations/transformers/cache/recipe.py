@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kvpolicy_kernels.formats import EntryFormat
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import format_of
+from kvpolicy.budget.entry_format import Format, LayerFormats, format_of
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.cache.state import flag
 from kvpolicy.cache.store import DecodeMode
@@ -41,7 +41,7 @@ class Recipe:
     decode: DecodeMode
     rollback: int
     plan_sha256: str | None = None
-    entry_format: EntryFormat | None = None
+    entry_format: Format = None
     shared_layers: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,12 +61,10 @@ class Recipe:
             "decode": self.decode,
             "rollback": min(self.rollback, _MOST),
         }
-        if (own := self.entry_format) is not None:
-            document["entry_format"] = {
-                "bits": own.bits,
-                "rotated": own.rotated,
-                "exact_recent": own.exact_recent,
-            }
+        if isinstance(self.entry_format, LayerFormats):
+            document["entry_format"] = {"layers": [own and _format_json(own) for own in self.entry_format.layers]}
+        elif self.entry_format is not None:
+            document["entry_format"] = _format_json(self.entry_format)
         if self.shared_layers:
             document["shared_layers"] = [list(pair) for pair in sorted(self.shared_layers.items())]
         return document
@@ -121,7 +119,7 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         decode="append" if decode == "append" else "evict",
         rollback=fields.read("rollback", whole, 0),
         plan_sha256=expected,
-        entry_format=_read_format(fields.fields("entry_format")) if fields.has("entry_format") else None,
+        entry_format=_read_formats(fields.fields("entry_format")) if fields.has("entry_format") else None,
         shared_layers=read_shared_layers(fields),
     )
 
@@ -154,15 +152,25 @@ def _read_plugin(role: Literal["policy", "allocator"], fields: Fields) -> Evicti
     return plugin
 
 
-def _read_format(fields: Fields) -> EntryFormat | None:
+def _format_json(own: EntryFormat) -> dict[str, Any]:
+    return {"bits": own.bits, "rotated": own.rotated, "exact_recent": own.exact_recent}
+
+
+def _read_formats(fields: Fields) -> Format:
     try:
-        return format_of(
-            EntryFormat(
-                fields.read("bits", whole, 1), fields.read("rotated", flag), fields.read("exact_recent", whole, 0)
-            )
-        )
+        if not fields.has("layers"):
+            return format_of(_read_format(fields))
+        layers = enumerate(fields.read("layers", sequence))
+        own = [None if x is None else _read_format(Fields(x, fields.path(f"layers[{i}]"))) for i, x in layers]
+        return format_of(LayerFormats(tuple(own)))
     except (ValueError, BudgetError) as error:
         raise PlanError(f"its format is none that there is: {error}") from None
+
+
+def _read_format(fields: Fields) -> EntryFormat:
+    return EntryFormat(
+        fields.read("bits", whole, 1), fields.read("rotated", flag), fields.read("exact_recent", whole, 0)
+    )
 
 
 def _read_span(value: object, path: str) -> tuple[int, int]:

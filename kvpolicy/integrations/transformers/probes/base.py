@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import check_format
+from kvpolicy.budget.entry_format import Format, check_format, exact_recent
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -67,7 +66,7 @@ class SequenceProbe(ModelProbe):
         prefill_length: int = 0,
         batch_size: int = 1,
         progress: Progress | None = None,
-        entry_format: EntryFormat | None = None,
+        entry_format: Format = None,
     ) -> None:
         for ids in (sequences, *(prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts)):
             check_token_ids(model, ids, "sequences and prompts")
@@ -81,7 +80,7 @@ class SequenceProbe(ModelProbe):
         self._progress = progress or Progress()
         self._teacher = Teacher(self.scored_logits, sequences)
         self._spec = ModelSpec.from_config(model.config)
-        check_format(entry_format, self._spec.attention)
+        check_format(entry_format, self._spec)
         budgeted = self._spec.budgeted_layers
         self._modules = attention_modules(model, budgeted)
         # layers that reuse a budgeted layer's keys and values see what that layer keeps
@@ -129,8 +128,7 @@ class SequenceProbe(ModelProbe):
 
     @property
     def least_capacity(self) -> int:
-        recent = 0 if self.entry_format is None else self.entry_format.exact_recent
-        return self.num_sink_tokens + max(recent, 1)
+        return self.num_sink_tokens + max(exact_recent(self.entry_format), 1)
 
     @property
     def prompts(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvpolicy.budget.entry_format import MODEL
 from kvpolicy.cache.peak_memory import PeakMemory
 from kvpolicy.errors import BudgetError
 from kvpolicy.integrations.transformers.attention.attachment import attach, detach, is_attached
@@ -40,6 +41,7 @@ class DecodeCost:
     peaks:           most bytes above what was in use before, activations included; None where nobody knows
     bytes:           that the cache holds at the end, all of its tensors
     entries, entries_seen: of the budgeted layers; equal for a stock cache
+    entry_format:    the name of the entries' format
     decoding, why:   "graph" where the last token was a replay, else "eager", and the reason if one is told
     """
 
@@ -50,6 +52,7 @@ class DecodeCost:
     bytes: int = 0
     entries: int = 0
     entries_seen: int = 0
+    entry_format: str = MODEL
     decoding: str = "eager"
     why: str | None = None
 
@@ -73,6 +76,7 @@ class DecodeCost:
         if isinstance(cache, RaggedCache):
             report = cache.report()
             self.bytes, self.entries, self.entries_seen = cache.nbytes, sum(report.entries), sum(report.full)
+            self.entry_format = report.entry_format
             self.decoding, self.why = cache.replays.mode or "eager", cache.replays.why
         else:
             self.bytes = sum(tensor.nbytes for layer in cache.layers for tensor in tensors_of(layer).values())

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import least_entries
+from kvpolicy.budget.entry_format import Format, least_entries
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import ByLength, Fixed
 from kvpolicy.errors import BudgetError, PluginError
@@ -51,7 +50,7 @@ class Prompts:
         tokenizer: PreTrainedTokenizerBase | None = None,
         padding: Sequence[Tensor] | None = None,
         kept_bytes: int | None = None,
-        entry_format: EntryFormat | None = None,
+        entry_format: Format = None,
     ) -> None:
         if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
@@ -173,7 +172,7 @@ def prompt_cache(
     policy: EvictionPolicy,
     table: Tensor | ByLength,
     allocator: BudgetAllocator | None = None,
-    entry_format: EntryFormat | None = None,
+    entry_format: Format = None,
 ) -> RaggedCache:
     """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
 

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvpolicy.budget.entry_format import name_of
+from kvpolicy.budget.entry_format import Format, name_of
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
@@ -62,7 +61,7 @@ class PromptProbe(SequenceProbe):
         allocator: BudgetAllocator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kept_bytes: int | None = None,
-        entry_format: EntryFormat | None = None,
+        entry_format: Format = None,
     ) -> None:
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length

@@ -8,7 +8,7 @@ from kvpolicy_kernels.formats import EntryFormat
 from kvpolicy_kernels.window_attention import coded_window_attention, window_attention
 from torch import Tensor, nn
 
-from kvpolicy.budget.entry_format import name_of
+from kvpolicy.budget.entry_format import name_of, of_layer
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore
@@ -34,7 +34,7 @@ class TransformersProbe(SequenceProbe):
                      are scored then)
     batch_size:      sequences in one forward of `loss`
     progress:        told of long work, such as an allocator's learning
-    entry_format:    of a cache's entries; None for the model's dtype
+    entry_format:    of a cache's entries, one for all layers or one for each; None for the model's dtype
 
     Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
     """
@@ -78,7 +78,12 @@ class TransformersProbe(SequenceProbe):
         rows = capacities.tolist()
         handlers = [
             _WindowAttention(
-                module, self._spec, rows[row], self.num_sink_tokens, self.prefill_length, self.entry_format
+                module,
+                self._spec,
+                rows[row],
+                self.num_sink_tokens,
+                self.prefill_length,
+                of_layer(self.entry_format, row),
             )
             for module, row in self._windowed
         ]
