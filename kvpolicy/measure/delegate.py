@@ -33,6 +33,10 @@ class DelegateProbe(ModelProbe):
         return self._probe.least_capacity
 
     @property
+    def num_sink_tokens(self) -> int:
+        return self._probe.num_sink_tokens
+
+    @property
     def prompts(self) -> Sequence[Tensor]:
         return self._probe.prompts
 

@@ -182,8 +182,8 @@ class Budget:
 
     @property
     def uniform_capacity(self) -> float:
-        """Mean entries per KV head."""
-        return self.total / (self.shape[0] * self.shape[1])
+        """Entries per KV head where all have as many."""
+        return self.total / (self.shape[0] * self.shape[1] if self.cost is None else int(self.cost.sum()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

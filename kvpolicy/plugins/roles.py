@@ -106,6 +106,11 @@ class ModelProbe(abc.ABC):
         """
 
     @property
+    def num_sink_tokens(self) -> int:
+        """First tokens that are never evicted, inside every capacity."""
+        return self.least_capacity - 1
+
+    @property
     def num_sequences(self) -> int:
         """Sequences that `loss` and `soft_loss` score. Raises `PluginError` where the probe has no `soft_loss`."""
         raise PluginError(f"{type(self).__name__} has no soft_loss: budgets cannot be learned on it")

@@ -26,6 +26,10 @@ class SeveralProbes(ModelProbe):
         return self.parts[0].least_capacity
 
     @property
+    def num_sink_tokens(self) -> int:
+        return self.parts[0].num_sink_tokens
+
+    @property
     def prompts(self) -> Sequence[Tensor]:
         return self.parts[0].prompts
 

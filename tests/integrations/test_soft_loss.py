@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kvpolicy_kernels.formats import INT4, INT8
 
-from kvpolicy import PluginError, TransformersProbe
+from kvpolicy import PluginError, PromptProbe, TransformersProbe
+from kvpolicy.budget.entry_format import LayerFormats
 from kvpolicy.integrations.transformers.attention import soft_attention
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.probes import teacher
+from kvpolicy.plugins.registry import registry
 from tests.tiny import attention_of, tiny_ids, tiny_model
 from tests.tiny_architectures import ARCHITECTURES
 
@@ -62,6 +65,42 @@ def test_a_hard_bias_is_the_window_rule(name, prefill, monkeypatch):
     found = probe.soft_loss(hard(capacities), "text").double()
     torch.testing.assert_close(found, probe.loss(capacities), rtol=0, atol=2e-6)
     assert abs(float(found - probe.full_loss())) > 1e-4, "the window must matter"
+
+
+FORMATS = [INT8, INT4, LayerFormats((INT4, None, INT8))]
+
+
+@pytest.mark.parametrize("prefill", [0, 33])
+@pytest.mark.parametrize("entry_format", FORMATS)
+def test_under_a_format_a_hard_bias_is_the_window_rule_over_codes(entry_format, prefill, monkeypatch):
+    monkeypatch.setitem(soft_attention._SCORES, "cpu", 2**18)  # several blocks of queries
+    model = tiny_model("Llama").double()  # else a last bit of a key changes its code
+    options = {"entry_format": entry_format, "prefill_length": prefill}
+    probe, plain = TransformersProbe(model, tiny_ids(200), **options), TransformersProbe(model, tiny_ids(200))
+    capacities = torch.randint(36, 120, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
+    found = probe.soft_loss(hard(capacities), "text").double()
+    torch.testing.assert_close(found, probe.loss(capacities), rtol=0, atol=2e-6)
+    assert abs(float(found - plain.soft_loss(hard(capacities), "text"))) > 1e-6, "the codes must matter"
+    assert float(probe.soft_loss(nothing(2))) > 1e-7, "the teacher has no codes"
+
+
+@pytest.mark.parametrize("entry_format", FORMATS)
+def test_under_a_format_a_hard_bias_is_the_compressed_prompt(entry_format):
+    policy, model = registry.create("policy", "snapkv"), tiny_model("Llama").double()
+    probe = PromptProbe(model, tiny_ids(140), policy=policy, prefill_length=100, entry_format=entry_format)
+    capacities = torch.randint(40, 90, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
+    found = probe.soft_loss(hard(capacities, policy.num_sink_tokens), "text").double()
+    torch.testing.assert_close(found, probe.loss(capacities), rtol=0, atol=2e-6)
+
+
+def test_gradients_pass_by_the_rounding():
+    model = tiny_model("Llama").double()
+    probe = TransformersProbe(model, tiny_ids(150), entry_format=INT4)
+    theta = torch.full(probe.spec.table_shape, -0.5, dtype=torch.float64, requires_grad=True)
+    probe.soft_loss(slopes(theta)).sum().backward()
+    plain = theta.detach().clone().requires_grad_()
+    TransformersProbe(model, tiny_ids(150)).soft_loss(slopes(plain)).sum().backward()
+    torch.testing.assert_close(theta.grad, plain.grad, rtol=0.3, atol=1e-4)
 
 
 def test_the_divergence_is_that_of_the_two_predictions():

@@ -47,7 +47,7 @@ class FisherEstimator(ImportanceEstimator):
         context, least = probe.context_length, probe.least_capacity
         capacity = {size: min(max(round(size * context), least), context) for size in self.sizes}
         points = sorted({*capacity.values(), context})
-        kept = torch.tensor(points[:-1]) - (least - 1)  # entries behind the sink tokens
+        kept = torch.tensor(points[:-1]) - probe.num_sink_tokens
         squares = torch.zeros(*probe.spec.table_shape, len(points), dtype=torch.float64)
 
         def visit(part: LayerGradients) -> None:

@@ -62,7 +62,7 @@ class LearnedAllocator(BudgetAllocator):
         """The capacities, float64 `[L, H]`, that the last step left; they sum to the budget's total."""
         theta = self._start(importance.per_head).requires_grad_()
         adam = torch.optim.Adam([theta], lr=self.learning_rate)
-        num_sink_tokens, order = probe.least_capacity - 1, self.order(probe.num_sequences)
+        num_sink_tokens, order = probe.num_sink_tokens, self.order(probe.num_sequences)
         losses, begun = _restored(probe.saved(), theta, adam), time.monotonic()
         first = len(losses)
         probe.progress.begin("learn capacities", self.steps - first)
@@ -122,8 +122,9 @@ class SoftCapacities:
 def capacities_of(theta: Tensor, budget: Budget) -> Tensor:
     """Float64 `[L, H]`, as theta: the floors, and of what is left a part by softmax, so the total is exact."""
     floors = budget.floors().double()
-    left = max(budget.total - float(floors.sum()), 0.0)
-    return floors + left * torch.softmax(theta.flatten(), 0).reshape(theta.shape)
+    cost = torch.ones_like(floors) if budget.cost is None else budget.cost.double()
+    left = max(budget.total - float((floors * cost).sum()), 0.0)
+    return floors + left * torch.softmax(theta.flatten(), 0).reshape(theta.shape) / cost
 
 
 def _finite(loss: float, step: int) -> float:

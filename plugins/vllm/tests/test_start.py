@@ -196,7 +196,7 @@ def test_formats_of_a_plan_are_refused(model: str, tmp_path: Path) -> None:
     levels = tuple(replace(level, formats=("int4", "int8", "model")) for level in plan.levels)
     kvpolicy.save_plan(replace(plan, levels=levels), tmp_path / "coded.json")
     hf_config = transformers.AutoConfig.from_pretrained(model)
-    with pytest.raises(kvpolicy.BudgetError, match="coded.json keeps entries in formats of fewer bits"):
+    with pytest.raises(kvpolicy.BudgetError, match=r"coded\.json keeps entries in formats of fewer bits"):
         Serving.resolve(Settings(str(tmp_path / "coded.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1)
 
 

@@ -7,6 +7,7 @@ forward has ended, so each layer brings the conditions of the forward back for t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from kvpolicy_kernels.formats import EntryFormat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +33,9 @@ _SCORES = {"cpu": 1 << 25, "cuda": 1 << 28}
 _DIFFERENTIABLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """torch's kernels that give a mask its gradient."""
 
+IsExact = Callable[[Tensor, Tensor], Tensor]
+"""Positions of queries `[q]` and of keys `[k]` on one device -> bool `[q, k]`, whether a key is seen as it came."""
+
 PositionBias = Callable[[int, Tensor, Tensor], Tensor]
 """Budgeted layer, positions of queries `[q]` and of keys `[k]` on one device -> `[H, q, k]`."""
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
@@ -40,17 +45,30 @@ class BiasedAttention:
     """Causal attention with a bias on the scores, in place of one layer's attention.
 
     prefill_length: queries at the start that attend densely, through the model's own attention
+    entry_format:   of the entries; None leaves keys and values as they are. Gradients pass by the rounding
+    is_exact:       what a query sees as it came under a format
     """
 
-    def __init__(self, module: nn.Module, spec: ModelSpec, layer: int, bias: PositionBias, prefill_length: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: ModelSpec,
+        layer: int,
+        bias: PositionBias,
+        prefill_length: int,
+        entry_format: EntryFormat | None = None,
+        is_exact: IsExact | None = None,
+    ) -> None:
         self.module, self.spec, self.layer, self.bias = module, spec, layer, bias
-        self.prefill_length = prefill_length
+        self.prefill_length, self.entry_format, self.is_exact = prefill_length, entry_format, is_exact
         self.calls = 0
 
     def __call__(self, call: AttentionCall) -> Answer:
         check_heads(call, self.spec)
         self.calls += 1
-        query, key, value = call.query, call.key, call.value
+        query, entries = call.query, [call.key, call.value]
+        if self.entry_format is not None:
+            entries += [rounded(x, self.entry_format) for x in entries]
         # of the call the scoring alone: a block lives until its backward, and would keep all that a call holds
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, scoring=call.scoring)
         out = [call.stock()[0][:, :first].transpose(1, 2)] if first else []
@@ -60,20 +78,20 @@ class BiasedAttention:
         if len(rows) > 1:  # otherwise the layer's checkpoint is enough
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         begins = range(first, query.shape[2], most_rows)
-        out += [block(begin, part, key, value) for begin, part in zip(begins, rows, strict=True)]
+        out += [block(begin, part, *entries) for begin, part in zip(begins, rows, strict=True)]
         return as_answer(torch.cat(out, dim=2))
 
-    def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """Queries from position `begin` on: [B, num_q_heads, n, value_dim]."""
+    def _block(self, begin: int, query: Tensor, key: Tensor, value: Tensor, *coded: Tensor, scoring: Scoring) -> Tensor:
+        """Queries from position `begin` on: [B, num_q_heads, n, value_dim]. coded: key and value as codes say them"""
         batch, num_q_heads, count, dim = query.shape
         num_kv_heads, end = key.shape[1], begin + count
+        key, value, bias = self._seen(begin, end, (key, value), coded)
         scale, softcap, sinks = scoring.scale or dim**-0.5, scoring.softcap, scoring.sink_logits
         # the heads that share keys become sequences of their own, [B * group, H, n, D], under one bias
         query = query.reshape(batch, num_kv_heads, -1, count, dim).transpose(1, 2)
         group = query.shape[1]
         query = query.flatten(0, 1)
-        key, value = (x[:, None, :, :end].expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (key, value))
-        bias = self._bias(begin, end, query.device)
+        key, value = (x[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (key, value))
         if softcap or sinks is not None:
             columns = None if sinks is None else sinks.detach().reshape(num_kv_heads, group).T.repeat(batch, 1)
             mixed = _attention(query, key, value, bias, scale, softcap, columns)
@@ -85,6 +103,21 @@ class BiasedAttention:
                 mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         mixed = mixed.reshape(batch, group, num_kv_heads, count, -1)
         return mixed.transpose(1, 2).reshape(batch, num_q_heads, count, -1)
+
+    def _seen(
+        self, begin: int, end: int, exact: Sequence[Tensor], coded: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values that the queries see, [B, H, n, D], and the bias of each."""
+        key, value = (x[:, :, :end] for x in exact)
+        bias = self._bias(begin, end, key.device)
+        if not coded or self.is_exact is None:
+            return key, value, bias
+        rows, columns = torch.arange(begin, end, device=key.device), torch.arange(end, device=key.device)
+        as_it_came = self.is_exact(rows, columns)
+        used = (as_it_came & (columns <= rows[:, None])).any(0).nonzero()[:, 0]
+        parts = [bias.masked_fill(as_it_came, -math.inf), bias[..., used].masked_fill(~as_it_came[:, used], -math.inf)]
+        key, value = (torch.cat([y[:, :, :end], x[:, :, used]], 2) for x, y in zip(exact, coded, strict=True))
+        return key, value, torch.cat(parts, -1)
 
     def _bias(self, begin: int, end: int, device: torch.device) -> Tensor:
         """[H, n, end] with causality."""
@@ -114,6 +147,13 @@ def _attention(
         scores = torch.cat([scores, sinks.float()[..., None, None].expand(*scores.shape[:-1], 1)], -1)
     weights = torch.softmax(scores, -1)[..., : key.shape[2]].to(value.dtype)
     return weights @ value
+
+
+def rounded(rows: Tensor, entry_format: EntryFormat) -> Tensor:
+    """Rows as their codes say them; the gradient is that of the rows."""
+    with torch.no_grad():
+        error = entry_format.decode(entry_format.encode(rows), rows.dtype) - rows
+    return rows + error
 
 
 class OfModule(Protocol):

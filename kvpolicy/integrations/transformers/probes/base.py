@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import Format, check_format, exact_recent
+from kvpolicy.budget.entry_format import Format, check_format, exact_recent, of_layer
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -74,7 +75,7 @@ class SequenceProbe(ModelProbe):
         self.sequences = sequences
         self._prompts = list(prompts)
         self._tokenize = tokenize
-        self.num_sink_tokens = num_sink_tokens
+        self._num_sink_tokens = num_sink_tokens
         self.prefill_length = prefill_length
         self.batch_size, self.entry_format = batch_size, entry_format
         self._progress = progress or Progress()
@@ -119,12 +120,20 @@ class SequenceProbe(ModelProbe):
         """Losses float32 `[B, T - first_scored]` of one batch. ids: `[B, T]` on the model's device."""
 
     @abc.abstractmethod
+    def _is_exact(self, q_pos: Tensor, kv_pos: Tensor, recent: int) -> Tensor:
+        """See `IsExact`, under a format that leaves the last `recent` tokens as they came."""
+
+    @abc.abstractmethod
     def _ranks(self, sequence: int) -> PositionBias:
         """The ranks of a sequence's entries, see `ScoreBias`, by the positions of queries and keys."""
 
     @property
     def spec(self) -> ModelSpec:
         return self._spec
+
+    @property
+    def num_sink_tokens(self) -> int:
+        return self._num_sink_tokens
 
     @property
     def least_capacity(self) -> int:
@@ -249,9 +258,11 @@ class SequenceProbe(ModelProbe):
         def by_position(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
             return bias(layer, ranks(layer, q_pos, kv_pos))
 
-        handlers = [
-            BiasedAttention(module, self._spec, row, by_position, self.prefill_length) for module, row in self._windowed
-        ]
+        handlers = []
+        for module, row in self._windowed:
+            own = of_layer(self.entry_format, row)
+            is_exact = None if own is None else partial(self._is_exact, recent=own.exact_recent)
+            handlers.append(BiasedAttention(module, self._spec, row, by_position, self.prefill_length, own, is_exact))
         with biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
             loss = self.losses_of(ids).mean() if teacher is None else divergence(teacher, self.scored_logits(ids)[0])
         self._check_reached([handler.calls for handler in handlers], 1)

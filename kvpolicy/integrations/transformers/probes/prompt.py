@@ -105,6 +105,11 @@ class PromptProbe(SequenceProbe):
             'decoded on top of the budget (decode="append"), are scored'
         )
 
+    def _is_exact(self, q_pos: Tensor, kv_pos: Tensor, recent: int) -> Tensor:
+        """Of the prompt, what stays exact behind it; and what follows it."""
+        sinks = (kv_pos < self.num_sink_tokens) & (recent > 0)
+        return (sinks | (kv_pos >= self.prefill_length - recent)).expand(len(q_pos), -1)
+
     def _ranks(self, sequence: int) -> PositionBias:
         """By the scores that the prompt's entries got with nothing evicted; what follows the prompt is kept."""
         if self.allocator is not None:

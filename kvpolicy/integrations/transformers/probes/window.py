@@ -92,6 +92,11 @@ class TransformersProbe(SequenceProbe):
         self._check_reached([handler.calls for handler in handlers], 1)
         return losses
 
+    def _is_exact(self, q_pos: Tensor, kv_pos: Tensor, recent: int) -> Tensor:
+        query = q_pos[:, None]
+        newest = (kv_pos < self.num_sink_tokens) | (query - kv_pos < recent)
+        return (newest & (recent > 0)) | (query < 1)  # a first token is a prompt of one
+
     def _ranks(self, sequence: int) -> PositionBias:
         """By distance."""
 
