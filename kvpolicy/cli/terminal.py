@@ -31,6 +31,7 @@ _OPTIONS = {
     "layers": "--layers",
     "limit": "--limit",
     "max_loss": "--max-loss",
+    "memories": "--memory",
     "memory": "--memory",
     "methods": "--methods",
     "min_tokens": "--min-tokens",

@@ -11,7 +11,7 @@ import typer
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.watch import watcher
 from kvpolicy.defaults import CONTEXT, MODEL, RETENTIONS
-from kvpolicy.errors import StudyError
+from kvpolicy.errors import BudgetError, StudyError
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.plugins.params import parse_params
 
@@ -37,6 +37,16 @@ def tune_command(
     data: opt.Data = None,
     task_file: opt.TaskFile = None,
     retention: Annotated[list[float] | None, opt.retentions("0.5, 0.3, 0.1; with --max-loss 0.9, 0.8, ... 0.1")] = None,
+    memory: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Instead of --retention: a part of the full cache's bytes, everything counted, as 0.15; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="Format of the entries that are searched for: int8, int4, or model, the model's dtype.")
+    ] = "model",
     max_loss: Annotated[
         float | None,
         typer.Option(
@@ -101,6 +111,8 @@ def tune_command(
     from kvpolicy.plugins.registry import registry
     from kvpolicy.verbs import arguments
 
+    if memory and retention:
+        raise BudgetError("--memory and --retention were given: give one of them")
     if sampler not in ("tpe", "gp"):
         raise StudyError(f"--sampler must be tpe or gp, got '{sampler}'")
     registry.get("estimator", estimator)
@@ -128,7 +140,9 @@ def tune_command(
         allocator_params=parse_params(allocator_param, "--allocator-param"),
         policy=policy,
         policy_params=parse_params(policy_param, "--policy-param"),
-        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None else RETENTIONS)),
+        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None and not memory else RETENTIONS)),
+        memories=tuple(memory or ()),
+        format=format,
         objective=objective if task_file is None else OF_FILE,
         question=question,
         data=data if task_file is None else task_file,
@@ -168,9 +182,9 @@ def tune_command(
 
 def _report(plan: BudgetPlan, out: Path, as_json: bool) -> None:
     if as_json:
-        shown = ("retention", "perplexity", "comparison", "retrieval")
+        shown = ("retention", "formats", "perplexity", "comparison", "retrieval")
         levels = [{name: getattr(level, name) for name in shown} for level in plan.levels]
-        names = ("objective", "protocol", "prefill_length", "passkey", "max_loss", "calibration")
+        names = ("objective", "protocol", "prefill_length", "passkey", "max_loss", "memory", "calibration")
         how = {"policy": plan.method.policy.name} | {x: plan.provenance[x] for x in names if x in plan.provenance}
         opt.print_json({"plan": str(out), "model": plan.model.id, **how, "levels": levels})
         return

@@ -36,7 +36,7 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     for part in search.parts:
         if part.protocol == "prompt":
             progress.note(f"the loss under {settings.policy}: {part.described}")
-    levels, pace = len(settings.retentions), work.pace
+    levels, pace = len(settings.levels), work.pace
     in_heldout = sum(probe.num_sequences for probe in heldout.all)
     # where there are answers, they and the text are measured once more, each for itself: a level reports both
     apart = 0 if search.answers is None else sum(probe.num_sequences for probe in search.all)

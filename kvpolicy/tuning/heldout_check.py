@@ -8,7 +8,8 @@ from typing import Any
 import optuna
 import torch
 
-from kvpolicy.budget.plan import PlanLevel, kept_fractions
+from kvpolicy.budget.entry_format import name_of, of_layer
+from kvpolicy.budget.plan import PlanLevel
 from kvpolicy.measure.evaluation import perplexity
 from kvpolicy.measure.stats import PairedDifference, paired_difference, relative_increase
 from kvpolicy.tuning.job import Job
@@ -31,12 +32,12 @@ class _Heldout:
         return paired_difference(self.plan.target, self.uniform.target, seed)
 
 
-def checked_level(job: Job, study: optuna.Study, retention: float, result: SearchResult) -> PlanLevel:
+def checked_level(job: Job, study: optuna.Study, level: float, result: SearchResult) -> PlanLevel:
     """The level with its held-out figures; uniform capacities where the held-out text finds the result worse."""
     notes, seed = StudyNotes(study), job.settings.seed
-    heldout = _heldout(job, notes, retention, result)
+    heldout = _heldout(job, notes, level, result)
     difference = heldout.difference(seed)
-    job.progress.note(_summary(job.settings.objective, retention, result, heldout, difference))
+    job.progress.note(_summary(job.settings, level, result, heldout, difference))
     verdict, veto = f"{difference.verdict} uniform", {}
     if not result.beats_uniform:
         verdict = "uniform kept: no trial beat it"
@@ -46,10 +47,11 @@ def checked_level(job: Job, study: optuna.Study, retention: float, result: Searc
         verdict, veto = "uniform kept: the held-out text vetoed the search", {"veto": _figures(difference)}
         result, heldout = result.as_uniform(), _Heldout(heldout.uniform, heldout.uniform, heldout.full)
         difference = heldout.difference(seed)
-    search = _search_losses(job, notes, retention, result)
+    search = _search_losses(job, notes, level, result)
+    shares = job.kept(result.shares, level)
     return PlanLevel(
-        retention=retention,
-        shares=kept_fractions(result.shares, retention),
+        retention=float(shares.mean()) if job.sizes.by_bytes else level,
+        shares=shares,
         allocator_params=result.params or {},
         perplexity={
             "search": perplexity(search.text),
@@ -65,25 +67,32 @@ def checked_level(job: Job, study: optuna.Study, retention: float, result: Searc
             "loss_over_full": _over_full(job.settings, heldout),
         },
         retrieval=_answer_losses(search, heldout),
+        formats=_formats(job),
     )
 
 
-def _heldout(job: Job, notes: StudyNotes, retention: float, result: SearchResult) -> _Heldout:
-    job.progress.begin(f"held-out text {retention:.0%}", 2)
-    uniform = job.losses(notes, "heldout", torch.ones(job.spec.table_shape), retention)
+def _heldout(job: Job, notes: StudyNotes, level: float, result: SearchResult) -> _Heldout:
+    job.progress.begin(f"held-out text {level:.0%}", 2)
+    uniform = job.losses(notes, "heldout", torch.ones(job.spec.table_shape), level)
     job.progress.advance()
-    plan = job.losses(notes, "heldout", result.shares, retention) if result.beats_uniform else uniform
+    plan = job.losses(notes, "heldout", result.shares, level) if result.beats_uniform else uniform
     job.progress.advance()
     job.progress.end()
     return _Heldout(plan, uniform, job.heldout_full)
 
 
-def _search_losses(job: Job, notes: StudyNotes, retention: float, result: SearchResult) -> Losses:
+def _search_losses(job: Job, notes: StudyNotes, level: float, result: SearchResult) -> Losses:
     """Text and answers apart; the objective "perplexity" has measured the one that there is."""
     if job.settings.objective == "perplexity":
         loss = torch.tensor([result.loss], dtype=torch.float64)
         return Losses(loss, None, loss)
-    return job.losses(notes, "search", result.shares, retention)
+    return job.losses(notes, "search", result.shares, level)
+
+
+def _formats(job: Job) -> tuple[str, ...] | None:
+    own = job.search.text.entry_format
+    names = [name_of(of_layer(own, layer)) for layer in range(job.spec.num_budgeted_layers)]
+    return None if own is None else tuple(names)
 
 
 def _figures(difference: PairedDifference) -> dict[str, Any]:
@@ -118,11 +127,11 @@ def _over_full(settings: TuneSettings, heldout: _Heldout) -> dict[str, Any]:
 
 
 def _summary(
-    objective: str, retention: float, result: SearchResult, heldout: _Heldout, difference: PairedDifference
+    settings: TuneSettings, level: float, result: SearchResult, heldout: _Heldout, difference: PairedDifference
 ) -> str:
     plan, uniform, full = heldout.plan, heldout.uniform, heldout.full
     figures = (
-        f"{retention:.0%} kept: held-out perplexity {perplexity(plan.text):.3f} (uniform "
+        f"{settings.named(level)}: held-out perplexity {perplexity(plan.text):.3f} (uniform "
         f"{perplexity(uniform.text):.3f}, full {perplexity(full.text):.3f})"
     )
     if plan.answers is not None and uniform.answers is not None and full.answers is not None:
@@ -130,6 +139,7 @@ def _summary(
             f", answer loss {float(plan.answers.mean()):.4f} (uniform {float(uniform.answers.mean()):.4f}, full "
             f"{float(full.answers.mean()):.4f})"
         )
+    objective = settings.objective
     if not result.beats_uniform:
         where = "on the search text" if objective == "perplexity" else "in the search"
         return f"{figures}; no trial beat uniform {where}, so the plan stores uniform"

@@ -7,32 +7,22 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvpolicy.budget.entries import capacities, context_budget
-from kvpolicy.budget.plan import kept_fractions
 from kvpolicy.model.spec import Budget, Importance, ModelSpec
-from kvpolicy.plugins.roles import ModelProbe
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.known_losses import known_losses
 from kvpolicy.tuning.probes import Losses, Probes
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.sizes import Sizes
 from kvpolicy.tuning.study_notes import StudyNotes
-
-
-def level_table(target: ModelProbe, shares: Tensor, retention: float, context: int) -> Tensor:
-    """Capacities `[L, H]` of a context, through the same two steps as `BudgetPlan.capacities`.
-
-    target: what says which model it is for, and the fewest entries of a KV head
-    """
-    total = target.spec.total_entries(retention, context)
-    return capacities(kept_fractions(shares, retention), total, context, target.least_capacity)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """heldout_full: the held-out losses under the full cache;  trials: of each level"""
+    """sizes: what the levels mean;  heldout_full: held-out losses under the full cache;  trials: of each level"""
 
     settings: TuneSettings
+    sizes: Sizes
     spec: ModelSpec
     method: SearchMethod
     importance: Importance
@@ -42,15 +32,18 @@ class Job:
     trials: int
     progress: Progress
 
-    def budget(self, retention: float, context: int) -> Budget:
-        total, least = self.spec.total_entries(retention, context), self.search.target.least_capacity
-        return context_budget(total, self.spec.table_shape, context, least)
+    def budget(self, level: float, context: int) -> Budget:
+        return self.sizes.budget(self.search.target, self.method.policy, level, context)
 
-    def table(self, shares: Tensor, retention: float, context: int) -> Tensor:
+    def table(self, shares: Tensor, level: float, context: int) -> Tensor:
         """Capacities `[L, H]` of a context."""
-        return level_table(self.search.target, shares, retention, context)
+        return self.sizes.table(self.search.target, self.method.policy, shares, level, context)
 
-    def losses(self, notes: StudyNotes, part: Literal["search", "heldout"], shares: Tensor, retention: float) -> Losses:
+    def kept(self, shares: Tensor, level: float) -> Tensor:
+        """The shares as a plan stores them, float64 `[L, H]`."""
+        return self.sizes.kept(self.search.target, self.method.policy, shares, level)
+
+    def losses(self, notes: StudyNotes, part: Literal["search", "heldout"], shares: Tensor, level: float) -> Losses:
         """Of text and answers under these shares, measured once and then kept in the level's study."""
         probes = self.search if part == "search" else self.heldout
-        return known_losses(notes, part, probes, lambda context: self.table(shares, retention, context))
+        return known_losses(notes, part, probes, lambda context: self.table(shares, level, context))

@@ -12,6 +12,7 @@ import torch
 from optuna.storages import BaseStorage
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import named
 from kvpolicy.budget.plan import BudgetPlan, PlanModel
 from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
 from kvpolicy.measure.evaluation import perplexity
@@ -34,6 +35,7 @@ from kvpolicy.tuning.search_levels import search_levels
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.search_policy import PolicySearch
 from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.sizes import Sizes
 from kvpolicy.tuning.storage import open_storage, storage_errors
 from kvpolicy.tuning.studies import (
     earlier_studies,
@@ -59,6 +61,7 @@ _OF_LOSSES = (
     "policy",
     "prefill_length",
     "dtype",
+    "format",
 )
 """The settings that a loss depends on, beside the capacities."""
 
@@ -98,21 +101,24 @@ def _tune(
     model: Any, corpus: Corpus, settings: TuneSettings, model_id: str, revision: str | None, progress: Progress
 ) -> BudgetPlan:
     method = SearchMethod.from_settings(settings)
-    search, heldout, numbers = make_probes(model, corpus, settings, method.policy)
+    own = named(settings.format)
+    search, heldout, numbers = make_probes(model, corpus, settings, method.policy, own)
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
     shared, pace = _shared(model, corpus, settings, method, search, storage)
     studies = open_studies(settings, storage, first_studies(settings, shared), progress)
-    policy = None
+    policy, sizes = None, Sizes(bool(settings.memories), pace.dtype)
+    for level in settings.levels:  # what is refused is refused before the work
+        sizes.budget(search.target, method.policy, level, search.target.context_length)
     if "policy_space" in shared:
-        [(retention, study)] = studies.items()
+        [(level, study)] = studies.items()
         probes = partial(_search_probes, model, corpus, settings)
-        policy = PolicySearch(settings, method, study, retention, probes, progress)
+        policy = PolicySearch(settings, method, study, level, sizes, probes, progress)
     check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
     work = _work(settings, method, search, studies, policy, check, pace)
     announce(progress, settings, search, heldout, work)
     if policy is not None:  # and from here on it is as if the user had given what is found
         method = policy.run(search)
-        search, heldout, _ = make_probes(model, corpus, settings, method.policy)
+        search, heldout, _ = make_probes(model, corpus, settings, method.policy, own)
         shared["policy"] = method.policy_settings
         studies = open_studies(settings, storage, level_studies(settings, shared), Progress())  # all was said above
         check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
@@ -123,12 +129,18 @@ def _tune(
     journal = LossJournal(settings.losses, of_losses, resume=settings.resume)
     with metered(model, partial(notes.keep_cost, "shared")):
         importance = profile(method.estimator, search.target, work.profiling, progress, journal)
-    full = _full_losses(heldout, notes, progress)
-    job = Job(settings, search.text.spec, method, importance, search, heldout, full, work.trials, progress)
+    plain = heldout if own is None else make_probes(model, corpus, settings, method.policy)[1]
+    full = _full_losses(plain, "heldout" if own is None else "full", notes, progress)
+    job = Job(settings, sizes, search.text.spec, method, importance, search, heldout, full, work.trials, progress)
     levels, failed = search_levels(job, studies)
     levels, passkey_facts = with_passkey_scores(job, check, levels)
     origin = provenance(corpus, job, pace)
-    origin["calibration"] = calibration(studies, len(levels) + (failed is not None), policy)
+    searched = [*levels, *([] if failed is None else [failed])]
+    if settings.memories:  # from here on a level is named by what it keeps, as in every plan
+        pairs = zip(studies, searched, strict=False)
+        origin["memory"] = [{"memory": memory, "retention": level.retention} for memory, level in pairs]
+        studies = {x.retention: study for x, study in zip(searched, studies.values(), strict=False)}
+    origin["calibration"] = calibration(studies, len(searched), policy)
     origin["history"] = history(studies)
     origin["passkey"] = passkey_facts
     if policy is not None:
@@ -156,7 +168,7 @@ def _shared(
 
 
 def _search_probes(model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy) -> Probes:
-    return make_probes(model, corpus, settings, policy)[0]
+    return make_probes(model, corpus, settings, policy, named(settings.format))[0]
 
 
 def _shared_notes(studies: Mapping[float, optuna.Study]) -> StudyNotes:
@@ -192,9 +204,9 @@ def _work(
     )
 
 
-def _full_losses(heldout: Probes, notes: StudyNotes, progress: Progress) -> Losses:
+def _full_losses(heldout: Probes, part: str, notes: StudyNotes, progress: Progress) -> Losses:
     progress.begin("held-out text, full cache", 1)
-    full = known_losses(notes, "heldout", heldout, heldout.full_table)
+    full = known_losses(notes, part, heldout, heldout.full_table)
     answers = "" if full.answers is None else f", answer loss {float(full.answers.mean()):.4f}"
     progress.advance(f"perplexity {perplexity(full.text):.3f}{answers}")
     progress.end()

@@ -15,6 +15,7 @@ from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.passkey import ABLE, PasskeyCheck
 from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.sizes import level_table
 from kvpolicy.tuning.study_notes import StudyNotes
 
 PROMPTS = 20
@@ -55,10 +56,10 @@ def with_passkey_scores(
     if isinstance(check, str):
         job.progress.note(f"no passkey check: {check}")
         return levels, {"skipped": check}
-    tables = [job.table(level.shares, level.retention, check.length) for level in levels]
+    tables = [level_table(job.search.target, x.shares, x.retention, check.length) for x in levels]
     job.progress.begin("pass keys", 1)
     try:
-        full, scores = check.scores(tables)
+        full, scores = check.scores(tables, [level.entry_format for level in levels])
         job.progress.advance()
     finally:
         job.progress.end()

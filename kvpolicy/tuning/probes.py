@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.errors import TextError
 from kvpolicy.integrations.transformers import PromptProbe, SequenceProbe
 from kvpolicy.measure.evaluation import probe_for
@@ -45,6 +46,10 @@ class Losses:
     target: Tensor
 
 
+Target = SequenceProbe | TaskProbe | JoinedProbe
+"""What an objective is measured on."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Probes:
     """The search's probes, or the held-out ones.
@@ -56,7 +61,7 @@ class Probes:
 
     text: SequenceProbe
     answers: PromptProbe | TaskProbe | None
-    target: SequenceProbe | TaskProbe | JoinedProbe
+    target: Target
 
     def losses(self, table: Callable[[int], Tensor]) -> Losses:
         """table: capacities int `[L, H]` for a context length; text and answers may differ in theirs"""
@@ -96,9 +101,11 @@ class Probes:
 
 
 def make_probes(
-    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, entry_format: Format = None
 ) -> tuple[Probes, Probes, frozenset[str]]:
     """The search's probes (with the profiling prompts), the held-out ones, and the answers that the search asks for.
+
+    entry_format: of the entries
 
     Raises `TextError` for a text that is too short, and where prompts with answers cannot be made.
     """
@@ -112,6 +119,7 @@ def make_probes(
             "context_length=, or fewer sequences="
         )
     options: dict[str, Any] = {"batch_size": settings.batch_size, "tokenizer": corpus.tokenizer}
+    options["entry_format"] = entry_format
     profiling: dict[str, Any] = {"prompts": corpus.prompts(length), "tokenize": corpus.tokenize}
     prefill: dict[str, Any] = {"prefill_length": settings.prefill_length}
     sequences = corpus.sequences("search", settings.sequences, length)

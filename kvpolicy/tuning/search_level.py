@@ -43,31 +43,31 @@ class SearchResult:
         return SearchResult(torch.ones_like(self.shares), None, self.uniform_loss, self.uniform_loss)
 
 
-def search_level(job: Job, study: optuna.Study, retention: float) -> SearchResult:
+def search_level(job: Job, study: optuna.Study, level: float) -> SearchResult:
     """Runs what is still to be run of the level's study. What that cost is kept there."""
     notes = StudyNotes(study)
     with metered(job.search.text.model, partial(notes.keep_cost, "search")):
-        return _search(job, study, notes, retention)
+        return _search(job, study, notes, level)
 
 
-def _search(job: Job, study: optuna.Study, notes: StudyNotes, retention: float) -> SearchResult:
+def _search(job: Job, study: optuna.Study, notes: StudyNotes, level: float) -> SearchResult:
     target, uniform, method = job.search.target, torch.ones(job.spec.table_shape), job.method
-    budget = job.budget(retention, target.context_length)
+    budget = job.budget(level, target.context_length)
     learned = None
     if method.learner is not None:  # which may still decline, and is then searched as any other
         learned = fitted_shares(method.learner, target, job.importance, budget, notes, job.progress)
     trials = job.trials if learned is None else 1  # measured as any trial is, so that uniform can beat it
-    job.progress.begin(f"search {retention:.0%}", trials)
+    job.progress.begin(f"search {level:.0%}", trials)
 
     @cache  # measured before the first trial, and not at all where all trials are done
     def reference() -> list[Tensor]:
-        return _uniform_parts(job, notes, job.table(uniform, retention, target.context_length))
+        return _uniform_parts(job, notes, job.table(uniform, level, target.context_length))
 
     def shares_of(candidate: BudgetAllocator) -> Tensor:
         return plugin_call.shares(candidate, job.importance, budget) if learned is None else learned
 
     def evaluate(candidate: BudgetAllocator) -> Iterable[Tensor]:
-        return target.token_losses(job.table(shares_of(candidate), retention, target.context_length))
+        return target.token_losses(job.table(shares_of(candidate), level, target.context_length))
 
     try:
         best = run_trials(

@@ -18,8 +18,8 @@ def search_levels(job: Job, studies: dict[float, optuna.Study]) -> tuple[tuple[P
     """
     levels: list[PlanLevel] = []
     limit, failed = job.settings.max_loss, None
-    for retention, study in studies.items():
-        level = checked_level(job, study, retention, search_level(job, study, retention))
+    for asked, study in studies.items():
+        level = checked_level(job, study, asked, search_level(job, study, asked))
         if limit is not None and fails(level, limit):
             failed = level
             break

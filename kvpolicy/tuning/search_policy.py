@@ -16,23 +16,24 @@ from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.costs import metered
-from kvpolicy.tuning.job import level_table
 from kvpolicy.tuning.probes import Probes
 from kvpolicy.tuning.search import chunk_parts, run_trials
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.sizes import Sizes
 from kvpolicy.tuning.study_notes import StudyNotes
 from kvpolicy.tuning.trials import end, outcome_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicySearch:
-    """study: at `retention`;  probes: those of the search, under a policy"""
+    """study: at `level`;  sizes: what that means;  probes: those of the search, under a policy"""
 
     settings: TuneSettings
     method: SearchMethod
     study: optuna.Study
-    retention: float
+    level: float
+    sizes: Sizes
     probes: Callable[[EvictionPolicy], Probes]
     progress: Progress
 
@@ -55,7 +56,7 @@ class PolicySearch:
             notes, names = StudyNotes(self.study), ", ".join(self.method.policy_space())
             self.progress.note(
                 f"searched first, once for all levels: {names} of the policy '{self.method.policy_name}', under "
-                f"uniform budgets at {self.retention:.0%}"
+                f"uniform budgets at {self.level:.0%}"
             )
             with metered(defaults.text.model, partial(notes.keep_cost, "search")):
                 outcome = end(self.study, self._searched(defaults))
@@ -66,7 +67,11 @@ class PolicySearch:
     def facts(self) -> dict[str, Any]:
         """For a plan's provenance, once the search has ended. excess: nats per token above the defaults'"""
         outcome = outcome_of(self.study) or {}
-        return {"retention": self.retention, "trials": StudyNotes(self.study).trials, "excess": outcome.get("excess")}
+        return {
+            self.settings.size: self.level,
+            "trials": StudyNotes(self.study).trials,
+            "excess": outcome.get("excess"),
+        }
 
     def _searched(self, defaults: Probes) -> dict[str, Any]:
         default, trials = self.method.policy, self.trials_ahead
@@ -78,7 +83,7 @@ class PolicySearch:
         def reference() -> list[Tensor]:
             return list(chunk_parts(losses(default)))
 
-        self.progress.begin(f"search {self.method.policy_name} at {self.retention:.0%}", trials)
+        self.progress.begin(f"search {self.method.policy_name} at {self.level:.0%}", trials)
         try:
             best = run_trials(
                 self.study,
@@ -106,12 +111,12 @@ class PolicySearch:
             )
         target = probes.target
         uniform = torch.ones(target.spec.table_shape)
-        return target.token_losses(level_table(target, uniform, self.retention, target.context_length))
+        return target.token_losses(self.sizes.table(target, policy, uniform, self.level, target.context_length))
 
     def _sentence(self, outcome: Mapping[str, Any]) -> str:
         name, default = self.method.policy_name, plugin_call.params_of(self.method.policy)
         better = {key: value for key, value in outcome["params"].items() if default.get(key) != value}
-        where = f"at {self.retention:.0%} under uniform budgets"
+        where = f"at {self.level:.0%} under uniform budgets"
         if not better:
             return f"the policy '{name}' keeps its defaults: nothing that was tried is better {where}"
         params = ", ".join(f"{key}={value}" for key, value in better.items())

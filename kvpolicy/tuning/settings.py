@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvpolicy.budget.entry_format import MODEL, named
 from kvpolicy.defaults import RETENTIONS
 from kvpolicy.errors import BudgetError, StudyError
 from kvpolicy.plugins.task_role import Task
@@ -31,7 +32,9 @@ MAX_LOSS_RETENTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 class TuneSettings:
     """What a search does. Defaults are the command line's.
 
-    retentions: kept fractions, each in (0, 1); one study each
+    retentions: kept fractions of the entries, each in (0, 1); one study each
+    memories:   instead, parts of the full cache's bytes in the model's dtype, everything counted, each in (0, 1)
+    format:     of the entries that are searched for, "int8" or "int4"; the plan records it
     objective:  what a trial is measured by: "perplexity" on the text, "retrieval" (the loss of the answers' tokens
                 behind needle prompts that the policy compresses once), "mixed", half and half, or "task:NAME", the
                 loss of the answers of a registered task
@@ -64,6 +67,8 @@ class TuneSettings:
     policy: str = "streaming"
     policy_params: dict[str, Any] | None = None
     retentions: tuple[float, ...] = RETENTIONS
+    memories: tuple[float, ...] = ()
+    format: str = MODEL
     objective: str = "perplexity"
     question: str = "aware"
     data: Path | None = None
@@ -81,11 +86,14 @@ class TuneSettings:
     choose_dtype: bool = True
 
     def __post_init__(self) -> None:
-        for retention in self.retentions:
-            if not 0 < retention < 1:
-                raise BudgetError(f"a retention to tune must lie in (0, 1), got {retention:g} (1 keeps everything)")
-        if not self.retentions or len(set(self.retentions)) < len(self.retentions):
-            raise BudgetError(f"give each retention once, got {', '.join(map(str, self.retentions)) or 'none'}")
+        if self.memories and self.retentions != RETENTIONS:
+            raise BudgetError("memories= and retentions= were given: give one of them")
+        named(self.format)
+        for level in self.levels:
+            if not 0 < level < 1:
+                raise BudgetError(f"a {self.size} to tune must lie in (0, 1), got {level:g} (1 keeps everything)")
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise BudgetError(f"give each {self.size} once, got {', '.join(map(str, self.levels)) or 'none'}")
         self._check_objective()
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise BudgetError(
@@ -115,6 +123,20 @@ class TuneSettings:
             raise BudgetError(f"data= and question= go with objective={OF_TASK}NAME, not with {self.objective}")
 
     @property
+    def size(self) -> Literal["retention", "memory"]:
+        """What a level's number is of: entries, or bytes."""
+        return "memory" if self.memories else "retention"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """What is searched, as it was asked for."""
+        return self.memories or self.retentions
+
+    def named(self, level: float) -> str:
+        """A level in words."""
+        return f"{level:.0%} of the bytes" if self.memories else f"{level:.0%} kept"
+
+    @property
     def task(self) -> Task | None:
         """Whose answers the objective goes by, None where it is no task's. Raises `PluginError`."""
         if not self.objective.startswith(OF_TASK):
@@ -139,9 +161,9 @@ class TuneSettings:
             return self.journal.with_suffix(".losses")
         return None if self.storage is None else self.out.with_name(self.out.name + ".losses")
 
-    def study_name(self, retention: float) -> str:
+    def study_name(self, level: float) -> str:
         """What the names of a level's studies begin with; a hash of the settings follows."""
-        return f"{self.out.stem}-{retention:g}"
+        return f"{self.out.stem}-{'memory-' if self.memories else ''}{level:g}"
 
     @property
     def policy_study_name(self) -> str:

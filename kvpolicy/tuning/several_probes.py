@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
+from kvpolicy.integrations.transformers import SequenceProbe
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins.activations import LayerActivations
 from kvpolicy.plugins.roles import ModelProbe
@@ -15,11 +17,15 @@ from kvpolicy.progress import Progress
 class SeveralProbes(ModelProbe):
     """What probes of one model and one policy have in common; prompts and activations are those of the first."""
 
-    parts: Sequence[ModelProbe]
+    parts: Sequence[SequenceProbe]
 
     @property
     def spec(self) -> ModelSpec:
         return self.parts[0].spec
+
+    @property
+    def entry_format(self) -> Format:
+        return self.parts[0].entry_format
 
     @property
     def least_capacity(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
+from kvpolicy.budget.entry_format import MODEL
 from kvpolicy.errors import StudyError, first_line
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.plugins import plugin_call
@@ -40,6 +41,7 @@ def shared_settings(settings: TuneSettings, corpus: Corpus, spec: ModelSpec, met
     return (
         learned
         | searched
+        | ({} if settings.format == MODEL else {"format": settings.format})
         | {
             "model": spec.config_sha256,
             "text": corpus.sha256,
@@ -58,9 +60,9 @@ def shared_settings(settings: TuneSettings, corpus: Corpus, spec: ModelSpec, met
 
 
 def level_studies(settings: TuneSettings, shared: Mapping[str, Any]) -> Wanted:
-    """One for each retention, largest first."""
-    retentions = sorted(settings.retentions, reverse=True)
-    return {level: (settings.study_name(level), {**shared, "retention": level}) for level in retentions}
+    """One for each level, largest first."""
+    levels = sorted(settings.levels, reverse=True)
+    return {level: (settings.study_name(level), {**shared, settings.size: level}) for level in levels}
 
 
 def first_studies(settings: TuneSettings, shared: Mapping[str, Any]) -> Wanted:
@@ -69,8 +71,8 @@ def first_studies(settings: TuneSettings, shared: Mapping[str, Any]) -> Wanted:
     """
     if "policy_space" not in shared:
         return level_studies(settings, shared)
-    least = min(settings.retentions)
-    return {least: (settings.policy_study_name, {**shared, "retention": least})}
+    least = min(settings.levels)
+    return {least: (settings.policy_study_name, {**shared, settings.size: least})}
 
 
 def earlier_studies(settings: TuneSettings, storage: BaseStorage, wanted: Wanted) -> list[optuna.Study]:

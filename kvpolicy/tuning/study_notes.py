@@ -17,6 +17,7 @@ import torch
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.tuning.costs import Cost
 
 _SETTINGS = "kvpolicy_settings"
@@ -108,11 +109,11 @@ class StudyNotes:
         losses = [text.tolist(), None if answers is None else answers.tolist()]
         self._keep_of_settings("losses", losses, part, _digest([table.tolist() for table in tables]))
 
-    def passkey_score(self, table: Tensor) -> float | None:
-        return self._of_settings("passkey", _digest(table.tolist()))
+    def passkey_score(self, table: Tensor, entry_format: Format = None) -> float | None:
+        return self._of_settings("passkey", *_passkey_names(table, entry_format))
 
-    def keep_passkey_score(self, table: Tensor, score: float) -> None:
-        self._keep_of_settings("passkey", score, _digest(table.tolist()))
+    def keep_passkey_score(self, table: Tensor, entry_format: Format = None, *, score: float) -> None:
+        self._keep_of_settings("passkey", score, *_passkey_names(table, entry_format))
 
     def cost(self, purpose: str) -> Cost:
         """The sum over all runs that went into the study. purpose: what they were for, shared or search"""
@@ -141,6 +142,10 @@ class StudyNotes:
     @property
     def _settings_digest(self) -> str:
         return _digest(self._study.user_attrs.get(_SETTINGS))
+
+
+def _passkey_names(table: Tensor, entry_format: Format) -> list[str]:
+    return [_digest(table.tolist()), *([] if entry_format is None else [_digest(repr(entry_format))])]
 
 
 class TrialNotes:

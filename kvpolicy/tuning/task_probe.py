@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.budget.entries import capacities
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.integrations.transformers import PromptProbe
 from kvpolicy.integrations.transformers.probes.prefilled import KEPT_BYTES
 from kvpolicy.plugins.roles import EvictionPolicy, ScoreBias, SoftTarget
@@ -37,6 +38,7 @@ class TaskProbe(SeveralProbes):
         tokenize: Tokenize | None = None,
         tokenizer: Any = None,
         batch_size: int = 1,
+        entry_format: Format = None,
     ) -> None:
         alike: dict[tuple[int, int, int], list[KnownAnswer]] = {}
         for answer in answers:
@@ -54,6 +56,7 @@ class TaskProbe(SeveralProbes):
                 batch_size=batch_size,
                 tokenizer=tokenizer,
                 kept_bytes=KEPT_BYTES // len(alike),
+                entry_format=entry_format,
             )
             for (prompt, question, _), group in alike.items()
         ]

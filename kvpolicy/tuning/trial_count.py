@@ -35,6 +35,6 @@ def searching_trials(
         # Timed again, this machine might give another number, and the sampler's start depends on it.
         if (trials := StudyNotes(study).trials) is not None:
             return trials
-    searches = len(settings.retentions) + bool(method.policy_space())
+    searches = len(settings.levels) + bool(method.policy_space())
     fitting = SEARCH_SECONDS / (searches * seconds)
     return int(min(max(fitting, LEAST_TRIALS), MOST_TRIALS))

@@ -19,7 +19,7 @@ from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.comparison.methods import Method
 from kvpolicy.model.layer_spec import LayerSpec
-from kvpolicy.tuning.job import level_table
+from kvpolicy.tuning.sizes import level_table
 
 SHAPE = LAYERS, HEADS = 3, 4
 KV_HEADS = LAYERS * HEADS
