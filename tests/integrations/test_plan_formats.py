@@ -17,12 +17,14 @@ from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entry_format import LayerFormats, name_of
 from kvpolicy.budget.plan import PlanLevel
 from kvpolicy.cache.size import entry_costs, entry_nbytes
+from kvpolicy.cache.state import pack
 from kvpolicy.comparison.methods import read_asked, read_methods
 from kvpolicy.integrations.transformers import TransformersProbe, attached, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.measure.evaluation import measured_bytes
 from tests.integrations.ragged_oracle import MaskedAttention, ragged_table, stepped_logits, visible_tokens
+from tests.integrations.saving import assert_same
 from tests.integrations.test_entry_formats import SINKS, STEPS, CodedAttention, exact_tokens
 from tests.tiny import over, tiny_ids, tiny_model
 from tests.tiny_checkpoint import save_tiny_checkpoint
@@ -157,8 +159,9 @@ def test_a_saved_cache_goes_on_as_it_was(model, mixed, policy, tmp_path):
     cache.save(tmp_path / "cache.kv")
     loaded = package.load_cache(model, tmp_path / "cache.kv", mixed)
     assert loaded.recipe.entry_format == FORMATS
+    assert_same(pack(cache.store), pack(loaded.store))  # codes too
     parts = [stepped_logits(model, ids[:, 90:120], x, [8, *[1] * 22]) for x in (cache, loaded)]
-    assert torch.equal(*parts)
+    torch.testing.assert_close(*parts, rtol=0, atol=1e-5)
 
 
 def test_a_named_format_goes_before_the_plans_and_warns(model, mixed):
