@@ -465,8 +465,8 @@ def test_a_model_that_cannot_do_the_task_gets_no_scores(settings, corpus):
 def test_passkey_scores_are_kept_in_the_study(settings, corpus, monkeypatch):
     asked = []
 
-    def measured(self, whole, tables):
-        asked.append([int(table.sum()) for table in (whole, *tables)])
+    def measured(self, whole, pairs):
+        asked.append([int(table.sum()) for table in (whole, *(table for table, _ in pairs))])
         return [0.95, 0.85, 0.9]
 
     monkeypatch.setattr(PasskeyCheck, "_measured", measured)
