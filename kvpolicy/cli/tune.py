@@ -45,7 +45,10 @@ def tune_command(
         ),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Format of the entries that are searched for: int8, int4, or model, the model's dtype.")
+        str,
+        typer.Option(
+            help="Format of the entries that are searched for: int8, int4, auto (one for each layer), or model."
+        ),
     ] = "model",
     max_loss: Annotated[
         float | None,

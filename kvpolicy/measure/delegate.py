@@ -33,6 +33,10 @@ class DelegateProbe(ModelProbe):
         return self._probe.least_capacity
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        return self._probe.formats
+
+    @property
     def num_sink_tokens(self) -> int:
         return self._probe.num_sink_tokens
 

@@ -194,12 +194,14 @@ class Importance:
     per_layer: float32 `[L]` or None
     curves:    float32 `[L, H, K]`, finite, >= 0, loss at K capacities of a KV head, or None; only differences count
     curve_capacities: int `[K]`, these capacities, ascending, or None
+    format_curves: such curves with the entries in each of the formats that the probe named, by their names, or None
     """
 
     per_head: Tensor
     per_layer: Tensor | None = None
     curves: Tensor | None = None
     curve_capacities: Tensor | None = None
+    format_curves: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.per_head.dim() != 2:
@@ -213,8 +215,11 @@ class Importance:
             raise BudgetError("importance curves [layers, KV heads, K] and curve_capacities [K] go together")
         if self.curve_capacities is not None and not bool((self.curve_capacities.diff() > 0).all()):
             raise BudgetError(f"importance curve_capacities must ascend, got {self.curve_capacities.tolist()}")
-        for name in ("per_head", "per_layer", "curves"):
-            value = getattr(self, name)
+        values = {f"format_curves['{name}']": curves for name, curves in (self.format_curves or {}).items()}
+        if any(tuple(curves.shape) != points for curves in values.values()):
+            raise BudgetError("importance format_curves [layers, KV heads, K] have the points of curve_capacities")
+        values |= {name: getattr(self, name) for name in ("per_head", "per_layer", "curves")}
+        for name, value in values.items():
             if value is not None and not bool((torch.isfinite(value) & (value >= 0)).all()):
                 bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()[0].tolist()
                 raise BudgetError(f"importance {name} must be finite and >= 0; index {bad} is {value[tuple(bad)]}")

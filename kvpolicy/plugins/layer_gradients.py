@@ -18,6 +18,9 @@ class LayerGradients:
     values:    [num_kv_heads, T, value_dim]
     weights:   `weights(begin, end)`: float32 [num_q_heads, end - begin, end], the attention of these queries with
                nothing evicted; a row sums to less than 1 where the layer has sinks
+    coded:     `coded(begin, end, name)`: what there would be with entries in the format of this name, what stays exact
+               as it is: the weights, and each entry's part of gradient . output, both float32
+               [num_q_heads, end - begin, end]; None where nothing is known of formats
     ranks:     `ranks(begin, end)`: int64 [num_kv_heads or 1, end - begin, end], see `ScoreBias`: a KV head of capacity
                c keeps what ranks below c less the sink tokens
     """
@@ -28,3 +31,4 @@ class LayerGradients:
     values: Tensor
     weights: Callable[[int, int], Tensor]
     ranks: Callable[[int, int], Tensor]
+    coded: Callable[[int, int, str], tuple[Tensor, Tensor]] | None = None

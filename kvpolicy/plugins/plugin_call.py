@@ -85,7 +85,9 @@ def importance(estimator: ImportanceEstimator, probe: ModelProbe) -> Importance:
         _refuse(estimator, "estimate", result.per_head, expected)
     with contained(_name_of(estimator, "estimate")):
         values = {field.name: getattr(result, field.name) for field in dataclasses.fields(Importance)}
-        there = {name: value.detach().cpu() for name, value in values.items() if value is not None}
+        there: dict[str, Any] = {name: x.detach().cpu() for name, x in values.items() if isinstance(x, Tensor)}
+        if result.format_curves is not None:
+            there["format_curves"] = {name: x.detach().cpu() for name, x in result.format_curves.items()}
         return dataclasses.replace(result, **there)
 
 

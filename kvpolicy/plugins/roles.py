@@ -106,6 +106,13 @@ class ModelProbe(abc.ABC):
         """
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats that entries may have: estimators of curves measure each of them, the first for
+        `Importance.curves`.
+        """
+        return ("model",)
+
+    @property
     def num_sink_tokens(self) -> int:
         """First tokens that are never evicted, inside every capacity."""
         return self.least_capacity - 1
@@ -177,6 +184,7 @@ class ImportanceEstimator(_Role):
     """Measures how much each KV head matters. Called once per tune or profile.
 
     token_measure: what `token_maps` gives, in a few words; "" for an estimator that has no maps
+    measures_formats: whether there are `Importance.format_curves` where a probe names several formats
 
     Laws, checked by `kvpolicy.testing.check_estimator`: the result is finite, not negative, of shape
     `[L, H]`, the same for the same probe, of no more forwards than `num_forwards` says, and the probe's
@@ -185,6 +193,7 @@ class ImportanceEstimator(_Role):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     token_measure: ClassVar[str] = ""
+    measures_formats: ClassVar[bool] = False
 
     @abc.abstractmethod
     def estimate(self, probe: ModelProbe) -> Importance:

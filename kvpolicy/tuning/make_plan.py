@@ -12,7 +12,7 @@ import torch
 from optuna.storages import BaseStorage
 from torch import Tensor
 
-from kvpolicy.budget.entry_format import named
+from kvpolicy.budget.entry_format import MODEL, Format, named
 from kvpolicy.budget.plan import BudgetPlan, PlanModel
 from kvpolicy.integrations.transformers import Pace, cast_parameters, own_parameters, set_pace, weights_sha256
 from kvpolicy.measure.evaluation import perplexity
@@ -22,6 +22,7 @@ from kvpolicy.plugins.roles import EvictionPolicy
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 from kvpolicy.tuning.announce import Work, announce
+from kvpolicy.tuning.auto_formats import AutoFormats, EveryFormat
 from kvpolicy.tuning.costs import metered
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.known_losses import known_losses
@@ -34,7 +35,7 @@ from kvpolicy.tuning.provenance import calibration, history, provenance
 from kvpolicy.tuning.search_levels import search_levels
 from kvpolicy.tuning.search_method import SearchMethod
 from kvpolicy.tuning.search_policy import PolicySearch
-from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.settings import AUTO, TuneSettings
 from kvpolicy.tuning.sizes import Sizes
 from kvpolicy.tuning.storage import open_storage, storage_errors
 from kvpolicy.tuning.studies import (
@@ -101,7 +102,8 @@ def _tune(
     model: Any, corpus: Corpus, settings: TuneSettings, model_id: str, revision: str | None, progress: Progress
 ) -> BudgetPlan:
     method = SearchMethod.from_settings(settings)
-    own = named(settings.format)
+    is_auto = settings.format == AUTO
+    own = None if is_auto else named(settings.format)
     search, heldout, numbers = make_probes(model, corpus, settings, method.policy, own)
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
     shared, pace = _shared(model, corpus, settings, method, search, storage)
@@ -111,7 +113,7 @@ def _tune(
         sizes.budget(search.target, method.policy, level, search.target.context_length)
     if "policy_space" in shared:
         [(level, study)] = studies.items()
-        probes = partial(_search_probes, model, corpus, settings)
+        probes = partial(_search_probes, model, corpus, settings, own)
         policy = PolicySearch(settings, method, study, level, sizes, probes, progress)
     check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
     work = _work(settings, method, search, studies, policy, check, pace)
@@ -128,11 +130,13 @@ def _tune(
     of_losses = {name: shared[name] for name in _OF_LOSSES if name in shared}
     journal = LossJournal(settings.losses, of_losses, resume=settings.resume)
     with metered(model, partial(notes.keep_cost, "shared")):
-        importance = profile(method.estimator, search.target, work.profiling, progress, journal)
+        target = EveryFormat(search.target) if is_auto else search.target
+        importance = profile(method.estimator, target, work.profiling, progress, journal)
     plain = heldout if own is None else make_probes(model, corpus, settings, method.policy)[1]
-    full = _full_losses(plain, "heldout" if own is None else "full", notes, progress)
+    full = _full_losses(plain, "heldout" if settings.format == MODEL else "full", notes, progress)
     job = Job(settings, sizes, search.text.spec, method, importance, search, heldout, full, work.trials, progress)
-    levels, failed = search_levels(job, studies)
+    under = partial(_probes_under, model, corpus, settings, method.policy)
+    levels, failed = search_levels(job, studies, AutoFormats(job, under) if is_auto else None)
     levels, passkey_facts = with_passkey_scores(job, check, levels)
     origin = provenance(corpus, job, pace)
     searched = [*levels, *([] if failed is None else [failed])]
@@ -167,8 +171,14 @@ def _shared(
     return shared, pace
 
 
-def _search_probes(model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy) -> Probes:
-    return make_probes(model, corpus, settings, policy, named(settings.format))[0]
+def _search_probes(model: Any, corpus: Corpus, settings: TuneSettings, own: Format, policy: EvictionPolicy) -> Probes:
+    return make_probes(model, corpus, settings, policy, own)[0]
+
+
+def _probes_under(
+    model: Any, corpus: Corpus, settings: TuneSettings, policy: EvictionPolicy, own: Format
+) -> tuple[Probes, Probes]:
+    return make_probes(model, corpus, settings, policy, own)[:2]
 
 
 def _shared_notes(studies: Mapping[float, optuna.Study]) -> StudyNotes:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from kvpolicy.budget.entry_format import least_entries
 from kvpolicy.budget.plan import PlanLevel
 from kvpolicy.errors import TextError
 from kvpolicy.plugins.roles import EvictionPolicy
@@ -56,7 +57,10 @@ def with_passkey_scores(
     if isinstance(check, str):
         job.progress.note(f"no passkey check: {check}")
         return levels, {"skipped": check}
-    tables = [level_table(job.search.target, x.shares, x.retention, check.length) for x in levels]
+    target, policy = job.search.target, job.method.policy
+    tables = [
+        level_table(target, x.shares, x.retention, check.length, least_entries(policy, x.entry_format)) for x in levels
+    ]
     job.progress.begin("pass keys", 1)
     try:
         full, scores = check.scores(tables, [level.entry_format for level in levels])

@@ -13,7 +13,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import BudgetAllocator, EvictionPolicy, ImportanceEstimator
-from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.settings import AUTO, TuneSettings
 
 _Searched = TypeVar("_Searched", BudgetAllocator, EvictionPolicy)
 
@@ -40,6 +40,11 @@ class SearchMethod:
     def from_settings(cls, settings: TuneSettings) -> SearchMethod:
         """Raises `PluginError` for all that can be refused without a model."""
         estimator = registry.create("estimator", settings.estimator, settings.estimator_params)
+        if settings.format == AUTO and not estimator.measures_formats:
+            raise PluginError(
+                f"format={AUTO} needs an estimator that measures what each format costs, such as fisher, and "
+                f"'{settings.estimator}' does not"
+            )
         allocator = registry.get("allocator", settings.allocator)
         policy = registry.create("policy", settings.policy, settings.policy_params)
         learner = _learner(allocator, settings)

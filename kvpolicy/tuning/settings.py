@@ -17,6 +17,8 @@ from kvpolicy.tuning.search import Sampler
 from kvpolicy.tuning.storage import journal_of
 
 Objective = Literal["perplexity", "retrieval", "mixed"]
+AUTO = "auto"
+"""Instead of the name of a format: one for each layer, found by curves."""
 OF_TASK = "task:"
 OF_FILE = f"{OF_TASK}file"
 """What an objective begins with that goes by the answers of a registered task, and the one of a file of questions."""
@@ -34,7 +36,8 @@ class TuneSettings:
 
     retentions: kept fractions of the entries, each in (0, 1); one study each
     memories:   instead, parts of the full cache's bytes in the model's dtype, everything counted, each in (0, 1)
-    format:     of the entries that are searched for, "int8" or "int4"; the plan records it
+    format:     of the entries that are searched for, "int8" or "int4", or "auto", one for each layer by curves that the
+                estimator measures; the plan records it
     objective:  what a trial is measured by: "perplexity" on the text, "retrieval" (the loss of the answers' tokens
                 behind needle prompts that the policy compresses once), "mixed", half and half, or "task:NAME", the
                 loss of the answers of a registered task
@@ -88,7 +91,10 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.memories and self.retentions != RETENTIONS:
             raise BudgetError("memories= and retentions= were given: give one of them")
-        named(self.format)
+        if self.format != AUTO:
+            named(self.format)
+        elif not self.memories:
+            raise BudgetError("format=auto spends bytes: give memories=, parts of the full cache's")
         for level in self.levels:
             if not 0 < level < 1:
                 raise BudgetError(f"a {self.size} to tune must lie in (0, 1), got {level:g} (1 keeps everything)")

@@ -32,6 +32,10 @@ class SeveralProbes(ModelProbe):
         return self.parts[0].least_capacity
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        return self.parts[0].formats
+
+    @property
     def num_sink_tokens(self) -> int:
         return self.parts[0].num_sink_tokens
 

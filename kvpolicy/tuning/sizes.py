@@ -19,13 +19,14 @@ from kvpolicy.plugins.roles import EvictionPolicy, ModelProbe
 from kvpolicy.tuning.probes import Target
 
 
-def level_table(target: ModelProbe, shares: Tensor, retention: float, context: int) -> Tensor:
+def level_table(target: ModelProbe, shares: Tensor, retention: float, context: int, least: int | None = None) -> Tensor:
     """Capacities `[L, H]` of a context, through the same two steps as `BudgetPlan.capacities`.
 
-    target: what says which model it is for, and the fewest entries of a KV head
+    target: what says which model it is for
+    least:  the fewest entries of a KV head; None for the target's
     """
     total = target.spec.total_entries(retention, context)
-    return capacities(kept_fractions(shares, retention), total, context, target.least_capacity)
+    return capacities(kept_fractions(shares, retention), total, context, least or target.least_capacity)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

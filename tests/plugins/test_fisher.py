@@ -2,9 +2,12 @@ import pytest
 import torch
 from kvpolicy_baselines.fisher import FisherEstimator, squared_changes
 from kvpolicy_baselines.hull import HullAllocator
+from kvpolicy_kernels.formats import INT4, INT8
 
 from kvpolicy import Budget, LayerGradients, PluginError, TransformersProbe, apportion
+from kvpolicy.budget.entry_format import LayerFormats
 from kvpolicy.testing import SyntheticProbe, check_estimator
+from kvpolicy.tuning.auto_formats import EveryFormat
 from tests.plugins.test_estimator_symmetries import sharp_model
 from tests.tiny import tiny_ids
 
@@ -28,7 +31,7 @@ def test_changes_are_those_of_attention_over_what_is_kept(first, sinks):
     rank = rank.clamp(min=-1)[:, None].expand(-1, length, -1)
     part = LayerGradients(0, first, gradients, values, lambda b, e: weights[:, b:e, :e], lambda b, e: rank[:, b:e, :e])
     kept = torch.tensor([1, 20, 150])
-    found = squared_changes(part, kept)
+    found = squared_changes(part, kept)[0]
     for place, count in enumerate(kept.tolist()):
         seen = (rank < count).repeat_interleave(group, 0) & causal
         own = values.repeat_interleave(group, 0).double()
@@ -56,6 +59,36 @@ def test_curves_are_the_divergence_of_a_head_alone():
     assert 0.9 < ratio[0] < 2.0
     order = torch.corrcoef(torch.stack([found[..., :-1].flatten(), exact[..., :-1].flatten()]))[0, 1]
     assert order > 0.9
+
+
+def test_curves_of_formats_are_the_divergence_of_a_coded_layer():
+    """With nothing evicted, over many draws: what the codes of one layer do."""
+    model, ids = sharp_model().double(), tiny_ids(64)
+    probe = EveryFormat(TransformersProbe(model, ids))
+    curves = [FisherEstimator((0.75,), 0.75, seed).estimate(probe).format_curves for seed in range(12)]
+    assert list(curves[0]) == ["model", "int8", "int4"]
+    assert (curves[0]["model"][..., -1] == 0).all()
+    for name, own in (("int8", INT8), ("int4", INT4)):
+        found = torch.stack([x[name][..., -1] for x in curves]).mean(0).sum(-1)
+        for layer in range(3):
+            layers = LayerFormats(tuple(own if row == layer else None for row in range(3)))
+            coded = TransformersProbe(model, ids, entry_format=layers)
+            exact = float(coded.soft_loss(lambda _, rank: torch.zeros(3, *rank.shape[1:])))
+            assert 0.4 < float(found[layer]) / exact < 2.5
+
+
+def test_one_format_is_measured_where_entries_have_one():
+    probe = TransformersProbe(sharp_model(), tiny_ids(64), entry_format=INT8)
+    found = FisherEstimator((0.75,), 0.75).estimate(probe)
+    assert found.format_curves is None and float(found.curves[..., -1].min()) > 0
+    plain = FisherEstimator((0.75,), 0.75).estimate(TransformersProbe(sharp_model(), tiny_ids(64)))
+    assert found.curve_capacities.tolist() == plain.curve_capacities.tolist()
+    torch.testing.assert_close(found.curves[..., 0], plain.curves[..., 0], rtol=0.2, atol=1e-4)
+
+
+def test_a_probe_that_knows_no_formats_is_named():
+    with pytest.raises(PluginError, match="curves of the format int8 were asked for, and the probe knows nothing"):
+        FisherEstimator().estimate(EveryFormat(SyntheticProbe(head_dim=16)))
 
 
 def divergence(probe, layer, head, capacity):

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import kvpolicy
-from kvpolicy import BudgetError
+from kvpolicy import BudgetError, PluginError
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.measure.evaluation import perplexity
+from kvpolicy.progress import Progress
+from kvpolicy.tuning import tune
 from kvpolicy.tuning.study_notes import StudyNotes
 from tests.tiny import over, tiny_ids, tiny_model
 from tests.tuning.searches import make_corpus, make_settings, run, the_study
@@ -23,6 +25,14 @@ def model():
     torch.set_num_threads(1)
     yield tiny_model("Llama", layers=2)
     torch.set_num_threads(before)
+
+
+class Told(Progress):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
 
 
 def settings_of(tmp_path, **changes):
@@ -73,6 +83,29 @@ def test_capacities_are_learned_under_the_format(model, tmp_path):
     assert float(shares.min()) >= 36 and float(shares.std()) > 0
     again = run(dataclasses.replace(settings, resume=True), model)
     assert torch.equal(again.levels[0].shares, plan.levels[0].shares)
+
+
+@pytest.mark.parametrize(("allocator", "params"), [("hull", None), ("learned", {"steps": 2})])
+def test_auto_finds_a_format_for_each_layer(model, allocator, params, tmp_path):
+    told = Told()
+    how = {"estimator": "fisher", "allocator": allocator, "allocator_params": params}
+    settings = settings_of(tmp_path, memories=(0.34, 0.28), format="auto", **how)
+    plan = tune(model, make_corpus(), settings, progress=told)
+    notes = [line for line in told.notes if line.startswith("formats at")]
+    assert len(notes) == 2 and "int8" in notes[1] and "loss on the search's sequences" in notes[1]
+    for level, memory in zip(plan.levels, (0.34, 0.28), strict=True):
+        cache = kvpolicy.new_cache(model, plan, retention=level.retention, context_length=CONTEXT)
+        with torch.no_grad():
+            model(tiny_ids(CONTEXT), **over(cache))
+        assert memory * FULL - 1200 <= cache.nbytes <= memory * FULL
+        assert cache.recipe.entry_format == level.entry_format
+
+
+def test_auto_is_refused_where_nothing_measures_formats(model, tmp_path):
+    with pytest.raises(BudgetError, match="format=auto spends bytes"):
+        settings_of(tmp_path, format="auto")
+    with pytest.raises(PluginError, match=r"format=auto needs an estimator that measures .* and 'cosine' does not"):
+        run(settings_of(tmp_path, memories=(0.4,), format="auto"), model)
 
 
 def test_a_search_without_formats_is_named_as_it_was(model, tmp_path):

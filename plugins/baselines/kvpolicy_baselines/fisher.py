@@ -8,7 +8,9 @@ capacity follows from its attention without another forward, so one backward pas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from kvpolicy import Importance, ImportanceEstimator, LayerGradients, ModelProbe
 
 _QUERIES = 128  # at a time: the weights of all heads over all keys are held for so many
 _ROUNDING = 1e-5
+_EVERYTHING = 2**31  # more entries than there are
+MODEL = "model"  # the name of no format: entries in the model's dtype
 _FORWARDS = 4  # what a forward and a backward cost, whose layers are run once more
 
 
@@ -29,8 +33,11 @@ class FisherEstimator(ImportanceEstimator):
     seed:  of the tokens that the model draws
 
     To second order in the change of a head's output, and as if changes at different positions were independent. The
-    curves end with 0 at the full context. Capacities are never below the probe's least one.
+    curves end with 0 at the full context. Capacities are never below the probe's least one. Where the probe names
+    formats, there are curves of each, and the change is that of eviction and of the codes together.
     """
+
+    measures_formats: ClassVar[bool] = True
 
     sizes: tuple[float, ...] = (0.015625, 0.03125, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
     size: float = 0.125
@@ -47,11 +54,12 @@ class FisherEstimator(ImportanceEstimator):
         context, least = probe.context_length, probe.least_capacity
         capacity = {size: min(max(round(size * context), least), context) for size in self.sizes}
         points = sorted({*capacity.values(), context})
-        kept = torch.tensor(points[:-1]) - probe.num_sink_tokens
-        squares = torch.zeros(*probe.spec.table_shape, len(points), dtype=torch.float64)
+        kept = torch.tensor(points) - probe.num_sink_tokens
+        kept[-1] = _EVERYTHING
+        squares = torch.zeros(len(probe.formats), *probe.spec.table_shape, len(points), dtype=torch.float64)
 
         def visit(part: LayerGradients) -> None:
-            squares[part.layer, :, :-1] += squared_changes(part, kept).cpu()
+            squares[:, part.layer] += squared_changes(part, kept, probe.formats).cpu()
 
         count = probe.num_sequences
         probe.progress.begin("backward passes", count)
@@ -61,22 +69,27 @@ class FisherEstimator(ImportanceEstimator):
                 probe.progress.advance(f"sequence {sequence + 1}/{count}")
         finally:
             probe.progress.end()
-        curves = (squares / (2 * probe.num_scored * count)).float()
-        place = points.index(capacity[self.size])
-        return Importance(curves[..., place].clone(), curves=curves, curve_capacities=torch.tensor(points))
+        of_formats = dict(zip(probe.formats, (squares / (2 * probe.num_scored * count)).float(), strict=True))
+        if MODEL in of_formats:
+            of_formats[MODEL][..., -1] = 0  # and not what rounding says
+        curves, place = of_formats[probe.formats[0]], points.index(capacity[self.size])
+        return Importance(
+            curves[..., place].clone(), None, curves, torch.tensor(points), of_formats if len(of_formats) > 1 else None
+        )
 
     def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
         return _FORWARDS * sequences
 
 
-def squared_changes(part: LayerGradients, kept: Tensor) -> Tensor:
-    """float64 [num_kv_heads, K]: the sum over queries of (g . d)^2, d the change of what a KV head's queries get.
+def squared_changes(part: LayerGradients, kept: Tensor, formats: Sequence[str] = (MODEL,)) -> Tensor:
+    """float64 [F, num_kv_heads, K]: the sum over queries of (g . d)^2, d the change of what a KV head's queries get.
 
-    kept: int64 [K], ascending, how many of the entries that may be evicted each of K capacities keeps
+    kept:    int64 [K], ascending, how many of the entries that may be evicted each of K capacities keeps
+    formats: names of F formats that entries have
     """
     heads, length = part.values.shape[:2]
     edges = kept.to(part.values.device)
-    total = torch.zeros(heads, len(kept), dtype=torch.float64, device=edges.device)
+    total = torch.zeros(len(formats), heads, len(kept), dtype=torch.float64, device=edges.device)
     for begin in range(part.first, length, _QUERIES):
         end = min(begin + _QUERIES, length)
         weights = part.weights(begin, end).reshape(heads, -1, end - begin, end)  # [H, G, n, end]
@@ -84,12 +97,26 @@ def squared_changes(part: LayerGradients, kept: Tensor) -> Tensor:
         along = weights * (gradients @ part.values[:, None, :end].float().mT)  # an entry's part of g . output
         # place k: what capacity k keeps and the one below it does not; the last: what none keeps
         place = torch.bucketize(part.ranks(begin, end).contiguous(), edges, right=True)[:, None].expand_as(weights)
-        mass, output = (_sums(x, place, len(kept)) for x in (weights, along))
-        sink = 1 - weights.sum(-1, keepdim=True)  # what a learned sink takes, or the rounding of a sum
-        after = output / (mass + sink.where(sink > _ROUNDING, 0.0)).clamp(min=torch.finfo(mass.dtype).tiny)
-        change = after - along.sum(-1, keepdim=True)
-        total += change.sum(1).double().square().sum(1)  # the query heads of a group change together
+        before = along.sum(-1, keepdim=True)
+        for index, name in enumerate(formats):
+            if name != MODEL:
+                weights, along = (x.reshape(heads, -1, *x.shape[1:]) for x in _coded(part, begin, end, name))
+            change = _after(weights, along, place, len(kept)) - before
+            total[index] += change.sum(1).double().square().sum(1)  # the query heads of a group change together
     return total
+
+
+def _coded(part: LayerGradients, begin: int, end: int, name: str) -> tuple[Tensor, Tensor]:
+    if part.coded is None:
+        raise PluginError(f"fisher: curves of the format {name} were asked for, and the probe knows nothing of formats")
+    return part.coded(begin, end, name)
+
+
+def _after(weights: Tensor, along: Tensor, place: Tensor, count: int) -> Tensor:
+    """[..., K]: g . output over what each capacity keeps. along: an entry's part of it, [..., keys] as the others"""
+    mass, output = (_sums(x, place, count) for x in (weights, along))
+    sink = 1 - weights.sum(-1, keepdim=True)  # what a learned sink takes, or the rounding of a sum
+    return output / (mass + sink.where(sink > _ROUNDING, 0.0)).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def _sums(x: Tensor, place: Tensor, count: int) -> Tensor:

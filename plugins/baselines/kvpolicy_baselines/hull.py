@@ -22,9 +22,10 @@ from kvpolicy import Budget, BudgetAllocator, Importance, PluginError
 
 
 class _Segment(NamedTuple):
-    gain: float  # loss that one entry saves, >= 0; infinite where it was not measured
+    gain: float  # loss that a unit of cost saves, >= 0; infinite where it was not measured
     head: int
     room: float  # entries
+    cost: int  # of an entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,14 @@ class HullAllocator(BudgetAllocator):
                 "power"
             )
         floors, ceilings = (bound.flatten().tolist() for bound in (budget.floors(), budget.ceilings()))
-        left = float(budget.total - sum(floors))
+        costs = [1] * len(floors) if budget.cost is None else budget.cost.flatten().tolist()
+        left = float(budget.total - sum(floor * cost for floor, cost in zip(floors, costs, strict=True)))
         if left <= 0:
             return torch.ones(budget.shape, dtype=torch.float64)  # the floors are all there is
         segments = [
             segment
             for head, curve in enumerate(curves.double().flatten(0, 1).tolist())
-            for segment in _segments(head, _hull(points.tolist(), curve), floors[head], ceilings[head])
+            for segment in _segments(head, _hull(points.tolist(), curve), floors[head], ceilings[head], costs[head])
         ]
         return _filled(segments, floors, left).reshape(budget.shape)
 
@@ -74,26 +76,28 @@ def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
     return (second[1] - first[1]) / (second[0] - first[0])
 
 
-def _segments(head: int, corners: list[tuple[int, float]], floor: int, ceiling: int) -> list[_Segment]:
+def _segments(head: int, corners: list[tuple[int, float]], floor: int, ceiling: int, cost: int) -> list[_Segment]:
     """Those between floor and ceiling; their gains fall."""
     gains = [math.inf, *(max(0.0, -_slope(first, second)) for first, second in pairwise(corners))]
     inner = [capacity for capacity, _ in corners]
     ends = [floor, *(min(max(capacity, floor), ceiling) for capacity in inner), ceiling]
     return [
-        _Segment(gain, head, end - begin)
+        _Segment(gain / cost, head, end - begin, cost)
         for gain, (begin, end) in zip([*gains, 0.0], pairwise(ends), strict=True)
         if end > begin
     ]
 
 
 def _filled(segments: list[_Segment], floors: list[int], left: float) -> Tensor:
-    """The floors with `left` entries on top, the largest gains first; equal gains get the same part of their room."""
+    """The floors with entries that cost `left` on top, the largest gains first; equal gains get the same part of their
+    room.
+    """
     filled = torch.tensor(floors, dtype=torch.float64)
     by_gain: dict[float, list[_Segment]] = {}
     for segment in segments:
         by_gain.setdefault(segment.gain, []).append(segment)
     for gain in sorted(by_gain, reverse=True):
-        room = sum(segment.room for segment in by_gain[gain])
+        room = sum(segment.room * segment.cost for segment in by_gain[gain])
         part = min(1.0, left / room)
         for segment in by_gain[gain]:
             filled[segment.head] += part * segment.room

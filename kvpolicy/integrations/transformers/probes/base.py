@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import Format, check_format, exact_recent, of_layer
+from kvpolicy.budget.entry_format import MODEL, Format, LayerFormats, check_format, exact_recent, name_of, of_layer
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -132,6 +132,10 @@ class SequenceProbe(ModelProbe):
         return self._spec
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        return (MODEL if isinstance(self.entry_format, LayerFormats) else name_of(self.entry_format),)
+
+    @property
     def num_sink_tokens(self) -> int:
         return self._num_sink_tokens
 
@@ -239,7 +243,7 @@ class SequenceProbe(ModelProbe):
             raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
         ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
         handlers = [
-            WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit)
+            WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit, self._is_exact)
             for module, row in self._windowed
         ]
         with torch.enable_grad(), biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):

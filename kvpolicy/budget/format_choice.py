@@ -1,0 +1,91 @@
+"""A format for each layer, and capacities with it, by measured curves: the closed form of `tune --format auto`.
+
+A multiple-choice knapsack, solved by a price. At a price of a byte every KV head takes the corner of its curve where
+the next entry saves less than it costs, and every layer the format under which its heads lose and pay the least
+together. The lowest price at which all of it goes into the bytes is found by bisection. What a price leaves unspent is
+less than one step of one layer; it is for whoever apportions the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import BudgetError
+
+_STEPS = 60  # of the bisection: the price is then known to 18 digits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FormatCurves:
+    """What a format costs and loses.
+
+    losses: float `[L, H, K]`, at K capacities
+    cost:   bytes of an entry;  fixed: bytes of a layer besides
+    least:  the fewest entries that a KV head may be given
+    """
+
+    losses: Tensor
+    cost: int
+    fixed: int
+    least: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FormatChoice:
+    """formats: of each layer, by name;  capacities: int64 `[L, H]`;  loss: the sum of what the curves say"""
+
+    formats: tuple[str, ...]
+    capacities: Tensor
+    loss: float
+
+
+def choose_formats(curves: Mapping[str, FormatCurves], capacities: Tensor, total: int) -> FormatChoice:
+    """The formats and capacities that lose least by the curves and take `total` bytes at most.
+
+    capacities: int64 `[K]`, ascending, where the curves have their points
+
+    Raises `BudgetError` where not even the smallest go into the bytes.
+    """
+    chosen = _at_price(curves, capacities, 0.0)
+    if _bytes(curves, chosen) <= total:
+        return chosen
+    largest = max(float(own.losses.amax()) for own in curves.values())
+    low, high = 0.0, max(largest, 1e-30)
+    chosen = _at_price(curves, capacities, high)
+    if (least := _bytes(curves, chosen)) > total:
+        raise BudgetError(f"{total} bytes are fewer than the {least} that the smallest capacities take: give more")
+    for _ in range(_STEPS):
+        price = (low + high) / 2
+        candidate = _at_price(curves, capacities, price)
+        if _bytes(curves, candidate) <= total:
+            high, chosen = price, candidate
+        else:
+            low = price
+    return chosen
+
+
+def _at_price(curves: Mapping[str, FormatCurves], capacities: Tensor, price: float) -> FormatChoice:
+    names, spent, taken, lost = list(curves), [], [], []
+    for own in curves.values():
+        paid = own.losses.double() + price * own.cost * capacities
+        allowed = capacities >= min(own.least, int(capacities[-1]))
+        best = paid.masked_fill(~allowed, torch.inf).min(-1)
+        spent.append(best.values.sum(-1) + price * own.fixed)
+        taken.append(capacities[best.indices])
+        lost.append(own.losses.double().gather(-1, best.indices[..., None])[..., 0].sum(-1))
+    place = torch.stack(spent).argmin(0)  # [L]
+    layers = torch.arange(len(place))
+    return FormatChoice(
+        tuple(names[index] for index in place.tolist()),
+        torch.stack(taken)[place, layers],
+        float(torch.stack(lost)[place, layers].sum()),
+    )
+
+
+def _bytes(curves: Mapping[str, FormatCurves], choice: FormatChoice) -> int:
+    rows = zip(choice.formats, choice.capacities.sum(-1).tolist(), strict=True)
+    return sum(curves[name].cost * entries + curves[name].fixed for name, entries in rows)

@@ -1,0 +1,99 @@
+"""`--format auto`: a format for each layer, for each level in closed form by measured curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvpolicy.budget.entry_format import NAMES, Format, check_format, least_entries, name_of, named, of_layers
+from kvpolicy.budget.format_choice import FormatChoice, FormatCurves, choose_formats
+from kvpolicy.cache.size import block_nbytes, entry_nbytes, holds_scores
+from kvpolicy.cache.weight import byte_budget
+from kvpolicy.errors import BudgetError
+from kvpolicy.measure.delegate import DelegateProbe
+from kvpolicy.model.spec import Importance
+from kvpolicy.plugins.roles import ModelProbe
+from kvpolicy.tuning.job import Job
+from kvpolicy.tuning.probes import Probes
+
+
+class EveryFormat(DelegateProbe):
+    """Asks an estimator of curves for all formats."""
+
+    def __init__(self, probe: ModelProbe) -> None:
+        super().__init__(probe)
+        for name in NAMES:
+            check_format(named(name), probe.spec)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return NAMES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AutoFormats:
+    """The job of each level, under the formats that are found for it: those of the closed form, or one for all layers,
+    whichever has the lowest loss on the search's sequences under the capacities of the closed form.
+
+    job:    of a search without formats, whose importance has curves of all of them
+    probes: the search's and the held-out ones under a format
+    """
+
+    job: Job
+    probes: Callable[[Format], tuple[Probes, Probes]]
+
+    def __call__(self, level: float) -> Job:
+        measured: list[tuple[float, FormatChoice, Job]] = []
+        for choice in self._choices(level):
+            entry_format = of_layers([named(name) for name in choice.formats])
+            search, heldout = self.probes(entry_format)
+            job = replace(self.job, search=search, heldout=heldout, importance=self._importance(choice))
+            table = job.table(choice.capacities.double(), level, search.target.context_length)
+            measured.append((float(search.target.loss(table).mean()), choice, job))
+        best = min(range(len(measured)), key=lambda index: measured[index][0])
+        self.job.progress.note(_sentence(measured, best, level))
+        return measured[best][2]
+
+    def _choices(self, level: float) -> list[FormatChoice]:
+        """The closed form over all formats, and over each alone, as far as they go into the bytes."""
+        job, importance = self.job, self.job.importance
+        target, policy, dtype = job.search.target, job.method.policy, job.sizes.dtype
+        assert importance.format_curves is not None and importance.curve_capacities is not None  # `measures_formats`
+        scored, context = holds_scores(policy, None), target.context_length
+        budget = byte_budget(level, job.spec, context, dtype, policy, None, scored=scored)
+        curves = {}
+        for name, losses in importance.format_curves.items():
+            own = named(name)
+            cost = entry_nbytes(job.spec, dtype, scored=scored, entry_format=own)
+            fixed = block_nbytes(job.spec, dtype.itemsize, policy, own) // job.spec.num_budgeted_layers
+            curves[name] = FormatCurves(losses, cost, fixed, least_entries(policy, own))
+        choices: list[FormatChoice] = []
+        refusal = None
+        for names in (tuple(curves), *((name,) for name in curves)):
+            try:
+                choice = choose_formats({x: curves[x] for x in names}, importance.curve_capacities, budget.total)
+                if len(names) == 1 and int(choice.capacities.min()) == context:
+                    continue  # everything goes in: less is to be found above
+            except BudgetError as error:
+                refusal = error
+                continue
+            if choice.formats not in [other.formats for other in choices]:
+                choices.append(choice)
+        if not choices:
+            raise refusal or BudgetError(f"memory={level:g} holds a whole context: nothing is searched, give less")
+        return choices
+
+    def _importance(self, choice: FormatChoice) -> Importance:
+        """With the curves of the formats that layers have."""
+        curves = self.job.importance.format_curves
+        assert curves is not None  # `measures_formats`
+        own = torch.stack([curves[name][layer] for layer, name in enumerate(choice.formats)])
+        return replace(self.job.importance, curves=own)
+
+
+def _sentence(measured: list[tuple[float, FormatChoice, Job]], best: int, level: float) -> str:
+    names = [name_of(of_layers([named(name) for name in choice.formats])) for _, choice, _ in measured]
+    losses = ", ".join(f"{name}: {loss:.4f}" for name, (loss, *_) in zip(names, measured, strict=True))
+    return f"formats at {level:.0%} of the bytes: {names[best]} (loss on the search's sequences of {losses})"
