@@ -34,7 +34,7 @@ def test_laws():
 class Biases:
     """Keeps every bias that a fit asks for."""
 
-    num_sequences, least_capacity, progress = 3, 5, Progress()
+    num_sequences, num_sink_tokens, progress = 3, 4, Progress()
 
     def __init__(self):
         self.seen, self.order, self.states = [], [], []
