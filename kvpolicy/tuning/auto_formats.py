@@ -45,16 +45,18 @@ class AutoFormats:
     probes: Callable[[Format], tuple[Probes, Probes]]
 
     def __call__(self, level: float) -> Job:
-        measured: list[tuple[float, FormatChoice, Job]] = []
+        losses: dict[Format, float] = {}
+        best = self.job
         for choice in self._choices(level):
             entry_format = of_layers([named(name) for name in choice.formats])
             search, heldout = self.probes(entry_format)
             job = replace(self.job, search=search, heldout=heldout, importance=self._importance(choice))
             table = job.table(choice.capacities.double(), level, search.target.context_length)
-            measured.append((float(search.target.loss(table).mean()), choice, job))
-        best = min(range(len(measured)), key=lambda index: measured[index][0])
-        self.job.progress.note(_sentence(measured, best, level))
-        return measured[best][2]
+            losses[entry_format] = float(search.target.loss(table).mean())
+            if losses[entry_format] == min(losses.values()):  # prompts that the others have run are let go of
+                best = job
+        self.job.progress.note(_sentence(losses, level))
+        return best
 
     def _choices(self, level: float) -> list[FormatChoice]:
         """The closed form over all formats, and over each alone, as far as they go into the bytes."""
@@ -93,7 +95,7 @@ class AutoFormats:
         return replace(self.job.importance, curves=own)
 
 
-def _sentence(measured: list[tuple[float, FormatChoice, Job]], best: int, level: float) -> str:
-    names = [name_of(of_layers([named(name) for name in choice.formats])) for _, choice, _ in measured]
-    losses = ", ".join(f"{name}: {loss:.4f}" for name, (loss, *_) in zip(names, measured, strict=True))
-    return f"formats at {level:.0%} of the bytes: {names[best]} (loss on the search's sequences of {losses})"
+def _sentence(losses: dict[Format, float], level: float) -> str:
+    each = "; ".join(f"{name_of(own)}: {loss:.4f}" for own, loss in losses.items())
+    best = min(losses, key=lambda own: losses[own])
+    return f"formats at {level:.0%} of the bytes: {name_of(best)} (loss on the search's sequences under {each})"

@@ -16,6 +16,9 @@ from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, PlanWarning,
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entry_format import LayerFormats, name_of
 from kvpolicy.budget.plan import PlanLevel
+from kvpolicy.cache import RaggedStore
+from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.cache.size import entry_costs, entry_nbytes
 from kvpolicy.cache.state import pack
 from kvpolicy.comparison.methods import read_asked, read_methods
@@ -162,6 +165,14 @@ def test_a_saved_cache_goes_on_as_it_was(model, mixed, policy, tmp_path):
     assert_same(pack(cache.store), pack(loaded.store))  # codes too
     parts = [stepped_logits(model, ids[:, 90:120], x, [8, *[1] * 22]) for x in (cache, loaded)]
     torch.testing.assert_close(*parts, rtol=0, atol=1e-5)
+
+
+def test_a_store_of_a_plan_has_its_formats(mixed):
+    options = {"context_length": 110, "dtype": torch.float32}
+    assert RaggedStore.from_plan(mixed, **options).entry_format == FORMATS
+    assert RaggedStore.from_plan(mixed, format="model", **options).entry_format is None
+    arenas = [type(layer.arena) for layer in RaggedStore.from_plan(mixed, **options).layers]
+    assert arenas == [EncodedArena, LayerArena, EncodedArena]
 
 
 def test_a_named_format_goes_before_the_plans_and_warns(model, mixed):
