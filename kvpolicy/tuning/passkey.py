@@ -58,8 +58,8 @@ class PasskeyCheck:
         scores = [score for pair in pairs if (score := self._notes.passkey_score(*pair)) is not None]
         if full is None or (full >= ABLE and len(scores) < len(tables)):
             full, *scores = self._measured(whole, pairs)
-            for pair, score in zip(((whole, None), *pairs), (full, *scores), strict=False):
-                self._notes.keep_passkey_score(*pair, score=score)
+            for (table, own), score in zip(((whole, None), *pairs), (full, *scores), strict=False):
+                self._notes.keep_passkey_score(table, score, own)
         return full, scores if full >= ABLE else []
 
     def _measured(self, whole: Tensor, pairs: Sequence[tuple[Tensor, Format]]) -> list[float]:

@@ -112,7 +112,7 @@ class StudyNotes:
     def passkey_score(self, table: Tensor, entry_format: Format = None) -> float | None:
         return self._of_settings("passkey", *_passkey_names(table, entry_format))
 
-    def keep_passkey_score(self, table: Tensor, entry_format: Format = None, *, score: float) -> None:
+    def keep_passkey_score(self, table: Tensor, score: float, entry_format: Format = None) -> None:
         self._keep_of_settings("passkey", score, *_passkey_names(table, entry_format))
 
     def cost(self, purpose: str) -> Cost:
