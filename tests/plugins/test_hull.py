@@ -68,6 +68,15 @@ def test_by_hand():
     assert table_of(known, Budget(44, (1, 2), 4, 24)).tolist() == [[22, 22]]
 
 
+def test_entries_go_where_a_byte_saves_most():
+    """As above, but an entry of a costs 4 and one of b 1: b's first 0.5 goes before a's 1."""
+    known, cost = importance([[[10.0, 4.0, 3.0], [13.0, 10.0, 5.0]]], [4, 10, 20]), torch.tensor([[4, 1]])
+    for total, expected in ((20, [4, 4]), (26, [4, 10]), (36, [4, 20]), (44, [6, 20]), (60, [10, 20]), (100, [20, 20])):
+        budget = Budget(total, (1, 2), 4, 24, cost)
+        table = apportion(HullAllocator().shares(known, budget), budget)
+        assert table.tolist() == [expected], total
+
+
 @pytest.mark.parametrize("kind", ["convex", "any"])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_table_is_the_best_of_all(kind, seed):

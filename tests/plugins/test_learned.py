@@ -31,6 +31,14 @@ def test_laws():
     check_allocator(LearnedAllocator(steps=1, tau_start=0.1, tau_end=0.1, seed=-1))
 
 
+def test_a_budget_in_bytes_is_spent_whole():
+    cost = torch.tensor([[4, 4], [1, 1]])
+    probe, own = Biases(), Budget(900, SHAPE, 5, CONTEXT, cost)
+    found = LearnedAllocator(steps=2).fit(probe, ANY, own)
+    assert float((found * cost).sum()) == pytest.approx(900)
+    assert float(found[1].min()) > 2 * float(found[0].max()), "entries that cost less are more"
+
+
 class Biases:
     """Keeps every bias that a fit asks for."""
 
