@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpolicy.budget.entry_format import NAMES
 from kvpolicy.integrations.transformers import Pace
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.probes import Probes
-from kvpolicy.tuning.settings import TuneSettings
+from kvpolicy.tuning.settings import AUTO, TuneSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,10 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     # where there are answers, they and the text are measured once more, each for itself: a level reports both
     apart = 0 if search.answers is None else sum(probe.num_sequences for probe in search.all)
     scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * in_heldout) + in_heldout
+    if settings.format == AUTO:
+        choices = len(NAMES) + 1
+        scored += levels * choices * search.target.num_sequences
+        progress.note(f"formats: up to {choices} choices of each level are measured once on the search's sequences")
     passkeys = work.passkeys
     plain = work.profiling + _prompts(search, heldout) + passkeys
     of_policy = ""

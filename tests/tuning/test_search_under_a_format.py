@@ -91,6 +91,7 @@ def test_auto_finds_a_format_for_each_layer(model, allocator, params, tmp_path):
     how = {"estimator": "fisher", "allocator": allocator, "allocator_params": params}
     settings = settings_of(tmp_path, memories=(0.34, 0.28), format="auto", **how)
     plan = tune(model, make_corpus(), settings, progress=told)
+    assert any(line.startswith("formats: up to 4 choices of each level") for line in told.notes)
     notes = [line for line in told.notes if line.startswith("formats at")]
     assert len(notes) == 2 and "int8" in notes[1] and "loss on the search's sequences" in notes[1]
     for level, memory in zip(plan.levels, (0.34, 0.28), strict=True):
