@@ -271,7 +271,8 @@ def test_smollm2_answers_under_full_uniform_and_a_plan(smollm2, name, question):
     plan = BudgetPlan.from_capacities(task.spec, shares, 800, PlanChoice("snapkv"))
     snapkv = registry.create("policy", "snapkv")
     options = {"seed": 0, "facts": {}, "progress": Progress()}
-    rows = answer_rows(task, "plan.json", plan, ("snapkv", snapkv), [0.5], **options)
+    pairs = [("full", 1.0, None), ("uniform", 0.5, None), ("plan.json", 0.5, None)]
+    rows = answer_rows(task, plan, ("snapkv", snapkv), pairs, **options)
     assert [row["plan"] for row in rows] == ["full", "uniform", "plan.json"]
     assert all(0 <= row["score"] <= 1 for row in rows)
     assert rows[1]["bytes"] < 0.6 * rows[0]["bytes"] and rows[1]["entries"] == rows[2]["entries"]
