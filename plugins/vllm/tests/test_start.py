@@ -197,7 +197,7 @@ def test_formats_of_a_plan_are_refused(model: str, tmp_path: Path) -> None:
     kvpolicy.save_plan(replace(plan, levels=levels), tmp_path / "coded.json")
     hf_config = transformers.AutoConfig.from_pretrained(model)
     with pytest.raises(kvpolicy.BudgetError, match=r"coded\.json keeps entries in formats of fewer bits"):
-        Serving.resolve(Settings(str(tmp_path / "coded.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1)
+        Serving.resolve(Settings(str(tmp_path / "coded.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1, 16)
 
 
 def test_start_tells_what_it_saves_and_vllm_agrees(model: str, plan: str, engine: Any, lines: list[str]) -> None:
