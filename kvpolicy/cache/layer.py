@@ -277,19 +277,6 @@ class StoreLayer:
         positions = self.arena.padded_positions() if chunk is None else self.candidates(chunk)
         return comparable(scores, positions, self._settled_on_device(), self.protection).view(*self.table.shape, -1)
 
-    def outliving(self) -> Tensor:
-        """int64 [S, seen], by position: how many entries that may be evicted outlive this one; -1 where it never is.
-
-        For a layer that has evicted nothing.
-        """
-        positions = self.arena.padded_positions()
-        keys = ranking(self.arena.padded_scores(), positions, self._settled_on_device(), self.protection)
-        pinned, order = self.protection.pinned(positions), keys.argsort(1, descending=True)
-        place = torch.arange(order.shape[1], device=order.device)
-        rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
-        rank = (rank - pinned.sum(1, keepdim=True)).masked_fill(pinned, -1)
-        return torch.empty_like(rank).scatter_(1, positions, rank)
-
     def allow(self, table: Tensor) -> None:
         """Sets the capacities. table: int64 [B, H]; `shrink` evicts down to them where they are lower."""
         if self.arena.scores is not None and self.protection.recent_window and not torch.equal(table, self.table):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.budget.entry_format import Format, name_of
+from kvpolicy.cache.outliving import outliving
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, PluginError
 from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
@@ -137,7 +138,7 @@ class PromptProbe(SequenceProbe):
         index, row = divmod(sequence, self.batch_size)
         store = self.contexts.compressed(index, self.contexts.whole)[0].opened()
         store.take(torch.tensor([row]))
-        layers = [None if layer is None else layer.outliving() for layer in store.layers]
+        layers = [None if layer is None else outliving(layer) for layer in store.layers]
         return torch.stack([ranks.to(self.model.device, torch.int32) for ranks in layers if ranks is not None])
 
     def filled(self, capacities: Tensor) -> RaggedStore:
