@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> None:
     def one(part: tuple[str, str]) -> None:
         question, entry_format = part
         asked = ["--tasks", *options.tasks, "--questions", question, "--seed", options.seed]
-        asked += ["--seconds", options.seconds, "--without-full"]
+        asked += ["--seconds", options.seconds, "--without-full", "--together"]
         try:
             table_of_tasks(options, asked, methods(options.policy, entry_format), "_".join(part))
         except subprocess.CalledProcessError as error:  # the other parts are worth having

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,6 +28,18 @@ def read_lines(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
             continue
         lines[identity(line)] = line
     return lines
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends a line, behind the end of one that a killed run has left broken."""
+    with path.open("a+b") as file:
+        broken = file.tell() > 0 and not _ends_line(file)
+        file.write(f"{chr(10) * broken}{json.dumps(line)}\n".encode())
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def table_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ the paired difference to uniform budgets.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from shared import command_line, device_name, versions, write_csv
-from task_lines import identity, read_lines, table_rows
+from task_lines import add_line, identity, read_lines, table_rows
 
 import kvpolicy
 from kvpolicy.comparison.answers import AnswerTask
@@ -63,7 +62,8 @@ def main() -> None:
     if options.table is not None:
         write_tables(options.table)
         return
-    begun, known, left = time.monotonic(), read_lines(options.out), 0
+    begun, left = time.monotonic(), 0
+    known = {key for key, line in read_lines(options.out).items() if "scores" in line}  # a failure is tried again
     model, tokenizer = kvpolicy.load_model(options.model, device=options.device, dtype=options.dtype)
     fields = {"data": options.data} if options.data else {}
     roles = {name: task_of(name, fields) for name in options.tasks}
@@ -83,8 +83,7 @@ def main() -> None:
         task = answer_task(model, tokenizer, rows[0].question, name, roles[name], drawn)
         for row, key in due:
             line = key | measured(task, row.method, row.kept, options.seed) | machine
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            add_line(options.out, line)
             said = line["error"] if "error" in line else f"{sum(line['scores']) / len(line['scores']):.3f}"
             what = f"{row.question}, {row.method.name} at {row.kept:g}, {name} from sample {first}"
             print(f"{time.monotonic() - begun:6.0f} s  {what}: {said}", flush=True)
@@ -110,6 +109,7 @@ def parsed() -> Any:
     parser.add_argument("--others", nargs="*", help="policies under uniform budgets at 0.25; default: all others")
     parser.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS)
     parser.add_argument("--without-full", dest="full", action="store_false", help="leave the full cache out")
+    parser.add_argument("--together", action="store_true", help="uniform and other budgets from one run of the prompts")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no new prompts after so long")
     return parser.parse_args()
 
@@ -139,7 +139,7 @@ def planned_rows(options: Any) -> list[Row]:
     rows = []
     for turn, question in enumerate(options.questions):
         for is_other, method, kept in found:
-            is_split = not (method.is_full or method.is_uniform)
+            is_split = not (method.is_full or method.is_uniform or options.together)
             worth = (is_other, turn, is_split, policies.index(method.policy_label))
             rows.append(Row(question, method, kept, worth))
     return sorted(rows, key=lambda row: row.worth)

@@ -100,3 +100,11 @@ def test_what_a_recipe_measures_is_the_policy_with_and_without_plan_and_format(b
     recipe = benchmark("recipe")
     assert recipe.methods("snapkv", "model") == ["snapkv/uniform", "plan.json"]
     assert recipe.methods("snapkv", "int8") == ["snapkv/uniform@int8", "plan.json@int8"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_other_budgets_come_behind_all_uniform_ones_or_together_with_them(benchmark, together):
+    options = {"methods": ["snapkv/uniform", "snapkv/adakv"], "others": None, "full": False, "together": together}
+    options |= {"retentions": [0.5], "questions": ["aware"], "tasks": ["a", "b"], "limit": 1, "batch_size": 1}
+    found = [(task, len(rows)) for task, _, rows in benchmark("task_table").batches(SimpleNamespace(**options))]
+    assert found == ([("a", 2), ("b", 2)] if together else [("a", 1), ("b", 1)] * 2)
