@@ -5,7 +5,7 @@
 SmolLM2-135M in float32 on the CPU, one capacity for all KV heads. The transformers cache lets a prompt attend to all of
 itself, keeps what the policy says, and decodes under the budget; under vLLM every token attends under it.
 
-- `perplexity`: of the second half of each sequence, behind its first half as the prompt (window rule; for `keydiff` of
+- `perplexity`: of the second half of each sequence, behind its first half as the prompt (window rule; for the others of
   vLLM alone, because the transformers cache is not cut where vLLM's heads are).
 - `pass keys`: prompts with a number in filler and a question for it, and the part of greedy answers that say it.
 """
@@ -30,6 +30,7 @@ COLUMNS = ("system", "policy", "kept", "measure", "value", "n", "context", "mode
 POLICIES = {
     "streaming": {"num_sink_tokens": 4},
     "keydiff": {"num_sink_tokens": 4, "recent_window": 32},
+    "snapkv": {"num_sink_tokens": 4},
 }
 SEED = 0
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--passkeys", type=int, default=20)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--policies", nargs="+", choices=["full", *POLICIES], default=["full", *POLICIES])
     options = parser.parse_args()
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -76,6 +78,8 @@ class Bench:
             entries = round(kept * self.options.context)
             table = torch.full(self.spec.table_shape, entries)
             for policy, params in POLICIES.items():
+                if policy not in self.options.policies:
+                    continue
                 choice = PlanChoice(policy, params)
                 yield (
                     policy,
@@ -103,7 +107,8 @@ class Bench:
 
     def vllm(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "model")
-        self.measure(folder, "full", 1.0, None)
+        if "full" in self.options.policies:
+            self.measure(folder, "full", 1.0, None)
         for policy, kept, plan in self.plans():
             path = folder / "plan.json"
             kvpolicy.save_plan(plan, path)
