@@ -20,7 +20,7 @@ from kvpolicy_kernels.softcap.kernel import capped
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_segments",))  # any number of requests comes, and a compilation holds all of them up
 def _plan_kernel(
     lengths_ptr, units_ptr, quantum_ptr, programs_ptr, pieces_ptr, num_segments, num_programs,
     UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

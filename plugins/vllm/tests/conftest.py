@@ -74,6 +74,7 @@ def engine(model: str) -> Iterator[Any]:
     """Makes vLLM engines over the model, one at a time."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     made: list[Any] = []
 
@@ -88,6 +89,7 @@ def engine(model: str) -> Iterator[Any]:
         if made:
             made.pop().llm_engine.engine_core.shutdown()
             cleanup_dist_env_and_memory()
+            type(current_platform)._global_graph_pool = None  # it is gone with its graphs, and vLLM would take it again
 
     yield make
     close()

@@ -76,7 +76,7 @@ def test_chunks_and_single_tokens_attend_alike(
     answers = []
     for size in (chunk, 300):
         cache = torch.full((10, layout.rows, 2, 32), 1e4, device=device)  # what lay there before
-        blocks = torch.randperm(9, device=device)[: layout.num_blocks] + 1
+        blocks = torch.randperm(9)[: layout.num_blocks].to(device) + 1
         tables = LayerTables([layout], 32)
         parts = [
             attention.chunk(*(x[begin : begin + size] for x in (query, key, value)), cache, blocks, begin)
