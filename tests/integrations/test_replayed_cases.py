@@ -107,6 +107,20 @@ def test_a_copy_whose_budget_is_lowered_between_tokens(model):
         assert_alike(one, other)
 
 
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o"])
+def test_a_cache_that_was_saved_between_tokens(policy, model, tmp_path):
+    """What is loaded lays its entries out anew, and its tokens are replays of a graph of its own."""
+    ids = tiny_ids(80).to(DEVICE)
+    cache = kvpolicy.new_cache(model, policy=policy, retention=0.4, context_length=80)
+    with torch.no_grad():
+        model(ids[:, :40], **over(cache))
+    decoded(model, cache, ids[:, 40:60], is_replayed=True)
+    assert policy == "h2o" or bool(cache.opened().layers[0].arena.cursor.all()), "a ring that has turned"
+    cache.save(tmp_path / "cache.kv")
+    loaded = kvpolicy.load_cache(model, tmp_path / "cache.kv")
+    assert_alike(*(decoded(model, each, ids[:, 60:], is_replayed=True) for each in (cache, loaded)))
+
+
 @pytest.mark.parametrize("policy", registry.names("policy"))
 def test_every_policy(policy, model):
     ids, found = tiny_ids(40).to(DEVICE), []
