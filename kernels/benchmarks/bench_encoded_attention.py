@@ -1,7 +1,7 @@
 """Decode attention over int8 and int4 entries beside the same entries in bf16, and what encoding a token costs.
 
     python kernels/benchmarks/bench_encoded_attention.py --out kernels/benchmarks/results/encoded_attention_h200.csv
-    python kernels/benchmarks/bench_encoded_attention.py --launches --out encoded_launches.csv
+    python kernels/benchmarks/bench_encoded_attention.py --launches --out kernels/benchmarks/results/launches_h200.csv
 
 Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
 the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens

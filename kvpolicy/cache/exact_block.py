@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpolicy_kernels.append import append
 from torch import Tensor
 
 from kvpolicy.cache.chunk import Chunk
@@ -18,6 +19,7 @@ class ExactBlock:
 
     keys: [B, H, N, D];  values: [B, H, N, Dv], N = num_sinks + recent
     positions: int32 [B, N], -1 for a slot without a token
+    first:     int64 [S], the number of each segment's first slot
     """
 
     def __init__(self, key: Tensor, value: Tensor, num_sinks: int, recent: int) -> None:
@@ -27,11 +29,25 @@ class ExactBlock:
         self.keys = key.new_zeros(batch, heads, slots, key.shape[-1])
         self.values = value.new_zeros(batch, heads, slots, value.shape[-1])
         self.positions = torch.full((batch, slots), -1, dtype=torch.int32, device=key.device)
+        self.first = torch.arange(batch * heads, device=key.device) * slots
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor held, by name."""
+        return self.tokens | {"exact.first": self.first}
 
     @property
     def tokens(self) -> dict[str, Tensor]:
         """The copies and their positions, by name."""
         return {f"exact.{name}": getattr(self, name) for name in ("keys", "values", "positions")}
+
+    def write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
+        """Takes the newest token. key, value: [B, H, 1, dim];  position: int64 [S] on the device"""
+        batch, heads, slots = self.keys.shape[:3]
+        rows = self.first + self._slot(position)
+        append([x.view(batch * heads * slots, -1) for x in (self.keys, self.values)], rows, [key, value])
+        of_row = position[::heads]
+        append([self.positions.view(-1)], self.first[:batch] + self._slot(of_row), [of_row])
 
     def add(self, chunk: Chunk) -> None:
         """Takes what belongs here of tokens that come behind all others."""
@@ -73,6 +89,8 @@ class ExactBlock:
                 getattr(self, name).copy_(new)
             else:
                 setattr(self, name, new)
+        batch, heads, slots = self.keys.shape[:3]
+        self.first = self.first if stays else torch.arange(batch * heads, device=self.keys.device) * slots
 
     def fork(self) -> ExactBlock:
         """A copy in memory of its own."""

@@ -45,6 +45,7 @@ def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_f
     for layer in range(spec.num_budgeted_layers):
         slots = exact_tokens(policy, of_layer(entry_format, layer))
         total += slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
+        total += bool(slots) * heads * torch.int64.itemsize
     return total
 
 

@@ -89,29 +89,6 @@ def _attend_codes(
 
 
 @triton.jit
-def _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr):
-    """Of a segment, its units, its length and its first row; of the last one where there is none."""
-    i_s = tl.minimum(i_s, num_segments - 1)
-    return (
-        tl.load(units_ptr + i_s),
-        tl.load(lengths_ptr + i_s).to(tl.int32),
-        tl.load(starts_ptr + i_s).to(tl.int64),
-    )
-
-
-@triton.jit
-def _fetch(ptr, row, num_entries, ROW: tl.constexpr, COUNT: tl.constexpr):
-    """Has the L2 cache fetch rows, as far as there are any, in lines of 128 bytes. ptr: to int16"""
-    o_line = tl.arange(0, triton.next_power_of_2(tl.cdiv(COUNT * ROW, 64))) * 64
-    if num_entries > 0:
-        place = tl.minimum(row * ROW + o_line, tl.cast(num_entries, tl.int64) * ROW - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l", [(ptr + place).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _loaded(ptrs, mask, WHOLE: tl.constexpr):
     return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=mask, other=0)
 
@@ -151,13 +128,12 @@ def _attend_kernel(
     o_wv = tl.arange(0, BLOCK_WV)
     m_m = o_m < num_rows
     m_q = (o_w < W)[:, None] & m_m[None, :]
-    units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
-    if EARLY:  # while `turn` runs, which is waited for
-        ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
-        _fetch(kw_ptr, ahead, num_entries, KW_ROW, BLOCK_N * (STAGES - 1))
-        _fetch(vw_ptr, ahead, num_entries, VW_ROW, BLOCK_N * (STAGES - 1))
-        tl.extra.cuda.gdc_wait()
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for `turn`
     while (left > 0) & (i_s < num_segments):
+        units = tl.load(units_ptr + i_s)
+        length = tl.load(lengths_ptr + i_s).to(tl.int32)
+        start = tl.load(starts_ptr + i_s).to(tl.int64)
         i_h = (i_s % num_kv_heads).to(tl.int64)
         # [BLOCK_W, BLOCK_M] and [BLOCK_M]; row r is query r % n of the group's head r // n
         q_rows = i_s.to(tl.int64) * num_rows + o_m
@@ -233,7 +209,6 @@ def _attend_kernel(
         left -= take
         i_s += 1
         unit = 0
-        units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
 
 
 @triton.jit
@@ -291,13 +266,15 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int) -> dict[
 
     dim: the larger of D and Dv;  rows: queries times query heads of a group
 
-    The tiles that compile without a spill on sm_80 and sm_90 in 16 bits; `bench_encoded_attention.py --launches` times
-    others. More rows than BLOCK_M go to programs side by side, which find the entries in the L2 cache.
+    Measured on an H200 at head dim 128 among tiles of 32 and 64 entries, 2 to 4 stages, and fewer registers; the others
+    are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
+    by side, which find the entries in the L2 cache.
     """
     words = triton.next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (block_m > 8) + (words * planes > dim or dtype == torch.float32)
-    return {"BLOCK_M": block_m, "BLOCK_N": max(16, 64 >> halved), "STAGES": 3, "num_warps": 1}
+    block_n = min(32 if words > 16 else 64, 64 >> halved)
+    return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": 3, "num_warps": 1}
 
 
 def triton_encoded_attention(
@@ -326,7 +303,7 @@ def triton_encoded_attention(
         plan = triton_plan(lengths, encoded_programs(lengths.device), unit_of(widest))
     num_programs, rotated = plan.programs.shape[0], entry_format.rotated
     query = query if query.stride(-1) == 1 else query.contiguous()
-    arriving = chunk if copies is None else Chunk(copies.key, copies.value)
+    arriving = chunk if copies is None else copies.chunk(n)
     single, finishes = torch.float32, rotated or arriving is not None
     out = query.new_empty(batch, num_q_heads, n, value_dim)
     mid = query.new_empty(out.shape, dtype=single) if finishes else out
@@ -358,13 +335,9 @@ def triton_encoded_attention(
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+    merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
     if lse is not None and finishes:
-        slots = None if copies is None else copies.positions
-        finish(
-            mid, lse, (parts, part_lse, plan.pieces), out, query, arriving, slots, scale, softcap, rotated, early
-        )  # fmt: skip
-    else:
-        merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
+        finish(mid, lse, out, query, arriving, num_kv_heads, scale, softcap, rotated, early)
     if logits is None:
         return out, lse if with_lse else None, None
     assert lse is not None  # as mass is asked for

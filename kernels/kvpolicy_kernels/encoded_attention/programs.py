@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PROGRAMS_PER_SM = 8  # of one warp each
+PROGRAMS_PER_SM = 8  # of one warp each: of 4, 6, 8, 11 and 16 the fastest for int4 on an H200
 
 
 def encoded_programs(device: torch.device) -> int:
