@@ -106,8 +106,9 @@ def tune_command(
     A policy that names parameters to search is searched first, once for all levels, under uniform budgets at the
     smallest retention; with any --policy-param it is used as it is.
 
-    --memory 0.15 searches for a part of the full cache's bytes instead of its entries, and --format int4 for entries of
-    4 bits, which every trial is measured with: the plan says so, and whatever runs it keeps entries so.
+    --memory 0.15 searches for a part of the full cache's bytes instead of its entries (as of 16-bit numbers, unless
+    there is a --dtype), and --format int4 for entries of 4 bits, which every trial is measured with: the plan says so,
+    and whatever runs it keeps entries so. --format auto chooses one for each layer, by --estimator fisher.
 
     --objective retrieval measures a trial by the loss on the answers to prompts that hold a fact somewhere and ask
     for it; mixed gives text and answers half of the weight each; task:NAME and --task-file take the answers to a task's

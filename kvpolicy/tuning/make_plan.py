@@ -108,7 +108,9 @@ def _tune(
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
     shared, pace = _shared(model, corpus, settings, method, search, storage)
     studies = open_studies(settings, storage, first_studies(settings, shared), progress)
-    policy, sizes = None, Sizes(bool(settings.memories), pace.dtype)
+    policy, sizes = None, Sizes.of(settings, pace.dtype)
+    if sizes.by_bytes:
+        progress.note(f"bytes are parts of what the full cache takes in {str(sizes.dtype).removeprefix('torch.')}")
     for level in settings.levels:  # what is refused is refused before the work
         sizes.budget(search.target, method.policy, level, search.target.context_length)
     if "policy_space" in shared:

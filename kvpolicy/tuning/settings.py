@@ -35,7 +35,8 @@ class TuneSettings:
     """What a search does. Defaults are the command line's.
 
     retentions: kept fractions of the entries, each in (0, 1); one study each
-    memories:   instead, parts of the full cache's bytes in the model's dtype, everything counted, each in (0, 1)
+    memories:   instead, parts of the full cache's bytes, everything counted, each in (0, 1): in the model's dtype, or
+                as of 16-bit numbers under `choose_dtype`
     format:     of the entries that are searched for, "int8" or "int4", or "auto", one for each layer by curves that the
                 estimator measures; the plan records it
     objective:  what a trial is measured by: "perplexity" on the text, "retrieval" (the loss of the answers' tokens

@@ -17,6 +17,7 @@ from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import Budget
 from kvpolicy.plugins.roles import EvictionPolicy, ModelProbe
 from kvpolicy.tuning.probes import Target
+from kvpolicy.tuning.settings import TuneSettings
 
 
 def level_table(target: ModelProbe, shares: Tensor, retention: float, context: int, least: int | None = None) -> Tensor:
@@ -39,6 +40,13 @@ class Sizes:
 
     by_bytes: bool
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, settings: TuneSettings, dtype: torch.dtype) -> Sizes:
+        """Those of a search that runs in `dtype`. Where that was chosen by its speed on this machine, bytes are as of
+        16-bit numbers, in which models are run elsewhere.
+        """
+        return cls(bool(settings.memories), torch.bfloat16 if settings.choose_dtype else dtype)
 
     def budget(self, target: Target, policy: EvictionPolicy, level: float, context: int) -> Budget:
         """In bytes where the layers of the target's format differ, so that entries do not all take the same; else in

@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from kvpolicy_kernels.formats import INT8
 
 import kvpolicy
-from kvpolicy import BudgetError, PluginError
+from kvpolicy import BudgetError, ModelSpec, PluginError
+from kvpolicy.cache.weight import byte_budget, even_retention
 from kvpolicy.integrations.transformers import TransformersProbe
 from kvpolicy.measure.evaluation import perplexity
+from kvpolicy.plugins.registry import registry
 from kvpolicy.progress import Progress
 from kvpolicy.tuning import tune
 from kvpolicy.tuning.study_notes import StudyNotes
@@ -57,6 +60,16 @@ def test_the_plan_has_the_format_and_the_bytes_that_were_asked_for(model, policy
         with torch.no_grad():
             model(tiny_ids(context), **over(cache))
         assert memory * full - 1200 <= cache.nbytes <= memory * full
+
+
+def test_bytes_are_of_16_bit_numbers_where_the_dtype_is_chosen_by_speed(model, tmp_path):
+    told = Told()
+    settings = settings_of(tmp_path, memories=(0.4,), format="int8", choose_dtype=True, trials=1)
+    plan = tune(model, make_corpus(), settings, progress=told)
+    assert "bytes are parts of what the full cache takes in bfloat16" in told.notes
+    rule, spec = registry.create("policy", "streaming"), ModelSpec.from_config(model.config)
+    budget = byte_budget(0.4, spec, CONTEXT, torch.bfloat16, rule, INT8, scored=False)
+    assert plan.retentions == (pytest.approx(even_retention(budget), abs=1e-3),)
 
 
 def test_held_out_figures_are_those_of_the_formats(model, tmp_path):
