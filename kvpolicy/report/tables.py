@@ -108,7 +108,7 @@ def _grid_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Grid:
         [head for head, _ in columns],
         [[row.get(key, "") for _, key in columns] for row in rows],
         title=title,
-        words=[head for head, key in columns if key == "verdict"],
+        words=[head for head, key in columns if key in ("format", "verdict")],
         optional=[head for head, key in columns if key in _WIDE],
     )
 

@@ -26,6 +26,8 @@ from kvpolicy.integrations.transformers import TransformersProbe, attached, prom
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.measure.evaluation import measured_bytes
+from kvpolicy.report.numbers import level_bytes
+from kvpolicy.report.tables import level_rows
 from tests.integrations.ragged_oracle import MaskedAttention, ragged_table, stepped_logits, visible_tokens
 from tests.integrations.saving import assert_same
 from tests.integrations.test_entry_formats import SINKS, STEPS, CodedAttention, exact_tokens
@@ -101,6 +103,15 @@ def test_a_bad_file_is_refused(mixed, change, message):
         replace(mixed, levels=(PlanLevel(level.retention, level.shares, formats=("int4", "int8")),))
     with pytest.raises(PlanError, match=r"levels\[0\]\.formats: .*head dim 24 has no format"):
         replace(mixed, model=replace(mixed.model, head_dim=24))
+
+
+def test_reports_count_the_bytes_of_the_formats(mixed):
+    """Of 16 channels: 8 bytes of codes and 4 of scales, 32 bytes, 16 and 4."""
+    shares = mixed.levels[0].shares.sum(1).tolist()
+    expected = sum(2 * size * share for size, share in zip((12, 32, 20), shares, strict=True))
+    assert level_bytes(mixed, mixed.levels[0]) == pytest.approx(expected)
+    (row,) = level_rows(mixed)
+    assert row["format"] == name_of(FORMATS)
 
 
 def test_the_format_is_that_of_the_level_in_use(model):
