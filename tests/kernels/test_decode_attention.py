@@ -110,7 +110,7 @@ def test_keys_and_values_of_one_arena(backend, case, variant, poisoned):
 BLOCKS = [([300, 7, 40, 0, 0, 0], [40, 1, 13]), ([200, 131], [70, 64]), ([64, 0, 65, 129], [3])]
 
 
-@pytest.mark.parametrize("variant", VARIANTS[::4], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS[-1:], ids=str)
 @pytest.mark.parametrize(("lengths", "sizes"), BLOCKS, ids=str)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_entries_in_blocks(backend, lengths, sizes, variant, poisoned):
