@@ -9,10 +9,17 @@ KL(full || row). Bytes are every tensor of one cache behind its prompt (codes, s
 blocks, tables), over the keys and values of the whole prompt in the model's dtype. At each level a format keeps as many
 entries as take the bytes of a window rule's in that dtype, as `kvpolicy compare snapkv@int4` counts them. Rows are
 written as they come.
+
+    python benchmarks/formats_frontier.py --text pg19.txt wiki.txt --formats model think int8 --sharing 1 4 \
+        --out benchmarks/results/axes_frontier_cpu.csv
+
+ThinK, and KVSharer with so many layers, by its rule and with the most similar layers first, beside them: maps from 30
+pieces of 64 tokens of the first text's end.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -24,11 +31,12 @@ from torch import Tensor
 import kvpolicy
 from kvpolicy import ModelSpec
 from kvpolicy.comparison.methods import Method, read_asked
-from kvpolicy.integrations.transformers import Prompts, attached
+from kvpolicy.integrations.transformers import Prompts, attached, find_sharing
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
 
 FORMATS = ("model", "int8", "int4")
+PIECES, PIECE = 30, 64  # of KVSharer's calibration
 
 
 class Study:
@@ -40,12 +48,15 @@ class Study:
         self.full: list[Tensor] = []
         self.prompts: Prompts | None = None
 
-    def measured(self, method: Method, table: Tensor) -> tuple[list[float], list[float], float]:
+    def measured(self, method: Method, table: Tensor, shared: dict[int, int]) -> tuple[list[float], list[float], float]:
         """(losses, divergences) of the sequences, and the bytes of the mean cache."""
-        if self.prompts is None or self.prompts.entry_format != method.entry_format:
+        kind = method.entry_format, shared
+        if self.prompts is None or (self.prompts.entry_format, self.prompts.shared_layers) != kind:
             self.prompts = None
             batches = torch.split(self.sequences[:, : self.prompt], 1)
-            self.prompts = Prompts(self.model, batches, method.policy, entry_format=method.entry_format)
+            self.prompts = Prompts(
+                self.model, batches, method.policy, entry_format=method.entry_format, shared_layers=shared
+            )
         losses, divergences, nbytes = [], [], 0
         for index, ids in enumerate(self.sequences):
             with torch.no_grad(), attached(self.model):
@@ -76,6 +87,8 @@ def main() -> None:
     parser.add_argument("--behind", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=2, help="of each text")
     parser.add_argument("--bytes", type=float, nargs="+", default=[0.3, 0.15, 0.1, 0.075], dest="levels")
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--sharing", type=int, nargs="*", default=[], help="numbers of layers that share")
     options = parser.parse_args()
     model, tokenizer = kvpolicy.load_model(options.model, dtype=options.dtype, device=options.device)
     length = options.prompt + options.behind
@@ -84,17 +97,31 @@ def main() -> None:
     study = Study(model, sequences.to(model.device), options.prompt)
     whole = torch.full(study.spec.table_shape, options.prompt)
     dense = int(whole.sum()) * study.spec.entry_bytes(model.dtype.itemsize)
+    pieces = corpora[0].whole[-PIECES * PIECE :].view(PIECES, PIECE)
+    maps: dict[str, dict[int, int]] = {}
+    for similar in (False, True) if options.sharing else ():
+        found = find_sharing(model, pieces, max(options.sharing), most_similar=similar).shared_layers
+        for count in options.sharing:  # the rule takes one layer after the other
+            maps[f"share {count}, {'most similar' if similar else 'as published'}"] = dict([*found.items()][:count])
+    print(maps, flush=True)
+    rows = [(name, name, {}) for name in options.formats] + [(name, "model", shared) for name, shared in maps.items()]
     lines: list[dict[str, object]] = []
-    for name in FORMATS:
+    for row, name, shared in rows:
+        spec = study.spec.sharing(shared)
         for capacities in ("everything", "equal", *map(str, options.plan)):
             (method,) = read_asked([f"{options.policy}{'/' + capacities if '.json' in capacities else ''}@{name}"])
             for level in [1.0] if capacities == "everything" else options.levels:
                 begun = time.perf_counter()
-                table = whole if level == 1 else method.table(study.spec, options.prompt, level, 0, model.dtype)
-                losses, divergences, nbytes = study.measured(method, table)
+                most = (
+                    level * len(study.spec.budgeted_layers) / len(spec.budgeted_layers)
+                )  # in the layers that are left
+                table = whole[: len(spec.budgeted_layers)]
+                if level < 1:
+                    table = method.table(spec, options.prompt, most, 0, model.dtype)
+                losses, divergences, nbytes = study.measured(method, table, shared)
                 low, high = mean_interval(torch.tensor(divergences))
                 lines.append(
-                    {"format": name, "capacities": Path(capacities).stem, "level": level,
+                    {"format": row, "capacities": Path(capacities).stem, "level": level,
                      "bytes": round(nbytes / dense, 4), "entries": round(int(table.sum()) / int(whole.sum()), 4),
                      "perplexity": round(float(torch.tensor(losses).mean().exp()), 3),
                      "kl": round(sum(divergences) / len(divergences), 5), "kl_low": round(low, 5),
@@ -104,6 +131,8 @@ def main() -> None:
                      "seconds": round(time.perf_counter() - begun),
                      **machine(options.device, "torch", "transformers")}
                 )  # fmt: skip
+                if shared:
+                    lines[-1]["format"] += f" {json.dumps(list(shared.items()))}"
                 print(*list(lines[-1].values())[:9], sep="\t", flush=True)
                 write_csv(options.out, lines)
 

@@ -12,6 +12,10 @@ WEIGHTS is a directory with the model as safetensors, its config and `tokenizer.
 
 The presses are used as their users use them. What a press kept is read off the cache: its keys are looked up among
 those of a prefill without a press.
+
+    python benchmarks/kvpress_parity.py WEIGHTS benchmarks/results/kvpress_channels.json --channels
+
+writes down instead which key channels ThinKPress leaves, for the format `think`.
 """
 
 from __future__ import annotations
@@ -67,21 +71,40 @@ def kept_positions(kept: Tensor, keys: Tensor) -> list[list[int]]:
     return [sorted(row) for row in equal.int().argmax(-1).tolist()]
 
 
+def kept_channels(keys: Tensor) -> list[list[int]]:
+    """Of each head, the channels that are not zero in every key. keys: [H, n, dim]"""
+    return [row.nonzero()[:, 0].tolist() for row in (keys != 0).any(1)]
+
+
 def as_hex(positions: list[int]) -> str:
     """Bit p stands for position p."""
     return f"{sum(1 << position for position in positions):x}"
+
+
+def channel_runs(model: PreTrainedModel, prompts: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """Which channels ThinKPress leaves of each KV head's keys, 0.6 of them."""
+    import kvpress
+
+    press, runs = kvpress.ThinKPress(key_channel_compression_ratio=0.4), []
+    for topic, ids in prompts.items():
+        with press(model):
+            kept = prefill(model, torch.tensor([ids]))
+        channels = [[as_hex(head) for head in kept_channels(layer)] for layer in kept]
+        runs.append({"prompt": topic, "parameters": dataclasses.asdict(press), "kept": channels})
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--channels", action="store_true", help="of ThinKPress, instead of the entries of the others")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(options.weights / "tokenizer.json"))
     prompts = {topic: tokenizer.encode(topics[topic]).ids[:LENGTH] for topic in TOPICS}
-    runs: list[dict[str, Any]] = []
-    for topic, ids in prompts.items():
+    runs: list[dict[str, Any]] = channel_runs(model, prompts) if options.channels else []
+    for topic, ids in () if options.channels else prompts.items():
         keys = prefill(model, torch.tensor([ids]))
         for name, make in presses().items():
             for retention in RETENTIONS:

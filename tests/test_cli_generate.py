@@ -202,7 +202,7 @@ WRONG = {
     "--prompt a -r 0.3 --temperature -1": "Invalid value for '--temperature'",
     "--prompt a -r 0.3 --memory 0.3": "--memory goes with a plan or uniform, without --retention and --tokens",
     "--prompt a --memory much": "'much' is no size",
-    "--prompt a -r 0.3 --format int3": "--format must be one of model, int8, int4, got 'int3'",
+    "--prompt a -r 0.3 --format int3": "--format must be one of model, int8, int4, think, got 'int3'",
     "nowhere.json --prompt a": "plan file 'nowhere.json': cannot be read: No such file or directory",
 }
 

@@ -113,8 +113,9 @@ class EntryFormat:
 
 INT8 = EntryFormat(8)
 INT4 = EntryFormat(4, rotated=True, exact_recent=32)
+THINK = EntryFormat(16, exact_recent=32, key_channels=0.6)
 FORMATS = {"int8": INT8, "int4": INT4}
-"""The formats that have a name."""
+"""The formats of codes that have a name."""
 
 
 def check_dim(dim: int) -> None:

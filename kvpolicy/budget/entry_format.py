@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvpolicy_kernels.formats import FORMATS, EntryFormat, check_dim
+from kvpolicy_kernels.formats import FORMATS, MAX_DIM, THINK, EntryFormat, check_dim
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import ModelSpec
@@ -15,7 +15,10 @@ from kvpolicy.plugins.roles import EvictionPolicy
 MODEL = "model"
 """The name of no format: entries stay in the model's dtype."""
 
-NAMES = (MODEL, *FORMATS)
+_NAMED = FORMATS | {"think": THINK}
+NAMES = (MODEL, *_NAMED)
+OF_A_TOKEN = (MODEL, *FORMATS)
+"""Those under which what becomes of a token is up to that token alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,35 @@ def named(name: str) -> EntryFormat | None:
     """A format by its name. Raises `BudgetError` for another name."""
     if not isinstance(name, str) or name not in NAMES:
         raise BudgetError(f"format= must be one of {', '.join(NAMES)}, got {name!r}")
-    return FORMATS.get(name)
+    return _NAMED.get(name)
 
 
 def _checked(entry_format: EntryFormat | None) -> EntryFormat | None:
-    if entry_format is not None and (entry_format.bits == 16 or entry_format.key_channels < 1):
+    if entry_format is not None and not (_is_coded(entry_format) or _is_thin(entry_format)):
         raise BudgetError(
-            f"format={entry_format}: a cache holds entries of 8 or 4 bits with all key channels, or format=None, which "
-            "leaves them in the model's dtype"
+            f"format={entry_format}: a cache holds entries of 8 or 4 bits with all key channels, or of 16 bits with a "
+            "part of them and the last tokens exact, or format=None, which leaves them in the model's dtype"
         )
     return entry_format
+
+
+def _is_coded(own: EntryFormat) -> bool:
+    return own.bits < 16 and own.key_channels == 1
+
+
+def _is_thin(own: EntryFormat) -> bool:
+    return own.bits == 16 and own.key_channels < 1 and bool(own.exact_recent)
+
+
+def kinds(entry_format: Format) -> set[EntryFormat]:
+    """The formats of its layers, those without one left out."""
+    layers = entry_format.layers if isinstance(entry_format, LayerFormats) else (entry_format,)
+    return {own for own in layers if own is not None}
+
+
+def is_thin(entry_format: Format) -> bool:
+    """Whether keys keep a part of their channels, which the queries of a prompt choose."""
+    return any(map(_is_thin, kinds(entry_format)))
 
 
 def name_of(entry_format: Format) -> str:
@@ -73,7 +95,7 @@ def name_of(entry_format: Format) -> str:
         return ", ".join(f"{name} in {n}" for name, n in Counter(map(name_of, entry_format.layers)).most_common())
     if entry_format is None:
         return MODEL
-    names = [name for name, known in FORMATS.items() if known == entry_format]
+    names = [name for name, known in _NAMED.items() if known == entry_format]
     return names[0] if names else str(entry_format)
 
 
@@ -86,11 +108,26 @@ def check_format(entry_format: Format, spec: ModelSpec) -> None:
             f"there are formats for {len(entry_format.layers)} layers, the model has {spec.num_budgeted_layers} with a "
             "budget"
         )
-    for dim in (spec.attention.key_dim, spec.attention.value_dim):
+    shape = spec.attention
+    if is_thin(entry_format) and shape.key_dim > MAX_DIM:
+        raise BudgetError(
+            f"format={name_of(entry_format)}: keys have {shape.key_dim} channels, {MAX_DIM} are the most. Leave "
+            "format= out"
+        )
+    for dim in (shape.key_dim, shape.value_dim) if any(own.bits < 16 for own in kinds(entry_format)) else ():
         try:
             check_dim(dim)
         except ValueError as error:
             raise BudgetError(f"format={name_of(entry_format)}: {error}. Leave format= out") from None
+
+
+def check_queries(policy: EvictionPolicy, entry_format: Format) -> None:
+    """Raises `BudgetError` where a prompt's queries are to choose key channels and are gone before they can."""
+    if is_thin(entry_format) and "repeat_attention" in policy.requires:
+        raise BudgetError(
+            f"format={name_of(entry_format)}: a prompt's queries choose which key channels are kept, and behind the "
+            f"repeated context of {type(policy).__name__} they are gone: take another format or another policy"
+        )
 
 
 def exact_recent(entry_format: Format) -> int:

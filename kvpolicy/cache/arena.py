@@ -196,6 +196,9 @@ class LayerArena:
         # of segments without a row the last one begins where the next that has some does
         return torch.searchsorted(placed.starts, row, right=True) - 1
 
+    def watch_queries(self, query: Tensor, chunk: Chunk) -> None:
+        """Is shown the queries of a chunk before its tokens are kept. query: [B, num_q_heads, n, D], of its last n"""
+
     def lengths_on_device(self) -> Tensor:
         """int64 [S]."""
         return on_device(self.length, self.device) if self.placed is None else self.placed.lengths

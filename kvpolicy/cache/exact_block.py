@@ -23,7 +23,9 @@ class ExactBlock:
     """
 
     def __init__(self, key: Tensor, value: Tensor, num_sinks: int, recent: int) -> None:
-        """Empty. key: [B, H, any, D], value: [B, H, any, Dv], of the dtype and the device that it is to have"""
+        """Empty. key: [B, H, any, D], value: [B, H, any, Dv], of the dtype and the device that it is to have; Dv may be
+        0, for a copy of keys alone
+        """
         batch, heads, slots = key.shape[0], key.shape[1], num_sinks + recent
         self.num_sinks, self.recent = num_sinks, recent
         self.keys = key.new_zeros(batch, heads, slots, key.shape[-1])
@@ -43,9 +45,10 @@ class ExactBlock:
 
     def write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
         """Takes the newest token. key, value: [B, H, 1, dim];  position: int64 [S] on the device"""
-        batch, heads, slots = self.keys.shape[:3]
+        batch, heads = self.keys.shape[:2]
         rows = self.first + self._slot(position)
-        append([x.view(batch * heads * slots, -1) for x in (self.keys, self.values)], rows, [key, value])
+        columns = [(own.flatten(0, 2), new) for own, new in ((self.keys, key), (self.values, value)) if own.numel()]
+        append([own for own, _ in columns], rows, [new for _, new in columns])
         of_row = position[::heads]
         append([self.positions.view(-1)], self.first[:batch] + self._slot(of_row), [of_row])
 

@@ -21,8 +21,7 @@ def holds_scores(policy: EvictionPolicy, split: object | None) -> bool:
 
 def entry_nbytes(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_format: EntryFormat | None = None) -> int:
     """Bytes of one entry: key, value and position, and its score where there is one. dtype: of keys and values."""
-    own = encoded_nbytes(spec, entry_format) or spec.entry_bytes(dtype.itemsize)
-    return own + beside_nbytes(scored=scored)
+    return vector_nbytes(spec, dtype.itemsize, entry_format) + beside_nbytes(scored=scored)
 
 
 def entry_costs(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_format: Format) -> Tensor:
@@ -32,19 +31,29 @@ def entry_costs(spec: ModelSpec, dtype: torch.dtype, *, scored: bool, entry_form
     return torch.tensor(own)[:, None].repeat(1, spec.num_kv_heads)
 
 
-def encoded_nbytes(spec: ModelSpec, entry_format: EntryFormat | None) -> int:
-    """Bytes of the codes of one entry, steps and zeros included; 0 where it has none."""
+def vector_nbytes(spec: ModelSpec, itemsize: int, entry_format: EntryFormat | None) -> int:
+    """Bytes of the key and the value of one entry, steps and zeros of codes included.
+
+    itemsize: of the model's numbers
+    """
+    shape = spec.attention
     if entry_format is None:
-        return 0
-    return entry_format.row_bytes(spec.attention.key_dim) + entry_format.row_bytes(spec.attention.value_dim)
+        return spec.entry_bytes(itemsize)
+    if entry_format.bits == 16:
+        return (entry_format.key_dim(shape.key_dim) + shape.value_dim) * itemsize
+    return entry_format.row_bytes(shape.key_dim) + entry_format.row_bytes(shape.value_dim)
 
 
 def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_format: Format) -> int:
     """Bytes of what stays exact of one sequence, over all layers and KV heads. itemsize: of one of its numbers"""
     heads, total = spec.num_kv_heads, 0
     for layer in range(spec.num_budgeted_layers):
-        slots = exact_tokens(policy, of_layer(entry_format, layer))
-        total += slots * (heads * spec.entry_bytes(itemsize) + torch.int32.itemsize)
+        own = of_layer(entry_format, layer)
+        slots, copied = exact_tokens(policy, own), spec.entry_bytes(itemsize)
+        if own is not None and own.bits == 16:  # copies of keys alone, and which channels the others have
+            copied = spec.attention.key_dim * itemsize
+            total += heads * own.key_dim(spec.attention.key_dim)
+        total += slots * (heads * copied + torch.int32.itemsize)
         total += bool(slots) * heads * torch.int64.itemsize
     return total
 

@@ -11,7 +11,7 @@ from kvpolicy_kernels.attention import ragged_attention
 from torch import Tensor
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import Format, check_format, exact_recent, format_of, least_entries
+from kvpolicy.budget.entry_format import Format, check_format, check_queries, exact_recent, format_of, least_entries
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache import inputs
@@ -88,6 +88,7 @@ class RaggedStore(Decoding):
                 "tensor-parallel rank holds a part only: use a plan, or an allocator with fixed shares"
             )
         check_format(entry_format, spec)
+        check_queries(policy, entry_format)
         self.spec, self.policy, self.decode_mode, self.entry_format = spec, policy, decode, entry_format
         floor = self.least_capacity
         self.batch_size = positive("batch_size", batch_size)
@@ -279,6 +280,7 @@ class RaggedStore(Decoding):
             self._wrong.add(layer, scores)
             if self.split is not None or is_last:  # a split would apportion by NaN
                 self._wrong.check(self.policy, "score_prompt")
+        entries.arena.watch_queries(query, chunk)
         statistics, split = None, self.split
         if split is not None and scores is not None:
             statistics = attention_statistics(split.allocator.requires, self.policy, entries, query, chunk, scoring)

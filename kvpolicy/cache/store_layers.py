@@ -17,6 +17,7 @@ from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.scoring import Scoring, scores_stay
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import holds_scores
+from kvpolicy.cache.thin_arena import ThinArena
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.layer_spec import LayerSpec
 from kvpolicy.plugins.roles import EvictionPolicy
@@ -64,7 +65,8 @@ class Layers(Accounts):
         if entry_format is None:
             dims = shape.key_dim, shape.value_dim
             return LayerArena(batch * heads, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
-        return EncodedArena(
+        kind = ThinArena if entry_format.bits == 16 else EncodedArena
+        return kind(
             (batch, heads),
             shape,
             dtype,

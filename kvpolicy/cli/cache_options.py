@@ -17,7 +17,8 @@ Allocator = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Format of the entries: int8, int4, or model, the model's dtype; default: the plan's own, else model.",
+        help="Format of the entries: int8, int4, think, or model, the model's dtype; default: the plan's own, else "
+        "model.",
         show_default=False,
     ),
 ]

@@ -14,7 +14,7 @@ from kvpolicy.budget.plan_parts import positive
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.schedule import from_allocator
 from kvpolicy.cache.select import MAX_TOKENS
-from kvpolicy.cache.size import beside_nbytes, block_nbytes, encoded_nbytes, holds_scores
+from kvpolicy.cache.size import beside_nbytes, block_nbytes, holds_scores, vector_nbytes
 from kvpolicy.cache.weight import table_nbytes
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.layer_spec import LayerSpec
@@ -137,7 +137,7 @@ def estimate_memory(
     segments = batch_size * spec.num_budgeted_layers * spec.num_kv_heads
     entry_bytes, evicting = spec.entry_bytes(itemsize), policy_of(None, policy)
     check_format(entry_format, spec)
-    own_bytes, least = encoded_nbytes(spec, entry_format) or entry_bytes, least_entries(evicting, entry_format)
+    own_bytes, least = vector_nbytes(spec, itemsize, entry_format), least_entries(evicting, entry_format)
     schedule = from_allocator(registry.create("allocator", "uniform"), evicting, spec, Ask(retention), least=least)
     capacities = schedule.at(context_length, None)
     lengths = capacities.clamp(max=context_length)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvpolicy.budget.entry_format import NAMES, Format, check_format, least_entries, name_of, named, of_layers
+from kvpolicy.budget.entry_format import OF_A_TOKEN, Format, check_format, least_entries, name_of, named, of_layers
 from kvpolicy.budget.format_choice import FormatChoice, FormatCurves, choose_formats
 from kvpolicy.cache.size import block_nbytes, entry_nbytes, holds_scores
 from kvpolicy.cache.weight import byte_budget
@@ -24,12 +24,12 @@ class EveryFormat(DelegateProbe):
 
     def __init__(self, probe: ModelProbe) -> None:
         super().__init__(probe)
-        for name in NAMES:
+        for name in OF_A_TOKEN:
             check_format(named(name), probe.spec)
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return NAMES
+        return OF_A_TOKEN
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -72,7 +72,7 @@ def bench(
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
     allocator:  splits the budget under "uniform"; None for an even split
     min_tokens: least entries of a KV head, on average
-    format:     of the entries: "int8", "int4", "model" for the model's dtype; None for the plan's own
+    format:     of the entries: "int8", "int4", "think", "model" for the model's dtype; None for the plan's own
     model:      a Hub id, a directory, a .gguf file; None for the plan's, which is not downloaded
     batch_size: sequences in one forward
 

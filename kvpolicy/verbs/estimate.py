@@ -105,7 +105,7 @@ def estimate(
     retention: kept fractions, each in (0, 1]; None for 0.5, 0.3, 0.1
     batch:     sequences
     policy:    a registered name; most policies hold a score beside each entry
-    format:    of the entries: "int8", "int4"; None for `dtype`
+    format:    of the entries: "int8", "int4", "think"; None for `dtype`
     dtype:     of cache and weights: "float32", "bfloat16", "float16"
     gpu_memory: what it must fit into, such as "24GB" or a number of bytes; None for the memory of `device`
     device:    whose memory it must fit into, such as "cpu" or "cuda:1"; "auto" is a CUDA device if there is one

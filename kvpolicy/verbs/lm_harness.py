@@ -62,7 +62,7 @@ def lm_eval(
     policy, policy_param: who evicts, and parameters over its own; None for the plan's, or streaming
     allocator:    what splits the budget where there is no plan; None for uniform
     min_tokens:   mean entries per KV head that are kept whatever the retention: shorter contexts stay whole
-    format:       of the entries: "int8", "int4", "model" for the model's dtype; None for the plan's own
+    format:       of the entries: "int8", "int4", "think", "model" for the model's dtype; None for the plan's own
     include_path: a folder of YAML files with tasks of your own
     num_fewshot:  examples in front of each question; None for the task's own number
     limit:        samples of each task; None for all

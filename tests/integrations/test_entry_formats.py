@@ -267,7 +267,7 @@ def test_the_exact_tokens_are_kept_whatever_the_policy(model):
 
 
 def test_what_cannot_be_is_refused(model):
-    with pytest.raises(BudgetError, match="format= must be one of model, int8, int4, got 'int3'"):
+    with pytest.raises(BudgetError, match="format= must be one of model, int8, int4, think, got 'int3'"):
         kvpolicy.new_cache(model, retention=0.4, format="int3")
     with pytest.raises(BudgetError, match="8 or 4 bits with all key channels"):
         kvpolicy.new_cache(model, retention=0.4, format=EntryFormat(16))

@@ -137,7 +137,7 @@ def test_what_cannot_be_searched_is_refused_before_the_work(model, tmp_path):
     ):
         with pytest.raises(BudgetError, match=said):
             run(settings_of(tmp_path, memories=(memory,), format="int4"), model)
-    with pytest.raises(BudgetError, match="format= must be one of model, int8, int4, got 'int3'"):
+    with pytest.raises(BudgetError, match="format= must be one of model, int8, int4, think, got 'int3'"):
         settings_of(tmp_path, format="int3")
     with pytest.raises(BudgetError, match="memories= and retentions= were given"):
         make_settings(tmp_path, memories=(0.3,))

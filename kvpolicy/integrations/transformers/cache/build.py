@@ -64,8 +64,9 @@ def new_cache(
     decode:    "evict" holds the capacity at every step; "append" keeps decoded tokens until the next longer forward
     min_tokens: mean entries per KV head that a growing budget never goes below
     rollback:  last tokens that assisted generation can take back
-    format:    of the entries: "int8" or "int4", which leaves the sink tokens and the last 32 as they are, or "model"
-               for the model's dtype; None is the plan's, which may have one for each layer, and without a plan "model"
+    format:    of the entries: "int8"; "int4" or "think", which leave the sink tokens and the last 32 as they are; or
+               "model" for the model's dtype; None is the plan's, which may have one for each layer, and without a plan
+               "model"
     memory:    instead of `retention`, the bytes of a sequence of `context_length` tokens (or of as many as the plan was
                made on): a part of the full cache's in the model's dtype, in (0, 1], or bytes as "8GiB". All is counted:
                codes, positions, scores, tables, and what stays exact

@@ -153,7 +153,8 @@ def _read_plugin(role: Literal["policy", "allocator"], fields: Fields) -> Evicti
 
 
 def _format_json(own: EntryFormat) -> dict[str, Any]:
-    return {"bits": own.bits, "rotated": own.rotated, "exact_recent": own.exact_recent}
+    document = {"bits": own.bits, "rotated": own.rotated, "exact_recent": own.exact_recent}
+    return document if own.key_channels == 1 else document | {"key_channels": own.key_channels}
 
 
 def _read_formats(fields: Fields) -> Format:
@@ -169,7 +170,10 @@ def _read_formats(fields: Fields) -> Format:
 
 def _read_format(fields: Fields) -> EntryFormat:
     return EntryFormat(
-        fields.read("bits", whole, 1), fields.read("rotated", flag), fields.read("exact_recent", whole, 0)
+        bits=fields.read("bits", whole, 1),
+        rotated=fields.read("rotated", flag),
+        exact_recent=fields.read("exact_recent", whole, 0),
+        key_channels=fields.read("key_channels", number) if fields.has("key_channels") else 1.0,
     )
 
 

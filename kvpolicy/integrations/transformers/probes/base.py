@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import MODEL, Format, LayerFormats, check_format, exact_recent, name_of, of_layer
+from kvpolicy.budget.entry_format import (
+    MODEL,
+    Format,
+    LayerFormats,
+    check_format,
+    exact_recent,
+    is_thin,
+    name_of,
+    of_layer,
+)
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -82,6 +91,11 @@ class SequenceProbe(ModelProbe):
         self._teacher = Teacher(self.scored_logits, sequences)
         self._spec = ModelSpec.from_config(model.config)
         check_format(entry_format, self._spec)
+        if self.protocol == "window" and is_thin(entry_format):
+            raise BudgetError(
+                f"format={name_of(entry_format)}: a prompt's queries choose which key channels are kept, and where "
+                "every token is decoded under the budget there is none: measure behind a prompt, under another policy"
+            )
         budgeted = self._spec.budgeted_layers
         self._modules = attention_modules(model, budgeted)
         # layers that reuse a budgeted layer's keys and values see what that layer keeps
@@ -229,6 +243,11 @@ class SequenceProbe(ModelProbe):
         """As in `ModelProbe`. The full cache's logits are kept from their first use, up to 1 GiB of them."""
         if target not in ("full", "text"):
             raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
+        if is_thin(self.entry_format):
+            raise PluginError(
+                f"soft_loss is that of whole keys, and under format={name_of(self.entry_format)} they lose channels: "
+                "learn without a format"
+            )
         chosen = range(self.num_sequences) if sequence is None else [sequence]
         if not all(0 <= index < self.num_sequences for index in chosen):
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")

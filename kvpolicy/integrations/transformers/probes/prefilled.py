@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import Format, least_entries
+from kvpolicy.budget.entry_format import Format, is_thin, least_entries
 from kvpolicy.cache.lower import lower
 from kvpolicy.cache.schedule import ByLength, Fixed
 from kvpolicy.errors import BudgetError, PluginError
@@ -37,6 +37,7 @@ class Prompts:
     tokenizer: the model's, for a policy that has prompts repeated (`repeat_context`)
     padding:   int64 [B] each, tokens at the start of each row that are padding; None for none
     kept_bytes: of caches that are kept from one table to the next; what is beyond is run again for each; None for 4 GiB
+    shared_layers: as for `new_cache`
     entry_format: of the prompts' entries; None for the model's dtype
 
     Raises `PluginError` for a policy that has prompts repeated where there is no tokenizer.
@@ -51,6 +52,7 @@ class Prompts:
         padding: Sequence[Tensor] | None = None,
         kept_bytes: int | None = None,
         entry_format: Format = None,
+        shared_layers: Mapping[int, int] | None = None,
     ) -> None:
         if "repeat_attention" in policy.requires and tokenizer is None:
             raise PluginError(
@@ -62,7 +64,7 @@ class Prompts:
         self.model, self.batches, self.policy, self.tokenizer = model, list(batches), policy, tokenizer
         self.padding = [torch.zeros(len(batch), dtype=torch.int64) for batch in batches] if padding is None else padding
         self.kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
-        self.entry_format = entry_format
+        self.entry_format, self.shared_layers = entry_format, dict(shared_layers or {})
         self._kept: dict[int, tuple[RaggedCache, Tensor]] = {}
 
     @property
@@ -76,7 +78,7 @@ class Prompts:
         return self._capacities(self.length)
 
     def _capacities(self, length: int) -> Tensor:
-        shape = ModelSpec.from_config(self.model.config).table_shape
+        shape = ModelSpec.from_config(self.model.config).sharing(self.shared_layers).table_shape
         return torch.full(shape, max(length, least_entries(self.policy, self.entry_format)))
 
     @property
@@ -107,9 +109,10 @@ class Prompts:
         allocator: splits the table's total at run time by the scores of each prompt instead
         """
         limits, policy = self._limits(index, table), self.policy
-        # what these leave is of no use for another table: no scores, those of one capacity, or no attention
+        # what these leave is of no use for another table: no scores, those of one capacity, no attention, or channels
+        # that the keys of one table have chosen
         is_split_anew = allocator is not None and (policy.window_rule or bool(allocator.requires))
-        if is_split_anew or "capacity" in policy.requires:
+        if is_split_anew or "capacity" in policy.requires or is_thin(self.entry_format):
             return self._run(index, limits, allocator)
         whole, logits = self._whole(index)
         cache = whole.fork()
@@ -157,7 +160,7 @@ class Prompts:
             mask = (torch.arange(ids.shape[1]) >= self.padding[index][:, None]).long().to(ids.device)
             options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad(), attached(model):
-            cache = prompt_cache(model, self.policy, table, allocator, self.entry_format)
+            cache = prompt_cache(model, self.policy, table, allocator, self.entry_format, self.shared_layers)
             options |= with_cache(model, cache) | keep_logits(model)
             logits = model(ids, use_cache=True, **options).logits[:, -1:]
             if cache.awaits_repeat:
@@ -173,12 +176,14 @@ def prompt_cache(
     table: Tensor | ByLength,
     allocator: BudgetAllocator | None = None,
     entry_format: Format = None,
+    shared_layers: Mapping[int, int] | None = None,
 ) -> RaggedCache:
     """An empty cache that compresses a prompt once and keeps what follows on top. Attaches the model.
 
     table:     int64 [L, H], the entries each KV head may keep of the prompt, or one for each length of a prompt
     allocator: splits the table's total by the scores of the prompt instead
     entry_format: of the entries; None for the model's dtype
+    shared_layers: as for `new_cache`; the table is that of the other layers
 
     Raises `BudgetError` for an allocator that does not split at run time: its shares make a table.
     """
@@ -193,5 +198,6 @@ def prompt_cache(
         decode="append",
         rollback=0,
         entry_format=entry_format,
+        shared_layers=dict(shared_layers or {}),
     )
     return cache_of(model, recipe, table if isinstance(table, ByLength) else Fixed(table))
