@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvpolicy.budget.plan_parts import (
     PlanModel,
     check_level,
     check_method,
+    check_sharing,
     choice_json,
     importance_json,
     kept_fractions,
@@ -69,7 +71,7 @@ __all__ = [
 ]
 
 FORMAT = "kvpolicy-plan"
-VERSION, WITH_FORMATS = 1, 2  # the second where a level has formats
+VERSION, WITH_FORMATS = 1, 2  # the second where a level has formats, or layers share entries
 PLAN_FILE = "plan.json"
 """The name of a plan that is shared."""
 _SAME_RETENTION = 1e-9
@@ -238,8 +240,31 @@ class BudgetPlan:
             )
         return replace(ask, context_length=known)
 
+    @property
+    def shared_layers(self) -> dict[int, int]:
+        """Layers that keep no entries, each with the one whose entries it attends over, as `new_cache` takes them."""
+        return dict(self.model.shared_layers)
+
+    def sharing(self, spec: ModelSpec, shared_layers: Mapping[int, int]) -> BudgetPlan:
+        """These budgets for a model in which some layers keep no entries: those of the others, in their proportions, at
+        the same retentions, which are parts of what the others would keep.
+
+        spec: the model's own;  shared_layers: as in `ModelSpec.sharing`
+
+        Raises `ModelError` as that does, `PlanError` for a plan of another model.
+        """
+        self.check_model(spec)
+        own = spec.sharing(shared_layers)
+        rows = [row for row, layer in enumerate(self.model.budgeted_layers) if layer in own.budgeted_layers]
+        pairs = tuple(sorted(shared_layers.items()))
+        model = replace(PlanModel.from_spec(own, self.model.id, self.model.revision), shared_layers=pairs)
+        return replace(self, model=model, importance=None, levels=tuple(level.of_rows(rows) for level in self.levels))
+
     def check_model(self, spec: ModelSpec) -> None:
-        """Raises `PlanError` if the plan's tables do not fit `spec`; warns if its configuration differs otherwise."""
+        """Raises `PlanError` if the plan's tables do not fit `spec`; warns if its configuration differs otherwise.
+
+        spec: the model's, with the plan's `shared_layers` (`ModelSpec.sharing`) where it has some
+        """
         theirs = PlanModel.from_spec(spec)
         names = ("num_layers", "budgeted_layers", "num_q_heads", "num_kv_heads", "head_dim")
         differing = [
@@ -247,6 +272,7 @@ class BudgetPlan:
             for name in names
             if getattr(self.model, name) != getattr(theirs, name)
         ]
+        check_sharing(self.model, theirs)
         if differing:
             raise PlanError(
                 f"the plan was made for another model ('{self.model.id}'): {'; '.join(differing)}. "
@@ -315,8 +341,9 @@ class BudgetPlan:
             provenance=fields.mapping("provenance"),
         )
         if plan._version != version:
-            has = "a level" if plan._version == WITH_FORMATS else "no level"
-            raise PlanError(f"version is {version}, expected {plan._version}: {has} has formats")
+            has = "a level has formats" if plan._version == WITH_FORMATS else "no level has formats"
+            has = "layers share entries" if plan.shared_layers else has
+            raise PlanError(f"version is {version}, expected {plan._version}: {has}")
         return plan
 
     @classmethod
@@ -347,7 +374,7 @@ class BudgetPlan:
 
     @property
     def _version(self) -> int:
-        return WITH_FORMATS if any(level.formats for level in self.levels) else VERSION
+        return WITH_FORMATS if self.model.shared_layers or any(level.formats for level in self.levels) else VERSION
 
     def _known(self) -> str:
         return ", ".join(f"{value:g}" for value in self.retentions)

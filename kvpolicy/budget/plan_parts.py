@@ -24,7 +24,14 @@ _MEAN_TOLERANCE = 1e-6  # shares written with six decimals still pass
 
 @dataclass(frozen=True, slots=True)
 class PlanModel:
-    """The model a plan was made for; `budgeted_layers` are model layer indices, ascending (else `PlanError`)."""
+    """The model a plan was made for.
+
+    budgeted_layers: model layer indices, ascending
+    shared_layers:   pairs of layers, one that keeps no entries and the earlier one whose entries it attends over,
+        beside what the model shares by itself
+
+    Raises `PlanError`, naming the field, for other layers.
+    """
 
     id: str
     revision: str | None
@@ -34,6 +41,7 @@ class PlanModel:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    shared_layers: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.budgeted_layers:
@@ -46,6 +54,12 @@ class PlanModel:
                     f"model.num_layers = {self.num_layers}"
                 )
             previous = layer
+        for index, (layer, owner) in enumerate(self.shared_layers):
+            if layer in self.budgeted_layers or not 0 <= owner < layer < self.num_layers:
+                raise PlanError(
+                    f"model.shared_layers[{index}] is {[layer, owner]}, expected a layer without a budget and an "
+                    "earlier one"
+                )
 
     def to_spec(self) -> ModelSpec:
         """A model of this shape with plain attention; layers without a budget stand as linear ones."""
@@ -124,6 +138,22 @@ class PlanLevel:
         """Of the entries of a cache under this level."""
         return None if self.formats is None else of_layers([named(name) for name in self.formats])
 
+    def of_rows(self, rows: list[int]) -> PlanLevel:
+        """The level of these layers alone, in their proportions, at the same retention, without what was measured."""
+        shares = kept_fractions(self.shares[rows], self.retention)
+        formats = None if self.formats is None else tuple(self.formats[row] for row in rows)
+        return PlanLevel(self.retention, shares, self.allocator_params, formats=formats)
+
+
+def check_sharing(own: PlanModel, theirs: PlanModel) -> None:
+    """Raises `PlanError` for a model whose layers keep entries of their own where a plan has them share."""
+    layers = sorted(layer for layer, _ in own.shared_layers)
+    if layers and theirs.budgeted_layers == tuple(sorted((*own.budgeted_layers, *layers))):
+        raise PlanError(
+            f"the plan has layers {layers} keep no entries (shared_layers), which is not done here: new_cache, "
+            "'kvpolicy generate' and 'kvpolicy bench' do it"
+        )
+
 
 def check_method(method: PlanMethod) -> None:
     for name in PlanMethod.__slots__:
@@ -196,7 +226,21 @@ def read_model(fields: Fields) -> PlanModel:
         num_q_heads=fields.read("num_q_heads", whole, 1),
         num_kv_heads=fields.read("num_kv_heads", whole, 1),
         head_dim=fields.read("head_dim", whole, 1),
+        shared_layers=read_shared_layers(fields),
     )
+
+
+def read_shared_layers(fields: Fields) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers. Raises `PlanError` naming the field."""
+    if not fields.has("shared_layers"):
+        return ()
+    pairs = enumerate(fields.read("shared_layers", sequence))
+    return tuple(_read_pair(pair, fields.path(f"shared_layers[{i}]")) for i, pair in pairs)
+
+
+def _read_pair(value: object, path: str) -> tuple[int, int]:
+    first, second = (whole(x, f"{path}[{i}]", 0, _MAX_LAYERS) for i, x in enumerate(sequence(value, path, 2)))
+    return first, second
 
 
 def _read_choice(fields: Fields) -> PlanChoice:
@@ -236,9 +280,11 @@ def read_level(fields: Fields, shape: tuple[int, int]) -> PlanLevel:
 
 
 def model_json(model: PlanModel) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in PlanModel.__slots__} | {
-        "budgeted_layers": list(model.budgeted_layers)
-    }
+    document = {name: getattr(model, name) for name in PlanModel.__slots__}
+    document["budgeted_layers"] = list(model.budgeted_layers)
+    if not document.pop("shared_layers"):
+        return document
+    return document | {"shared_layers": [list(pair) for pair in model.shared_layers]}
 
 
 def choice_json(choice: PlanChoice | None) -> dict[str, Any] | None:

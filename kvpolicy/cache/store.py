@@ -133,6 +133,7 @@ class RaggedStore(Decoding):
         if spec is None:
             spec = plan.model.to_spec()
         else:
+            spec = spec.sharing(plan.shared_layers)
             plan.check_model(spec)
         policy, ask = policy_of(plan), Ask(retention, tokens, context_length, min_tokens)
         entry_format = plan.entry_format(ask) if format is None else format_of(format)

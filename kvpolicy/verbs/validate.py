@@ -57,7 +57,7 @@ def validate(plan: str | Path, *, model: str | Path | None = None, revision: str
         if model is not None:
             from kvpolicy.integrations.transformers import load_config
 
-            spec = ModelSpec.from_config(load_config(str(model), revision=revision))
+            spec = ModelSpec.from_config(load_config(str(model), revision=revision)).sharing(loaded.shared_layers)
             loaded.check_model(spec)
             for level in loaded.levels:
                 check_format(level.entry_format, spec)

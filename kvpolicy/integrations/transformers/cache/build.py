@@ -71,7 +71,7 @@ def new_cache(
                made on): a part of the full cache's in the model's dtype, in (0, 1], or bytes as "8GiB". All is counted:
                codes, positions, scores, tables, and what stays exact
     shared_layers: layers of the model that keep no entries, each with the earlier layer whose entries it attends over
-               (`kvpolicy profile --sharing` finds some); budgets are those of the other layers
+               (`kvpolicy profile --sharing` finds some); budgets are those of the other layers. None is the plan's
 
     Raises `ModelError` for a model that cannot be budgeted, `PlanError` for a plan of another model or a retention
     that it does not reach, `BudgetError` for arguments that contradict each other, `PluginError` for a policy
@@ -83,7 +83,7 @@ def new_cache(
     evicting = policy_of(plan, policy)
     if plan is not None:
         warn_if_other_policy(plan, evicting)
-    splits, shared = _allocator(allocator) if plan is None else None, dict(shared_layers or {})
+    splits, shared = _allocator(allocator) if plan is None else None, _shared(plan, shared_layers)
     ask = Ask(retention, tokens, context_length, min_tokens)
     if memory is not None:
         ask = _within(memory, ask, model, plan, evicting, splits, format, shared)
@@ -104,6 +104,15 @@ def new_cache(
         shared_layers=shared,
     )
     return cache_of(model, recipe)
+
+
+def _shared(plan: BudgetPlan | None, shared_layers: Mapping[int, int] | None) -> dict[int, int]:
+    """A plan's own, or those that were asked for. Raises `BudgetError` for both."""
+    if plan is None or not plan.shared_layers:
+        return dict(shared_layers or {})
+    if shared_layers is not None:
+        raise BudgetError(f"shared_layers= was given, and the plan has its own, {plan.shared_layers}: leave it out")
+    return plan.shared_layers
 
 
 def _within(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.budget.plan_parts import read_shared_layers
 from kvpolicy.cache import state
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.state import Tensors
@@ -26,7 +27,7 @@ from kvpolicy.integrations.transformers.cache.other_layers import unpack_stock
 from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
-from kvpolicy.integrations.transformers.cache.recipe import read_recipe, read_shared_layers
+from kvpolicy.integrations.transformers.cache.recipe import read_recipe
 from kvpolicy.integrations.transformers.cache.save import CHECKSUM, FORMAT, KEY, VERSION, crc32, identity
 from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.integrations.transformers.model.wrappers import unwrapped
@@ -95,7 +96,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
 
 def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> RaggedCache:
     fields, tensors = file.fields, Tensors(file.tensors)
-    spec = ModelSpec.from_config(model.config).sharing(read_shared_layers(fields.fields("recipe")))
+    spec = ModelSpec.from_config(model.config).sharing(dict(read_shared_layers(fields.fields("recipe"))))
     _check_model(model, spec, fields)
     fixed = _read_fixed(tensors, fields, spec) if fields.has("fixed") else None
     recipe = read_recipe(fields.fields("recipe"), plan, needs_plan=fixed is None)

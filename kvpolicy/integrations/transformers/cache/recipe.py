@@ -11,6 +11,7 @@ from kvpolicy_kernels.formats import EntryFormat
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entry_format import Format, LayerFormats, format_of
 from kvpolicy.budget.plan import BudgetPlan
+from kvpolicy.budget.plan_parts import read_shared_layers
 from kvpolicy.cache.state import flag
 from kvpolicy.cache.store import DecodeMode
 from kvpolicy.errors import BudgetError, PlanError, PluginError
@@ -70,14 +71,6 @@ class Recipe:
         return document
 
 
-def read_shared_layers(fields: Fields) -> dict[int, int]:
-    """`Recipe.shared_layers` of a recipe in JSON values. Raises `PlanError` naming the field."""
-    if not fields.has("shared_layers"):
-        return {}
-    pairs = fields.read("shared_layers", sequence)
-    return dict(_read_span(pair, fields.path(f"shared_layers[{i}]")) for i, pair in enumerate(pairs))
-
-
 def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Recipe:
     """The recipe in JSON values.
 
@@ -120,7 +113,7 @@ def read_recipe(fields: Fields, plan: BudgetPlan | None, needs_plan: bool) -> Re
         rollback=fields.read("rollback", whole, 0),
         plan_sha256=expected,
         entry_format=_read_formats(fields.fields("entry_format")) if fields.has("entry_format") else None,
-        shared_layers=read_shared_layers(fields),
+        shared_layers=dict(read_shared_layers(fields)),
     )
 
 
