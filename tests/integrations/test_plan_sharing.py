@@ -8,6 +8,7 @@ import torch
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, RaggedStore
 from kvpolicy.budget.plan import load_plan, save_plan
+from kvpolicy.integrations.transformers import load_config
 from tests.integrations.ragged_oracle import ragged_table, stepped_logits
 from tests.tiny import tiny_ids, tiny_model
 
@@ -87,3 +88,14 @@ def test_who_cannot_run_it_refuses(plan, model):
         shared.check_model(ModelSpec.from_config(tiny_model("Llama", layers=3).config))
     with pytest.raises(PlanError, match="keep no entries"):
         shared.sharing(spec, {1: 0})
+
+
+def test_commands_run_it_or_refuse(tiny_checkpoint, tiny_text, tmp_path, request):
+    run, refused = (request.getfixturevalue(name) for name in ("kvpolicy", "refused"))
+    model, spec = ["--model", tiny_checkpoint], ModelSpec.from_config(load_config(str(tiny_checkpoint)))
+    path = tmp_path / "plan.json"
+    save_plan(BudgetPlan.from_capacities(spec, [[30, 20], [20, 30]], 64).sharing(spec, {1: 0}), path)
+    assert run("validate", path, *model).code == 0
+    said = run("generate", path, *model, "--prompt", "a word", "--max-new-tokens", 3, "--json").json
+    assert said["bytes"] > 0
+    assert "shared_layers" in refused("eval", path, *model, "--text", tiny_text, "--context", 64)
