@@ -83,7 +83,8 @@ class CacheGame:
         # 5.17 fails on its own cache when Gemma3n has recorded past its window; 5.23 does not
         release = tuple(map(int, transformers.__version__.split(".")[:2]))
         self.can_record = name != "Gemma3n" or release >= (5, 23)
-        self.spec, self.folder = ModelSpec.from_config(self.model.config), folder
+        self.shared = random.Random(seed + 2).choice(({}, {1: 0}, {2: 0})) if name in ("Llama", "Qwen3") else {}
+        self.spec, self.folder = ModelSpec.from_config(self.model.config).sharing(self.shared), folder
         self.has_windows = any(layer.kind != "full" for layer in self.spec.layers)
         sinks, recent = pick.randint(0, 4), pick.choice((0, 0, pick.randint(1, 6)))
         kinds = (lambda: Window(sinks), *(lambda kind=kind: kind(sinks, recent) for kind in (Digest, Keyed, Fading)))
@@ -92,6 +93,7 @@ class CacheGame:
         self.spans = [(begin, begin + pick.randint(1, 6)) for begin in begins]
         append, self.interval, rollback = pick.random() < 0.15, pick.choice((3, 8, 64)), pick.randint(1, 7)
         options = {"protected": self.spans, "decode": "append" if append else "evict", "rollback": rollback}
+        options["shared_layers"] = self.shared
         self.rollback, schedule = rollback, self._schedule(pick, options)
         real = StreamingPolicy(sinks) if isinstance(self.policy, Window) else self.policy
         self.cache = kvpolicy.new_cache(self.model, policy=real, **options)
@@ -195,7 +197,7 @@ class CacheGame:
             new = [column for column, token in enumerate(columns[index]) if token is not None]
             if new:
                 ids = torch.tensor([[self.ids[token] for token in row.tokens]])
-                expected = masked_logits(self.model, ids, self.visible(row))[0, -len(new) :]
+                expected = masked_logits(self.model, ids, self.visible(row), self.shared)[0, -len(new) :]
                 torch.testing.assert_close(logits[index, new], expected, rtol=1e-4, atol=1e-4)
 
     def visible(self, row):
@@ -232,7 +234,7 @@ class CacheGame:
             self.note(fed, forward)
             for index, row in enumerate(rows):  # what was generated is what the dense forward finds likeliest
                 text = torch.tensor([[self.ids[token] for token in row.tokens]])
-                best = masked_logits(self.model, text, self.visible(row))[0, -1]
+                best = masked_logits(self.model, text, self.visible(row), self.shared)[0, -1]
                 assert float(best.max() - best[made[index][0]]) < 1e-4
             fed = [[self.written(row.pop(0))] for row in made]
         self.unfed = fed

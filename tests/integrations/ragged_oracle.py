@@ -1,5 +1,7 @@
 """Dense attention under one mask per KV head: what a ragged cache under the window rule has to equal."""
 
+from dataclasses import replace
+
 import torch
 
 from kvpolicy import ModelSpec
@@ -62,15 +64,28 @@ class MaskedAttention:
 
 
 @torch.no_grad()
-def masked_logits(model, ids, visible):
-    """Logits [B, T, vocab] of one forward without a cache. visible: bool [L, H, T, T]."""
-    spec = ModelSpec.from_config(model.config)
+def masked_logits(model, ids, visible, shared_layers=()):
+    """Logits [B, T, vocab] of one forward without a cache. visible: bool [L, H, T, T].
+
+    shared_layers: as in `ModelSpec.sharing`; these attend with the keys and values of another layer, which L leaves out
+    """
+    shared_layers, entries = dict(shared_layers), {}
+    spec = ModelSpec.from_config(model.config).sharing(shared_layers)
     budgeted = list(spec.budgeted_layers)
     owners = {i: budgeted.index(x.shared_with) for i, x in enumerate(spec.layers) if x.shared_with in budgeted}
     owners |= {index: row for row, index in enumerate(budgeted)}
-    modules = attention_modules(model, list(owners))
+
+    def handler(layer, attend):
+        def answer(call):
+            entries[layer] = call.key, call.value
+            key, value = entries[spec.layers[layer].shared_with if layer in shared_layers else layer]
+            return attend(replace(call, key=key, value=value))
+
+        return answer
+
     handlers = {
-        module: MaskedAttention(visible[row]) for (module, _), row in zip(modules, owners.values(), strict=True)
+        module: handler(layer, MaskedAttention(visible[row]))
+        for (module, _), (layer, row) in zip(attention_modules(model, list(owners)), owners.items(), strict=True)
     }
     with intercepted(model, handlers):
         return model(ids, use_cache=False).logits

@@ -1,7 +1,6 @@
 """Layers that keep no entries (KVSharer): a cache equals a dense forward in which their keys and values are others'."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +8,15 @@ import transformers
 
 import kvpolicy
 from kvpolicy import BudgetError, ModelError, ModelSpec
-from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
-from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.probes import layer_sharing
 from kvpolicy.integrations.transformers.probes.layer_sharing import find_sharing
-from tests.integrations.ragged_oracle import MaskedAttention, ragged_table, stepped_logits, visible_tokens
+from tests.integrations.ragged_oracle import masked_logits, ragged_table, stepped_logits, visible_tokens
 from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
 
 STEPS = [40, 9] + [1] * 12 + [7] + [1] * 4
 SINKS = 4
 SHARED = {2: 0, 3: 2, 4: 1}  # 3 takes what 2 takes
-OWNERS = {0: 0, 1: 1, 2: 0, 3: 0, 4: 1}
 
 
 @pytest.fixture
@@ -40,31 +36,11 @@ def fixed_cache(model, table, **options):
     return kvpolicy.new_cache(model, plan, context_length=64, shared_layers=SHARED, **options)
 
 
-@torch.no_grad()
-def replaced_logits(model, ids, visible):
-    """Logits of one forward without a cache, each layer over its owner's keys and values. visible: [2, H, T, T]"""
-    entries = {}
-
-    def handler(layer):
-        attend = MaskedAttention(visible[OWNERS[layer]])
-
-        def answer(call):
-            entries[layer] = call.key, call.value
-            key, value = entries[OWNERS[layer]]
-            return attend(replace(call, key=key, value=value))
-
-        return answer
-
-    modules = attention_modules(model, range(5))
-    with intercepted(model, {module: handler(layer) for layer, (module, _) in enumerate(modules)}):
-        return model(ids, use_cache=False).logits
-
-
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded"])
 def test_a_cache_equals_a_dense_forward_over_the_other_layers_entries(model, is_recorded, monkeypatch):
     recordings = record_on_cpu(monkeypatch) if is_recorded else None
     ids, table = tiny_ids(sum(STEPS), batch=2), ragged_table(spec_of(model), SINKS + 1, 30)
-    expected = replaced_logits(model, ids, visible_tokens(table, SINKS, STEPS))
+    expected = masked_logits(model, ids, visible_tokens(table, SINKS, STEPS), SHARED)
     cache = fixed_cache(model, table)
     logits = stepped_logits(model, ids, cache, STEPS)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
@@ -81,7 +57,7 @@ def test_every_policy_and_format_runs_and_a_full_budget_equals_a_dense_forward(m
     cache = kvpolicy.new_cache(model, retention=1.0, shared_layers=SHARED, **options)
     logits = stepped_logits(model, ids, cache, [40, 8] + [1] * 12)
     exact = options.get("format") is None
-    torch.testing.assert_close(logits, replaced_logits(model, ids, visible), rtol=0, atol=1e-4 if exact else 0.2)
+    torch.testing.assert_close(logits, masked_logits(model, ids, visible, SHARED), rtol=0, atol=1e-4 if exact else 0.2)
 
 
 def test_the_bytes_of_the_layers_go(model):
@@ -130,7 +106,7 @@ def test_a_runner_takes_it(model):
     cache = kvpolicy.new_cache(model, retention=1.0, shared_layers=SHARED)
     logits = kvpolicy.DecodeRunner(model, cache).prefill(ids)
     visible = torch.ones(2, 2, 30, 30).tril().bool()
-    torch.testing.assert_close(logits, replaced_logits(model, ids, visible)[:, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, masked_logits(model, ids, visible, SHARED)[:, -1], rtol=0, atol=1e-4)
 
 
 def test_slots_take_it(model):
