@@ -117,3 +117,18 @@ def test_a_budget_that_cannot_be_taken_is_refused():
     with pytest.raises(BudgetError, match=r"the table has shape \(2, 3\), the model has \(3, 2\)"):
         cache.rebudget(torch.full((2, 3), 9))
     assert cache.lengths.unique().tolist() == [20]
+
+
+def test_drafts_have_their_rollback_behind_what_was_held():
+    """What a turn held on top before says nothing of the drafts of a later one."""
+    model, ids = tiny_model("Llama"), tiny_ids(40)
+    cache = kvpolicy.new_cache(model, retention=0.5, min_tokens=8, rollback=6)
+    with torch.no_grad():
+        model(ids[:, :30], **over(cache))
+        cache.hold(1)
+        model(ids[:, 30:31], **over(cache))
+        cache.stop_recording()
+        cache.activate_past_recording()
+        model(ids[:, 31:37], **over(cache))
+    cache.crop(-6)
+    assert cache.get_seq_length() == 31

@@ -83,7 +83,8 @@ class RaggedCache(SteppedCache):
         attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
         super().__init__(layers, max(attends), dropped_at)
         self.attached = attached
-        self.spec, self.make_store, self.rank, self.rollback = spec, make_store, rank, rollback
+        self.spec, self.make_store, self.rank = spec, make_store, rank
+        self.rollback = self._rollback = rollback
         self.store: RaggedStore | None = None
         self.recipe, self.repeats = recipe, repeats
         self.watch: Callable[[int, Waiting], None] | None = None
@@ -237,7 +238,7 @@ class RaggedCache(SteppedCache):
         """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
         self.check_repeated()
         self.close_rings()
-        self.recording, self.is_holding = True, False
+        self.recording, self.is_holding, self.rollback = True, False, self._rollback
         for layer in self.stock_layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
