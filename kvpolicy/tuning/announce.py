@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpolicy.budget.entry_format import NAMES
+from kvpolicy.budget.entry_format import OF_A_TOKEN
 from kvpolicy.integrations.transformers import Pace
 from kvpolicy.progress import Progress
 from kvpolicy.tuning.probes import Probes
@@ -43,7 +43,7 @@ def announce(progress: Progress, settings: TuneSettings, search: Probes, heldout
     apart = 0 if search.answers is None else sum(probe.num_sequences for probe in search.all)
     scored = levels * ((work.trials + 1) * search.target.num_sequences + apart + 2 * in_heldout) + in_heldout
     if settings.format == AUTO:
-        choices = len(NAMES) + 1
+        choices = len(OF_A_TOKEN) + 1
         scored += levels * choices * search.target.num_sequences
         progress.note(f"formats: up to {choices} choices of each level are measured once on the search's sequences")
     passkeys = work.passkeys
