@@ -121,3 +121,22 @@ def test_what_is_shown_fits_80_columns(kvpolicy, tuned, tiny_checkpoint, argumen
     assert shown.code == 0 and "…" not in shown.out
     tables = [line for line in shown.out.splitlines() if ": " not in line]  # sentences are the terminal's to break
     assert max(map(len, tables)) <= 80
+
+
+RUN = ["--context", "160", "--new-tokens", "2", "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "full", "--context", "64"],
+        ["bench", "full", *RUN],
+        ["profile", "--context", "64"],
+        ["generate", "full"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_verb_that_loads_a_model_says_so_before_it_is_there(kvpolicy, tiny_checkpoint, tiny_text, arguments):
+    text = ["--prompt", "gidu", "--max-new-tokens", "2"] if arguments[0] == "generate" else ["--text", tiny_text]
+    said = kvpolicy(*arguments, *text, "--model", tiny_checkpoint, "--device", "cpu")
+    assert said.code == 0 and said.err.splitlines()[0] == f"loading {tiny_checkpoint}", said.err

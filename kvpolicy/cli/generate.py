@@ -96,15 +96,15 @@ def generate(
         read_memory(memory)  # refused now, not behind the model
     where = arguments.pick_device(device)
 
+    progress = watcher(quiet or json)
     name, network, tokenizer = load_network(
-        model, choice.plan, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where)
+        model, choice.plan, progress, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where)
     )
     ids, is_chat = _encode(tokenizer, text, no_chat)
     if memory is not None:
         sizes = {"memory": memory, "context_length": ids.shape[1] + max_new_tokens}
     cache = choice.make(network, retention, **sizes)
     _warn_of_lost_facts(choice, retention if tokens is None else min(tokens / ids.shape[1], 1.0))
-    progress = watcher(quiet or json)
     progress.note(f"{name} from {network.kvpolicy_source}, on {where}: {ids.shape[1]} tokens of prompt")
     whole, known = ids.shape[1] + max_new_tokens, cache.spec.max_context
     if whole > known > 0:

@@ -86,12 +86,17 @@ def bench(
     arguments.check_text(source)
     where = arguments.pick_device(device)
 
+    name, network, tokenizer = load_network(
+        model,
+        choice.plan,
+        progress or Progress(),
+        revision=revision,
+        device=where,
+        dtype=arguments.pick_dtype(dtype, where),
+    )
     from kvpolicy.integrations.transformers import read_corpus
     from kvpolicy.integrations.transformers.probes.decode_cost import measure_decode
 
-    name, network, tokenizer = load_network(
-        model, choice.plan, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where)
-    )
     ids = _ids(read_corpus(tokenizer, source), batch_size, context + new_tokens)
     makers = {_label(choice.name, kept): partial(choice.make, network, kept) for kept in retentions}
     for make in makers.values():

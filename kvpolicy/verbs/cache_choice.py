@@ -15,6 +15,7 @@ from kvpolicy.defaults import MODEL
 from kvpolicy.errors import AbsentModelError, BudgetError, ModelError, PlanError
 from kvpolicy.plugins.registry import registry
 from kvpolicy.plugins.roles import EvictionPolicy
+from kvpolicy.progress import Progress
 from kvpolicy.verbs import arguments
 
 
@@ -52,16 +53,23 @@ def check_level(plan: BudgetPlan, retention: float, otherwise: str = "") -> None
 
 
 def load_network(
-    model: str | Path | None, plan: BudgetPlan | None, *, revision: str | None, device: str, dtype: str
+    model: str | Path | None,
+    plan: BudgetPlan | None,
+    progress: Progress,
+    *,
+    revision: str | None,
+    device: str,
+    dtype: str,
 ) -> tuple[str, Any, Any]:
     """(name, model, tokenizer) of the model that was named, else the plan's, else the built-in one.
 
     A plan may come from anybody, so its word alone starts no download: that raises `AbsentModelError`.
     """
-    from kvpolicy.integrations.transformers import load_model
-
     by_plan = plan.model.id if plan is not None and not model else ""
     name = str(model or by_plan or MODEL)
+    progress.note(f"loading {name}")
+    from kvpolicy.integrations.transformers import load_model
+
     may_download = not by_plan or name == MODEL
     try:
         return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)

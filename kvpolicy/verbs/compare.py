@@ -120,10 +120,11 @@ def compare(
     where = arguments.pick_device(device)
     number = arguments.pick_dtype(dtype, where)
 
+    chosen, progress = read_methods(names), progress or Progress()
+    progress.note(f"loading {model}")
     from kvpolicy.comparison import run
     from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
 
-    chosen, progress = read_methods(names), progress or Progress()
     network, tokenizer = load_model(str(model), revision=revision, device=where, dtype=number)
     number = str(network.dtype).removeprefix("torch.")
     made: Task

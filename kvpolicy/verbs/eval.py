@@ -132,10 +132,11 @@ def eval(
     where = arguments.pick_device(device)
     number = arguments.pick_dtype(_own_dtype(loaded) if dtype == "auto" else dtype, where)
 
+    progress = progress or Progress()
+    _, network, tokenizer = load_network(model, loaded, progress, revision=revision, device=where, dtype=number)
     from kvpolicy.integrations.transformers import read_corpus
     from kvpolicy.measure.evaluation import probe_for
 
-    _, network, tokenizer = load_network(model, loaded, revision=revision, device=where, dtype=number)
     if chosen is not None:
         sizes = {"limit": limit, "context": context, "seed": seed, "batch_size": batch_size}
         subject = (network, tokenizer)
@@ -156,7 +157,7 @@ def eval(
     if loaded is not None:
         loaded.check_model(probe.spec)
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
-    measured = _measured(probe_under, loaded, pairs, progress or Progress())
+    measured = _measured(probe_under, loaded, pairs, progress)
     return Evaluation(name, tuple(_row(measure, task, seed) | facts for measure in measured), probe.described)
 
 
@@ -183,7 +184,7 @@ def _answered(
     subject: tuple[Any, Any],
     sizes: dict[str, int],
     files: tuple[Path | None, Path | None],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Evaluation:
     """A registered task. subject: model and tokenizer;  files: records, picture;  sizes: the others"""
     from kvpolicy.integrations.transformers import weights_sha256
@@ -192,7 +193,6 @@ def _answered(
     (network, tokenizer), (records, picture) = subject, files
     number = str(network.dtype).removeprefix("torch.")
     settings = {"weights": weights_sha256(network), "dtype": number, "kvpolicy": version("kvpolicy")}
-    progress = progress or Progress()
     options: dict[str, Any] = {**sizes, "records": records, "settings": settings, "progress": progress}
     task = chosen.of_model(network, tokenizer, **options)
     if picture is not None and not name_places(task.samples):

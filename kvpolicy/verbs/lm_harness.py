@@ -89,7 +89,7 @@ def lm_eval(
         raise KVPolicyError("lm-evaluation-harness is not installed: pip install 'kvpolicy[lm-eval]'")
 
     progress = progress or Progress()
-    name, network, tokenizer = load_network(model, choice.plan, revision=revision, device=where, dtype=number)
+    name, network, tokenizer = load_network(model, choice.plan, progress, revision=revision, device=where, dtype=number)
     progress.note(f"{name} from {network.kvpolicy_source}, on {where}")
     from kvpolicy.integrations.lm_eval.harness_run import run_tasks
     from kvpolicy.integrations.lm_eval.policy_lm import PolicyLM
