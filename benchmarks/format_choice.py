@@ -25,7 +25,7 @@ from torch import Tensor
 
 import kvpolicy
 from kvpolicy import Budget, Importance, PromptProbe, apportion
-from kvpolicy.budget.entry_format import NAMES, least_entries, named, of_layers
+from kvpolicy.budget.entry_format import OF_A_TOKEN, least_entries, named, of_layers
 from kvpolicy.budget.format_choice import FormatChoice, FormatCurves, choose_formats
 from kvpolicy.cache.size import block_nbytes, entry_costs, entry_nbytes
 from kvpolicy.comparison.methods import read_asked
@@ -82,14 +82,14 @@ def main() -> None:
     begun = time.perf_counter()
     importance = registry.create("estimator", "fisher").estimate(EveryFormat(probe))
     calibration = time.perf_counter() - begun
-    print(f"curves of {', '.join(NAMES)}: {calibration:.0f} s", flush=True)
+    print(f"curves of {', '.join(OF_A_TOKEN)}: {calibration:.0f} s", flush=True)
     spec, points = probe.spec, importance.curve_capacities
     assert points is not None
     curves = curves_of(importance, spec, method.policy)
     corpora = [kvpolicy.read_corpus(tokenizer, path) for path in options.text]
     held = torch.cat([corpus.sequences("whole", options.sequences, length) for corpus in corpora])
     study = Study(model, held.to(model.device), options.prompt)
-    study.measured(method, torch.full(spec.table_shape, options.prompt))  # the full cache's logits
+    study.measured(method, torch.full(spec.table_shape, options.prompt), {})  # the full cache's logits
     dense = spec.total_entries(1.0, options.prompt) * spec.entry_bytes(DTYPE.itemsize)
     lines: list[dict[str, object]] = []
     for names in (("int4",), tuple(curves), ("int8",), ("model",)):
@@ -102,14 +102,14 @@ def main() -> None:
                 continue
             own = of_layers([named(name) for name in choice.formats])
             table, begun = table_of(choice, spec, method.policy, total, options.prompt), time.perf_counter()
-            losses, divergences, _ = study.measured(replace(method, entry_format=own), table)
+            losses, divergences, _ = study.measured(replace(method, entry_format=own), table, {})
             cost = entry_costs(spec, DTYPE, scored=True, entry_format=own)
             spent = int((cost * table).sum()) + block_nbytes(spec, DTYPE.itemsize, method.policy, own)
             low, high = mean_interval(torch.tensor(divergences))
             layers = Counter(choice.formats)
             lines.append(
                 {"formats": names[0] if len(names) == 1 else "auto", "level": level, "bytes": round(spent / dense, 4),
-                 **{f"{name}_layers": layers[name] for name in NAMES},
+                 **{f"{name}_layers": layers[name] for name in OF_A_TOKEN},
                  "entries": round(int(table.sum()) / spec.total_entries(1.0, options.prompt), 4),
                  "predicted": round(choice.loss, 5),
                  "perplexity": round(float(torch.tensor(losses).mean().exp()), 3),

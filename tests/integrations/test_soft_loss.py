@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kvpolicy_kernels.formats import INT4, INT8
+from kvpolicy_kernels.formats import INT4, INT8, THINK
 
 from kvpolicy import PluginError, PromptProbe, TransformersProbe
 from kvpolicy.budget.entry_format import LayerFormats
@@ -91,6 +91,13 @@ def test_under_a_format_a_hard_bias_is_the_compressed_prompt(entry_format):
     capacities = torch.randint(40, 90, probe.spec.table_shape, generator=torch.Generator().manual_seed(3))
     found = probe.soft_loss(hard(capacities, policy.num_sink_tokens), "text").double()
     torch.testing.assert_close(found, probe.loss(capacities), rtol=0, atol=2e-6)
+
+
+def test_thin_keys_have_no_gradients():
+    policy = registry.create("policy", "snapkv")
+    probe = PromptProbe(tiny_model("Llama"), tiny_ids(140), policy=policy, prefill_length=100, entry_format=THINK)
+    with pytest.raises(PluginError, match="observe_gradients is that of whole keys, and under format=think they lose"):
+        probe.observe_gradients(print, sequence=0)
 
 
 def test_gradients_pass_by_the_rounding():

@@ -243,11 +243,7 @@ class SequenceProbe(ModelProbe):
         """As in `ModelProbe`. The full cache's logits are kept from their first use, up to 1 GiB of them."""
         if target not in ("full", "text"):
             raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
-        if is_thin(self.entry_format):
-            raise PluginError(
-                f"soft_loss is that of whole keys, and under format={name_of(self.entry_format)} they lose channels: "
-                "learn without a format"
-            )
+        self._check_whole_keys("soft_loss")
         chosen = range(self.num_sequences) if sequence is None else [sequence]
         if not all(0 <= index < self.num_sequences for index in chosen):
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
@@ -258,6 +254,7 @@ class SequenceProbe(ModelProbe):
         return int(self.sequences.shape[1]) - self.first_scored
 
     def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
+        self._check_whole_keys("observe_gradients")
         if not 0 <= sequence < self.num_sequences:
             raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
         ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
@@ -271,6 +268,13 @@ class SequenceProbe(ModelProbe):
             loss = losses_from(logits, drawn).sum()
         self._check_reached([handler.calls for handler in handlers], 1)
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def _check_whole_keys(self, what: str) -> None:
+        if is_thin(self.entry_format):
+            raise PluginError(
+                f"{what} is that of whole keys, and under format={name_of(self.entry_format)} they lose channels: "
+                "learn or measure without a format"
+            )
 
     def _soft_loss(self, bias: ScoreBias, target: SoftTarget, index: int) -> Tensor:
         device = self.model.device
