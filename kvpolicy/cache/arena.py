@@ -116,7 +116,7 @@ class LayerArena:
     def no_tokens(self, batch_size: int) -> Chunk:
         """An empty chunk of what comes here."""
         shape = batch_size, len(self.start) // batch_size, 0
-        key, value = (vectors.new_empty(*shape, vectors.shape[1]) for vectors in (self.keys, self.values))
+        key, value = (vectors.new_empty(*shape, vectors.shape[1]) for vectors in (self.like, self.values))
         return Chunk(key, value, torch.zeros(batch_size, 0, dtype=torch.int64))
 
     @property

@@ -428,3 +428,17 @@ def test_tokens_on_top_can_be_taken_back(model, recorded):
         out = [model.forward.own(ids[:, i : i + 1], **over(expected)).logits[:, -1] for i in range(60, 90)]
     assert cache.get_seq_length() == 90
     torch.testing.assert_close(torch.stack(logits), torch.stack(out[20:]), rtol=0, atol=1e-4)
+
+
+def test_tokens_on_top_of_thin_keys(model, recorded):
+    """Their keys have all channels, whatever those of the entries have left."""
+    ids, logits = text(80), []
+    caches = [cache_over(model, format="think", decode="append") for _ in range(2)]
+    with torch.no_grad():
+        for cache, forward in zip(caches, (model, model.forward.own), strict=True):
+            forward(ids[:, :60], **over(cache))
+            cache.hold(20)
+            out = [forward(ids[:, i : i + 1], **over(cache)).logits[:, -1] for i in range(60, 80)]
+            logits.append(torch.stack(out, 1))
+    assert caches[0].replays.mode == "graph"
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
