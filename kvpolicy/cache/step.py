@@ -122,11 +122,15 @@ class PlannedStep:
 
     def is_for(self, first: StoreLayer) -> bool:
         """Whether the next token is planned, and nothing has changed since. first: the first layer"""
-        return bool(self._steps) and not self._due and self._steps[0].is_next(first)
+        return self.has(0, first)
+
+    def has(self, layer: int, entries: StoreLayer) -> bool:
+        """Whether it is this layer's turn, and nothing has happened to it since."""
+        return layer == self._due and bool(self._steps) and self._steps[layer].is_next(entries)
 
     def next(self, layer: int, entries: StoreLayer) -> LayerStep | TailStep | None:
         """What the token changes in a layer; None where it was not planned, or for a layer out of turn."""
-        if layer != self._due or not self._steps or not self._steps[layer].is_next(entries):
+        if not self.has(layer, entries):
             return None
         step = self._steps[layer]
         self._due += 1

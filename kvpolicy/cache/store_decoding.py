@@ -40,7 +40,7 @@ class Decoding(Layers):
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes one token into every segment, or on top where it was planned there. key, value: [B, H, 1, dim]."""
         entries = self._open(layer, key, value)
-        inputs.check_single(layer, key, _is_next(entries) or self._planned.is_on_top)
+        inputs.check_single(layer, key, _is_next(entries) or self._planned.has(layer, entries))
         step = self._planned.next(layer, entries)
         if step is None:  # else it was its turn when the token was planned
             self._check_turn(layer, entries.seen + 1)

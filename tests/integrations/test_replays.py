@@ -442,3 +442,17 @@ def test_tokens_on_top_of_thin_keys(model, recorded):
             logits.append(torch.stack(out, 1))
     assert caches[0].replays.mode == "graph"
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+def test_a_token_on_top_that_was_planned_before_others_came(model):
+    ids, cache = text(80), cache_over(model)
+    with torch.no_grad():
+        model(ids[:, :60], **over(cache))
+        cache.hold(20)
+        store = cache.opened()
+        assert store.advance(20)
+        model(ids[:, 60:63], **over(cache))
+    token = store.layers[0].pending.key[:, :, :1]
+    with pytest.raises(kvpolicy.BudgetError, match="none is pending"):
+        store.append(0, token, token)
+    assert store.seen.tolist() == [63]

@@ -19,6 +19,7 @@ from kvpolicy.tasks.own_file import FileTask
 from kvpolicy.tasks.question_time import check_question
 from kvpolicy.verbs.chosen_task import chosen_task
 from kvpolicy.verbs.eval_task import answer_rows
+from tests.integrations.recording import record_on_cpu
 from tests.tiny import over, tiny_ids, tiny_model
 
 SHAPE, MOST = (3, 2), 5
@@ -114,6 +115,18 @@ def test_tokens_are_held_back_only_where_a_question_follows(question, turns, exp
     monkeypatch.setattr(RaggedCache, "hold", lambda cache, count: asked.append(count) or hold(cache, count))
     task_of([sample(turns=turns)], question=question).measure(method(), whole)
     assert bool(asked) == expected, "tokens that are held back are no replays of a graph"
+
+
+@pytest.mark.parametrize("question", ["aware", "agnostic"])
+def test_answers_of_a_batch_are_replays(question, monkeypatch):
+    """Prompts of two lengths, padded; the same answers as without a graph."""
+    model, samples = tiny_model("Llama"), [sample(), sample(33, seed=1)]
+    expected, found = [], []
+    for answers in (expected, found):
+        task = task_of(samples, model, question=question, batch_size=2)
+        recorded = record_on_cpu(monkeypatch) if answers is found else []
+        answers += answers_of(task, method(), lambda length: whole(20))
+    assert found == expected and sum(recording.replays for recording in recorded) >= 2
 
 
 def test_the_two_times_of_a_question_differ_once_something_is_evicted():
