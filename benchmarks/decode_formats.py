@@ -95,10 +95,10 @@ def main() -> None:
     options = parser.parse_args()
     model = long_llama(options.layers)
     bench: Any = Formats(model, options.out, options.tokens, described(model))
-    for name in options.formats:
+    for place, name in enumerate(options.formats):
         bench.whole(options.context, name, compiled=False)
-    for name in options.formats[:2]:
-        bench.batch(options.batch_context, name, options.most)
+        if place < 2:
+            bench.batch(options.batch_context, name, options.most)
     for name in () if options.skip_compiled else options.formats:
         bench.whole(options.context, name, compiled=True)
 

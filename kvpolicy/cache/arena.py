@@ -304,11 +304,12 @@ class LayerArena:
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
-        columns = torch.arange(max(self.width, 1))[None]
-        ring = (self.length - self.num_pinned).clamp(min=1)[:, None]
-        turned = self.num_pinned + (columns - self.num_pinned + self.cursor[:, None]) % ring
-        columns = torch.where((columns < self.num_pinned) | (self.cursor[:, None] == 0), columns, turned)
-        self.replace(on_device(columns, self.device), self.length, allocated)
+        columns = torch.arange(max(self.width, 1), device=self.device).expand(len(self.length), -1)
+        if bool(self.cursor.any()):  # else all lie in order already
+            length, cursor = on_device(torch.stack([self.length, self.cursor])[..., None], self.device)
+            turned = self.num_pinned + (columns - self.num_pinned + cursor) % (length - self.num_pinned).clamp(min=1)
+            columns = torch.where((columns < self.num_pinned) | (cursor == 0), columns, turned)
+        self.replace(columns, self.length, allocated)
 
     def replace(
         self,
