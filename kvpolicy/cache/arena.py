@@ -53,6 +53,7 @@ class LayerArena:
     num_pinned: first entries of a segment, which the ring leaves alone
     layout:     another object whenever the entries lie at other addresses; a graph that knows the old ones is of no use
     moves:      how often that was so
+    is_shuffled: whether segments lie in another order than that of their numbers, as those of slots do
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
     attends_beside: whether `attend_beside` needs no word from the device
     num_programs: that share the attention of a token on a GPU; None for as many as usual
@@ -81,7 +82,7 @@ class LayerArena:
         self.values = torch.empty(0, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, dtype=torch.int32, device=device)
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
-        self.num_pinned, self.layout, self.moves = num_pinned, object(), 0
+        self.num_pinned, self.layout, self.moves, self.is_shuffled = num_pinned, object(), 0, False
         self._placed: Placed | None = None
         self._new_scores: Tensor | None = None  # float32 [S], of decoded tokens: always the same
         for name in _TABLES:
@@ -189,12 +190,17 @@ class LayerArena:
         return self.scores[rows.clamp(min=0)].masked_fill(rows < 0, float("-inf"))
 
     def owners(self) -> Tensor:
-        """The segment of each row, int64 [R] on the device."""
-        if (placed := self.placed) is None or self.device.type == "cpu":
+        """The segment of each row, int64 [R] on the device; of rows that are nobody's, any."""
+        placed = self.placed
+        if not self.is_shuffled and (placed is None or self.device.type == "cpu"):
             return each_entry(self.allocated, self.device)[0]
         row = torch.arange(len(self.positions), device=self.device)
+        starts = on_device(self.start, self.device) if placed is None else placed.starts
         # of segments without a row the last one begins where the next that has some does
-        return torch.searchsorted(placed.starts, row, right=True) - 1
+        if not self.is_shuffled:
+            return torch.searchsorted(starts, row, right=True) - 1
+        order = starts.argsort(stable=True)
+        return order[torch.searchsorted(starts[order], row, right=True) - 1]
 
     def watch_queries(self, query: Tensor, chunk: Chunk) -> None:
         """Is shown the queries of a chunk before its tokens are kept. query: [B, num_q_heads, n, D], of its last n"""
@@ -382,7 +388,7 @@ class LayerArena:
             setattr(self, name, old.new_full((rows, *old.shape[1:]), 0))
         self.start, self.cursor = torch.zeros_like(self.start), torch.zeros_like(self.cursor)
         self.length = self.allocated = torch.full_like(self.length, idle)
-        self.layout, self._placed = object(), None
+        self.layout, self._placed, self.is_shuffled = object(), None, True
 
     def seat(self, own: slice, other: LayerArena, start: Tensor, allocated: Tensor) -> None:
         """Entries of another arena, in their order, become those of some segments, which get these rows."""
@@ -391,6 +397,9 @@ class LayerArena:
         arrived = (*other._columns(), other.positions)
         for out, entries in zip((*self._columns(), self.positions), arrived, strict=True):
             compact(out, into[segment] + offset, entries, source[segment] + offset)
+        count = len(self.start)
+        for name, held in self.beside.items():  # a part for each segment, or for each sequence
+            held[own.start * len(held) // count : own.stop * len(held) // count] = other.beside[name]
         self._set_segments(own, start=start, length=other.length, allocated=allocated, cursor=other.cursor)
 
     def vacate(self, own: slice, idle: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import Format
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.extents import Extents
 from kvpolicy.cache.layer import StoreLayer
@@ -30,6 +31,7 @@ class SlotStore(RaggedStore):
     policy: who is evicted
     slots:  sequences that are decoded at once
     rows:   of each layer, entries of all KV heads and sequences together
+    entry_format: in which they are kept
 
     Raises `BudgetError` for a policy that rescores while it decodes: in which order entries leave has to be known when
     a sequence is seated.
@@ -45,13 +47,21 @@ class SlotStore(RaggedStore):
         device: torch.device,
         dtype: torch.dtype,
         supplied: frozenset[str] = frozenset(),
+        entry_format: Format = None,
     ) -> None:
         if not scores_stay(policy):
             raise BudgetError(
                 f"{type(policy).__name__} changes its scores at every decoded token, which slots cannot: take a policy "
                 "that scores the prompt alone, or decode each sequence over a cache of its own"
             )
-        super().__init__(spec, schedules.unlimited(spec.table_shape), policy, batch_size=slots, supplied=supplied)
+        super().__init__(
+            spec,
+            schedules.unlimited(spec.table_shape),
+            policy,
+            batch_size=slots,
+            supplied=supplied,
+            entry_format=entry_format,
+        )
         self._idle = self.protection.num_pinned + 1  # rows of a slot without a sequence
         for layer, count in enumerate(rows):
             self.open(layer, dtype, device).furnish(self._idle + count, self._idle, self.protection.end + 1)

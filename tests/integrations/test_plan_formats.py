@@ -299,8 +299,3 @@ def test_bench_and_generate_run_the_formats(kvpolicy, small_plan, checkpoint, ti
     assert row["format"] == "int8"
     said = json.loads(kvpolicy("generate", small_plan, "--prompt", "ba de fi", "--max-new-tokens", 2, *common).out)
     assert said["format"] == "int4 in 1, int8 in 1"
-
-
-def test_slots_refuse_them_by_name(model, mixed):
-    with pytest.raises(BudgetError, match=r"slots .*format=int4 in 1, model in 1, int8 in 1"):
-        package.SlotRunner(model, package.new_cache(model, mixed, context_length=110), slots=2, tokens=64)

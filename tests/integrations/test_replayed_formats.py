@@ -32,7 +32,7 @@ def cache_over(model, case, policy):
     return kvpolicy.new_cache(model, policy=policy, retention=0.5, context_length=130, **CASES[case])
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("policy", ["streaming", pytest.param("h2o", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", CASES)
 def test_two_prompts(case, policy, model, monkeypatch):
     """One cache, reset between them. A replay on a GPU reads codes, and what is expected decodes them."""

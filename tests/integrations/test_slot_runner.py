@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
 
 import kvpolicy
 from kvpolicy import BudgetError, ModelError
+from kvpolicy.budget.entry_format import LayerFormats, least_entries
 from kvpolicy.cache.extents import Extents
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.integrations.transformers.cache.build import cache_of, schedule_of
@@ -34,7 +36,7 @@ def alone(model, ids, count, **options):
     """Under the capacities that its budget has once all tokens are there."""
     recipe = cache_over(model, **options).recipe
     spec = kvpolicy.ModelSpec.from_config(model.config)
-    schedule = schedule_of(recipe, spec).with_floor(recipe.policy.least_capacity)
+    schedule = schedule_of(recipe, spec).with_floor(least_entries(recipe.policy, recipe.entry_format))
     cache = cache_of(model, recipe, Fixed(schedule.at(ids.shape[1] + count, None)))
     return kvpolicy.DecodeRunner(model, cache).generate(ids, count)[0, ids.shape[1] :].tolist()
 
@@ -60,6 +62,30 @@ def test_each_sequence_is_as_alone(policy, replayed, model, monkeypatch):
         assert tokens == alone(model, prompt(length), count, policy=policy), (length, count)
     if replayed or DEVICE == "cuda":
         assert runner.cache.replays.mode == "graph"
+
+
+FORMATS = {
+    "int8": ("snapkv", INT8),
+    "int4": ("snapkv", EntryFormat(4, rotated=True, exact_recent=5)),
+    "think": ("streaming", EntryFormat(16, exact_recent=5, key_channels=0.6)),
+    "a format for each layer": ("streaming", LayerFormats((INT4, None, INT8))),
+}
+
+
+@pytest.mark.parametrize(("policy", "entry_format"), FORMATS.values(), ids=FORMATS)
+def test_each_sequence_is_as_alone_under_a_format(policy, entry_format, model, monkeypatch):
+    """A prompt shorter than what stays exact among them; rows that move when a sequence leaves."""
+    if DEVICE == "cpu":
+        record_on_cpu(monkeypatch)
+    options, wishes = {"policy": policy, "format": entry_format}, [(40, 20), (12, 3), (60, 9), (3, 30), (50, 12)]
+    runner = kvpolicy.SlotRunner(model, cache_over(model, **options), slots=2, tokens=70)
+    found = {runner.admit(prompt(length), count): [] for length, count in wishes}
+    while runner.running or runner.waiting:
+        for number, token in runner.step().items():
+            found[number].append(token)
+    for (length, count), tokens in zip(wishes, found.values(), strict=True):
+        assert tokens == alone(model, prompt(length), count, **options), (length, count)
+    assert runner.cache.replays.mode == "graph"
 
 
 def test_released_sequences_make_room(model):

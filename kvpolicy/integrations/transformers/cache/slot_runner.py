@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import name_of
+from kvpolicy.budget.entry_format import least_entries
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
@@ -55,7 +55,7 @@ class SlotRunner:
         while runner.running or runner.waiting:
             for number, token in runner.step().items(): ...
 
-    cache:  an empty one of `new_cache`: each sequence gets the budget that it describes
+    cache:  an empty one of `new_cache`: each sequence gets the budget and the format that it describes
     slots:  sequences that are decoded at once
     tokens: of one sequence, prompt and answer; memory is set aside for `slots` sequences of so many
     select: logits [B, vocabulary] to tokens int64 [B]
@@ -84,7 +84,8 @@ class SlotRunner:
         assert recipe is not None  # `new_cache` has made it
         _check(recipe, cache)
         self.model, self.recipe, self.select = model, recipe, select
-        self._schedule = schedule_of(recipe, cache.spec).with_floor(recipe.policy.least_capacity)
+        least = least_entries(recipe.policy, recipe.entry_format)
+        self._schedule = schedule_of(recipe, cache.spec).with_floor(least)
         self.store = SlotStore(
             cache.spec,
             recipe.policy,
@@ -93,6 +94,7 @@ class SlotRunner:
             device=model.device,
             dtype=model.dtype,
             supplied=RUN_SOURCES,
+            entry_format=recipe.entry_format,
         )
         self.cache = cache_of(model, recipe)
         self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)
@@ -213,11 +215,6 @@ def _check(recipe: Recipe, cache: RaggedCache) -> None:
         )
     if recipe.protected or recipe.decode != "evict":
         raise BudgetError("slots hold capacities that are known beforehand: leave protected= and decode= out")
-    if recipe.entry_format is not None:
-        raise BudgetError(
-            f"slots keep entries in the model's dtype, and this cache has format={name_of(recipe.entry_format)}: leave "
-            "format= out, or decode each sequence over a cache of its own"
-        )
     if cache.repeats:
         raise BudgetError(
             f"{type(recipe.policy).__name__} has the context repeated, which slots do not: take another policy"
