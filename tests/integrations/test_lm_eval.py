@@ -22,6 +22,7 @@ from tests.tiny_checkpoint import tiny_tokenizer
 
 IDS = tiny_ids(80)[0].tolist()
 CONTEXT, CONTINUATIONS = IDS[:60], [IDS[60:66], IDS[70:71], IDS[61:64]]
+WHOLE_BUT_READ_APART = {"retention": 0.5, "min_tokens": 4096}  # shorter texts stay whole under this budget
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
 
@@ -31,6 +32,7 @@ def model():
 
 
 def scorer(model, **options):
+    """Over caches that keep everything, in one forward, but for other options."""
     budget = {"retention": 1.0, "policy": "snapkv", "min_tokens": 1, "decode": "append"} | options
     return ContinuationScorer(model, tiny_tokenizer(), partial(new_cache, model, **budget))
 
@@ -43,14 +45,30 @@ def dense(model, context, tokens):
     return torch.log_softmax(logits, -1)[range(len(tokens)), tokens], logits.argmax(-1)
 
 
-def test_all_kept_gives_the_likelihoods_of_plain_forwards(model):
+@pytest.mark.parametrize("options", [{}, WHOLE_BUT_READ_APART], ids=["one forward", "apart"])
+def test_all_kept_gives_the_likelihoods_of_plain_forwards(model, options):
     greedy = dense(model, CONTEXT, [0])[1].tolist()
-    found = scorer(model).behind(CONTEXT, [*CONTINUATIONS, greedy])
-    for (total, is_greedy), tokens in zip(found, [*CONTINUATIONS, greedy], strict=True):
+    continuations = [*CONTINUATIONS, [*CONTINUATIONS[0][:-1], 7], greedy]
+    found = scorer(model, **options).behind(CONTEXT, continuations)
+    for (total, is_greedy), tokens in zip(found, continuations, strict=True):
         each, likeliest = dense(model, CONTEXT, tokens)
-        assert total == pytest.approx(float(each.sum()), rel=1e-5)
+        assert total == (pytest.approx(float(each.sum()), rel=1e-5) if options else float(each.sum()))
         assert is_greedy == (likeliest.tolist() == list(tokens))
     assert found[-1][1]
+
+
+def test_with_all_kept_continuations_that_differ_in_the_last_token_share_a_forward(model, monkeypatch):
+    subject, fed = scorer(model), []
+    plain = subject._plain
+    monkeypatch.setattr(subject, "_plain", lambda ids: fed.append(len(ids)) or plain(ids))
+    subject.behind(CONTEXT, [[3], [4], [3, 5], [3, 6], [4, 6]])
+    assert fed == [60, 61, 61]
+
+
+def test_entries_of_fewer_bits_are_not_read_in_one_forward(model):
+    assert scorer(model).keeps_all
+    assert not scorer(model, format="int8").keeps_all
+    assert not scorer(model, retention=0.5).keeps_all
 
 
 def test_a_continuation_is_scored_as_if_token_by_token_behind_the_compressed_context(model):
@@ -68,10 +86,12 @@ def test_a_continuation_is_scored_as_if_token_by_token_behind_the_compressed_con
 
 @pytest.mark.parametrize("length", [2, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
 @pytest.mark.parametrize("context", [1, 5])
-def test_a_streaming_text_with_all_kept_is_that_of_one_forward(model, length, context):
+@pytest.mark.parametrize("options", [{}, WHOLE_BUT_READ_APART], ids=["one forward", "chunks"])
+def test_a_streaming_text_with_all_kept_is_that_of_one_forward(model, length, context, options):
     ids = tiny_ids(length + context)[0].tolist()
-    found = scorer(model).streaming(ids[:context], ids[context:])
-    assert found == pytest.approx(float(dense(model, ids[:context], ids[context:])[0].sum()), rel=1e-5)
+    found = scorer(model, **options).streaming(ids[:context], ids[context:])
+    whole = float(dense(model, ids[:context], ids[context:])[0].sum())
+    assert found == (pytest.approx(whole, rel=1e-5) if options else whole)
 
 
 def test_a_streaming_text_under_a_budget_sees_what_was_kept_of_earlier_chunks(model):
@@ -259,7 +279,7 @@ def test_at_full_budget_it_is_the_harness_own_model(smollm2, tmp_path):
     changed = []
     for task in tasks:
         figures = {name: value for name, value in own[task].items() if isinstance(value, float)}
-        assert {name: full[task][name] for name in figures} == pytest.approx(figures, rel=1e-5)
+        assert {name: full[task][name] for name in figures} == figures, "to the last digit"
         changed += [task] if {name: some[task][name] for name in figures} != pytest.approx(figures, rel=1e-3) else []
     assert "kvpolicy_rolling" in changed  # a choice may still be right
 

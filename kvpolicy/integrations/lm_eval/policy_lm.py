@@ -42,7 +42,6 @@ class PolicyLM(HFLM):  # type: ignore[misc]  # lm_eval is untyped
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         self.budgets = (plan, {"decode": "append"} | options)
         self.scorer = ContinuationScorer(model, tokenizer, partial(new_cache, model, plan, **self.budgets[1]))
-        self.scorer.make_cache()  # refuses here what it would refuse at the first request
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
