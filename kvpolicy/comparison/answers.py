@@ -33,6 +33,7 @@ class AnswerTask(Task):
     question: "aware": the prompt is the context and the first question; "agnostic": the context alone
     records:  a file for what each sample gave, see `Records`
     settings: what must agree for a record to count, besides the task's own
+    facts:    what a record says of the run, besides the task's name, when the question came, and the number of samples
     batch_size: samples that are run together, left-padded; each is answered as if it were alone
     progress: is told of each sample but the last
     kept_bytes: of dense caches that are kept from one table to the next, see `Prompts`
@@ -49,6 +50,7 @@ class AnswerTask(Task):
         question: QuestionTime = "aware",
         records: Path | None = None,
         settings: dict[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
         batch_size: int = 1,
         progress: Progress | None = None,
         kept_bytes: int | None = None,
@@ -58,7 +60,8 @@ class AnswerTask(Task):
         self.prompts = [torch.tensor([self._prompt(sample)]) for sample in self.samples]
         self.context, self.count = self.prompts[0].shape[1], len(self.samples)
         self.spec = ModelSpec.from_config(model.config)
-        self.records = Records(records, self.settings | (settings or {}))
+        own = {"task": name, "question": question, "n": self.count}
+        self.records = Records(records, self.settings | (settings or {}), own | (facts or {}))
         self.batch_size, self.progress, self.kept_bytes = batch_size, progress or Progress(), kept_bytes
         self._ready: Prompts | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ class Records:
 
     path:     the file, which is made at the first record; None for records that are kept for this run alone
     settings: what must agree for a record to count, as JSON values
+    facts:    what every record of this run says of it
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self._run = path, _digest(settings)
+    def __init__(self, path: Path | None, settings: dict[str, Any], facts: Mapping[str, Any] | None = None) -> None:
+        self.path, self._run, self.facts = path, _digest(settings), dict(facts or {})
         self._known: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             self._read(path)
@@ -34,7 +36,7 @@ class Records:
     def add(self, method: Method, table: Tensor, index: int, values: dict[str, Any]) -> dict[str, Any]:
         """Appends a record, and gives it. Raises `KVPolicyError` where the file cannot be written."""
         key = self._key(method, table, index)
-        record = {"key": key, "method": method.name, "sample": index, **values}
+        record = {"key": key, "method": method.name, "sample": index, **self.facts, **values}
         self._known[key] = record
         if self.path is not None:
             try:

@@ -52,7 +52,7 @@ class ChosenTask:
 
         samples = plugin_call.task_samples(self.role, tokenizer, limit, context, seed)
         options: dict[str, Any] = {"question": self.question, "records": records, "settings": settings}
-        options |= {"batch_size": batch_size, "progress": progress}
+        options |= {"batch_size": batch_size, "progress": progress, "facts": {"seed": seed, "versions": versions()}}
         return AnswerTask(self.name, self.role, model, tokenizer, samples, **options)
 
 

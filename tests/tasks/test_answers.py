@@ -146,10 +146,11 @@ def test_a_run_time_allocator_and_a_policy_that_repeats_answer_too():
 
 def test_records_are_gone_on_with(tmp_path, monkeypatch):
     path, samples, tables = tmp_path / "r.jsonl", [sample(), sample(seed=1)], lambda _: torch.full(SHAPE, 12)
-    first = task_of(samples, records=path).measure(method(), tables)
+    first = task_of(samples, records=path, facts={"seed": 5}).measure(method(), tables)
     lines = path.read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0, 1]
     assert {"answers", "scores", "bytes", "about", "method", "tokens"} <= json.loads(lines[0]).keys()
+    assert {"task": "file", "question": "aware", "n": 2, "seed": 5}.items() <= json.loads(lines[0]).items()
     path.write_text(lines[0] + "\n" + lines[1][:30])  # a run that was cut short
     again, run = task_of(samples, records=path), []
     answered = again._answers
@@ -226,6 +227,9 @@ def test_compare_writes_rows_and_samples_and_goes_on(kvpolicy, small, tmp_path):
     assert {row.method for row in found.rows.values()} == {"full", "random/uniform", "snapkv/uniform"}
     samples = (tmp_path / "rows.samples.jsonl").read_text().splitlines()
     assert len(samples) == 9
+    first = json.loads(samples[0])
+    assert (first["task"], first["question"], first["n"], first["seed"]) == ("file", "agnostic", 3, 0)
+    assert first["versions"].keys() == {"kvpolicy", "torch", "transformers"}
     assert "| f1 |" in out.with_suffix(".md").read_text()
     assert "0 rows of 3 sequences to measure" in kvpolicy(*command).err
     other = kvpolicy(*command[:-1], "aware")
