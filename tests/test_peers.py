@@ -24,24 +24,31 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
     asked, out = [], tmp_path / "peers.csv"
 
     def run(command, **options):
-        asked.append(json.loads(Path(command[2]).read_text()))
-        row = {"tool": "kvpress 0.5.5", "method": "snapkv", "kept": 0.5, "n": 2, "score": 0.0, "ms_a_token": 3.0}
-        row |= {"second_turn": 0.0, "bytes": 4}
+        python, script, task = map(Path, command)
+        assert script.exists()
+        asked.append((python.name, json.loads(task.read_text())))
+        tool = {"kvpress_side": "kvpress 0.5.5", "vllm_side": "vLLM 0.27.1"}[script.stem]
+        row = {"tool": tool, "method": "snapkv", "kept": 0.5, "n": 2, "score": 0.0}
+        row |= {"ms_a_token": 3.0, "second_turn": 0.0, "bytes": 4, "transformers": python.name}
         return type("Done", (), {"stdout": f"a warning\n{json.dumps(row)}\n"})
 
     monkeypatch.setattr(head_to_head.subprocess, "run", run)
     monkeypatch.setattr(head_to_head, "METHODS", (("snapkv", "uniform"), ("snapkv", "adakv"), ("nothing", "uniform")))
     monkeypatch.setattr(head_to_head, "QUANTIZED", ("fp8",))
     command = ["--model", tiny_checkpoint, "--context", 260, "--limit", 2, "--retentions", 0.5, "--new-tokens", 2]
-    command += ["--kvpress", "python-of-kvpress", "--no-timing", "--out", out]
+    command += ["--kvpress", "python-a", "python-b", "--vllm", "python-c", "--no-timing", "--out", out]
     monkeypatch.setattr(sys, "argv", ["head_to_head.py", *map(str, command)])
     head_to_head.main()
     with out.open(newline="") as file:
         rows = {(row["tool"].split()[0], row["method"]): row for row in csv.DictReader(file)}
-    assert asked[0]["retentions"] == [0.5] and len(asked[0]["prompts"]) == 2
+    assert [python for python, _ in asked] == ["python-a", "python-b", "python-c"]
+    assert asked[0][1]["retentions"] == [0.5] and len(asked[0][1]["prompts"]) == 2
+    assert rows["kvpress", "snapkv"]["transformers"] == "python-b" and rows["vLLM", "snapkv"]["bytes"] == "4"
     assert rows["kvpress", "snapkv"]["score"] == "0.0" and "ms_a_token" not in rows["kvpress", "snapkv"]
     dense, ours = rows["transformers", "DynamicCache"], rows["kvpolicy", "snapkv"]
-    assert float(ours["bytes"]) < 0.6 * float(dense["bytes"])
-    assert [row["padded_batch"] for row in (dense, ours, rows["kvpolicy", "snapkv/adakv"])] == ["equal"] * 3
+    assert float(ours["bytes"]) < 0.6 * float(dense["bytes"]) < int(ours["peak_bytes"])
+    padded = (dense, rows["transformers", "sliding layers"], ours, rows["kvpolicy", "snapkv/adakv"])
+    assert [row["padded_batch"] for row in padded] == ["equal"] * 4
+    assert rows["transformers", "DynamicCache, offloaded"]["error"], "offloading needs a GPU"
     assert "nothing" in rows["kvpolicy", "nothing"]["error"]
     assert out.with_suffix(".png").stat().st_size > 10_000

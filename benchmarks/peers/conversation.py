@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class Prompt:
 class Peer:
     """A way to hold the context.
 
-    prefill: token ids [B, n] and a mask -> the cache, and the logits behind each row
-    held:    bytes of a cache, everything it holds
-    using:   entered around a whole conversation
+    prefill:   token ids [B, n] and a mask -> the cache, and the logits behind each row
+    held:      bytes of a cache on the model's device, everything it holds
+    using:     entered around a whole conversation
+    elsewhere: bytes of a cache in other memory
     """
 
     tool: str
@@ -39,38 +43,49 @@ class Peer:
     held: Callable[[Any], int]
     using: Callable[[], AbstractContextManager[Any]]
     cache_name: str = "past_key_values"
+    elsewhere: Callable[[Any], int] = lambda cache: 0
 
 
 @torch.no_grad()
 def measured(peer: Peer, model: Any, tokenizer: Any, prompts: Sequence[Prompt], new_tokens: int) -> dict[str, Any]:
-    """Means over the prompts, each alone; and whether a left-padded batch of the first two gives the same tokens."""
-    first, second, weights, begun, steps = [], [], [], [], []
+    """Means over the prompts, each alone, and medians of times; what the first context takes at its peak; and whether a
+    left-padded batch of the first two gives the same tokens.
+    """
+    first, second, weights, others, begun, steps = [], [], [], [], [], []
     with peer.using():
         for prompt in prompts:
             start = _now(model)
             cache, _ = peer.prefill(torch.tensor([prompt.context], device=model.device), None)
-            begun.append(_now(model) - start)
             weights.append(peer.held(cache))
+            others.append(peer.elsewhere(cache))
             talk = Talk(peer, model, cache, len(prompt.context))
-            start = _now(model)
             said = talk.answer(prompt.question, new_tokens)
-            steps.append((_now(model) - start) / new_tokens)
+            begun.append(talk.times[0] - start)
+            steps += [later - earlier for earlier, later in pairwise(talk.times)]
             first.append(prompt.answer in tokenizer.decode(said))
             second.append(prompt.answer in tokenizer.decode(talk.answer(prompt.question, new_tokens)))
+        context = torch.tensor([prompts[0].context], device=model.device)
+        peak = peak_bytes(model, lambda: peer.prefill(context, None))
         padded = _padded(peer, model, prompts[:2], new_tokens)
-    mean = {"bytes": _mean(weights), "prefill_seconds": _mean(begun), "ms_a_token": 1e3 * _mean(steps)}
-    return {"n": len(prompts), "score": _mean(first), "second_turn": _mean(second), **mean, "padded_batch": padded}
+    row = {"n": len(prompts), "score": _mean(first), "second_turn": _mean(second), "bytes": _mean(weights)}
+    row |= {"bytes_elsewhere": _mean(others), "peak_bytes": peak, "padded_batch": padded}
+    return row | {"first_token_seconds": median(begun), "ms_a_token": 1e3 * median(steps)}
 
 
 class Talk:
-    """Questions and greedy answers behind a context. Positions go on as if nothing had been evicted."""
+    """Questions and greedy answers behind a context. Positions go on as if nothing had been evicted.
+
+    times: when each token of the last answer was there
+    """
 
     def __init__(self, peer: Peer, model: Any, cache: Any, seen: int) -> None:
         self.peer, self.model, self.cache, self.seen = peer, model, cache, seen
         self.unfed: list[int] = []
+        self.times: list[float] = []
 
     def answer(self, question: Sequence[int], count: int) -> list[int]:
         """`count` tokens behind a question, none of which ends it: all peers do the same work."""
+        self.times = []
         said = [self._fed([*self.unfed, *question])]
         while len(said) < count:
             said.append(self._fed(said[-1:]))
@@ -82,7 +97,22 @@ class Talk:
         self.seen += len(ids)
         given = {self.peer.cache_name: self.cache, "position_ids": places}
         logits = self.model(torch.tensor([ids], device=self.model.device), **given, use_cache=True).logits
-        return int(logits[0, -1].argmax())
+        token = int(logits[0, -1].argmax())
+        self.times.append(_now(self.model))
+        return token
+
+
+def peak_bytes(model: Any, work: Callable[[], Any]) -> int:
+    """The most that tensors take during the work, beyond what was there before."""
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def _padded(peer: Peer, model: Any, prompts: Sequence[Prompt], new_tokens: int) -> str:
@@ -95,7 +125,7 @@ def _padded(peer: Peer, model: Any, prompts: Sequence[Prompt], new_tokens: int) 
         together = _greedy(peer, model, ids, mask, new_tokens)
         apart = [_greedy(peer, model, torch.tensor([text], device=model.device), None, new_tokens)[0] for text in texts]
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return message(error)
     return "equal" if together == apart else "differs"
 
 
@@ -137,10 +167,16 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
             yield from tensors_in(item, seen)
 
 
-def stock_bytes(cache: Any) -> int:
-    """Of all tensors that the layers of a cache of transformers hold, shared memory once."""
-    storages = [tensor.untyped_storage() for layer in cache.layers for tensor in tensors_in(vars(layer))]
+def stock_bytes(cache: Any, device: torch.device, elsewhere: bool = False) -> int:
+    """Of all tensors that the layers of a cache of transformers hold on a device, or elsewhere; shared memory once."""
+    tensors = [tensor for layer in cache.layers for tensor in tensors_in(vars(layer))]
+    storages = [tensor.untyped_storage() for tensor in tensors if (tensor.device != device) is elsewhere]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def message(error: Exception) -> str:
+    """A failure in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -148,6 +184,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    """Seconds; on a CPU those of this process alone, all threads together, whatever else the machine does."""
+    if model.device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from conversation import Peer, Prompt, measured, positions, stock_bytes
+from conversation import Peer, Prompt, measured, message, positions, stock_bytes
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -36,8 +37,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(task["weights"], dtype=dtype).to(task["device"]).eval()
     tokenizer = Tokenizer.from_file(f"{task['weights']}/tokenizer.json")
     prompts = [Prompt(**prompt) for prompt in task["prompts"]]
-    about = {name: version(name) for name in ("torch", "transformers")}
-    for name, make in presses().items():
+    tool, about = "kvpress " + version("kvpress"), {name: version(name) for name in ("torch", "transformers")}
+    try:
+        makers = presses()
+    except Exception as error:  # as under a transformers that it was not made for
+        print(json.dumps({"tool": tool, "method": "all presses", "kept": 1.0, "error": message(error), **about}))
+        return
+    for name, make in makers.items():
         for kept in task["retentions"]:
             press = make(1 - kept)
 
@@ -45,14 +51,14 @@ def main() -> None:
                 cache = DynamicCache(config=model.config)
                 given = {} if mask is None else positions(mask)
                 with press(model):
-                    return cache, model(ids, past_key_values=cache, **given).logits
+                    return cache, model(ids, past_key_values=cache, logits_to_keep=1, **given).logits
 
-            peer = Peer("kvpress " + version("kvpress"), name, kept, prefill, stock_bytes, nullcontext)
+            peer = Peer(tool, name, kept, prefill, partial(stock_bytes, device=model.device), nullcontext)
             try:
                 row = measured(peer, model, tokenizer, prompts, task["new_tokens"])
             except Exception as error:
-                row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-            print(json.dumps({"tool": peer.tool, "method": name, "kept": kept, **row, **about}), flush=True)
+                row = {"error": message(error)}
+            print(json.dumps({"tool": tool, "method": name, "kept": kept, **row, **about}), flush=True)
 
 
 if __name__ == "__main__":

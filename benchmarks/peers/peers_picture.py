@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = {"kvpolicy": "#1b6ca8", "kvpress": "#c44e52", "transformers": "0.55"}
+COLOURS = {"kvpolicy": "#1b6ca8", "kvpress": "#c44e52", "transformers": "0.55", "vLLM": "#e08e45"}
 TURNS = {"score": ("first question", 0.4), "second_turn": ("asked again", 0.0)}
 
 
@@ -24,7 +24,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         1, 2, figsize=(10, 0.34 * len(rows) + 1.4), layout="constrained", sharey=True, width_ratios=(1, 1)
     )
     colours = [COLOURS[str(row["tool"]).split()[0]] for row in rows]
-    names = [f"{row['tool']}, {row['method']}, {float(row['kept']):.0%}" for row in rows]
+    names = [name(row, rows) for row in rows]
     parts = [100 * float(row["bytes"]) / dense for row in rows]
     left.barh(range(len(rows)), parts, color=colours)
     for place, part in enumerate(parts):
@@ -43,6 +43,13 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.suptitle(f"{about['model']}, {about['dtype']} on {about['device']}, {about['context']} tokens", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tool, method and what is kept; and the transformers of a row that another stands beside under another one."""
+    same = [other for other in rows if all(other[part] == row[part] for part in ("tool", "method", "kept"))]
+    under = f" (transformers {row['transformers']})" if len(same) > 1 else ""
+    return f"{row['tool']}, {row['method']}, {float(row['kept']):.0%}{under}"
 
 
 def titled(axis: Axes, title: str) -> None:
