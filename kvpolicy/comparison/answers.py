@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,17 +129,19 @@ class AnswerTask(Task):
         """The records of a batch."""
         samples = [self.samples[row] for row in batch]
         lengths = [self.prompts[row].shape[1] for row in batch]
-        own = [tables(length) for length in lengths]
+        own, begun = [tables(length) for length in lengths], time.monotonic()
         with ready(self.model, method):
             cache, logits = self._compressed(index, method, tables if len(set(lengths)) > 1 else own[0])
             limits = [table.clamp(max=length) for table, length in zip(own, lengths, strict=True)]
             memory = weighed_rows(cache, limits, self.spec, self.dtype)
             answers = self._answers(cache, logits, samples, lengths)
+        seconds = round((time.monotonic() - begun) / len(batch), 3)
         records: list[dict[str, Any] | None] = []
         for row, sample, table, said, weight in zip(batch, samples, own, answers, memory, strict=True):
             pairs = zip(said, sample.turns, strict=True)
             scores = [plugin_call.answer_score(self.role, answer, turn) for answer, turn in pairs]
             values = {"answers": said, "scores": scores, "about": dict(sample.about), "tokens": sample.length}
+            values["seconds"] = seconds
             values |= {"bytes": weight.bytes, "dense_bytes": weight.dense_bytes, "entries": weight.entries}
             records.append(self.records.find(method, table, row) or self.records.add(method, table, row, values))
         return records

@@ -149,7 +149,7 @@ def test_records_are_gone_on_with(tmp_path, monkeypatch):
     first = task_of(samples, records=path, facts={"seed": 5}).measure(method(), tables)
     lines = path.read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0, 1]
-    assert {"answers", "scores", "bytes", "about", "method", "tokens"} <= json.loads(lines[0]).keys()
+    assert {"answers", "scores", "bytes", "about", "method", "tokens", "seconds"} <= json.loads(lines[0]).keys()
     assert {"task": "file", "question": "aware", "n": 2, "seed": 5}.items() <= json.loads(lines[0]).items()
     path.write_text(lines[0] + "\n" + lines[1][:30])  # a run that was cut short
     again, run = task_of(samples, records=path), []
