@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
 _BACKENDS = get_args(Backend)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch: triton 3.9 warns where nobody says whether to fuse multiply-adds, and 3.10 will not fuse."""
@@ -44,6 +48,36 @@ def uses_triton(op: str, backend: Backend, tensor: Tensor, unsupported: str | No
 @functools.cache  # looking for a package that is not loaded takes longer than many an op
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def on_its_device(launches: Callable[P, R]) -> Callable[P, R]:
+    """`launches`, with the device of its first tensor as the current one.
+
+    Triton launches on the current device, wherever the pointers lead: the layers of a model may lie on several.
+    """
+
+    @functools.wraps(launches)
+    def placed(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not _several_devices():
+            return launches(*args, **kwargs)
+        with torch.cuda.device_of(next(_tensors(args))):  # type: ignore[no-untyped-call]  # of torch
+            return launches(*args, **kwargs)
+
+    return placed
+
+
+@functools.cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments, and in sequences among them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (tuple, list)):
+            yield from _tensors(argument)
 
 
 def interpreted() -> bool:

@@ -33,7 +33,7 @@ def record_on_cpu(monkeypatch):
         cache_of[:] = [cache]
         return run(self, cache, *args)
 
-    def record(work):
+    def record(work, device):
         recorded.append(Recorded(cache_of[0], work))
         return recorded[-1], recorded[-1].out
 

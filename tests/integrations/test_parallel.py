@@ -211,17 +211,22 @@ def test_a_mask_comes_to_the_device_of_the_layer():
     assert mask.dense().device.type == mask.newest(2).device.type == "cpu"
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("first", ["cpu", pytest.param("cuda:1", marks=TWO_GPUS)])
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Window"])
-def test_two_devices_generate_what_one_does(name, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*the layers lie on several devices")
+def test_two_devices_generate_what_one_does(name, first, tmp_path):
     ids, mask = tiny_ids(PROMPT, batch=2), torch.ones(2, PROMPT, dtype=torch.int64)
     mask[1, :7] = 0
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     alone, spread = tiny_model(name), tiny_model(name)
     alone.generation_config.eos_token_id = spread.generation_config.eos_token_id = None
     half = {f"model.layers.{i}": "cuda:0" for i in range(len(spread.model.layers) // 2, len(spread.model.layers))}
-    spread = dispatch_model(spread, all_on(spread, "cpu") | half, main_device="cpu", offload_buffers=False)
+    spread = dispatch_model(spread, all_on(spread, first) | half, main_device=first, offload_buffers=False)
     caches = [kvpolicy.new_cache(model, retention=0.3, min_tokens=8) for model in (alone, spread)]
     for turn in (ids, tiny_ids(9, batch=2)):
         seen = mask if turn is ids else None
@@ -234,3 +239,19 @@ def test_two_devices_generate_what_one_does(name, tmp_path):
     caches[1].save(tmp_path / "cache.safetensors")
     loaded = kvpolicy.load_cache(spread, tmp_path / "cache.safetensors")
     assert [h.arena.device for h in loaded.store.layers] == [h.arena.device for h in caches[1].store.layers]
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_a_gpu_that_is_not_the_current_one_replays_steps(policy):
+    """As with `--device cuda:1`. Tokens are those of the CPU."""
+    tokens = []
+    for device in ("cpu", "cuda:1"):
+        model = tiny_model("Llama").to(device)
+        cache = kvpolicy.new_cache(model, retention=0.3, min_tokens=8, policy=policy)
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        tokens.append(kvpolicy.generate(model, cache, tiny_ids(PROMPT).to(device), **options).cpu())
+    assert cache.replays.mode == "graph"
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(*tokens)

@@ -236,7 +236,7 @@ def test_a_recording_that_fails_changes_nothing(model, recorded, monkeypatch):
     ids = text(120)
     caches = [cache_over(model) for _ in range(2)]
 
-    def record(work):
+    def record(work, device):
         work()
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -249,7 +249,7 @@ def test_a_recording_that_fails_changes_nothing(model, recorded, monkeypatch):
         for index, part in enumerate(ids.split([50, *[1] * 70], 1)):
             keys = [x.arena.keys.clone() for x in caches[1].store.layers] if index == 2 else []
             if keys:  # the fake's work is done on the device too, which a capture would not do: over copies
-                monkeypatch.setattr(replays, "record", lambda work: _failing(work, caches[1]))
+                monkeypatch.setattr(replays, "record", lambda work, device: _failing(work, caches[1]))
             found.append(model(part, **over(caches[1])).logits)
     torch.testing.assert_close(torch.cat(found, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
     assert caches[1].replays.mode == "eager"
@@ -316,7 +316,7 @@ def test_a_cache_that_was_recorded_is_free_once_it_is_dropped(model, monkeypatch
 
     if DEVICE == "cpu":
         monkeypatch.setattr(replays, "unrecordable", lambda device: None)
-        monkeypatch.setattr(replays, "record", lambda work: (Nothing(), work()))
+        monkeypatch.setattr(replays, "record", lambda work, device: (Nothing(), work()))
     cache, ids = cache_over(model), text(54)
     with torch.no_grad():
         for part in ids.split([50, 1, 1, 1, 1], 1):

@@ -1,4 +1,7 @@
+import ast
 import os
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from kvpolicy_kernels import backend as module
 from kvpolicy_kernels.backend import uses_triton
 
 HERE = torch.zeros(1)
+KERNELS = sorted(Path(module.__file__).parent.rglob("kernel.py"))
 
 
 def test_auto_is_torch_on_a_cpu():
@@ -53,3 +57,22 @@ def test_auto_is_triton_on_a_gpu():
     assert uses_triton("op", "auto", cuda)
     assert not uses_triton("op", "auto", cuda, "entry masks")
     assert not uses_triton("op", "torch", cuda)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Of the first one, which may stand in a sequence or behind what is left out."""
+    places = []
+    monkeypatch.setattr(module, "_several_devices", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: places.append(tensor) or nullcontext())
+    launch = module.on_its_device(lambda *_, power=1: power)
+    first, second = torch.zeros(1), torch.zeros(1)
+    for arguments in ((first, second), (None, first, second), ([first], second), ((1, (first,)), second)):
+        assert launch(*arguments, power=3) == 3
+        assert places.pop() is first
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=[".".join(path.parts[-3:-1]) for path in KERNELS])
+def test_no_function_of_a_kernel_is_called_without_its_device(kernel):
+    functions = [node for node in ast.parse(kernel.read_text()).body if isinstance(node, ast.FunctionDef)]
+    called = [node for node in functions if node.name.startswith("triton_")]
+    assert all(ast.unparse(node.decorator_list[-1]) == "on_its_device" for node in called)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 
 
 @triton.jit
@@ -61,6 +61,7 @@ def _arguments(arenas: Sequence[Tensor], entries: Sequence[Tensor], num_segments
     }
 
 
+@on_its_device
 def triton_append(arenas: Sequence[Tensor], rows: Tensor, entries: Sequence[Tensor]) -> None:
     """Shapes as in `append`."""
     _append_kernel[(len(rows),)](rows.contiguous(), **_arguments(arenas, entries, len(rows)))

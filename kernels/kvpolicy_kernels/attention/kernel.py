@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import WorkPlan, default_programs, unit_of
-from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
+from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, on_its_device
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
@@ -66,6 +66,7 @@ def _plan_kernel(
         tl.store(quantum_ptr + i_l, quantum)
 
 
+@on_its_device
 def triton_plan(lengths: Tensor, num_programs: int, unit: int) -> WorkPlan:
     """Arguments as in `plan_work`. unit: entries."""
     lengths = lengths.contiguous()
@@ -328,6 +329,7 @@ def launch_config(dtype: torch.dtype, dim: int, rows: int, plain: bool) -> dict[
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
+@on_its_device
 def triton_attention(
     query: Tensor,
     segments: Segments | BlockSegments,

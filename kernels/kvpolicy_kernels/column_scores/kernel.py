@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
@@ -256,6 +256,7 @@ def launch_config(dtype: torch.dtype, dim: int, num_rows: int) -> tuple[dict[str
     )
 
 
+@on_its_device
 def triton_column_scores(
     query: Tensor,
     segments: Segments,

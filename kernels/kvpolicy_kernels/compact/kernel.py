@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 
 
 @triton.jit(do_not_specialize=["num_rows", "length"])
@@ -113,6 +113,7 @@ def in_place_config(dims: Sequence[int], itemsizes: Sequence[int]) -> dict[str, 
     return {"BLOCKS_D": blocks, "BLOCK_N": 1024, "NUM_SLICES": slices, "num_warps": 8, "num_stages": 1}
 
 
+@on_its_device
 def triton_compact(out: Tensor, out_rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
     """Shapes as in `compact`."""
     is_chunk = source.dim() != out.dim()
@@ -129,6 +130,7 @@ def triton_compact(out: Tensor, out_rows: Tensor, source: Tensor, source_rows: T
     )  # fmt: skip
 
 
+@on_its_device
 def triton_compact_in_place(arenas: Sequence[Tensor], starts: Tensor, columns: Tensor, counts: Tensor) -> None:
     """Shapes as in `compact_in_place`."""
     arenas = tuple(arena if arena.dim() == 2 else arena[:, None] for arena in arenas)

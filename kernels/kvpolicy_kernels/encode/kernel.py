@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.formats import Encoded, EntryFormat, block_of, signed_hadamard
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
@@ -109,6 +109,7 @@ def launch_config(count: int) -> dict[str, int]:
     return {"BLOCK_R": 16, "num_warps": 4 if count > 16 else 2}
 
 
+@on_its_device
 def triton_encode(rows: Sequence[Tensor], entry_format: EntryFormat) -> list[Encoded]:
     """Shapes as in `encode`."""
     flat = [tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in rows]

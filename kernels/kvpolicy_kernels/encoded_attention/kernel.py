@@ -22,7 +22,7 @@ from torch import Tensor
 from kvpolicy_kernels.attention.kernel import triton_plan
 from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import WorkPlan, unit_of
-from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, interpreted
+from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, interpreted, on_its_device
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.encoded_attention.finish.kernel import finish
 from kvpolicy_kernels.encoded_attention.numbers.kernel import (
@@ -277,6 +277,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int) -> dict[
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": 3, "num_warps": 1}
 
 
+@on_its_device
 def triton_encoded_attention(
     query: Tensor,
     segments: EncodedSegments,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.evict.reference import NO_KEY as _NO_KEY
 from kvpolicy_kernels.evict.reference import PINNED as _PINNED
 from kvpolicy_kernels.evict.reference import PLAIN as _PLAIN
@@ -113,6 +113,7 @@ def merge_config(num_parts: int) -> dict[str, int]:
     return {"BLOCK_P": block_p, "num_warps": max(1, min(4, block_p // 128))}
 
 
+@on_its_device
 def triton_evict(
     scores: Tensor | None,
     positions: Tensor,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
-from kvpolicy_kernels.backend import LAUNCH
+from kvpolicy_kernels.backend import LAUNCH, on_its_device
 
 BLOCK = 1024
 
@@ -24,6 +24,7 @@ def _rescore_kernel(scores_ptr, new_ptr, positions_ptr, fault_ptr, num_rows, BLO
         tl.store(fault_ptr, 1)
 
 
+@on_its_device
 def triton_rescore(scores: Tensor, new: Tensor, positions: Tensor, fault: Tensor) -> None:
     """Shapes as in `rescore`."""
     if num_rows := len(scores):

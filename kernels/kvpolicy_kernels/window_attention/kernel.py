@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH, at_least_hopper
+from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.softcap.kernel import capped
 
@@ -153,6 +153,7 @@ def launch_config(dtype: torch.dtype, dim: int, hopper: bool) -> dict[str, int]:
     return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": 4, "num_stages": 2}
 
 
+@on_its_device
 def triton_window_attention(
     query: Tensor,
     key: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import default_programs
-from kvpolicy_kernels.backend import LAUNCH, multiplies_from_shared_memory
+from kvpolicy_kernels.backend import LAUNCH, multiplies_from_shared_memory, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
@@ -234,6 +234,7 @@ def parts_of(programs: int, entries: int, wanted: int) -> int:
     return max(1, min(wanted // programs, entries // SHORTEST_PART, MOST_PARTS))
 
 
+@on_its_device
 def triton_chunk_attention(
     query: Tensor,
     segments: Segments,

@@ -21,15 +21,17 @@ def unrecordable(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"the model is on {device}, CUDA graphs need a CUDA device"
 
 
-def record(work: Callable[[], Any]) -> tuple[Recording, Any]:
+def record(work: Callable[[], Any], device: torch.device) -> tuple[Recording, Any]:
     """A CUDA graph of `work`, and what it returned; the device has done nothing of it yet.
+
+    device: where all of it happens, be it the current one or not
 
     Its kernels must have run before. Raises whatever it raises, and `RuntimeError` for what a graph cannot hold.
     """
     # `torch.cuda.graph` would collect garbage and give memory back first, which takes longer than the recording
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of torch
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), _no_garbage_collected():
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream), _no_garbage_collected():  # the stream's device is the current one, too
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
         try:
             out = work()
@@ -37,7 +39,7 @@ def record(work: Callable[[], Any]) -> tuple[Recording, Any]:
             _give_up(graph)
             raise
         graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph, out
 
 

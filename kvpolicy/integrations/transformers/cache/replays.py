@@ -191,7 +191,8 @@ class Replays:
         del before
         restore = cache.bookmark()
         try:
-            recording, out = record(lambda: cache.run_step(token.run, token.counts, on_device=False))
+            step = functools.partial(cache.run_step, token.run, token.counts, on_device=False)
+            recording, out = record(step, token.counts.columns.device)
         except BaseException as error:
             restore()
             if not isinstance(error, Exception):
