@@ -150,8 +150,8 @@ def check_sharing(own: PlanModel, theirs: PlanModel) -> None:
     layers = sorted(layer for layer, _ in own.shared_layers)
     if layers and theirs.budgeted_layers == tuple(sorted((*own.budgeted_layers, *layers))):
         raise PlanError(
-            f"the plan has layers {layers} keep no entries (shared_layers), which is not done here: new_cache, "
-            "'kvpolicy generate' and 'kvpolicy bench' do it"
+            f"the plan has layers {layers} keep no entries (shared_layers), which is not done here: new_cache, and "
+            "'kvpolicy generate', 'bench', 'eval' and 'compare' do it"
         )
 
 

@@ -165,9 +165,8 @@ class AnswerTask(Task):
             own = [self.prompts[row][0] for row in batch]
             batches.append(torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left"))
             padding.append(torch.tensor([batches[-1].shape[1] - len(ids) for ids in own]))
-        return Prompts(
-            self.model, batches, method.policy, self.tokenizer, padding, self.kept_bytes, method.entry_format
-        )
+        options = self.kept_bytes, method.entry_format, method.shared_layers
+        return Prompts(self.model, batches, method.policy, self.tokenizer, padding, *options)
 
     def _answers(self, cache: Any, logits: Tensor, samples: list[Sample], lengths: list[int]) -> list[list[str]]:
         """One for each turn of each sample; each stays in the conversation."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kvpolicy.budget.entry_format import Format
 from kvpolicy.comparison.methods import Method, check_decodes
 from kvpolicy.comparison.task import Measured, Tables, Task
 from kvpolicy.integrations.transformers import TransformersProbe
@@ -40,14 +39,11 @@ class DecodingTask(Task):
     def measure(self, method: Method, tables: Tables) -> Measured:
         """Raises `PluginError` for a method that keeps others than the most recent entries."""
         check_decodes(method)
-        probe, table = self._probe(method.policy.num_sink_tokens, method.entry_format), tables(self.context)
+        own = {"entry_format": method.entry_format, "shared_layers": method.shared_layers}
+        probe, table = self._probe(method.policy.num_sink_tokens, **own), tables(self.context)
         return Measured(probe.loss(table), measured_bytes(probe, table))
 
-    def _probe(self, num_sink_tokens: int, entry_format: Format = None) -> TransformersProbe:
-        return TransformersProbe(
-            self.model,
-            self.sequences,
-            num_sink_tokens=num_sink_tokens,
-            batch_size=self.batch_size,
-            entry_format=entry_format,
-        )
+    def _probe(self, num_sink_tokens: int, **own: Any) -> TransformersProbe:
+        """own: the method's"""
+        options: dict[str, Any] = {"num_sink_tokens": num_sink_tokens, "batch_size": self.batch_size, **own}
+        return TransformersProbe(self.model, self.sequences, **options)

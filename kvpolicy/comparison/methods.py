@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Method:
     quantized: of `QUANTIZED`, where nothing is evicted and all of it is held in fewer bits; the policy has no say
     entry_format: of the entries; None for the model's dtype
     has_format: whether it was named; else a plan's levels have their own, and `at` says which
+    shared_layers: layers that keep no entries, as for `new_cache`: a plan's. Tables are those of the others
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     quantized: str | None = None
     entry_format: Format = None
     has_format: bool = False
+    shared_layers: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def is_full(self) -> bool:
@@ -134,7 +136,7 @@ class Method:
             allocator = {"name": self.allocator_name, "params": plugin_call.params_of(self.allocator)}
         if self.plan is not None:
             plan = self.plan.sha256
-        identity = {
+        identity: dict[str, Any] = {
             "policy": {"name": self.policy_name, "params": plugin_call.params_of(self.policy)},
             "allocator": allocator,
             "plan_sha256": plan,
@@ -143,6 +145,8 @@ class Method:
         }
         if self.entry_format is not None:
             identity["entry_format"] = asdict(self.entry_format)
+        if self.shared_layers:
+            identity["shared_layers"] = sorted(self.shared_layers.items())
         document: dict[str, Any] = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists there
         return document
 
@@ -167,8 +171,9 @@ class Method:
         """
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
+        own = spec.sharing(self.shared_layers)
         if self.entry_format is None:
-            table = self._exact_table(spec, context, retention)
+            table = self._exact_table(own, context, self._kept(own.num_budgeted_layers, retention))
             total = round(int(table.sum()) * self._window_bytes_part(spec, dtype))
             table = capacities(table, total, context, self.policy.least_capacity)
         else:
@@ -177,15 +182,29 @@ class Method:
                 kept = even_retention(budget)
             else:
                 kept = plan_retention(self.plan, context, lambda _: budget, lambda _: self.entry_format)
-            table = apportion(self._exact_table(spec, context, kept), budget)
+            table = apportion(self._exact_table(own, context, kept), budget)
         return _shuffled(table, seed) if self.shuffled else table
 
+    def reaches(self, retention: float) -> bool:
+        """Whether a plan says anything of this retention, as far as is known before a model is loaded."""
+        if self.plan is None or self.has_formats:  # in which fewer bytes are more entries
+            return True
+        return self.plan.level_at(self._kept(self.plan.model.table_shape[0], retention)) is not None
+
     def kept_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
-        """The capacities at exactly this retention, int64 `[L, H]`, with what stays exact in each of them."""
+        """The capacities at exactly this retention, int64 `[L, H]`, with what stays exact in each of them. It is one of
+        the layers that keep entries.
+        """
         if self.evicts_nothing:
             return torch.full(spec.table_shape, context)
-        table, least = self._exact_table(spec, context, retention), least_entries(self.policy, self.entry_format)
+        table = self._exact_table(spec.sharing(self.shared_layers), context, retention)
+        least = least_entries(self.policy, self.entry_format)
         return capacities(table, int(table.sum()), context, least)
+
+    def _kept(self, layers: int, retention: float) -> float:
+        """The retention of so many layers that keep entries, at one of the whole model."""
+        part = layers / (layers + len(self.shared_layers))
+        return min(1.0, round(retention / part, 9)) if self.shared_layers else retention
 
     def _exact_table(self, spec: ModelSpec, context: int, retention: float) -> Tensor:
         """The capacities at exactly this retention, int64 `[L, H]`."""
@@ -203,6 +222,7 @@ class Method:
         """
         scored = holds_scores(self.policy, self.runtime_allocator)
         allowed = spec.total_entries(retention, context) * entry_nbytes(spec, dtype, scored=False)
+        spec = spec.sharing(self.shared_layers)
         allowed -= block_nbytes(spec, dtype.itemsize, self.policy, self.entry_format)
         cost = entry_costs(spec, dtype, scored=scored, entry_format=self.entry_format)
         floor = min(least_entries(self.policy, self.entry_format), context)
@@ -249,8 +269,8 @@ def check_asked(methods: Sequence[Method], retentions: Sequence[float], prefill:
                 f"{method.name}: the allocator needs importance that was measured on a model: run 'kvpolicy tune' with "
                 "it and give the plan"
             )
-        below = [r for r in retentions if method.plan is not None and method.plan.level_at(r) is None]
-        if method.plan is not None and below and not method.has_formats:  # in which fewer bytes are more entries
+        below = [r for r in retentions if not method.reaches(r)]
+        if method.plan is not None and below:
             known = ", ".join(f"{retention:g}" for retention in method.plan.retentions)
             raise PlanError(f"{method.name} has the levels {known} and nothing below: leave out retention={below[0]:g}")
         if prefill == 0:
@@ -308,8 +328,10 @@ def _of_plan(name: str, path: str, policy: str | None = None) -> Method:
     """A plan's budgets, under its own policy if no other is named."""
     plan = load_plan(path)
     if policy is None:
-        return Method(name, plan.method.policy.name, policy_of(plan), plan=plan)
-    return Method(name, parse_named(policy)[0], registry.create("policy", *parse_named(policy)), plan=plan)
+        named, evicts = plan.method.policy.name, policy_of(plan)
+    else:
+        named, evicts = parse_named(policy)[0], registry.create("policy", *parse_named(policy))
+    return Method(name, named, evicts, plan=plan, shared_layers=plan.shared_layers)
 
 
 def _quantized(name: str, kind: str) -> Method:

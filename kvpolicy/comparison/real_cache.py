@@ -46,7 +46,8 @@ def filled_cache(model: Any, method: Method, table: Tensor, ids: Tensor, tokeniz
     if method.quantized:
         cache = quantized_cache(model, method.quantized)
     else:
-        cache = prompt_cache(model, method.policy, table, method.runtime_allocator, method.entry_format)
+        options = method.runtime_allocator, method.entry_format, method.shared_layers
+        cache = prompt_cache(model, method.policy, table, *options)
     ids = ids.to(model.device)
     logits = model(ids, **with_cache(model, cache), use_cache=True, **keep_logits(model)).logits[:, -1:]
     if isinstance(cache, RaggedCache):
@@ -57,7 +58,7 @@ def filled_cache(model: Any, method: Method, table: Tensor, ids: Tensor, tokeniz
 
 
 def weighed(cache: Any, table: Tensor, spec: ModelSpec, dtype: torch.dtype) -> CacheBytes:
-    """The mean row's bytes of a filled cache. dtype: of keys and values that are not quantized.
+    """The mean row's bytes of a filled cache. spec: the whole model's;  dtype: of entries that are not quantized.
 
     Raises `BudgetError` if a row does not hold as much as the table says.
     """
@@ -75,7 +76,8 @@ def weighed_rows(cache: Any, tables: Sequence[Tensor], spec: ModelSpec, dtype: t
     if lengths != entries:
         says = f"the table says {entries[0]}" if len(set(entries)) == 1 else f"their tables say {entries}"
         raise BudgetError(f"the cache holds {lengths} entries in its rows, {says}")
-    return [CacheBytes(store.nbytes // rows, store.dense_nbytes // rows, count) for count in entries]
+    dense = store.dense_nbytes // rows // store.spec.num_budgeted_layers * spec.num_budgeted_layers
+    return [CacheBytes(store.nbytes // rows, dense, count) for count in entries]
 
 
 def decode_ms(model: Any, method: Method, table: Tensor, prompt: Tensor, tokenizer: Any = None) -> float:

@@ -155,6 +155,7 @@ class PerplexityTask(Task):
                 allocator=allocator,
                 tokenizer=self.tokenizer,
                 entry_format=method.entry_format,
+                shared_layers=method.shared_layers,
             )
         assert self._probe is not None
         return self._probe
@@ -162,7 +163,8 @@ class PerplexityTask(Task):
 
 def differs(last: PromptProbe | Prompts, method: Method) -> bool:
     """Whether prompts that have been run are of no use for a method."""
-    return last.policy != method.policy or last.entry_format != method.entry_format
+    names = "policy", "entry_format", "shared_layers"
+    return any(getattr(last, name) != getattr(method, name) for name in names)
 
 
 class RetrievalTask(Task):
@@ -226,5 +228,6 @@ class RetrievalTask(Task):
                 method.policy,
                 self.tokenizer,
                 entry_format=method.entry_format,
+                shared_layers=method.shared_layers,
             )
         return self._prompts

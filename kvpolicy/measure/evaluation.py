@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ def probe_for(
     prefill_length: int | None = None,
     batch_size: int = 1,
     entry_format: Format = None,
+    shared_layers: Mapping[int, int] | None = None,
 ) -> SequenceProbe:
     """The probe whose loss fits a policy: that of decoding from the first token on for a window rule, else the one
     behind a compressed prompt. Arguments as for the probes.
@@ -44,6 +45,7 @@ def probe_for(
     prefill_length: None means 0 for a window rule, else half of a sequence
     """
     options: dict[str, Any] = {"tokenize": tokenize, "batch_size": batch_size, "entry_format": entry_format}
+    options |= {"shared_layers": shared_layers}
     if not policy.window_rule:
         options |= {"policy": policy, "prefill_length": prefill_length, "tokenizer": tokenizer}
         return PromptProbe(model, sequences, prompts, **options)
@@ -69,4 +71,6 @@ def measured_bytes(probe: SequenceProbe, capacities: Tensor) -> CacheBytes:
     is_exact = probe.allocator is not None or torch.equal(lengths, limits)
     if int(lengths.sum()) != int(limits.sum()) or not is_exact:
         raise BudgetError(f"the cache holds {int(lengths.sum())} entries, the table says {int(limits.sum())}")
-    return CacheBytes(bytes=store.nbytes, dense_bytes=store.dense_nbytes, entries=int(lengths.sum()))
+    all_layers = probe.spec.num_budgeted_layers + len(probe.shared_layers)
+    dense = store.dense_nbytes // probe.spec.num_budgeted_layers * all_layers
+    return CacheBytes(bytes=store.nbytes, dense_bytes=dense, entries=int(lengths.sum()))

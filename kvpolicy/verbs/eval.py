@@ -149,11 +149,12 @@ def eval(
     options: dict[str, Any] = {"prefill_length": prefill, "batch_size": batch_size, "tokenizer": tokenizer}
 
     @cache
-    def probe_under(entry_format: Format) -> SequenceProbe:
-        return probe_for(evicts, network, sequences, entry_format=entry_format, **options)
+    def probe_under(entry_format: Format, shared: _Layers) -> SequenceProbe:
+        own = options | {"entry_format": entry_format, "shared_layers": dict(shared)}
+        return probe_for(evicts, network, sequences, **own)
 
     pairs = _pairs(name, loaded, retentions, format)
-    probe = probe_under(pairs[-1][2])  # refuses here what it would refuse behind others
+    probe = probe_under(pairs[-1][2], _shared(loaded, name))  # refuses here what it would refuse behind others
     if loaded is not None:
         loaded.check_model(probe.spec)
     facts = {"policy": evicting, "protocol": probe.protocol, "dtype": number}
@@ -163,6 +164,9 @@ def eval(
 
 _Pair = tuple[str, float, Format]
 """Who splits the budget ("full", "uniform", or the plan's name), what is kept, and the format of the entries."""
+
+_Layers = tuple[tuple[int, int], ...]
+"""Layers that share, as `PlanModel.shared_layers`."""
 
 
 def _pairs(name: str, plan: BudgetPlan | None, retentions: list[float], format: str | Format) -> list[_Pair]:
@@ -241,20 +245,28 @@ class _Measured:
 
 
 def _measured(
-    probe_under: Callable[[Format], SequenceProbe], plan: BudgetPlan | None, pairs: list[_Pair], progress: Progress
+    probe_under: Callable[[Format, _Layers], SequenceProbe],
+    plan: BudgetPlan | None,
+    pairs: list[_Pair],
+    progress: Progress,
 ) -> Iterator[_Measured]:
     from kvpolicy.measure.evaluation import measured_bytes, perplexity
 
     progress.begin("evaluate", len(pairs))
     try:
         for plan_name, kept, entry_format in pairs:
-            probe = probe_under(entry_format)
+            probe = probe_under(entry_format, _shared(plan, plan_name))
             table = _table(plan_name, plan, probe, kept)
             losses = probe.loss(table)
             progress.advance(f"{plan_name}, {kept:.4g} kept: perplexity {perplexity(losses):.3f}")
             yield _Measured(probe, plan_name, kept, losses, measured_bytes(probe, table))
     finally:
         progress.end()
+
+
+def _shared(plan: BudgetPlan | None, name: str) -> _Layers:
+    """Which layers share, those of the plan beside uniform budgets too; none in the full cache."""
+    return () if plan is None or name == "full" else plan.model.shared_layers
 
 
 def _own_context(plan: BudgetPlan | None) -> int:

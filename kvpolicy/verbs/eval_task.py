@@ -42,7 +42,8 @@ def answer_rows(
     progress.begin("evaluate", len(pairs) * task.steps)
     try:
         for name, kept, entry_format in pairs:
-            method, begun = replace(_method(name, plan, policy), entry_format=entry_format), time.monotonic()
+            shared, begun = {} if plan is None or name == FULL else plan.shared_layers, time.monotonic()
+            method = replace(_method(name, plan, policy), entry_format=entry_format, shared_layers=shared)
             measured = task.measure(method, partial(_table, task, method, kept, seed))
             spent = {"seconds": round(time.monotonic() - begun, 2)}
             rows.append(_row(task, method, kept, measured, seed) | spent | facts)
@@ -63,6 +64,8 @@ def _method(name: str, plan: BudgetPlan | None, policy: tuple[str, EvictionPolic
 def _table(task: AnswerTask, method: Method, retention: float, seed: int, context: int) -> Tensor:
     if method.entry_format is not None:
         return method.kept_table(task.spec, context, retention)  # a retention is of entries here, not of bytes
+    if method.shared_layers:  # it is one of the layers that keep entries, and there one of all
+        retention *= 1 - len(method.shared_layers) / task.spec.num_budgeted_layers
     return method.table(task.spec, context, retention, seed, task.dtype)
 
 

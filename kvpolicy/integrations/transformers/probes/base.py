@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.budget.entry_format import (
@@ -25,6 +25,7 @@ from kvpolicy.budget.entry_format import (
 )
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
+from kvpolicy.integrations.transformers.attention.attention_call import Handler
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver
@@ -37,6 +38,7 @@ from kvpolicy.integrations.transformers.attention.soft_attention import (
 )
 from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
+from kvpolicy.integrations.transformers.probes.exchanged_entries import exchanging
 from kvpolicy.integrations.transformers.probes.teacher import Teacher, divergence
 from kvpolicy.integrations.transformers.probes.watched import WatchedAttention
 from kvpolicy.model.spec import ModelSpec
@@ -56,7 +58,7 @@ class SequenceProbe(ModelProbe):
     sequences:       int64 [N, T], what `loss` scores, from position `first_scored` on
     num_sink_tokens: first tokens that are never evicted
     prefill_length:  tokens at the start that attend densely
-    model, prompts, tokenize, batch_size, progress, entry_format: as for `TransformersProbe`
+    model, prompts, tokenize, batch_size, progress, entry_format, shared_layers: as for `TransformersProbe`
 
     protocol:  "window" where every token is decoded under the budget, "prompt" where a prompt is compressed once
     allocator: splits a table's total at run time; None where a table is kept as it is
@@ -77,6 +79,7 @@ class SequenceProbe(ModelProbe):
         batch_size: int = 1,
         progress: Progress | None = None,
         entry_format: Format = None,
+        shared_layers: Mapping[int, int] | None = None,
     ) -> None:
         for ids in (sequences, *(prompt[None] if prompt.ndim == 1 else prompt for prompt in prompts)):
             check_token_ids(model, ids, "sequences and prompts")
@@ -89,7 +92,8 @@ class SequenceProbe(ModelProbe):
         self.batch_size, self.entry_format = batch_size, entry_format
         self._progress = progress or Progress()
         self._teacher = Teacher(self.scored_logits, sequences)
-        self._spec = ModelSpec.from_config(model.config)
+        self.shared_layers = dict(shared_layers or {})
+        self._spec = ModelSpec.from_config(model.config).sharing(self.shared_layers)
         check_format(entry_format, self._spec)
         if self.protocol == "window" and is_thin(entry_format):
             raise BudgetError(
@@ -199,13 +203,17 @@ class SequenceProbe(ModelProbe):
         ]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(intercepted(self.model, {observer.attention: observer for observer in observers}))
+            stack.enter_context(self._answered_by({observer.attention: observer for observer in observers}))
             for observer in observers:
                 stack.enter_context(observer.hooked())
             for prompt in run:
                 # one row of logits is enough; the hidden states have been seen by then
                 self.model(prompt[None].to(self.model.device), use_cache=False, **keep_logits(self.model))
         self._check_reached([observer.calls for observer in observers], len(run))
+
+    def _answered_by(self, handlers: Mapping[nn.Module, Handler]) -> AbstractContextManager[None]:
+        """Within the context these answer for attention, under the map of layers that share."""
+        return intercepted(self.model, exchanging(self.model, self._spec, self.shared_layers, handlers))
 
     def loss(self, capacities: Tensor) -> Tensor:
         return torch.cat([losses.double().mean(1) for losses in self.token_losses(capacities)])
@@ -243,7 +251,7 @@ class SequenceProbe(ModelProbe):
         """As in `ModelProbe`. The full cache's logits are kept from their first use, up to 1 GiB of them."""
         if target not in ("full", "text"):
             raise PluginError(f"soft_loss: target must be 'full' or 'text', got {target!r}")
-        self._check_whole_keys("soft_loss")
+        self._check_own_entries("soft_loss")
         chosen = range(self.num_sequences) if sequence is None else [sequence]
         if not all(0 <= index < self.num_sequences for index in chosen):
             raise PluginError(f"soft_loss: there are {self.num_sequences} sequences, from 0; got {sequence}")
@@ -254,7 +262,7 @@ class SequenceProbe(ModelProbe):
         return int(self.sequences.shape[1]) - self.first_scored
 
     def observe_gradients(self, visit: Callable[[LayerGradients], None], *, sequence: int, seed: int = 0) -> None:
-        self._check_whole_keys("observe_gradients")
+        self._check_own_entries("observe_gradients")
         if not 0 <= sequence < self.num_sequences:
             raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
         ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
@@ -269,7 +277,12 @@ class SequenceProbe(ModelProbe):
         self._check_reached([handler.calls for handler in handlers], 1)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _check_whole_keys(self, what: str) -> None:
+    def _check_own_entries(self, what: str) -> None:
+        if self.shared_layers:
+            raise PluginError(
+                f"{what} is that of layers with entries of their own, and {sorted(self.shared_layers)} have none "
+                "(shared_layers): learn or measure without them"
+            )
         if is_thin(self.entry_format):
             raise PluginError(
                 f"{what} is that of whole keys, and under format={name_of(self.entry_format)} they lose channels: "

@@ -6,11 +6,11 @@ Source: KVSharer, arXiv:2410.18517; yangyifei729/KVSharer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import BudgetError
@@ -19,6 +19,7 @@ from kvpolicy.integrations.transformers.attention.attention_modules import atten
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
+from kvpolicy.integrations.transformers.probes.exchanged_entries import exchanging
 from kvpolicy.model.spec import ModelSpec
 from kvpolicy.progress import Progress
 
@@ -95,30 +96,24 @@ def _last_hidden(
     """float32 [n, length * hidden size] under a map. entries: takes each layer's keys and values, of all heads side by
     side and averaged over the texts, [length, H * dim]
     """
-    layers, seen = spec.sharing(shared).layers, dict[int, tuple[Tensor, Tensor]]()
-
-    def handler(layer: int) -> Handler:
-        owner = layers[layer].shared_with
-
-        def answer(call: AttentionCall) -> Answer:
-            if owner is None:
-                seen[layer] = call.key, call.value
-                return call.stock()
-            key, value = seen[owner]
-            return replace(call, key=key, value=value).stock()
-
-        return answer
-
-    modules = attention_modules(model, spec.budgeted_layers)
-    handlers = {module: handler(layer) for layer, (module, _) in zip(spec.budgeted_layers, modules, strict=True)}
-    with intercepted(model, handlers):
+    handlers: dict[nn.Module, Handler] = {}
+    if entries is not None:
+        layers = spec.budgeted_layers
+        modules = [module for module, _ in attention_modules(model, layers)]
+        handlers = {module: _noting(entries, layer) for layer, module in zip(layers, modules, strict=True)}
+    with intercepted(model, exchanging(model, spec.sharing(shared), shared, handlers)):
         ids = texts.to(model.device)
         out = model(ids, use_cache=False, output_hidden_states=True, **keep_logits(model))
-    if entries is not None:
-        for layer, (key, value) in seen.items():
-            entries[layer] = _mean(key), _mean(value)
     hidden: Tensor = out.hidden_states[-1]
     return hidden.float().flatten(1)
+
+
+def _noting(entries: dict[int, tuple[Tensor, Tensor]], layer: int) -> Handler:
+    def note(call: AttentionCall) -> Answer:
+        entries[layer] = _mean(call.key), _mean(call.value)
+        return call.stock()
+
+    return note
 
 
 def _mean(rows: Tensor) -> Tensor:

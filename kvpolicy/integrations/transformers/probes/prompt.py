@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -35,7 +35,7 @@ class PromptProbe(SequenceProbe):
     allocator:      one that splits at run time: a table's total is then split by the scores of each prompt, and the
                     table's own proportions are not used
     kept_bytes:     of the prompts' caches, which are kept from one table to the next; None for 4 GiB
-    model, sequences, prompts, tokenize, batch_size, entry_format: as for `TransformersProbe`
+    model, sequences, prompts, tokenize, batch_size, entry_format, shared_layers: as for `TransformersProbe`
 
     `loss` is that of a cache with `decode="append"`, token by token: what follows the prompt is kept on top of the
     capacities, so that one forward of all of it over the compressed prompt is exact. Under a format it is that of a
@@ -63,6 +63,7 @@ class PromptProbe(SequenceProbe):
         tokenizer: PreTrainedTokenizerBase | None = None,
         kept_bytes: int | None = None,
         entry_format: Format = None,
+        shared_layers: Mapping[int, int] | None = None,
     ) -> None:
         length = int(sequences.shape[1])
         prefill_length = length // 2 if prefill_length is None else prefill_length
@@ -81,13 +82,22 @@ class PromptProbe(SequenceProbe):
             prefill_length=prefill_length,
             batch_size=batch_size,
             entry_format=entry_format,
+            shared_layers=shared_layers,
         )
         self.policy, self.allocator, self.unscored = policy, allocator, unscored or 0
         batches = torch.split(sequences[:, :prefill_length], batch_size)
-        self.contexts = Prompts(model, batches, policy, tokenizer, kept_bytes=kept_bytes, entry_format=entry_format)
+        self.contexts = Prompts(
+            model,
+            batches,
+            policy,
+            tokenizer,
+            kept_bytes=kept_bytes,
+            entry_format=entry_format,
+            shared_layers=shared_layers,
+        )
         self._order: dict[int, Tensor] = {}
         with attached(model):
-            prompt_cache(model, policy, self.contexts.whole, allocator, entry_format)
+            prompt_cache(model, policy, self.contexts.whole, allocator, entry_format, shared_layers)
 
     @property
     def context_length(self) -> int:

@@ -13,7 +13,6 @@ from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, as_answer
-from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import check_heads
 from kvpolicy.integrations.transformers.attention.soft_attention import PositionBias
 from kvpolicy.integrations.transformers.probes.base import SequenceProbe
@@ -35,6 +34,7 @@ class TransformersProbe(SequenceProbe):
     batch_size:      sequences in one forward of `loss`
     progress:        told of long work, such as an allocator's learning
     entry_format:    of a cache's entries, one for all layers or one for each; None for the model's dtype
+    shared_layers:   layers that keep no entries, as for `new_cache`; tables are those of the others
 
     Raises `ModelError` for a model whose attention cannot be probed, before anything runs.
     """
@@ -87,7 +87,7 @@ class TransformersProbe(SequenceProbe):
             )
             for module, row in self._windowed
         ]
-        with intercepted(self.model, {handler.module: handler for handler in handlers}):
+        with self._answered_by({handler.module: handler for handler in handlers}):
             losses = self.losses_of(ids)
         self._check_reached([handler.calls for handler in handlers], 1)
         return losses
