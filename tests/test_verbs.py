@@ -10,6 +10,7 @@ import pytest
 
 import kvpolicy as package
 from kvpolicy.cli import app
+from kvpolicy.integrations.transformers.probes import layer_sharing
 from kvpolicy.progress import Progress
 
 VERBS = {command.name: command.callback for command in app.registered_commands}
@@ -84,6 +85,19 @@ def test_profile_of_layers_that_share(both, tmp_path):
     assert len(ours["similarity"]) == len(ours["shared_layers"]) and ours["pairs_tried"] == 1
 
 
+def test_a_plan_is_written_with_layers_that_share(kvpolicy, tiny_checkpoint, tiny_text, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_sharing, "THRESHOLD", -2.0)
+    out = tmp_path / "shared.json"
+    command = ["profile", "--sharing", 1, "--plan", tuned[0], "--model", tiny_checkpoint, "--text", tiny_text]
+    assert kvpolicy(*command, "--out", out, "--json").json["shared_layers"] == [[1, 0]]
+    plan, before = package.load_plan(out), package.load_plan(tuned[0])
+    assert plan.shared_layers == {1: 0} and plan.retentions == before.retentions
+    monkeypatch.setattr(layer_sharing, "THRESHOLD", 2.0)
+    said = kvpolicy(*command, "--out", tmp_path / "none.json")
+    assert said.code == 2 and "none of 1 pairs of layers may share, so there is no plan to write" in said.err
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_compare_says_what_the_verb_says(both, tmp_path):
     out = tmp_path / "c.json"
     ours, printed = both("compare", "tova", retention=0.5, limit=2, out=out)
@@ -140,6 +154,7 @@ WRONG = [
     ("profile", [], {"estimator": ["cosine", "entropy"]}, "estimator= was given 2 times: only agreement=True takes"),
     ("profile", [], {"most_similar": True}, "most_similar=True is the order in which sharing= looks for layers"),
     ("profile", [], {"sharing": 1, "estimator": "entropy"}, "sharing= looks for layers alone"),
+    ("profile", [], {"sharing": 1, "plan": "x.json"}, "plan= is a plan that is written to out= with the layers that"),
     ("profile", [], {"token_map": "x.png", "estimator": "entropy"}, "token_map=: the estimator 'entropy'"),
     ("compare", ["snapkv"], {"prefill": 0}, "prefill=0 decodes from the first token on"),
     ("compare", ["tova"], {"limit": 1}, "limit= must be at least 2, got 1"),

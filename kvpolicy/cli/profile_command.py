@@ -51,6 +51,12 @@ def profile_command(
     most_similar: Annotated[
         bool, typer.Option("--most-similar", help="With --sharing: try the most similar layers first, not the least.")
     ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sharing: write this plan, with the layers that were found, to --out.", show_default=False
+        ),
+    ] = None,
     token_map: Annotated[
         Path | None,
         typer.Option(
@@ -66,7 +72,7 @@ def profile_command(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write what was measured as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write what was measured as JSON; with --plan, the plan.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw a heat map; with --agreement, the matrices.")] = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
@@ -81,7 +87,8 @@ def profile_command(
     search and the held-out part of every --text and of Python's language reference), and across estimators. A
     parameter with a fixed set of values, such as head_input of cosine, is tried with each of them.
 
-    --sharing shows instead which layers can do without entries of their own, and whose they attend over.
+    --sharing shows instead which layers can do without entries of their own, and whose they attend over; with --plan
+    it writes a plan under which they do.
     """
     from kvpolicy.verbs.profile import profile
 
@@ -94,6 +101,7 @@ def profile_command(
         agreement=agreement,
         sharing=sharing,
         most_similar=most_similar,
+        plan=plan,
         token_map=token_map,
         layers=layers,
         out=out,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpolicy.budget.plan import load_plan, save_plan
 from kvpolicy.defaults import CONTEXT, MODEL
 from kvpolicy.errors import KVPolicyError, PluginError
 from kvpolicy.files.regular import write_bytes
@@ -34,6 +35,7 @@ def profile(
     agreement: bool = False,
     sharing: int | None = None,
     most_similar: bool = False,
+    plan: str | Path | None = None,
     token_map: str | Path | None = None,
     layers: str | Path | None = None,
     out: str | Path | None = None,
@@ -56,19 +58,23 @@ def profile(
     sharing:   look for so many layers that attend over an earlier layer's entries and keep none (KVSharer), least
                similar ones first, on 30 pieces of 64 tokens
     most_similar: look for them among the most similar ones first
+    plan:      a plan file: `out` becomes this plan with the layers that `sharing` found
     token_map: draw tokens by heads into this file (after BaKlaVa's figure 2)
     layers:    shrink each layer alone, and draw into this file what it costs over its importance (after figure 4)
-    out:       write what was measured as JSON
+    out:       write what was measured as JSON, or the plan
     png:       draw a heat map; with `agreement` its matrices
 
-    Raises `BudgetError`, `KVPolicyError` for arguments that do not go together, `ModelError`, `PluginError`,
-    `TextError`.
+    Raises `BudgetError`, `KVPolicyError` for arguments that do not go together, `ModelError`, `PlanError`,
+    `PluginError`, `TextError`.
     """
     names, texts = arguments.several(estimator), [Path(path) for path in arguments.several(text)]
     pictures = {"token_map": arguments.optional_path(token_map), "layers": arguments.optional_path(layers)}
     _check(agreement, names, texts, any(pictures.values()))
     if sharing is not None or most_similar:
         _check_sharing(sharing, agreement or bool(names) or png is not None or any(pictures.values()))
+    if plan is not None and (sharing is None or out is None):
+        raise KVPolicyError("plan= is a plan that is written to out= with the layers that sharing= finds: give both")
+    loaded = None if plan is None else load_plan(plan)
     estimators = _estimators(names or (RANKED if agreement else RANKED[:1]), dict(param or {}), agreement)
     arguments.check_context(context)
     for source in texts:
@@ -81,7 +87,7 @@ def profile(
 
     from kvpolicy.verbs.profile_agreement import measure_agreement
     from kvpolicy.verbs.profile_heads import check_maps, measure_heads
-    from kvpolicy.verbs.profile_sharing import measure_sharing
+    from kvpolicy.verbs.profile_sharing import SharingProfile, measure_sharing
     from kvpolicy.verbs.profile_subject import Subject
 
     name, first = next(iter(estimators.items()))
@@ -90,12 +96,14 @@ def profile(
     subject = Subject(str(model), context, progress or Progress(), revision=revision, device=where, dtype=number)
     answer: HeadProfile | AgreementProfile | SharingProfile
     if sharing is not None:
-        answer = measure_sharing(subject, sharing, next(iter(texts), None), most_similar=most_similar)
+        answer = measure_sharing(subject, sharing, next(iter(texts), None), loaded, most_similar=most_similar)
     elif agreement:
         answer = measure_agreement(subject, estimators, texts, picture)
     else:
         answer = measure_heads(subject, name, first, next(iter(texts), None), **pictures, png=picture)
-    if page is not None:
+    if page is not None and isinstance(answer, SharingProfile) and answer.plan is not None:
+        save_plan(answer.plan, page)
+    elif page is not None:
         write_bytes(page, json.dumps(answer.to_json(), indent=1, allow_nan=False).encode())
     return answer
 

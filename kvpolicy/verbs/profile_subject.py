@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvpolicy.integrations.transformers import LayerSharing, TransformersProbe, find_sharing, load_model, read_corpus
+from kvpolicy.model.spec import ModelSpec
 from kvpolicy.progress import Progress
 from kvpolicy.text.corpus import Corpus
 
@@ -21,6 +22,10 @@ class Subject:
         self.name, self.context, self.progress = name, context, progress
         progress.note(f"loading {name}")
         self._network, self._tokenizer = load_model(name, revision=revision, device=device, dtype=dtype)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec.from_config(self._network.config)
 
     def corpus(self, path: Path | None) -> Corpus:
         return read_corpus(self._tokenizer, path)
