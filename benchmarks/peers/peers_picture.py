@@ -38,7 +38,8 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     left.invert_yaxis()
     titled(left, "bytes that are held, % of DynamicCache's")
     titled(right, f"pass keys said, %, n = {rows[0]['n']}")
-    right.legend(fontsize=8, frameon=False, loc="lower right")
+    left.set_xlim(0, 1.12 * max(100.0, *parts))
+    figure.legend(fontsize=8, frameon=False, loc="outside lower right", ncols=2)
     about = rows[0]
     figure.suptitle(f"{about['model']}, {about['dtype']} on {about['device']}, {about['context']} tokens", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -30,9 +30,9 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"})
     os.environ.update(ON_A_CPU if task["device"] == "cpu" else {})
-    row: dict[str, Any] = {"tool": f"vLLM {vllm_version()}", "method": "dense", "kept": 1.0}
+    row: dict[str, Any] = {"tool": "vLLM", "method": "dense", "kept": 1.0}
     try:
-        row |= measured(task)
+        row |= {"tool": f"vLLM {vllm_version()}", **measured(task)}
     except Exception as error:
         row["error"] = message(error)
     print(json.dumps(row | {name: version(name) for name in ("torch", "transformers")}), flush=True)
