@@ -231,8 +231,8 @@ def test_two_devices_generate_what_one_does(name, first, tmp_path):
     for turn in (ids, tiny_ids(9, batch=2)):
         seen = mask if turn is ids else None
         tokens = [
-            kvpolicy.generate(model, cache, turn, seen, **options)
-            for model, cache in zip((alone, spread), caches, strict=True)
+            kvpolicy.generate(model, cache, turn.to(device), None if seen is None else seen.to(device), **options)
+            for model, cache, device in zip((alone, spread), caches, ("cpu", first), strict=True)
         ]
         assert torch.equal(*(out.cpu() for out in tokens))
     assert len({held.arena.device for held in caches[1].store.layers}) == 2
