@@ -33,6 +33,32 @@ def test_options_come_from_the_file_and_the_command_line_goes_first(kvpolicy, op
     assert (row["context_length"], row["batch_size"], row["retention"]) == (1000, 3, 0.7)
 
 
+def test_a_yaml_file_says_the_same(kvpolicy, tiny_checkpoint, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"estimate:\n  model: {json.dumps(str(tiny_checkpoint))}\n  retention: [0.5, 0.25]\n  batch: 3\n")
+    rows = kvpolicy(*ESTIMATE, "--config", path).json
+    assert [(row["batch_size"], row["retention"]) for row in rows] == [(3, 0.5), (3, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("contxt: 3", "estimate has no option 'contxt'; it has batch, context,"),
+        ("on: 3", "estimate has no option 'True'"),
+        ("context: [1,\n  2", "cannot read the options in"),
+        ("- 3", "expected lines of 'option: value', got list"),
+        ("", "expected lines of 'option: value', got NoneType"),
+        ("a: " + 9999 * "[", "cannot read the options in"),
+        ("a: !!python/name:os.system", "cannot read the options in"),
+        ("a: 2026-13-45", "cannot read the options in"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_meant_is_one_line(refused, tmp_path, text, said):
+    path = tmp_path / "options.yml"
+    path.write_text(text)
+    assert said in refused("estimate", "--config", path)
+
+
 def test_one_file_serves_several_verbs(kvpolicy, options, tiny_checkpoint):
     path = options(f"[tune]\ntrials = 3\n[estimate]\nmodel = {json.dumps(str(tiny_checkpoint))}\nretention = 0.5")
     assert kvpolicy(*ESTIMATE, "--config", path).json["retention"] == 0.5

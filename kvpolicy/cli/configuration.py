@@ -1,4 +1,4 @@
-"""--config: options of a verb from a TOML file, and the file that is written beside results to repeat a run."""
+"""--config: options of a verb from a TOML or YAML file, and the file beside results that repeats a run (TOML)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.files.regular import read_bytes, write_bytes
 
 _MOST_BYTES = 2**20
+_YAML = (".yaml", ".yml")
 _NOT_SETTINGS = ("config", "json", "quiet")
 _RESULTS = ("out", "records")  # options that name what a verb writes; the file lies beside
 
@@ -26,11 +27,27 @@ def read(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     try:
-        document = tomllib.loads(read_bytes(path, _MOST_BYTES).decode())
+        document = _read(path)
     except (KVPolicyError, ValueError, RecursionError) as error:
-        raise KVPolicyError(f"cannot read the options in {path}: {error or 'nested too deeply'}") from None
+        reason = " ".join(str(error).split()) or "nested too deeply"
+        raise KVPolicyError(f"cannot read the options in {path}: {reason}") from None
     context.default_map = _options(context, document, path)
     return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = read_bytes(path, _MOST_BYTES).decode()
+    if path.suffix.lower() not in _YAML:
+        return tomllib.loads(text)
+    import yaml
+
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+    if not isinstance(document, dict):
+        raise ValueError(f"expected lines of 'option: value', got {type(document).__name__}")
+    return {str(name): value for name, value in document.items()}
 
 
 def _options(context: typer.Context, document: dict[str, Any], path: Path) -> dict[str, Any]:

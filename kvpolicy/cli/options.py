@@ -47,7 +47,7 @@ Config = Annotated[
         "--config",
         callback=configuration.read,
         is_eager=True,
-        help="TOML file of options, such as the one beside an earlier result; the command line goes first.",
+        help="TOML or YAML file of options, such as the one beside an earlier result; the command line goes first.",
         show_default=False,
     ),
 ]
