@@ -36,6 +36,16 @@ def test_show_warns_of_levels_that_lose_facts(kvpolicy, plan_with, tmp_path):
     assert HIDDEN in page.read_text()
 
 
+def test_who_searched_for_facts_is_not_told_to(kvpolicy, plan_with):
+    path = plan_with(0.95, 0.4)
+    assert "or tune with --objective mixed" in kvpolicy("show", path).err
+    document = json.loads(path.read_text())
+    document["provenance"]["objective"] = "task:ruler/vt"
+    path.write_text(json.dumps(document))
+    told = kvpolicy("show", path).err
+    assert HIDDEN in told and "tune with" not in told
+
+
 @pytest.mark.parametrize(("score", "warns"), [(0.95, False), (0.9, False), (0.85, True), (1.0, False)])
 def test_five_points_fewer_are_not_worth_a_warning(kvpolicy, plan_with, score, warns):
     assert (HIDDEN in kvpolicy("show", plan_with(0.95, score)).err) == warns

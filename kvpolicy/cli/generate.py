@@ -143,11 +143,12 @@ def _warn_of_lost_facts(choice: CacheChoice, kept: float | None) -> None:
 
     kept: fraction of the tokens, 1 or None for all of them
     """
-    if choice.plan is None or kept is None or kept >= 1:
+    plan = choice.plan
+    if plan is None or kept is None or kept >= 1:
         return
     from kvpolicy.report.numbers import lost_facts, sorted_levels
 
-    warning = lost_facts(choice.plan.level_at(kept) or sorted_levels(choice.plan)[0])
+    warning = lost_facts(plan, plan.level_at(kept) or sorted_levels(plan)[0])
     if warning:
         warnings.warn(warning, PlanWarning, stacklevel=2)
 

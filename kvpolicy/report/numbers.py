@@ -115,14 +115,15 @@ def vetoed(level: PlanLevel) -> str:
     )
 
 
-def lost_facts(level: PlanLevel) -> str:
+def lost_facts(plan: BudgetPlan, level: PlanLevel) -> str:
     """A warning, where more than 5 points fewer pass keys are found than with the full cache; else ''."""
     passkey = level.retrieval.get("passkey") or {}
     score, full = passkey.get("score"), passkey.get("full")
     if score is None or full is None or full - score <= LOST_FACTS + 1e-9:
         return ""
+    by_text_alone = plan.provenance.get("objective", "perplexity") == "perplexity"
     return (
         f"at {percent(level.retention)} kept the model finds {100 * score:.0f} % of held-out pass keys, and "
-        f"{100 * full:.0f} % with the full cache: perplexity alone hides lost facts. Keep more, or tune with "
-        "objective=mixed"
+        f"{100 * full:.0f} % with the full cache: perplexity alone hides lost facts. Keep more"
+        f"{', or tune with objective=mixed' if by_text_alone else ''}"
     )

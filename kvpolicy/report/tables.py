@@ -116,4 +116,5 @@ def _grid_of(rows: list[dict[str, str]], title: str, keys: set[str]) -> Grid:
 def warnings_of(plan: BudgetPlan) -> list[str]:
     """What a reader of the levels should know, a line each, smallest retention first."""
     levels = sorted_levels(plan)
-    return [f"warning: {warning}" for check in (vetoed, lost_facts) for warning in map(check, levels) if warning]
+    warnings = [*map(vetoed, levels), *(lost_facts(plan, level) for level in levels)]
+    return [f"warning: {warning}" for warning in warnings if warning]
