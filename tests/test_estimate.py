@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,23 @@ def test_the_most_that_fits_is_the_last_that_does(long_model: Path) -> None:
             assert longer.fits(longer.rows[index]) is wider.fits(wider.rows[index]) is fits
     row = answer.rows[0]
     assert row.peak_bytes == (row.weights_bytes or 0) + row.prefill_peak_bytes + row.activation_bytes
+
+
+def test_the_peak_is_that_of_an_h200_within_three_percent(tmp_path: Path) -> None:
+    """The rows that `benchmarks/estimate_check.py` wrote there, the model's shape that of its `long_llama`."""
+    transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=262144, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "estimate_h200.csv"
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 6
+    for row in rows:
+        policy = "streaming" if row["policy"] == "full" else row["policy"]
+        size = {"context": int(row["context"]), "batch": int(row["batch"]), "retention": float(row["kept"])}
+        said = estimate(tmp_path, policy=policy, gpu_memory="1GB", **size).rows[0]
+        peak = said.dynamic_peak_bytes if row["policy"] == "full" else said.peak_bytes
+        assert peak is not None and abs(peak / 1e9 / float(row["measured_gigabytes"]) - 1) < 0.03
 
 
 def test_what_the_model_was_made_for_ends_the_contexts(tiny_checkpoint: Path) -> None:
