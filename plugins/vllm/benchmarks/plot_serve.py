@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ NAMES = {
     "slab-20": "slab, 20 %",
     "blocks-20": "blocks, 20 %",
     "keydiff-20": "keydiff, 20 %",
+    "snapkv-20": "snapkv, 20 %",
 }
 COLORS = {
     "dense": "0.55",
@@ -33,6 +35,7 @@ COLORS = {
     "slab, 20 %": "tab:blue",
     "blocks, 20 %": "tab:cyan",
     "keydiff, 20 %": "tab:green",
+    "snapkv, 20 %": "tab:olive",
 }
 
 
@@ -67,7 +70,7 @@ def main() -> None:
 
 
 def draw_batches(rows: Rows) -> Any:
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3), layout="constrained", width_ratios=(4, 4, 3))
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3), layout="constrained", width_ratios=(6, 6, 3))
     panels = (
         ("fits", "concurrency", "requests of 32k that fit"),
         ("batch", "tokens_a_second", "tokens a second"),
@@ -75,7 +78,7 @@ def draw_batches(rows: Rows) -> Any:
     for axis, (run, column, title) in zip(axes, panels, strict=False):
         found = {name: rows.get(job, run, column) for job, name in NAMES.items() if (job, run) in rows}
         bars = axis.bar(found.keys(), found.values(), color=[COLORS[name] for name in found])
-        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.bar_label(bars, fmt=_whole if run == "fits" else "%.0f", fontsize=8)
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found])
     pairs = {"dense": ("dense", "dense-128k"), "slab, 30 %": ("slab-30", "slab-30-128k")}
@@ -105,6 +108,11 @@ def draw_trace(rows: Rows) -> Any:
             }
             _side_by_side(axis, found, labels, title, form)
     return figure
+
+
+def _whole(requests: float) -> str:
+    """Of 54.81 requests 54 are served at once."""
+    return str(math.floor(requests))
 
 
 def _side_by_side(axis: Any, figures: dict[str, list[float]], labels: Sequence[str], title: str, form: str) -> None:
