@@ -56,12 +56,11 @@ class LayerArena:
     is_shuffled: whether segments lie in another order than that of their numbers, as those of slots do
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
     attends_beside: whether `attend_beside` needs no word from the device
-    num_programs: that share the attention of a token on a GPU; None for as many as usual
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "values")
     attends_beside: ClassVar[bool] = True
-    num_programs: int | None = None
+    num_programs: int | None = None  # that share the attention of a token on a GPU; None for as many as usual
     start: Tensor
     length: Tensor
     allocated: Tensor
@@ -237,13 +236,16 @@ class LayerArena:
         self.length, self.cursor, self._placed = step.length, step.cursor, None
 
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
-        arenas, entries = [*self._columns(), self.positions], [*self._laid(key, value), position]
-        if self.scores is not None:
-            arenas.append(self.scores)
-            if self._new_scores is None or len(self._new_scores) != len(rows):
-                self._new_scores = torch.full_like(rows, score, dtype=torch.float32)
-            entries.append(self._new_scores)
-        append(arenas, rows, entries)
+        arenas, numbers = self._numbers(position, score)
+        append([*self._columns(), *arenas], rows, [*self._laid(key, value), *numbers])
+
+    def _numbers(self, position: Tensor, score: float) -> tuple[list[Tensor], list[Tensor]]:
+        """What has one number for each entry, and those of a new one. position: int64 [S]"""
+        if self.scores is None:
+            return [self.positions], [position]
+        if self._new_scores is None or len(self._new_scores) != len(position):
+            self._new_scores = torch.full_like(position, score, dtype=torch.float32)
+        return [self.positions, self.scores], [position, self._new_scores]
 
     def _columns(self) -> tuple[Tensor, ...]:
         """The tensors that `columns` names."""
@@ -379,8 +381,6 @@ class LayerArena:
                 setattr(self, name, new)
         if not stays:
             self.layout, self.moves = object(), self.moves + 1
-
-    # --- rows that are slots
 
     def furnish(self, rows: int, idle: int) -> None:
         """Takes so many rows; every segment has the first `idle` of them."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from kvpolicy_kernels.append_encoded import append_encoded
 from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.encode import encode
@@ -62,7 +63,7 @@ class EncodedArena(LayerArena):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors | ({} if self.exact is None else self.exact.tensors)
+        return super().tensors | self.beside
 
     @property
     def beside(self) -> dict[str, Tensor]:
@@ -78,8 +79,7 @@ class EncodedArena(LayerArena):
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
-        coded = Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
-        keys, values = (self.entry_format.decode(x, self._like.dtype) for x in coded)
+        keys, values = (self.entry_format.decode(x, self._like.dtype) for x in self._pairs())
         if self.exact is None or not len(keys):
             return keys, values
         return self.exact.over(keys, values, self.positions, self.owners())
@@ -109,9 +109,8 @@ class EncodedArena(LayerArena):
 
     @property
     def _coded(self) -> EncodedSegments:
-        keys, values = Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
         tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
-        return EncodedSegments(keys, values, *tables, self.entry_format)
+        return EncodedSegments(*self._pairs(), *tables, self.entry_format)
 
     @property
     def _copies(self) -> ExactCopies | None:
@@ -145,9 +144,20 @@ class EncodedArena(LayerArena):
             self.exact.forget(settled)
 
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
-        super()._put(key, value, position, rows, score)
-        if self.exact is not None:
-            self.exact.write(key, value, position)
+        arenas, numbers = self._numbers(position, score)
+        append_encoded(
+            self._pairs(),
+            rows,
+            [key, value],
+            self.entry_format,
+            positions=position,
+            arenas=arenas,
+            numbers=numbers,
+            copies=self._copies,
+        )
+
+    def _pairs(self) -> tuple[Encoded, Encoded]:
+        return Encoded(self.keys, self.key_scales), Encoded(self.values, self.value_scales)
 
     def _columns(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.columns)

@@ -19,7 +19,6 @@ class ExactBlock:
 
     keys: [B, H, N, D];  values: [B, H, N, Dv], N = num_sinks + recent
     positions: int32 [B, N], -1 for a slot without a token
-    first:     int64 [S], the number of each segment's first slot
     """
 
     def __init__(self, key: Tensor, value: Tensor, num_sinks: int, recent: int) -> None:
@@ -31,26 +30,19 @@ class ExactBlock:
         self.keys = key.new_zeros(batch, heads, slots, key.shape[-1])
         self.values = value.new_zeros(batch, heads, slots, value.shape[-1])
         self.positions = torch.full((batch, slots), -1, dtype=torch.int32, device=key.device)
-        self.first = torch.arange(batch * heads, device=key.device) * slots
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held, by name."""
-        return self.tokens | {"exact.first": self.first}
 
     @property
     def tokens(self) -> dict[str, Tensor]:
         """The copies and their positions, by name."""
         return {f"exact.{name}": getattr(self, name) for name in ("keys", "values", "positions")}
 
-    def write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
-        """Takes the newest token. key, value: [B, H, 1, dim];  position: int64 [S] on the device"""
-        batch, heads = self.keys.shape[:2]
-        rows = self.first + self._slot(position)
-        columns = [(own.flatten(0, 2), new) for own, new in ((self.keys, key), (self.values, value)) if own.numel()]
-        append([own for own, _ in columns], rows, [new for _, new in columns])
+    def write(self, key: Tensor, position: Tensor) -> None:
+        """Takes the newest token where copies are of keys alone. key: [B, H, 1, D];  position: int64 [S]"""
+        batch, heads, slots = self.keys.shape[:3]
+        first = torch.arange(batch * heads, device=self.keys.device) * slots
+        append([self.keys.flatten(0, 2)], first + self._slot(position), [key])
         of_row = position[::heads]
-        append([self.positions.view(-1)], self.first[:batch] + self._slot(of_row), [of_row])
+        append([self.positions.view(-1)], first[:batch] + self._slot(of_row), [of_row])
 
     def add(self, chunk: Chunk) -> None:
         """Takes what belongs here of tokens that come behind all others."""
@@ -92,8 +84,6 @@ class ExactBlock:
                 getattr(self, name).copy_(new)
             else:
                 setattr(self, name, new)
-        batch, heads, slots = self.keys.shape[:3]
-        self.first = self.first if stays else torch.arange(batch * heads, device=self.keys.device) * slots
 
     def fork(self) -> ExactBlock:
         """A copy in memory of its own."""

@@ -54,7 +54,6 @@ def block_nbytes(spec: ModelSpec, itemsize: int, policy: EvictionPolicy, entry_f
             copied = spec.attention.key_dim * itemsize
             total += heads * own.key_dim(spec.attention.key_dim)
         total += slots * (heads * copied + torch.int32.itemsize)
-        total += bool(slots) * heads * torch.int64.itemsize
     return total
 
 

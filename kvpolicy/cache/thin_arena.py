@@ -60,7 +60,7 @@ class ThinArena(LayerArena):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors | self.exact.tensors | {"channels": self.channels}
+        return super().tensors | self.beside
 
     @property
     def beside(self) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class ThinArena(LayerArena):
     def _put(self, key: Tensor, value: Tensor, position: Tensor, rows: Tensor, score: float) -> None:
         thin = key.reshape(len(self.channels), -1).gather(1, self.channels.long())
         super()._put(thin, value, position, rows, score)
-        self.exact.write(key, value[..., :0], position)
+        self.exact.write(key, position)
 
     def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
         order = torch.arange(len(source_rows), device=self.device)

@@ -97,7 +97,7 @@ class EncodedGame(Game):
         dims = attention.key_dim, attention.value_dim
         entry = sum(own.row_bytes(dim) for dim in dims)
         slots = own.exact_recent and self.policy.num_sink_tokens + own.exact_recent
-        block = self.layers * len(rows) * (slots * (heads * sum(dims) * 4 + 4) + heads * 8 * bool(slots))
+        block = self.layers * len(rows) * slots * (heads * sum(dims) * 4 + 4)
         pending = sum(heads * len(row.pending) for row in rows) * self.layers
         inside = [len(kept) for row in rows for layer in row.kept for kept in layer]
         room = sum(n + max(64, n // 32) for n in inside)

@@ -125,7 +125,7 @@ def test_the_bytes_of_the_channels_go(model):
         stepped_logits(model, tiny_ids(400), cache, [400])
         sizes.append(cache.nbytes)
     heads = 3 * 2
-    block = 36 * (2 * DIM * 4 + 4) + 2 * 8  # of a layer: keys, their positions, the first slots
+    block = 36 * (2 * DIM * 4 + 4)  # of a layer: keys and their positions
     assert sizes[0] - sizes[1] == heads * 360 * (DIM - KEPT) * 4 - 3 * block - heads * KEPT
     spec = ModelSpec.from_config(model.config)
     whole, thin = (estimate_memory(spec, 400, 0.9, 1, 4, entry_format=own) for own in (None, THINK))

@@ -1,4 +1,4 @@
-"""Triton: a program encodes some rows of one tensor, plane by plane. See `encoded_attention/kernel.py` for planes."""
+"""Triton: a program encodes some rows of one tensor. See `encoded_attention/kernel.py` for planes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,65 @@ def plane_of_rows(
 
 
 @triton.jit
+def _scales(low, high, LEVELS: tl.constexpr):
+    """Step and zero of rows with these least and largest numbers, both as fp16."""
+    zero = tl.minimum(tl.maximum(low, -LARGEST), LARGEST).to(tl.float16)
+    from_zero = zero.to(tl.float32)
+    step = tl.div_rn(high - from_zero, tl.full(low.shape, LEVELS, tl.float32))
+    return tl.minimum(tl.maximum(step, 0.0), LARGEST).to(tl.float16), zero
+
+
+@triton.jit
+def _codes(b_row, step, zero, LEVELS: tl.constexpr):
+    """int32 [BLOCK_R, any]. b_row: float32"""
+    safe = tl.where(step == 0.0, 1.0, step.to(tl.float32))
+    place = tl.div_rn(b_row - zero.to(tl.float32)[:, None], tl.broadcast_to(safe[:, None], b_row.shape))
+    return ((tl.minimum(tl.maximum(place, 0.0), LEVELS) + TO_NEAREST) - TO_NEAREST).to(tl.int32)
+
+
+@triton.jit
+def encoded_rows(
+    row_ptrs, turn_ptr, m_r, D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr, ROTATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Words int32 [BLOCK_R, BLOCK_W], steps and zeros. row_ptrs: [BLOCK_R], of contiguous rows"""
+    W: tl.constexpr = D // PLANES
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    BITS: tl.constexpr = 16 // PLANES
+    LEVELS: tl.constexpr = 2**BITS - 1
+    if D == BLOCK_D:  # planes are parts of one tile
+        b_row = plane_of_rows(row_ptrs, turn_ptr, m_r, 0, D, D, D, D, TURN_SCALE, ROTATED, PRECISION)
+        step, zero = _scales(tl.min(b_row, 1), tl.max(b_row, 1), LEVELS)
+        code = _codes(b_row, step, zero, LEVELS) << (tl.arange(0, D) // W * BITS)[None, :]
+        word = tl.sum(tl.reshape(code, [row_ptrs.shape[0], PLANES, W]), 1)
+    else:
+        BLOCK_W: tl.constexpr = max(16, triton.next_power_of_2(W))
+        m_w = (tl.arange(0, BLOCK_W) < W)[None, :]
+        low = tl.full(row_ptrs.shape, float("inf"), dtype=tl.float32)
+        high = tl.full(row_ptrs.shape, float("-inf"), dtype=tl.float32)
+        for j in tl.static_range(PLANES):
+            b_plane = plane_of_rows(row_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION)
+            low = tl.minimum(low, tl.min(tl.where(m_w, b_plane, float("inf")), 1))
+            high = tl.maximum(high, tl.max(tl.where(m_w, b_plane, float("-inf")), 1))
+        step, zero = _scales(low, high, LEVELS)
+        word = tl.zeros([row_ptrs.shape[0], BLOCK_W], dtype=tl.int32)
+        for j in tl.static_range(PLANES):  # once more: they are in the L1 cache, and would be many registers
+            b_plane = plane_of_rows(row_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION)
+            word = word | (_codes(b_plane, step, zero, LEVELS) << (BITS * j))
+    return word, step, zero
+
+
+@triton.jit
+def store_encoded(word_ptr, scale_ptr, places, m_r, word, step, zero, W: tl.constexpr):
+    """places: int64 [BLOCK_R], the rows that they become"""
+    o_w = tl.arange(0, word.shape[1])
+    m_word = m_r[:, None] & (o_w < W)[None, :]
+    tl.store(word_ptr + places[:, None] * W + o_w[None, :], word.to(tl.int16), mask=m_word)
+    tl.store(scale_ptr + places * 2, step, mask=m_r)
+    tl.store(scale_ptr + places * 2 + 1, zero, mask=m_r)
+
+
+@triton.jit
 def _encode_kernel(
     row_ptrs, turn_ptrs, word_ptrs, scale_ptrs, counts,
     DIMS: tl.constexpr, TURN_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, PLANES: tl.constexpr,
@@ -57,56 +116,20 @@ def _encode_kernel(
     rows: [count, D], contiguous;  words: int16 [count, D / PLANES];  scales: float16 [count, 2]
     SINGLES: which tensors are float32; before triton 3.7 a tuple could hold no string
     """
+    o_r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     for i in tl.static_range(len(DIMS)):
         if tl.program_id(1) == i:
-            _encode_rows(
-                row_ptrs[i], turn_ptrs[i], word_ptrs[i], scale_ptrs[i], counts[i], DIMS[i], DIMS[i] // PLANES,
-                TURN_SCALES[i], BLOCK_R, PLANES, ROTATED, SINGLES[i],
+            m_r = o_r < counts[i]
+            word, step, zero = encoded_rows(
+                row_ptrs[i] + o_r * DIMS[i], turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED,
+                "tf32x3" if SINGLES[i] else "tf32",  # 16 bits and signs are exact in tf32
             )  # fmt: skip
+            store_encoded(word_ptrs[i], scale_ptrs[i], o_r, m_r, word, step, zero, DIMS[i] // PLANES)
 
 
-@triton.jit
-def _encode_rows(
-    row_ptr, turn_ptr, word_ptr, scale_ptr, count, D: tl.constexpr, W: tl.constexpr, TURN_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr, PLANES: tl.constexpr, ROTATED: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
-    PRECISION: tl.constexpr = "tf32x3" if SINGLE else "tf32"  # 16 bits and signs are exact in tf32
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
-    BLOCK_W: tl.constexpr = max(16, triton.next_power_of_2(W))
-    LEVELS: tl.constexpr = 2 ** (16 // PLANES) - 1
-    o_r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    m_r = o_r < count
-    o_w = tl.arange(0, BLOCK_W)
-    m_w = (o_w < W)[None, :]
-    low = tl.full([BLOCK_R], float("inf"), dtype=tl.float32)
-    high = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
-    for j in tl.static_range(PLANES):
-        b_plane = plane_of_rows(
-            row_ptr + o_r * D, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION
-        )
-        low = tl.minimum(low, tl.min(tl.where(m_w, b_plane, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(m_w, b_plane, float("-inf")), 1))
-    zero = tl.minimum(tl.maximum(low, -LARGEST), LARGEST).to(tl.float16)
-    from_zero = zero.to(tl.float32)
-    step = tl.minimum(tl.maximum(tl.div_rn(high - from_zero, tl.full([BLOCK_R], LEVELS, tl.float32)), 0.0), LARGEST)
-    step = step.to(tl.float16)
-    safe = tl.where(step == 0.0, 1.0, step.to(tl.float32))
-    word = tl.zeros([BLOCK_R, BLOCK_W], dtype=tl.int32)
-    for j in tl.static_range(PLANES):  # the planes once more: they are in the L1 cache, and would be many registers
-        b_plane = plane_of_rows(
-            row_ptr + o_r * D, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION
-        )
-        place = tl.div_rn(b_plane - from_zero[:, None], tl.broadcast_to(safe[:, None], [BLOCK_R, BLOCK_W]))
-        code = (tl.minimum(tl.maximum(place, 0.0), LEVELS) + TO_NEAREST) - TO_NEAREST
-        word = word | (code.to(tl.int32) << (16 // PLANES * j))
-    tl.store(word_ptr + o_r[:, None] * W + o_w[None, :], word.to(tl.int16), mask=m_r[:, None] & m_w)
-    tl.store(scale_ptr + o_r * 2, step, mask=m_r)
-    tl.store(scale_ptr + o_r * 2 + 1, zero, mask=m_r)
-
-
-def launch_config(count: int) -> dict[str, int]:
-    """Launch options. count: of rows; 16 are the fewest that a product has."""
-    return {"BLOCK_R": 16, "num_warps": 4 if count > 16 else 2}
+def launch_config() -> dict[str, int]:
+    """Launch options: the fewest rows that a product has, and warps among which a row of head dim 256 fits."""
+    return {"BLOCK_R": 16, "num_warps": 8}
 
 
 @on_its_device
@@ -118,7 +141,7 @@ def triton_encode(rows: Sequence[Tensor], entry_format: EntryFormat) -> list[Enc
     words = [x.new_empty(len(x), dim // planes, dtype=torch.int16) for x, dim in zip(flat, dims, strict=True)]
     scales = [x.new_empty(len(x), 2, dtype=torch.float16) for x in flat]
     most = max(len(x) for x in flat)
-    config = launch_config(most)
+    config = launch_config()
     if most:
         _encode_kernel[(triton.cdiv(most, config["BLOCK_R"]), len(flat))](
             tuple(flat), tuple(signed_hadamard(dim, x.device) for x, dim in zip(flat, dims, strict=True)),

@@ -1,0 +1,35 @@
+"""The definition and the torch path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kvpolicy_kernels.append import append
+from kvpolicy_kernels.encode import encode
+from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.segments import ExactCopies
+
+
+def reference_append_encoded(
+    columns: Sequence[Encoded],
+    rows: Tensor,
+    entries: Sequence[Tensor],
+    entry_format: EntryFormat,
+    arenas: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    positions: Tensor,
+    copies: ExactCopies | None,
+) -> None:
+    """Arguments as in `append_encoded`."""
+    codes = [part for pair in encode(entries, entry_format) for part in pair]
+    append([*(part for pair in columns for part in pair), *arenas], rows, [*codes, *numbers])
+    if copies is None:
+        return
+    batch, heads = copies.key.shape[:2]
+    positions = positions[::heads]
+    sequence, slot = positions.new_tensor(range(batch)), copies.slots(positions)
+    for own, entry in zip((copies.key, copies.value), entries, strict=True):
+        own[sequence, :, slot] = entry.reshape(batch, heads, -1).to(own.dtype)
+    copies.positions[sequence, slot] = positions.to(copies.positions.dtype)
