@@ -165,11 +165,6 @@ class ExactCopies:
     of_rows: Tensor
     num_sinks: int
 
-    def chunk(self, n: int) -> Chunk:
-        """The copies as tokens that all `n` queries see."""
-        mask = (self.positions >= 0)[:, None, None]
-        return Chunk(self.key, self.value, mask if n == 1 else mask.expand(-1, -1, n, -1))
-
     def hidden(self, rows: Tensor, b: int) -> Tensor:
         """Which of these rows of sequence b have copies that count. rows: int64 [N]; returns bool [N]"""
         ring = self.positions[b, self.num_sinks :]

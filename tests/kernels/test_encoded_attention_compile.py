@@ -20,8 +20,8 @@ WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of
 FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
 
 
-def compile_attend(name, dtype, dim, arch, *variants, rows=4):
-    """variants: names of what the launch has besides, such as "SOFTCAP"."""
+def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
+    """variants: names of what the launch has besides, such as "SOFTCAP";  ones: arguments that are 1, a constant."""
     planes = FORMATS[name].codes_in_word
     config = kernels.launch_config(dtype, dim, planes, rows)
     warps = config.pop("num_warps")
@@ -36,6 +36,7 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4):
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
     belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    constants |= dict.fromkeys(ones, 1)
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
     types |= {"q_ptr": "*fp32" if dtype == torch.float32 else "*fp16", "kw_ptr": "*i16", "vw_ptr": "*i16"}
     types |= dict.fromkeys(
@@ -84,6 +85,12 @@ def test_variants_compile(name, rows, variants):
     assert compile_attend(name, torch.bfloat16, 128, 90, *variants, rows=rows).spilled == 0
 
 
+@pytest.mark.slow
+def test_attention_compiles_for_one_of_everything():
+    ones = ("num_segments", "num_kv_heads", "group", "n", "num_entries", "num_sinks")
+    assert compile_attend("int4", torch.bfloat16, 64, 90, "LSE", "HIDES", ones=ones).spilled == 0
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     "dim", [128, pytest.param(80, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)]
@@ -102,19 +109,19 @@ def test_turn_compiles(dim, arch):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("dim", "masked"), [(64, False), (256, True)])
+@pytest.mark.parametrize(("dim", "masked"), [(128, True), (256, False)])
 def test_finish_compiles(dim, masked, arch):
     config = finish_config(dim)
     warps = config.pop("num_warps")
     constants = {
-        "D": dim, "DV": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True, "HAS_CHUNK": True,
-        "HAS_MASK": masked, "HAS_SOFTCAP": False, "EARLY": arch >= 90, "PRECISION": "tf32", **config,
+        "D": dim, "DV": dim, "TURN_BLOCK": dim, "TURN_SCALE": 0.125, "BLOCK_D": dim, "BLOCK_DV": dim, "ROTATED": True,
+        "HAS_CHUNK": True, "HAS_MASK": masked, "HAS_SOFTCAP": False, "EARLY": arch >= 90, **config,
     }  # fmt: skip
     if not masked:
         constants["chunk_mask_ptr"] = None
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in _finish_kernel.arg_names}
-    types |= dict.fromkeys(("mid_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(FLOATS, "fp32")
-    types |= {"turn_ptr": "*i8", "chunk_mask_ptr": "*u8"}
+    types |= dict.fromkeys(("mid_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32") | dict.fromkeys(FLOATS, "fp32")
+    types |= {"turn_ptr": "*i8", "chunk_mask_ptr": "*i32", "pieces_ptr": "*i32"}
     aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
     aligned = [x for x in aligned if x not in ("chunk_mask_ptr", "stride_mb", "stride_mn")]
     assert compiled(_finish_kernel, arch, constants, types, aligned, warps, 3).spilled == 0

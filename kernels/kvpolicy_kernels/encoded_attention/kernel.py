@@ -89,6 +89,29 @@ def _attend_codes(
 
 
 @triton.jit
+def _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr):
+    """Of a segment, its units, its length and its first row; of the last one where there is none."""
+    i_s = tl.minimum(i_s, num_segments - 1)
+    return (
+        tl.load(units_ptr + i_s),
+        tl.load(lengths_ptr + i_s).to(tl.int32),
+        tl.load(starts_ptr + i_s).to(tl.int64),
+    )
+
+
+@triton.jit
+def _fetch(ptr, row, num_entries, ROW: tl.constexpr, COUNT: tl.constexpr):
+    """Has the L2 cache fetch rows, as far as there are any, in lines of 128 bytes. ptr: to int16"""
+    o_line = tl.arange(0, triton.next_power_of_2((COUNT * ROW + 63) // 64)) * 64
+    if num_entries > 0:
+        place = tl.minimum(row * ROW + o_line, tl.cast(num_entries, tl.int64) * ROW - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l", [(ptr + place).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _loaded(ptrs, mask, WHOLE: tl.constexpr):
     return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=mask, other=0)
 
@@ -128,12 +151,13 @@ def _attend_kernel(
     o_wv = tl.arange(0, BLOCK_WV)
     m_m = o_m < num_rows
     m_q = (o_w < W)[:, None] & m_m[None, :]
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # for `turn`
+    units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
+    if EARLY:  # while `turn` runs, which is waited for
+        ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
+        _fetch(kw_ptr, ahead, num_entries, KW_ROW, BLOCK_N * (STAGES - 1))
+        _fetch(vw_ptr, ahead, num_entries, VW_ROW, BLOCK_N * (STAGES - 1))
+        tl.extra.cuda.gdc_wait()
     while (left > 0) & (i_s < num_segments):
-        units = tl.load(units_ptr + i_s)
-        length = tl.load(lengths_ptr + i_s).to(tl.int32)
-        start = tl.load(starts_ptr + i_s).to(tl.int64)
         i_h = (i_s % num_kv_heads).to(tl.int64)
         # [BLOCK_W, BLOCK_M] and [BLOCK_M]; row r is query r % n of the group's head r // n
         q_rows = i_s.to(tl.int64) * num_rows + o_m
@@ -209,6 +233,7 @@ def _attend_kernel(
         left -= take
         i_s += 1
         unit = 0
+        units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
 
 
 @triton.jit
@@ -304,7 +329,7 @@ def triton_encoded_attention(
         plan = triton_plan(lengths, encoded_programs(lengths.device), unit_of(widest))
     num_programs, rotated = plan.programs.shape[0], entry_format.rotated
     query = query if query.stride(-1) == 1 else query.contiguous()
-    arriving = chunk if copies is None else copies.chunk(n)
+    arriving = chunk if copies is None else Chunk(copies.key, copies.value)
     single, finishes = torch.float32, rotated or arriving is not None
     out = query.new_empty(batch, num_q_heads, n, value_dim)
     mid = query.new_empty(out.shape, dtype=single) if finishes else out
@@ -336,9 +361,13 @@ def triton_encoded_attention(
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
     if lse is not None and finishes:
-        finish(mid, lse, out, query, arriving, num_kv_heads, scale, softcap, rotated, early)
+        slots = None if copies is None else copies.positions
+        finish(
+            mid, lse, (parts, part_lse, plan.pieces), out, query, arriving, slots, scale, softcap, rotated, early
+        )  # fmt: skip
+    else:
+        merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
     if logits is None:
         return out, lse if with_lse else None, None
     assert lse is not None  # as mass is asked for
