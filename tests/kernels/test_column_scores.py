@@ -242,12 +242,12 @@ def test_keys_and_values_of_one_arena(backend, case, poisoned):
 
 @needs_triton
 def test_triton_gives_equal_bits(poisoned):
-    """Twice, and from tables on the device."""
+    """Twice, from tables on the device, and with a longest segment that is known."""
     (query, segments, chunk), _ = inputs((1, 8, [300, 20], 20, 40, 64), {}, torch.float16)
     first = column_scores(query, segments, chunk, backend="triton")
     there = replace(segments, starts=segments.starts.to(DEVICE), lengths=segments.lengths.to(DEVICE))
-    for tables in (segments, there):
-        assert torch.equal(column_scores(query, tables, chunk, backend="triton"), first)
+    for tables, longest in ((segments, None), (there, None), (there, 300)):
+        assert torch.equal(column_scores(query, tables, chunk, longest=longest, backend="triton"), first)
 
 
 @needs_triton

@@ -27,6 +27,7 @@ def column_scores(
     query_mask: Tensor | None = None,
     reduction: Reduction = "sum",
     power: float = 1.0,
+    longest: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """The attention of every entry: `ragged_attention`'s weights, summed over the queries and the query group.
@@ -38,6 +39,7 @@ def column_scores(
     query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
     reduction: "sum", or "max" for the largest weight that any query of the group gives
     power: > 0; each weight is raised to it first
+    longest: `lengths.max()`, from a caller who knows it; Triton does not read it from the device then
     backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere; "max" is
         torch everywhere
     The other arguments are those of `ragged_attention`; values are not read.
@@ -47,10 +49,10 @@ def column_scores(
     of the mass. Equal arguments give equal bits. Memory beside the result is O(N) for a block of queries in torch,
     and O(n * num_q_heads) in Triton.
 
-    Tables on the CPU need no word from the device. Tables on the device are read once for N, which waits for it, and
-    Triton does not check them.
-    Raises `ValueError` for shapes that do not fit, for a power that is not above 0, for segments that leave the arena,
-    and for a backend that cannot run here.
+    Tables on the CPU need no word from the device. Tables on the device are read once for N where `longest` is None,
+    which waits for it, and Triton checks neither them nor `longest`.
+    Raises `ValueError` for shapes that do not fit, for a power that is not above 0, for another `longest`, for segments
+    that leave the arena, and for a backend that cannot run here.
     """
     check_segments("column_scores", query, segments, chunk, sink_logits)
     if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[2]):
@@ -63,10 +65,15 @@ def column_scores(
         raise ValueError(f"column_scores: expected a finite power above 0, got {power}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     unsupported = "reduction='max'" if reduction == "max" else _unsupported(query, segments, chunk)
-    if uses_triton("column_scores", backend, query, unsupported):
+    triton = uses_triton("column_scores", backend, query, unsupported)
+    if longest is None or not triton or segments.lengths.device.type == "cpu":
+        most = int(segments.lengths.max())
+        if longest not in (None, most):
+            raise ValueError(f"column_scores: longest is {longest}, but the longest segment has {most} entries")
+        longest = most
+    if triton:
         from kvpolicy_kernels.column_scores.kernel import triton_column_scores
 
-        longest = int(segments.lengths.max())
         out: Tensor = triton_column_scores(
             query, _on_device(segments, query.device), longest, chunk, scale, softcap, sink_logits, query_mask, power
         )

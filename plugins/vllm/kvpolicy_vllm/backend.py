@@ -104,11 +104,11 @@ class SharedSteps:
             self._metadata, self._requests = metadata, StepRequests.read(metadata)
         return self._requests
 
-    def cut(self, metadata: Any) -> None:
+    def cut(self, metadata: Any, period: int) -> None:
         """Under a content policy, before the step itself: where a single token's request has come to a cut."""
         begins, counts = metadata.query_start_loc_cpu.tolist(), _counts(metadata)
         for request, (begin, end, count) in enumerate(zip(begins, begins[1:], counts, strict=False)):
-            if end - begin == 1:
+            if end - begin == 1 and (count - 1) % period == 0:
                 for module in self._modules:
                     cache = module.kv_cache if isinstance(module.kv_cache, Tensor) else module.kv_cache[0]
                     module.impl.cut(cache, metadata.block_table_tensor[request], count - 1)
@@ -131,7 +131,7 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
         layers = {name: layer for name, layer in every.items() if isinstance(layer.impl, BlockImpl)}
         impls = [layer.impl for layer in layers.values()]
         self.entry_bytes = 2 * impls[0].head_size * vllm_config.model_config.dtype.itemsize
-        self.is_cut = bool(impls[0].serving.period)
+        self.period = impls[0].serving.period
         self.is_first = next(iter(layers)) in layer_names
         if impls[0].steps is None:
             check_attention(device, vllm_config.model_config.dtype, impls[0].head_size)
@@ -147,8 +147,8 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:
         if self.is_first:
             pulse.beat(common_attn_metadata, self.steps.tables, self.entry_bytes)
-            if self.is_cut:
-                self.steps.cut(common_attn_metadata)
+            if self.period:
+                self.steps.cut(common_attn_metadata, self.period)
         return self.steps.requests(common_attn_metadata)
 
 

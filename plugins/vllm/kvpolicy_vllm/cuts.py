@@ -7,18 +7,20 @@ entries there are follows from positions alone, as in `layout`; which tokens the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from bisect import bisect_left
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import ragged_attention
+from kvpolicy_kernels.compact import compact_in_place
 from kvpolicy_kernels.segments import Chunk, Segments
 from torch import Tensor
 
 from kvpolicy import EvictionPolicy, LayerActivations
 from kvpolicy_vllm.attend import BlockAttention, arena_of
 from kvpolicy_vllm.layout import BlockLayout
-from kvpolicy_vllm.observation import Observation, vectors
+from kvpolicy_vllm.observation import CutHeads, Observation, vectors
 from kvpolicy_vllm.steps import LayerStep
 
 
@@ -47,12 +49,28 @@ class CutLayout(BlockLayout):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CutAttention(BlockAttention):
-    """policy: of `serving.CONTENT_POLICIES`;  layer: among the budgeted ones"""
+    """A cut waits for nothing: which heads it concerns, and how many entries stay, follows from the token's number.
+
+    policy:  of `serving.CONTENT_POLICIES`;  layer: among the budgeted ones
+    sizes:   `slots` of the heads, from the fewest on, on the host
+    heads:   these heads, int64 [H];  by_size: the layout with the heads in this order
+    """
 
     layout: CutLayout
     on_host: CutLayout = field(init=False)
     policy: EvictionPolicy
     layer: int
+    sizes: list[int] = field(init=False)
+    heads: Tensor = field(init=False)
+    by_size: CutLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        BlockAttention.__post_init__(self)
+        sizes, order = self.on_host.slots.sort(stable=True)
+        heads = order.to(self.layout.slots.device)
+        by_size = replace(self.layout, slots=self.layout.slots[heads], offsets=self.layout.offsets[heads])
+        for name, value in {"sizes": sizes.tolist(), "heads": heads, "by_size": by_size}.items():
+            object.__setattr__(self, name, value)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: LayerStep) -> Tensor:
         if step.queries is not None:
@@ -68,7 +86,8 @@ class CutAttention(BlockAttention):
         starts = blocks[0].long() * layout.rows + layout.offsets
         positions = torch.arange(num_before, end, device=query.device)
         counts = layout.slot(positions)  # entries before each token
-        begins = [num_before, *range((num_before // period + 1) * period, end, period)]
+        cuts = range((num_before // period + 1) * period, end, period)
+        begins = [num_before, *(at for at in cuts if self._num_cut(at))]
         out = torch.empty_like(query)
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
             self.cut(cache, blocks, begin)
@@ -83,61 +102,57 @@ class CutAttention(BlockAttention):
                 layout.observation.write_queries(query[span], cache, blocks[0].long(), begin)
         return out
 
-    def cut(self, cache: Tensor, blocks: Tensor, count: int) -> None:
-        """Before the token behind `count` ones of a request; between two cuts there is nothing to do."""
-        layout, host = self.layout, self.on_host
-        if count == 0 or count % layout.period:
-            return
-        lengths = host.lengths(torch.tensor([count]))[:, 0]
-        kept = torch.minimum(lengths, host.slots - layout.period)
-        if torch.equal(lengths, kept):
-            return
-        keys, values = arena_of(cache)
-        block = blocks[0].long()
-        segments = Segments(keys, values, block * layout.rows + layout.offsets, lengths.to(cache.device))
-        activations = self._activations(cache, block, segments, count, int(lengths.max()))
-        chosen = self._chosen(activations, segments.lengths, kept)
-        most = chosen.shape[1]
-        place = torch.cat([torch.arange(n) + head * most for head, n in enumerate(kept.tolist())]).to(cache.device)
-        head, entry = place // most, place % most
-        rows, old = segments.starts[head] + entry, chosen[head, entry]
-        keys[rows], values[rows] = activations.keys[0, head, old], activations.values[0, head, old]
-        if layout.observation is not None:
-            layout.observation.write_positions(activations.positions[0, head, old], cache, block, head, entry)
+    def _num_cut(self, count: int) -> int:
+        """How many heads a cut before token `count` concerns, those with the fewest entries; 0 between two cuts."""
+        period = self.layout.period
+        return 0 if count % period else bisect_left(self.sizes, count + period)
 
-    def _activations(
-        self, cache: Tensor, block: Tensor, segments: Segments, count: int, longest: int
-    ) -> LayerActivations:
-        """What the policy is shown of a request with `count` tokens, whose entries the segments are."""
-        index, ends = torch.arange(longest, device=cache.device), segments.lengths[:, None]
-        rows = segments.starts[:, None] + torch.minimum(index, ends - 1)
-        keys, values = segments.keys[rows][None], segments.values[rows][None]
-        observation = self.layout.observation
+    def cut(self, cache: Tensor, blocks: Tensor, count: int) -> None:
+        """Before the token behind `count` ones of a request; most often there is nothing to do."""
+        num_heads = self._num_cut(count)
+        if num_heads == 0:
+            return
+        layout, heads = self.by_size, self.heads[:num_heads]
+        slots, most = layout.slots[:num_heads], self.sizes[num_heads - 1]
+        block, lengths = blocks[0].long(), slots.clamp(max=count)
+        keys, values = arena_of(cache)
+        segments = Segments(keys, values, block * layout.rows + layout.offsets[:num_heads], lengths)
+        index = torch.arange(min(most, count), device=cache.device)
+        request = CutHeads(cache, block, heads, segments, count, index)
+        activations = self._activations(request)
+        kept = slots - layout.period
+        columns = self._columns(activations, lengths, lengths - kept, most - layout.period)
+        compact_in_place([keys, values], segments.starts, columns, kept)
+        if layout.observation is not None:
+            layout.observation.write_positions(activations.positions[0], request, columns, kept)
+
+    def _activations(self, request: CutHeads) -> LayerActivations:
+        """What the policy is shown."""
+        segments, observation = request.segments, self.layout.observation
         if observation is None:
+            rows = segments.starts[:, None] + torch.minimum(request.index, request.ends - 1)
             # a row's number stands for its position: such policies only compare positions
-            positions = torch.where(index < ends, index, -1)
-            return LayerActivations(self.layer, keys=keys, values=values, positions=positions[None])
-        positions = observation.positions(cache, block, segments.lengths, index, count, self.layout.period)
-        mass = observation.mass(cache, block, segments, count, self.scale, self.softcap)
+            positions = torch.where(request.index < request.ends, request.index, -1)
+            return LayerActivations(self.layer, keys=segments.keys[rows][None], positions=positions[None])
+        mass = observation.mass(request, self.scale, self.softcap)
         return LayerActivations(
             self.layer,
-            keys=keys,
-            values=values,
-            positions=positions[None],
-            window_attention=mass.masked_fill(index >= ends, 0.0),
+            positions=observation.positions(request, self.layout.period)[None],
+            window_attention=mass.masked_fill(request.index >= request.ends, 0.0),
         )
 
-    def _chosen(self, activations: LayerActivations, lengths: Tensor, kept: Tensor) -> Tensor:
-        """The entries that stay, in their order: int64 [H, most], behind a head's last one a number of none.
+    def _columns(self, activations: LayerActivations, lengths: Tensor, surplus: Tensor, most: int) -> Tensor:
+        """The entries that stay, in their order: int64 [K, most]; what is behind a head's last one means nothing.
 
-        lengths: int64 [H];  kept: likewise, on the host
+        lengths, surplus: int64 [K], entries of each head, and how many of them go, at most a period
         """
         scores, device = self.policy.score_prompt(activations)[0], lengths.device
-        index, ends = torch.arange(scores.shape[1], device=device), lengths[:, None]
-        pinned = (index < self.layout.num_sink_tokens) | (index >= ends - self.policy.recent_window)
-        scores = scores.masked_fill(pinned, float("inf")).masked_fill(index >= ends, float("-inf"))
-        # of equal scores, such as those of two neighbours that are pooled, the more recent entry stays
-        order = len(index) - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-        most = int(kept.max())
-        behind = torch.arange(most, device=device) >= kept.to(device)[:, None]
-        return order[:, :most].masked_fill(behind, len(index)).sort(-1).values
+        index = torch.arange(scores.shape[1], device=device)
+        stays = (index < self.layout.num_sink_tokens) | (index >= lengths[:, None] - self.policy.recent_window)
+        # of equal scores, such as those of two neighbours that are pooled, the older entry goes
+        worst = scores.masked_fill(stays, float("inf")).sort(dim=-1, stable=True).indices[:, : self.layout.period]
+        rank = index[: worst.shape[1]]
+        gone = torch.where(rank < surplus[:, None], worst, scores.shape[1] + rank).sort(-1).values
+        # in front of the entry that becomes number j lie those that go of which at most j that stay are in front
+        place = index[:most].expand(len(lengths), -1).contiguous()
+        return place + torch.searchsorted(gone - rank, place, right=True)

@@ -15,6 +15,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class CutHeads:
+    """A request in one layer, before its token `count`, and those K KV heads that are cut back there.
+
+    cache: of the layer;  block: the request's, int []
+    heads: int64 [K];  segments: their entries, on the device
+    index: arange(n), n the entries of the longest;  ends: int64 [K, 1], how many each has
+    """
+
+    cache: Tensor
+    block: Tensor
+    heads: Tensor
+    segments: Segments
+    count: int
+    index: Tensor
+
+    @property
+    def ends(self) -> Tensor:
+        return self.segments.lengths[:, None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Observation:
     """Rows behind the entries of one layer's blocks.
 
@@ -61,48 +82,41 @@ class Observation:
         tokens = torch.arange(end - len(last), end, device=query.device)
         vectors(cache)[self.vectors_of_queries(block * self.rows + self.first, tokens)] = last
 
-    def positions(
-        self, cache: Tensor, block: Tensor, lengths: Tensor, index: Tensor, count: int, period: int
-    ) -> Tensor:
-        """Tokens of the entries [H, n], where a cut is to be made before token `count`; -1 behind a head's last.
-
-        lengths: int64 [H];  index: arange(n)
-        """
+    def positions(self, request: CutHeads, period: int) -> Tensor:
+        """Tokens of the entries, int64 [K, n]; -1 behind a head's last."""
         # since the last cut nothing was given up, and a head that was never cut has all of its tokens
-        entry = torch.minimum(index, lengths[:, None] - 1)
-        known = _integers(cache)[self._places_of_positions(cache, block) + entry].long()
-        since = count - lengths[:, None] + index
-        is_older = (index < lengths[:, None] - period) & (lengths[:, None] < count)
-        return torch.where(index < lengths[:, None], torch.where(is_older, known, since), -1)
+        index, ends, count = request.index, request.ends, request.count
+        known = _integers(request.cache)[self._places_of_positions(request) + torch.minimum(index, ends - 1)].long()
+        is_older = (index < ends - period) & (ends < count)
+        return torch.where(index < ends, torch.where(is_older, known, count - ends + index), -1)
 
-    def write_positions(self, positions: Tensor, cache: Tensor, block: Tensor, heads: Tensor, entries: Tensor) -> None:
-        """positions, heads, entries: int64 [K]"""
-        _integers(cache)[self._places_of_positions(cache, block)[heads, 0] + entries] = positions.int()
+    def write_positions(self, positions: Tensor, request: CutHeads, columns: Tensor, kept: Tensor) -> None:
+        """positions: of the entries so far, int64 [K, n];  columns: of those that stay, the first `kept` [K] of each"""
+        entry = torch.minimum(request.index[: columns.shape[1]], kept[:, None] - 1)  # the last one again and again
+        written = positions.gather(1, columns.gather(1, entry)).int()
+        _integers(request.cache)[self._places_of_positions(request) + entry] = written
 
-    def mass(
-        self, cache: Tensor, block: Tensor, segments: Segments, count: int, scale: float, softcap: float | None
-    ) -> Tensor:
-        """What the last queries before token `count` attend to, summed: float32 [1, H, n], n the longest segment.
-
-        segments: the entries of the request, the window's tokens the last of each head
-        """
-        tokens = torch.arange(count - self.window, count, device=cache.device)
-        query = vectors(cache)[self.vectors_of_queries(block * self.rows + self.first, tokens)]
+    def mass(self, request: CutHeads, scale: float, softcap: float | None) -> Tensor:
+        """What the last queries before the cut attend to, summed: float32 [1, K, n]."""
+        cache, segments = request.cache, request.segments
+        tokens = torch.arange(request.count - self.window, request.count, device=cache.device)
+        query = vectors(cache)[self.vectors_of_queries(request.block * self.rows + self.first, tokens)]
+        query = query.unflatten(1, (len(self.places), -1))[:, request.heads].flatten(1, 2)
         before = segments.lengths - self.window
-        last = (segments.starts + before)[:, None] + torch.arange(self.window, device=cache.device)
-        chunk = Chunk(segments.keys[last][None], segments.values[last][None])
+        last = segments.keys[(segments.starts + before)[:, None] + request.index[: self.window]][None]
         older = Segments(segments.keys, segments.values, segments.starts, before)
-        found = column_scores(query.transpose(0, 1)[None], older, chunk, scale=scale, softcap=softcap)
+        found = column_scores(
+            query.transpose(0, 1)[None], older, Chunk(last, last),  # values are not read
+            scale=scale, softcap=softcap, longest=len(request.index) - self.window,
+        )  # fmt: skip
         # the window stands behind the longest head's entries; here it stands behind each head's own
-        longest = found.shape[2] - self.window
-        index = torch.arange(found.shape[2], device=cache.device)
-        behind = (index - before[:, None] + longest).clamp(max=found.shape[2] - 1)
-        return found.gather(2, torch.where(index < before[:, None], index, behind)[None])
+        moved = torch.where(request.index < before[:, None], 0, len(request.index) - request.ends)
+        return found.gather(2, (request.index + moved).clamp(max=len(request.index) - 1)[None])
 
-    def _places_of_positions(self, cache: Tensor, block: Tensor) -> Tensor:
-        """Of `_integers`, int64 [H, 1]."""
-        in_a_row = 2 * self.head_dim * cache.element_size() // 4
-        return ((block * self.rows + self.places) * in_a_row)[:, None]
+    def _places_of_positions(self, request: CutHeads) -> Tensor:
+        """Of `_integers`, int64 [K, 1]."""
+        in_a_row = 2 * self.head_dim * request.cache.element_size() // 4
+        return ((request.block * self.rows + self.places[request.heads]) * in_a_row)[:, None]
 
 
 def vectors(cache: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MAX_MODEL_LEN, answers, on_a_gpu, prompts, save_plan
+from kvpolicy_vllm import cuts, observation
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
@@ -75,6 +77,39 @@ def test_chunks_and_single_tokens_attend_to_what_the_cuts_left(
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.25)
     torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=1e-4)
     assert int(layout.lengths(torch.arange(301, device=device)).max()) == 90  # never more than the capacity
+
+
+def pretended(x: torch.Tensor) -> torch.Tensor:
+    """Of the shape, without numbers that the host could read."""
+    return torch.empty_like(x, device="meta")
+
+
+@pytest.mark.parametrize(("name", "params"), POLICIES)
+def test_a_cut_does_not_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, params: dict[str, int]
+) -> None:
+    """Nor copies to it what the host works out. The kernels are taken away."""
+    policy = kvpolicy.registry.create("policy", name, params)
+    moved: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cuts, "compact_in_place", lambda arenas, starts, columns, kept: moved.append(columns.shape))
+    monkeypatch.setattr(
+        observation,
+        "column_scores",
+        lambda query, segments, chunk, longest, **_: query.new_empty(1, len(segments), longest + len(chunk)),
+    )
+    attention = CutAttention(layout=layout_of([64, 200, 90, 300], policy), scale=0.25, policy=policy, layer=2)
+    layout = attention.by_size
+    if layout.observation is not None:
+        layout = replace(layout, observation=replace(layout.observation, places=pretended(attention.heads)))
+    layout = replace(layout, slots=pretended(layout.slots), offsets=pretended(layout.offsets))
+    for field, value in {"by_size": layout, "layout": layout, "heads": pretended(attention.heads)}.items():
+        object.__setattr__(attention, field, value)
+    cache, blocks = torch.empty(4, layout.rows, 2, 32, device="meta"), torch.ones(1, device="meta")
+    monkeypatch.setattr(torch.Tensor, "to", None)
+    for count in range(1, 130):
+        attention.cut(cache, blocks, count)
+    # from the first token that a head has no room for, and of heads that are not full yet none
+    assert moved == [(1, 48), (2, 74), (2, 74), (2, 74), (2, 74)]
 
 
 def test_a_whole_budget_is_never_cut() -> None:
