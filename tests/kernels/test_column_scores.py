@@ -334,6 +334,7 @@ def test_hand_written_squares():
         ("query_mask", torch.ones(1, 3).bool(), r"expected query_mask \[2, 3\], got \[1, 3\]"),
         ("power", 0, "column_scores: expected a finite power above 0, got 0"),
         ("power", NAN, "column_scores: expected a finite power above 0, got nan"),
+        ("longest", 5, "column_scores: longest is 5, but the longest segment has 4 entries"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, value, message):

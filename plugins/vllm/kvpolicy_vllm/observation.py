@@ -101,7 +101,7 @@ class Observation:
         cache, segments = request.cache, request.segments
         tokens = torch.arange(request.count - self.window, request.count, device=cache.device)
         query = vectors(cache)[self.vectors_of_queries(request.block * self.rows + self.first, tokens)]
-        query = query.unflatten(1, (len(self.places), -1))[:, request.heads].flatten(1, 2)
+        query = query.view(self.window, len(self.places), -1, self.head_dim)[:, request.heads].flatten(1, 2)
         before = segments.lengths - self.window
         last = segments.keys[(segments.starts + before)[:, None] + request.index[: self.window]][None]
         older = Segments(segments.keys, segments.values, segments.starts, before)

@@ -85,9 +85,7 @@ def pretended(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "params"), POLICIES)
-def test_a_cut_does_not_wait_for_the_device(
-    monkeypatch: pytest.MonkeyPatch, name: str, params: dict[str, int]
-) -> None:
+def test_a_cut_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, name: str, params: dict[str, int]) -> None:
     """Nor copies to it what the host works out. The kernels are taken away."""
     policy = kvpolicy.registry.create("policy", name, params)
     moved: list[tuple[int, ...]] = []
@@ -110,6 +108,22 @@ def test_a_cut_does_not_wait_for_the_device(
         attention.cut(cache, blocks, count)
     # from the first token that a head has no room for, and of heads that are not full yet none
     assert moved == [(1, 48), (2, 74), (2, 74), (2, 74), (2, 74)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "params"), POLICIES)
+def test_a_gpu_is_not_waited_for(name: str, params: dict[str, int]) -> None:
+    policy = kvpolicy.registry.create("policy", name, params)
+    attention = CutAttention(layout=layout_of([64, 90], policy, "cuda"), scale=0.25, policy=policy, layer=2)
+    cache = torch.zeros(4, attention.layout.rows, 2, 32, device="cuda")
+    new = [torch.randn(150, heads, 32, device="cuda") for heads in (4, 2, 2)]
+    blocks = torch.tensor([2], device="cuda")
+    attention.chunk(*new, cache, blocks, 0)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention.chunk(*new, cache, blocks, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_whole_budget_is_never_cut() -> None:
