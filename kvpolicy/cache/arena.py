@@ -27,7 +27,7 @@ _TABLES = ("start", "length", "allocated", "cursor")
 _FREE = {"positions": -1, "scores": -torch.inf}
 
 if TYPE_CHECKING:
-    from kvpolicy.cache.step import LayerStep
+    from kvpolicy.cache.step import LayerStep, Placement
 
 
 class Placed(NamedTuple):
@@ -216,11 +216,13 @@ class LayerArena:
         rows = (self.start.to(slot.device) + slot).to(self.device, non_blocking=True)
         self._put(key, value, position.to(self.device), rows, score)
 
-    def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
+    def write(
+        self, key: Tensor, value: Tensor, step: LayerStep, placement: Placement, score: float, work: WorkPlan | None
+    ) -> None:
         """`append`, where the tables behind it have been worked out."""
-        self._put(key, value, step.position, step.row, score)
+        self._put(key, value, placement.position, placement.row, score)
         self.pass_step(step)
-        self.place(step.start, step.placed_length, step.placed_seen, work)
+        self.place(placement.start, placement.length, placement.seen, work)
 
     def place(self, starts: Tensor, lengths: Tensor, seen: Tensor, work: WorkPlan | None) -> None:
         """Notes tables that are on the device, as in `Placed`."""

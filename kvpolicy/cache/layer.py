@@ -205,11 +205,11 @@ class StoreLayer:
     def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
         """`append`, where what it comes to has been worked out. Arguments as there."""
         self._pass(step)
-        arena = self.arena
+        arena, placement = self.arena, step.placement
         if step.searches:
-            tables = step.start, step.placed_length, step.placed_seen
-            evict_into(step.row, arena.scores, arena.positions, *tables, **self._protection_options())
-        arena.write(key.detach(), value.detach(), step, score, work)
+            tables = placement.start, placement.length, placement.seen
+            evict_into(placement.row, arena.scores, arena.positions, *tables, **self._protection_options())
+        arena.write(key.detach(), value.detach(), step, placement, score, work)
 
     def open_tail(self, columns: Columns) -> None:
         """Brings the pending tokens into a block in which more find room."""

@@ -10,8 +10,10 @@ each is worked out here, its tables are copied, and the graph is replayed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from kvpolicy_kernels.attention import WorkPlan, plan_work
@@ -23,6 +25,19 @@ from kvpolicy.cache.schedule import UNLIMITED
 from kvpolicy.cache.tail import Tail
 
 
+class Placement(NamedTuple):
+    """Where a layer's entry goes, int64 [S] each on its device.
+
+    row: -1 where it is still to be looked for;  length, seen: behind the token
+    """
+
+    start: Tensor
+    length: Tensor
+    row: Tensor
+    position: Tensor
+    seen: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerStep:
     """What the token changes in one layer.
@@ -31,8 +46,8 @@ class LayerStep:
     seen, evicted_at: int64 [B], as in `StoreLayer`, behind the token
     length, cursor:   int64 [S], as in `LayerArena`, behind the token
     searches: whether the row of a full segment is still to be looked for
-    start, placed_length, row, position, placed_seen: int64 [S] on the layer's device; where the entry goes (-1: to the
-        row that is to be looked for), its position, and `seen`
+    on_device: int64 [5, L, S] on the layer's device, what `placement` names, of each layer
+    index:    of this one in it
     """
 
     before: Tensor
@@ -41,11 +56,13 @@ class LayerStep:
     length: Tensor
     cursor: Tensor
     searches: bool
-    start: Tensor
-    placed_length: Tensor
-    row: Tensor
-    position: Tensor
-    placed_seen: Tensor
+    on_device: Tensor
+    index: int
+
+    @property
+    def placement(self) -> Placement:
+        """Made when it is asked for: the replay of a graph does without."""
+        return Placement(*self.on_device[:, self.index].unbind())
 
     def is_next(self, entries: StoreLayer) -> bool:
         """Whether nothing has happened to the layer since."""
@@ -72,15 +89,33 @@ class TailStep:
 
 
 class StepTables:
-    """The tables of the token under way, on each device at an address that stays."""
+    """The tables of the token under way: of all layers on the host, and on each device at an address that stays."""
 
     def __init__(self) -> None:
         self._placed: dict[torch.device, Tensor] = {}
+        self._stacks: dict[str, tuple[Sequence[Tensor], Tensor]] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return list(self._placed.values())
+        return [*self._placed.values(), *(whole for _, whole in self._stacks.values())]
+
+    def stacked(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """A table of each layer in one, which is not put together again where they are those of the token before.
+
+        parts: [...] each, on the host; nobody writes into them
+        """
+        before, whole = self._stacks.get(name, ((), None))
+        if whole is None or len(before) != len(parts) or not all(map(operator.is_, before, parts)):
+            whole = torch.stack(list(parts))
+            self._stacks[name] = parts, whole
+        return whole
+
+    def unbound(self, name: str, whole: Tensor) -> tuple[Tensor, ...]:
+        """The table of each layer, for which `stacked` will give `whole`."""
+        parts: tuple[Tensor, ...] = whole.unbind()
+        self._stacks[name] = parts, whole
+        return parts
 
     def place(self, tables: Tensor, device: torch.device) -> Tensor:
         """A copy on a device, which is not waited for; the one before is overwritten. tables: int64, on the host."""
@@ -171,16 +206,16 @@ def plan_step(layers: Sequence[StoreLayer | None], tables: StepTables, *, evict:
     if not all(layer.seen is first.seen or torch.equal(layer.seen, first.seen) for layer in opened):
         return PlannedStep()
     seen = first.seen + 1
-    limit = most = torch.stack([layer.limit(evict, seen) for layer in opened])
+    limit = most = _limits(opened, tables, seen, evict=evict)
     if (end := first.protection.end) and end > int(first.seen.min()):  # tokens of a span will come on top
-        most = torch.stack([layer.limit(evict, seen.clamp(min=end)) for layer in opened])
+        most = _limits(opened, tables, seen.clamp(min=end), evict=evict)
     # both move entries, so they come before the tables are read
     for layer, own in zip(opened, limit, strict=True):
         layer.make_ring(own)
     arenas = [layer.arena for layer in opened]
-    _reserve(arenas, limit, most, grows=grows)
-    start, length, cursor = _stacked(arenas, "start", "length", "cursor")
-    evicted_at = torch.stack([layer.evicted_at for layer in opened])
+    _reserve(arenas, tables, limit, most, grows=grows)
+    start, length, cursor = (_stacked(arenas, tables, name) for name in ("start", "length", "cursor"))
+    evicted_at = tables.stacked("evicted_at", [layer.evicted_at for layer in opened])
     full = length >= limit
     after, row = length + ~full, start + length
     if first.has_order:
@@ -196,30 +231,34 @@ def plan_step(layers: Sequence[StoreLayer | None], tables: StepTables, *, evict:
     seen_each = seen.repeat_interleave(first.num_heads).expand_as(start)
     on_host = torch.stack([start, after, row, seen_each - 1, seen_each])
     placed = {device: tables.place(on_host, device) for device in {arena.device for arena in arenas}}
-    on_device = {
-        device: list(zip(*(table.unbind() for table in x.unbind()), strict=True)) for device, x in placed.items()
-    }
-    own = zip(evicted_at.unbind(), after.unbind(), cursor.unbind(), searches, strict=True)
+    evictions, lengths = tables.unbound("evicted_at", evicted_at), tables.unbound("length", after)
+    behind = zip(evictions, lengths, tables.unbound("cursor", cursor), searches, strict=True)
     steps = [
-        LayerStep(arena.length, seen, *host, *on_device[arena.device][i])
-        for i, (arena, host) in enumerate(zip(arenas, own, strict=True))
+        LayerStep(arena.length, seen, evicted, own, turn, does_search, placed[arena.device], index)
+        for index, (arena, (evicted, own, turn, does_search)) in enumerate(zip(arenas, behind, strict=True))
     ]
     return PlannedStep(steps, {device: x[1] for device, x in placed.items()})
 
 
-def _stacked(arenas: Sequence[LayerArena], *names: str) -> tuple[Tensor, ...]:
-    """These tables of all arenas, int64 [L, S] each."""
-    tables = torch.stack([getattr(arena, name) for name in names for arena in arenas])
-    return tables.view(len(names), len(arenas), -1).unbind()
+def _limits(layers: Sequence[StoreLayer], tables: StepTables, settled: Tensor, *, evict: bool) -> Tensor:
+    """int64 [L, S], as in `StoreLayer.limit`."""
+    if evict and not layers[0].protection.spans:  # the same as long as no budget grows
+        return tables.stacked("table", [layer.table for layer in layers]).flatten(1)
+    return torch.stack([layer.limit(evict, settled) for layer in layers])
 
 
-def _reserve(arenas: Sequence[LayerArena], limit: Tensor, most: Tensor, *, grows: bool) -> None:
+def _stacked(arenas: Sequence[LayerArena], tables: StepTables, name: str) -> Tensor:
+    """int64 [L, S], a table of all arenas by its name."""
+    return tables.stacked(name, [getattr(arena, name) for arena in arenas])
+
+
+def _reserve(arenas: Sequence[LayerArena], tables: StepTables, limit: Tensor, most: Tensor, *, grows: bool) -> None:
     """Room for one more entry in every segment below its limit.
 
     limit, most: int64 [L, S], entries allowed now, and once all protected spans have come
     grows: then also for all up to a limit that is known, so that entries move when limits rise and at no other token
     """
-    length, allocated, cursor = _stacked(arenas, "length", "allocated", "cursor")
+    length, allocated, cursor = (_stacked(arenas, tables, name) for name in ("length", "allocated", "cursor"))
     below, known = length < limit, most.where(most < UNLIMITED, 0)
     cramped = below & (length == allocated)
     if grows:

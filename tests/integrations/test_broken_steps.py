@@ -65,7 +65,7 @@ def test_the_first_token_of_a_cache_that_broke_off(model, monkeypatch):
     runner = kvpolicy.DecodeRunner(model, cache_over(model))
     runner.prefill(tiny_ids(50))
     broken_off(monkeypatch, model.model.layers[1].mlp, lambda: runner.step(torch.tensor([5])))
-    with pytest.raises(ModelError, match=r"a step broke off with KeyboardInterrupt.* reset\(\) it"):
+    with pytest.raises(ModelError, match=r"a forward broke off with KeyboardInterrupt.* reset\(\) it"):
         runner.step(torch.tensor([5]))
 
 

@@ -456,3 +456,20 @@ def test_a_token_on_top_that_was_planned_before_others_came(model):
     with pytest.raises(kvpolicy.BudgetError, match="none is pending"):
         store.append(0, token, token)
     assert store.seen.tolist() == [63]
+
+
+def test_a_token_on_a_cpu_is_a_step_without_a_graph(model, monkeypatch):
+    if DEVICE == "cuda":
+        pytest.skip("there it is recorded")
+    ids, caches, steps = text(70), [cache_over(model) for _ in range(2)], []
+    step = caches[0].step
+    monkeypatch.setattr(
+        caches[0], "step", lambda layer, *args, **kwargs: steps.append(layer) or step(layer, *args, **kwargs)
+    )
+    with torch.no_grad():
+        found = [model(part, **over(caches[0])).logits for part in ids.split([50, *[1] * 20], 1)]
+        expected = [model.forward.own(part, **over(caches[1])).logits for part in ids.split([50, *[1] * 20], 1)]
+    assert steps == [*range(len(caches[0].layers))] * 20
+    assert caches[0].replays.mode == "eager"
+    assert torch.equal(torch.cat(found, 1), torch.cat(expected, 1))
+    assert torch.equal(caches[0].lengths, caches[1].lengths)

@@ -65,6 +65,7 @@ class _Token:
     inputs:   tensors that differ from token to token, at addresses that stay
     constant: its other arguments, by name
     counts:   what it goes by as a step
+    reading:  what its mask says
     kind:     what has to be the same for its kernels to be loaded
     key:      what has to be the same for a replay: entries at the same addresses, too
     """
@@ -73,6 +74,7 @@ class _Token:
     inputs: dict[str, Tensor]
     constant: dict[str, Any]
     counts: StepCounts
+    reading: Reading
     kind: list[Any]
     key: list[Any]
 
@@ -131,44 +133,45 @@ class Replays:
             self._fall_back("tokens that can be taken back, or could, are still to be kept or given up", cache)
             return None
         cache.open_rings()
-        token = self._token(cache, model, own, call)
-        out = None
-        for way in () if why else (self._replay, self._load, self._record):
-            if (out := way(cache, token)) is not None:
-                break
-        if out is None and cache.is_stepped:
-            out = cache.run_step(lambda: own(**token.inputs, **token.constant), token.counts)
-        if out is not None:
-            cache.count_step(reading)
-        return out
+        if why is None:
+            token = self._token(cache, model, own, call, reading)
+            for way in (self._replay, self._load, self._record):
+                if (out := way(cache, token)) is not None:
+                    return out
+        inputs = {name: value for name, value in call.items() if name != "attention_mask"} | _inputs(cache, call)
+        return cache.run_step(functools.partial(own, **inputs), self._counted(cache), reading)
 
     def _reading(
         self, cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]
     ) -> tuple[Reading | None, str | None]:
         """What the token's mask says, None where the token cannot be a step; and why no graph can hold it, if so."""
+        device = unrecordable(call["input_ids"].device)
         why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
-        if why and not cache.is_stepped:
-            return None, why
+        # where no graph can be, a step is still the quickest way; transformers' own layers take its windows on
+        if not cache.is_stepped and (why or (device and cache.rings)):
+            return None, device or why
         layer = cache.budgeted[0]
         reading = read_mask(call.get("attention_mask"), 1, layer.columns, cache.opened().seen, layer.filled)
         if reading.valid is not None or reading.visible is not None:
             return None, "attention_mask hides tokens that the cache holds"
-        return reading, why
+        return reading, device or why
 
-    def _token(self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any]) -> _Token:
+    def _token(
+        self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any], reading: Reading
+    ) -> _Token:
         inputs, counts = self._placed(_inputs(cache, call)), self._counted(cache)
         constant = {name: value for name, value in call.items() if name not in inputs and name != "attention_mask"}
         weights = next(model.parameters()).data_ptr()  # others where the model has been moved
         # without the cache, which holds what is kept here: it is to be free as soon as it is dropped
         settings = {name: None if value is cache else value for name, value in constant.items()}
         kind = [self.compiled, id(model), weights, settings, {name: (x.shape, x.dtype) for name, x in inputs.items()}]
-        return _Token(self._forward or own, inputs, constant, counts, kind, [*kind, *cache.layouts])
+        return _Token(self._forward or own, inputs, constant, counts, reading, kind, [*kind, *cache.layouts])
 
     def _replay(self, cache: RaggedCache, token: _Token) -> Any:
         """By the graph that there is; None where it is of another step."""
         if self._step is None or self._step.key != token.key:
             return None
-        cache.pass_step(self._step.replay)
+        cache.pass_step(self._step.replay, token.reading)
         self.mode, self.why = "graph", None
         return _copied(self._step.out, cache)
 
@@ -176,7 +179,7 @@ class Replays:
         """As a step without a graph, which loads its kernels; None where one of its kind has run before."""
         if self._ran.count(token.kind) >= (2 if self.compiled else 1):  # compiled code may be made again
             return None
-        out = cache.run_step(token.run, token.counts)
+        out = cache.run_step(token.run, token.counts, token.reading)
         self._ran = [token.kind, *self._ran[:1]]
         self.mode, self.why = "eager", "it was the first of its kind, which loads the kernels: the next is recorded"
         return out
@@ -191,7 +194,7 @@ class Replays:
         del before
         restore = cache.bookmark()
         try:
-            step = functools.partial(cache.run_step, token.run, token.counts, on_device=False)
+            step = functools.partial(cache.trace_step, token.run, token.counts)
             recording, out = record(step, token.counts.columns.device)
         except BaseException as error:
             restore()
@@ -201,6 +204,7 @@ class Replays:
                 self._fall_back(why, cache)
             return None
         recording.replay()
+        cache.count_step(token.reading)
         self._step = _Step(token.key, recording, _kept(out, cache))
         self.mode, self.why = "graph", None
         return _copied(self._step.out, cache)
@@ -257,10 +261,8 @@ def is_token(cache: RaggedCache, call: dict[str, Any]) -> bool:
 
 
 def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -> str | None:
-    """Why a forward of a token cannot be recorded, or None."""
+    """Why a forward of a token cannot be recorded on a device that records, or None."""
     device = call["input_ids"].device
-    if why := unrecordable(device):
-        return why
     if len({layer.arena.device for layer in cache.opened().layers if layer is not None} | {device}) > 1:
         return "the layers lie on several devices, a CUDA graph on one"
     if cache.opened().num_heads != cache.spec.num_kv_heads:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.scoring import Scoring
-from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, mark
+from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, as_answer, mark
 
 _CACHES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """By handle, a constant in compiled code. Small numbers are used again, and what was compiled with them."""
@@ -77,6 +77,9 @@ class SteppedLayer:
     def attention(self, call: AttentionCall) -> Answer:
         """The attention of the layer, or of one that reuses its keys and values."""
         append, self._has_come = self._has_come, False
+        if not torch.compiler.is_compiling():  # an operator takes longer to be called than its work on a CPU
+            cache = _CACHES[self.handle]
+            return as_answer(cache.step(self.layer, call.query, call.key, call.value, call.scoring, append=append))
         options = (call.options.get("s_aux"), call.options.get("scaling"), call.options.get("softcap"))
         out: Tensor = step_attention(call.query, call.key, call.value, *options, self.handle, self.layer, append)
         return out, None

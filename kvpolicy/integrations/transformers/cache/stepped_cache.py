@@ -43,7 +43,9 @@ class SteppedCache(CarryingCache):
             for index, layer in enumerate(self.spec.layers)
             if layer.kind == "sliding" and layer.window is not None and layer.shared_with is None
         ]
-        known = {ring.index for ring in self.rings} | {layer.model_layer for layer in self.budgeted}
+        self._ring_of = {ring.index: ring for ring in self.rings}
+        self._row_of = {layer.model_layer: layer.row for layer in self.budgeted}
+        known = {*self._ring_of, *self._row_of}
         self.other_kinds = sorted(
             {
                 type(layer).__name__
@@ -108,16 +110,28 @@ class SteppedCache(CarryingCache):
             for ring in self.rings:
                 ring.close(self.store.seen)
 
-    def run_step(self, forward: Callable[[], Any], counts: StepCounts, *, on_device: bool = True) -> Any:
-        """A forward of one token that was planned.
+    def run_step(self, forward: Callable[[], Any], counts: StepCounts, reading: Reading) -> Any:
+        """A forward of one token that was planned, now. counts: what it goes by;  reading: what its mask says"""
+        layers = [layer for layer in self.opened().layers if layer is not None]
+        before = [layer.seen for layer in layers]
+        try:
+            out = self.trace_step(forward, counts)
+        except BaseException as error:
+            written = [layer.seen is not seen for layer, seen in zip(layers, before, strict=True)]
+            if all(written) and not self.rings:  # some of which may come behind them
+                self.count_step(reading)
+            elif any(written) or self.rings:
+                self.break_off(f"a forward broke off with {type(error).__name__}, its token is in some layers only")
+            raise
+        self.count_step(reading)
+        return out
 
-        counts:    what it goes by
-        on_device: whether it is done now, not only recorded
-        """
+    def trace_step(self, forward: Callable[[], Any], counts: StepCounts) -> Any:
+        """The forward of `run_step` for a recording, which is not counted: the device does nothing of it yet."""
         counts.forget()
         handle = handle_of(self, self._handle)
         if handle != self._handle:
-            layers = [layer.model_layer for layer in self.budgeted] + [ring.index for ring in self.rings]
+            layers = [*self._row_of, *self._ring_of]
             self._handle, self._stepped = handle, {layer: SteppedLayer(handle, layer) for layer in layers}
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, SharingLayer):
@@ -125,21 +139,18 @@ class SteppedCache(CarryingCache):
         self.stepping = counts
         try:
             return forward()
-        except BaseException as error:
-            if on_device:
-                self.break_off(f"a step broke off with {type(error).__name__}, and its token is in some layers only")
-            raise
         finally:
             self.stepping = None
 
-    def pass_step(self, replay: Callable[[], None]) -> None:
+    def pass_step(self, replay: Callable[[], None], reading: Reading) -> None:
         """A token that was planned, by the replay of a graph."""
         try:
             replay()
             self.opened().pass_step()
         except BaseException as error:
-            self.break_off(f"a step broke off with {type(error).__name__}")
+            self.break_off(f"a forward broke off with {type(error).__name__}")
             raise
+        self.count_step(reading)
 
     def count_step(self, reading: Reading) -> None:
         """Counts the token of a step. reading: what its mask says"""
@@ -150,13 +161,12 @@ class SteppedCache(CarryingCache):
 
     def step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, append: bool) -> Tensor:
         """The attention of a step in one layer of the model, which writes the token first if it owns its key."""
-        ring = next((ring for ring in self.rings if ring.index == layer), None)
-        if ring is not None:
+        if (ring := self._ring_of.get(layer)) is not None:
             assert self.stepping is not None  # this is one of its layers
             if append:
                 ring.write(key, value, self.stepping)
             return ring.attend(query, key.shape[1], scoring, self.stepping)
-        store, row = self.opened(), self.spec.budgeted_layers.index(layer)
+        store, row = self.opened(), self._row_of[layer]
         if not append:
             return store.attend(row, query, scoring)
         store.append(row, key, value)
