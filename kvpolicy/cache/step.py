@@ -98,7 +98,7 @@ class StepTables:
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [*self._placed.values(), *(whole for _, whole in self._stacks.values())]
+        return [*self._placed.values(), *(x for parts, whole in self._stacks.values() for x in (*parts, whole))]
 
     def stacked(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """A table of each layer in one, which is not put together again where they are those of the token before.

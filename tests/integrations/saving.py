@@ -59,7 +59,8 @@ def facts(cache):
             found[f"{prefix}.{name}"] = value
 
     parts = ("layers", "budgeted", "state", "store", "make_store", "attached", "recipe", "_is_user_defined", "_touched")
-    add(cache, "cache", (*parts, "replays", "rings"))  # what a graph is made of
+    of_a_step = ("replays", "rings", "_handle", "_stepped")
+    add(cache, "cache", (*parts, *of_a_step))
     found["recipe"], found["deltas"] = cache.recipe.to_json(), cache.state.deltas
     parts = ("rows", "layers", "schedule", "split", "policy")
     add(cache.store, "store", (*parts, "_planned", "_tables", "_wrong", "first_token"))  # no step is under way

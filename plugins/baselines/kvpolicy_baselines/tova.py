@@ -41,11 +41,13 @@ class TOVAPolicy(EvictionPolicy):
         return _of_tokens(mass.flatten(1), positions.flatten(1), mass.shape[1]).view_as(mass) / mass.shape[1]
 
     def score_step(self, step: DecodeStep) -> Tensor:
+        # few launches: at each token and layer they take longer than what they do
         span, heads = step.max_positions + 1, step.num_kv_heads  # the first place of a segment is that of free rows
-        place = step.segment * span + (step.positions + 1)
-        by_place = step.attention.new_zeros(len(step.lengths) * span).scatter(0, place, step.attention)
-        total = by_place.view(-1, heads, span).sum(1) / heads
-        return total[step.segment // heads, step.positions + 1]
+        place = step.positions + 1
+        by_place = step.attention.new_zeros(len(step.lengths) * span)
+        by_place.scatter_(0, torch.add(place, step.segment, alpha=span), step.attention)
+        mean = by_place.view(-1, heads, span).mean(1)
+        return mean[0, place] if len(mean) == 1 else mean[step.segment // heads, place]
 
 
 def _of_tokens(mass: Tensor, positions: Tensor, num_heads: int) -> Tensor:

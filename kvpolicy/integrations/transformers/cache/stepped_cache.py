@@ -43,7 +43,7 @@ class SteppedCache(CarryingCache):
             for index, layer in enumerate(self.spec.layers)
             if layer.kind == "sliding" and layer.window is not None and layer.shared_with is None
         ]
-        self._ring_of = {ring.index: ring for ring in self.rings}
+        self._ring_of = {ring.index: place for place, ring in enumerate(self.rings)}
         self._row_of = {layer.model_layer: layer.row for layer in self.budgeted}
         known = {*self._ring_of, *self._row_of}
         self.other_kinds = sorted(
@@ -161,7 +161,8 @@ class SteppedCache(CarryingCache):
 
     def step(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, append: bool) -> Tensor:
         """The attention of a step in one layer of the model, which writes the token first if it owns its key."""
-        if (ring := self._ring_of.get(layer)) is not None:
+        if (place := self._ring_of.get(layer)) is not None:
+            ring = self.rings[place]
             assert self.stepping is not None  # this is one of its layers
             if append:
                 ring.write(key, value, self.stepping)
