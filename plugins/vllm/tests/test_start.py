@@ -85,16 +85,21 @@ def test_what_cannot_hold_is_refused_by_name(model: str, plan: str, options: dic
 
 def test_refusals_read_the_parallel_configuration(model: str, plan: str) -> None:
     made = config(model, {"plan": plan, **FIXED})
-    made.parallel_config.decode_context_parallel_size = 2
-    with pytest.raises(kvpolicy.BudgetError, match="context parallelism"):
-        hooks.refusals.check(made)
-    made.parallel_config.decode_context_parallel_size = 1
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        setattr(made.parallel_config, name, 2)
+        with pytest.raises(kvpolicy.BudgetError, match=r"no DCP, no PCP"):
+            hooks.refusals.check(made)
+        setattr(made.parallel_config, name, 1)
     made.parallel_config.tensor_parallel_size = 4
     with pytest.raises(kvpolicy.BudgetError, match="4 tensor-parallel ranks do not divide the model's 2 KV heads"):
         hooks.refusals.check(made)
 
 
-def test_models_are_refused_by_name() -> None:
+def test_models_are_refused_by_name(model: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config(model, {"plan": plan, **FIXED})
+    monkeypatch.setattr(type(loaded.model_config), "is_multimodal_model", True)
+    with pytest.raises(kvpolicy.BudgetError, match="cannot serve this: multi-modal prompts attend to prefixes"):
+        hooks.refusals.check(loaded)
     made = SimpleNamespace(architectures=["GPTNeoXForCausalLM"], get_sliding_window=lambda: 128)
     reasons = list(hooks.refusals._model_reasons(made))
     assert reasons[0].startswith("the architecture GPTNeoXForCausalLM; known are LlamaForCausalLM, ")
@@ -191,11 +196,14 @@ def test_blocks_are_the_smallest_that_keep_the_shares(model: str, tmp_path: Path
     assert long.tokens_per_block == 128  # no more than 32 of them
 
 
-def test_formats_of_a_plan_are_refused(model: str, tmp_path: Path) -> None:
+def test_formats_and_shared_layers_of_a_plan_are_refused(model: str, tmp_path: Path) -> None:
     plan = kvpolicy.load_plan(save_plan(model, tmp_path / "plan.json", CAPACITIES))
+    hf_config = transformers.AutoConfig.from_pretrained(model)
+    kvpolicy.save_plan(plan.sharing(kvpolicy.ModelSpec.from_config(hf_config), {1: 0}), tmp_path / "shared.json")
+    with pytest.raises(kvpolicy.PlanError, match=r"layers \[1\] keep no entries \(shared_layers\)"):
+        Serving.resolve(Settings(str(tmp_path / "shared.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1, 16)
     levels = tuple(replace(level, formats=("int4", "int8", "model")) for level in plan.levels)
     kvpolicy.save_plan(replace(plan, levels=levels), tmp_path / "coded.json")
-    hf_config = transformers.AutoConfig.from_pretrained(model)
     with pytest.raises(kvpolicy.BudgetError, match=r"coded\.json keeps entries in formats of fewer bits"):
         Serving.resolve(Settings(str(tmp_path / "coded.json"), tokens=50), hf_config, MAX_MODEL_LEN, 1, 16)
 
