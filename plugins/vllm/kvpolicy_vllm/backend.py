@@ -21,7 +21,7 @@ from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.observation import Observation
 from kvpolicy_vllm.report import pulse
-from kvpolicy_vllm.self_check import check_attention
+from kvpolicy_vllm.self_check import check_attention, check_cuts
 from kvpolicy_vllm.serving import Serving
 from kvpolicy_vllm.steps import LayerStep, LayerTables
 
@@ -142,6 +142,10 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
             steps = SharedSteps(tables, list(layers.values()))
             for index, (impl, layout) in enumerate(zip(impls, layouts, strict=True)):
                 impl.start(index, layout, steps)
+            attention = impls[-1].attention
+            if isinstance(attention, CutAttention):
+                dtype, dim = vllm_config.model_config.dtype, impls[0].head_size
+                check_cuts(device, dtype, dim, attention.policy, attention.layer)
         self.steps: SharedSteps = impls[0].steps
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:

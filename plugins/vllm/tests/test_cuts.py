@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MAX_MODEL_LEN, answers, on_a_gpu, prompts, save_plan
-from kvpolicy_vllm import cuts, observation
+from kvpolicy_vllm import cuts, observation, self_check
 from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
@@ -124,6 +124,22 @@ def test_a_gpu_is_not_waited_for(name: str, params: dict[str, int]) -> None:
         attention.chunk(*new, cache, blocks, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", on_a_gpu("cuda")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "params"), [*POLICIES, *((name, {}) for name, _ in POLICIES)])
+def test_self_check_holds(name: str, params: dict[str, int], dtype: torch.dtype, device: str) -> None:
+    policy = kvpolicy.registry.create("policy", name, params)
+    self_check.check_cuts.__wrapped__(torch.device(device), dtype, 128, policy, 2)
+
+
+def test_self_check_notices_another_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = kvpolicy.registry.create("policy", "keydiff", {})
+    columns = CutAttention._columns
+    monkeypatch.setattr(CutAttention, "_columns", lambda *args: columns(*args) * 0 + torch.arange(args[-1]))
+    with pytest.raises(RuntimeError, match="attends wrongly on cpu"):
+        self_check.check_cuts.__wrapped__(torch.device("cpu"), torch.float32, 64, policy, 2)
 
 
 def test_a_whole_budget_is_never_cut() -> None:
