@@ -101,14 +101,15 @@ class Observation:
         cache, segments = request.cache, request.segments
         tokens = torch.arange(request.count - self.window, request.count, device=cache.device)
         query = vectors(cache)[self.vectors_of_queries(request.block * self.rows + self.first, tokens)]
-        query = query.view(self.window, len(self.places), -1, self.head_dim)[:, request.heads].flatten(1, 2)
+        query = query.view(self.window, len(self.places), -1, self.head_dim)[:, request.heads]
         before = segments.lengths - self.window
-        last = segments.keys[(segments.starts + before)[:, None] + request.index[: self.window]][None]
+        last = segments.keys[(segments.starts + before)[:, None] + request.index[: self.window]][:, None]
         older = Segments(segments.keys, segments.values, segments.starts, before)
+        # a sequence for each head: kernels are compiled for a number of heads, which changes from cut to cut
         found = column_scores(
-            query.transpose(0, 1)[None], older, Chunk(last, last),  # values are not read
+            query.permute(1, 2, 0, 3), older, Chunk(last, last),  # values are not read
             scale=scale, softcap=softcap, longest=len(request.index) - self.window,
-        )  # fmt: skip
+        ).transpose(0, 1)  # fmt: skip
         # the window stands behind the longest head's entries; here it stands behind each head's own
         moved = torch.where(request.index < before[:, None], 0, len(request.index) - request.ends)
         return found.gather(2, (request.index + moved).clamp(max=len(request.index) - 1)[None])

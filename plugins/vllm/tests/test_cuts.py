@@ -93,7 +93,7 @@ def test_a_cut_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, nam
     monkeypatch.setattr(
         observation,
         "column_scores",
-        lambda query, segments, chunk, longest, **_: query.new_empty(1, len(segments), longest + len(chunk)),
+        lambda query, segments, chunk, longest, **_: query.new_empty(len(segments), 1, longest + len(chunk)),
     )
     attention = CutAttention(layout=layout_of([64, 200, 90, 300], policy), scale=0.25, policy=policy, layer=2)
     layout = attention.by_size
