@@ -68,3 +68,22 @@ def test_capacities_fill_their_bytes(study):
         assert study.weight(way, table) <= allowed
         if not way.name.startswith("kivi"):  # whose bytes do not always rise with its entries
             assert study.weight(way, table) > 0.985 * allowed
+
+
+def test_knapsack(study):
+    from formats_knapsack import knapsack
+
+    torch.manual_seed(0)
+    tokens, channels = torch.rand(2, 3, 200), torch.rand(2, 3, 32)
+    tokens[..., -32:] = tokens[..., :4] = torch.inf
+    dense = 2 * 3 * 200 * 32 * 4
+    before = 0
+    for level in (0.3, 0.5, 0.8):
+        values, keys, spent = knapsack(tokens, channels, level * dense)
+        assert 0.9 * level < spent / dense <= level
+        assert (values[tokens.isinf()] == 16).all()
+        for bits, worth in ((values, tokens), (keys, channels)):
+            by_worth = bits.gather(-1, worth.argsort(-1))
+            assert (by_worth.diff(dim=-1) >= 0).all(), "what matters more has no fewer bits"
+        assert int(values.sum() + keys.sum()) > before
+        before = int(values.sum() + keys.sum())
