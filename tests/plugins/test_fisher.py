@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kvpolicy_baselines.fisher import FisherEstimator, squared_changes
+from kvpolicy_baselines.fisher import FisherEstimator, changes, costs
 from kvpolicy_baselines.hull import HullAllocator
 from kvpolicy_kernels.formats import INT4, INT8
 
@@ -31,7 +31,7 @@ def test_changes_are_those_of_attention_over_what_is_kept(first, sinks):
     rank = rank.clamp(min=-1)[:, None].expand(-1, length, -1)
     part = LayerGradients(0, first, gradients, values, lambda b, e: weights[:, b:e, :e], lambda b, e: rank[:, b:e, :e])
     kept = torch.tensor([1, 20, 150])
-    found = squared_changes(part, kept)[0]
+    found = costs(changes(part, kept)[:, None], len(kept) - 1)[0, 0]
     for place, count in enumerate(kept.tolist()):
         seen = (rank < count).repeat_interleave(group, 0) & causal
         own = values.repeat_interleave(group, 0).double()
@@ -47,7 +47,7 @@ def test_curves_are_the_divergence_of_a_head_alone():
     """Over many draws: the smaller the change, the closer; large ones are taken for larger than they are."""
     probe = TransformersProbe(sharp_model(), tiny_ids(64))
     sizes = (0.25, 0.5, 0.75)
-    found = torch.stack([FisherEstimator(sizes, 0.5, seed).estimate(probe).curves for seed in range(40)]).mean(0)
+    found = torch.stack([FisherEstimator(sizes, 0.5, seed, 1.0).estimate(probe).curves for seed in range(40)]).mean(0)
     exact = torch.zeros_like(found)
     for layer in range(3):
         for head in range(3):
@@ -61,11 +61,30 @@ def test_curves_are_the_divergence_of_a_head_alone():
     assert order > 0.9
 
 
+def test_curves_at_what_the_others_keep_sum_to_the_divergence_of_the_table():
+    """Over many draws: nothing that heads lose together is left out or counted twice."""
+    probe = TransformersProbe(sharp_model(), tiny_ids(64))
+    exact = float(probe.soft_loss(lambda _, rank: hidden_beyond(rank, 48 - probe.num_sink_tokens)))
+    found = torch.stack([FisherEstimator((0.75,), 0.75, seed, 0.75).estimate(probe).per_head for seed in range(20)])
+    assert 0.9 < float(found.mean(0).sum()) / exact < 1.6
+
+
+def test_half_of_what_two_heads_lose_together():
+    change = torch.tensor([[2.0, 0.0], [0.5, 0.0], [-1.0, 0.0]])[None, None, :, None]  # three heads, one query
+    assert costs(change, 1)[0, 0, :, 0].tolist() == [4.0, 0.25, 1.0]
+    assert costs(change, 0)[0, 0, :, 0].tolist() == [2 * 1.5, 0.5 * 1.5, -1.0 * 1.5]
+
+
+def test_codes_are_independent_of_what_others_lose():
+    change = torch.tensor([[[2.0, 0.0], [1.0, 0.0]], [[3.0, 1.0], [1.0, 0.5]]])[:, None, :, None]  # two formats
+    assert costs(change, 0)[:, 0, 0].tolist() == [[4.0 + 2.0, 0.0], [9.0 + 2.0, 1.0]]
+
+
 def test_curves_of_formats_are_the_divergence_of_a_coded_layer():
     """With nothing evicted, over many draws: what the codes of one layer do."""
     model, ids = sharp_model().double(), tiny_ids(64)
     probe = EveryFormat(TransformersProbe(model, ids))
-    curves = [FisherEstimator((0.75,), 0.75, seed).estimate(probe).format_curves for seed in range(12)]
+    curves = [FisherEstimator((0.75,), 0.75, seed, 1.0).estimate(probe).format_curves for seed in range(12)]
     assert list(curves[0]) == ["model", "int8", "int4"]
     assert (curves[0]["model"][..., -1] == 0).all()
     for name, own in (("int8", INT8), ("int4", INT4)):
@@ -79,9 +98,9 @@ def test_curves_of_formats_are_the_divergence_of_a_coded_layer():
 
 def test_one_format_is_measured_where_entries_have_one():
     probe = TransformersProbe(sharp_model(), tiny_ids(64), entry_format=INT8)
-    found = FisherEstimator((0.75,), 0.75).estimate(probe)
+    found = FisherEstimator((0.75,), 0.75, others=1).estimate(probe)
     assert found.format_curves is None and float(found.curves[..., -1].min()) > 0
-    plain = FisherEstimator((0.75,), 0.75).estimate(TransformersProbe(sharp_model(), tiny_ids(64)))
+    plain = FisherEstimator((0.75,), 0.75, others=1).estimate(TransformersProbe(sharp_model(), tiny_ids(64)))
     assert found.curve_capacities.tolist() == plain.curve_capacities.tolist()
     torch.testing.assert_close(found.curves[..., 0], plain.curves[..., 0], rtol=0.2, atol=1e-4)
 
@@ -89,6 +108,10 @@ def test_one_format_is_measured_where_entries_have_one():
 def test_a_probe_that_knows_no_formats_is_named():
     with pytest.raises(PluginError, match="curves of the format int8 were asked for, and the probe knows nothing"):
         FisherEstimator().estimate(EveryFormat(SyntheticProbe(head_dim=16)))
+
+
+def hidden_beyond(rank, kept):
+    return torch.zeros(3, *rank.shape[1:]).masked_fill(rank >= kept, float("-inf"))
 
 
 def divergence(probe, layer, head, capacity):
@@ -111,6 +134,12 @@ def test_importance_is_read_off_the_curves_and_hull_takes_them():
 
 def test_its_cost_is_told():
     assert FisherEstimator().num_forwards(SyntheticProbe().spec, prompts=9, sequences=3) == 12
+
+
+@pytest.mark.parametrize("others", [0.0, 1.5])
+def test_others_that_are_no_part_are_refused(others):
+    with pytest.raises(PluginError, match=r"fisher: others must be a part of the context in \(0, 1\]"):
+        FisherEstimator(others=others)
 
 
 @pytest.mark.parametrize("values", [{"sizes": ()}, {"sizes": (0.5, 1.0)}, {"sizes": (0.5,)}], ids=str)

@@ -8,6 +8,7 @@ capacity follows from its attention without another forward, so one backward pas
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,15 +27,20 @@ _FORWARDS = 4  # what a forward and a backward cost, whose layers are run once m
 
 @dataclass(frozen=True, slots=True)
 class FisherEstimator(ImportanceEstimator):
-    """Curves of the divergence from the full cache, KL(full || one KV head at c entries), in nats per scored token.
+    """Curves of a KV head's part in the divergence from the full cache, in nats per scored token.
 
-    sizes: parts of the context that the curves have a point at, each in (0, 1)
-    size:  one of them: importance is the divergence there
-    seed:  of the tokens that the model draws
+    sizes:  parts of the context that the curves have a point at, each in (0, 1)
+    size:   one of them: importance is read off there
+    seed:   of the tokens that the model draws
+    others: part of the context in (0, 1], rounded up to one of sizes: what all other KV heads keep while the curve of
+            one is taken. Of what two heads lose together each has half. At 1, or above all sizes, they keep everything
+            as it is, and curves are of one head alone: KL(full || this head at c entries)
 
-    To second order in the change of a head's output, and as if changes at different positions were independent. The
-    curves end with 0 at the full context. Capacities are never below the probe's least one. Where the probe names
-    formats, there are curves of each, and the change is that of eviction and of the codes together.
+    To second order in the change of a head's output, and as if changes at different positions were independent. Where
+    a head takes back what the others lose, its curve is 0. The curves end with 0 at the full context. Capacities are
+    never below the probe's least one. Where the probe names formats, there are curves of each, and the change is that
+    of eviction and of the codes together; the others are in the first of them, and lose with a head what it
+    loses in that.
     """
 
     measures_formats: ClassVar[bool] = True
@@ -42,6 +48,7 @@ class FisherEstimator(ImportanceEstimator):
     sizes: tuple[float, ...] = (0.015625, 0.03125, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
     size: float = 0.125
     seed: int = 0
+    others: float = 0.25
 
     def __post_init__(self) -> None:
         if not self.sizes or not all(0 < size < 1 for size in self.sizes) or self.size not in self.sizes:
@@ -49,6 +56,8 @@ class FisherEstimator(ImportanceEstimator):
                 "fisher: sizes must be parts of the context in (0, 1) and size one of them, got "
                 f"{list(self.sizes)} and {self.size}"
             )
+        if not 0 < self.others <= 1:
+            raise PluginError(f"fisher: others must be a part of the context in (0, 1], got {self.others}")
 
     def estimate(self, probe: ModelProbe) -> Importance:
         context, least = probe.context_length, probe.least_capacity
@@ -57,18 +66,15 @@ class FisherEstimator(ImportanceEstimator):
         kept = torch.tensor(points) - probe.num_sink_tokens
         kept[-1] = _EVERYTHING
         squares = torch.zeros(len(probe.formats), *probe.spec.table_shape, len(points), dtype=torch.float64)
-
-        def visit(part: LayerGradients) -> None:
-            squares[:, part.layer] += squared_changes(part, kept, probe.formats).cpu()
-
-        count = probe.num_sequences
+        count, beside = probe.num_sequences, bisect_left(points, round(self.others * context))
         probe.progress.begin("backward passes", count)
         try:
             for sequence in range(count):
-                probe.observe_gradients(visit, sequence=sequence, seed=self.seed + sequence)
+                squares += costs(self._changes(probe, sequence, kept), beside)
                 probe.progress.advance(f"sequence {sequence + 1}/{count}")
         finally:
             probe.progress.end()
+        squares.clamp_(min=0)
         of_formats = dict(zip(probe.formats, (squares / (2 * probe.num_scored * count)).float(), strict=True))
         if MODEL in of_formats:
             of_formats[MODEL][..., -1] = 0  # and not what rounding says
@@ -77,19 +83,43 @@ class FisherEstimator(ImportanceEstimator):
             curves[..., place].clone(), None, curves, torch.tensor(points), of_formats if len(of_formats) > 1 else None
         )
 
+    def _changes(self, probe: ModelProbe, sequence: int, kept: Tensor) -> Tensor:
+        """float32 [F, L, H, n, K], see `changes`; layers that share entries change together."""
+        layers: dict[int, Tensor] = {}
+
+        def visit(part: LayerGradients) -> None:
+            change = changes(part, kept, probe.formats).cpu()
+            layers[part.layer] = change + layers.get(part.layer, 0.0)
+
+        probe.observe_gradients(visit, sequence=sequence, seed=self.seed + sequence)
+        return torch.stack([layers[layer] for layer in sorted(layers)], 1)
+
     def num_forwards(self, spec: ModelSpec, *, prompts: int, sequences: int) -> int:
         return _FORWARDS * sequences
 
 
-def squared_changes(part: LayerGradients, kept: Tensor, formats: Sequence[str] = (MODEL,)) -> Tensor:
-    """float64 [F, num_kv_heads, K]: the sum over queries of (g . d)^2, d the change of what a KV head's queries get.
+def costs(change: Tensor, beside: int) -> Tensor:
+    """float64 [F, L, H, K]: the sum over queries of d d + d' e, e what the d of all other heads are together.
+
+    In the second term d' is that of the first format: what codes round is taken for independent of what others lose.
+
+    change: [F, L, H, n, K], the changes d of the log-probability
+    beside: index of the other heads' capacity, in the first format; at the last one e is 0
+    """
+    own = change[0, ..., beside]
+    rest = own.sum((0, 1)) - own if beside < change.shape[-1] - 1 else torch.zeros_like(own)
+    return (change.square() + change[:1] * rest[..., None]).sum(3, dtype=torch.float64)
+
+
+def changes(part: LayerGradients, kept: Tensor, formats: Sequence[str] = (MODEL,)) -> Tensor:
+    """float32 [F, num_kv_heads, n, K]: g . d of each of n queries, d the change of what a KV head's queries get.
 
     kept:    int64 [K], ascending, how many of the entries that may be evicted each of K capacities keeps
     formats: names of F formats that entries have
     """
     heads, length = part.values.shape[:2]
     edges = kept.to(part.values.device)
-    total = torch.zeros(len(formats), heads, len(kept), dtype=torch.float64, device=edges.device)
+    total = part.values.new_zeros(len(formats), heads, length - part.first, len(kept), dtype=torch.float32)
     for begin in range(part.first, length, _QUERIES):
         end = min(begin + _QUERIES, length)
         weights = part.weights(begin, end).reshape(heads, -1, end - begin, end)  # [H, G, n, end]
@@ -102,7 +132,8 @@ def squared_changes(part: LayerGradients, kept: Tensor, formats: Sequence[str] =
             if name != MODEL:
                 weights, along = (x.reshape(heads, -1, *x.shape[1:]) for x in _coded(part, begin, end, name))
             change = _after(weights, along, place, len(kept)) - before
-            total[index] += change.sum(1).double().square().sum(1)  # the query heads of a group change together
+            # the query heads of a group change together
+            total[index, :, begin - part.first : end - part.first] = change.sum(1)
     return total
 
 
