@@ -77,6 +77,7 @@ JOBS = {
     "dense-128k": Job("dense", 131072, 1.0, ("single",), 8),
     "keydiff-20": Job("keydiff", 32768, 0.2, ("fits", "batch", "single"), 160),
     "blocks-30": Job("blocks", 32768, 0.3, ("single",), 8),
+    "blocks-30-128k": Job("blocks", 131072, 0.3, ("single",), 8),
     "slab-20-trace-small": Job("slab", 32768, 0.2, ("fits", "trace"), 128, 0.4),
     "dense-trace-small": Job("dense", 32768, 1.0, ("fits", "trace"), 128, 0.4),
     "slab-30": Job("slab", 32768, 0.3, ("single",), 8),

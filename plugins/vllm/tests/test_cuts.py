@@ -14,6 +14,7 @@ from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.observation import Observation
+from kvpolicy_vllm.serving import Serving
 from kvpolicy_vllm.steps import LayerTables
 from oracle import Oracle, seen_by_cuts
 from test_oracle import answers_in_chunks, check, graph_options
@@ -170,6 +171,24 @@ def test_an_engine_equals_the_masked_forward(
     policy = kvpolicy.registry.create("policy", name, params)
     layouts = [layout_of(row, policy) for row in CAPACITIES]
     check(Oracle(model, layouts, policy), asked, answers(llm, asked, 20))
+
+
+def test_two_ranks_cut_their_own_heads(model: str, engine: Any, tmp_path: Path) -> None:
+    name, params = POLICIES[2]
+    table = [[80, 120], [90, 72], [110, 100]]
+    plan = save_plan(model, tmp_path / "plan.json", table, policy=PlanChoice(name, params))
+    llm = engine(
+        {"plan": plan, "retention": sum(map(sum, table)) / (6 * MAX_MODEL_LEN), "context_length": MAX_MODEL_LEN},
+        max_num_batched_tokens=37,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    serving = Serving.of(llm.llm_engine.vllm_config)
+    assert serving.period == PERIOD
+    policy = kvpolicy.registry.create("policy", name, params)
+    oracle = Oracle(model, [layout_of(list(row), policy) for row in serving.slots], policy)
+    asked = prompts([150, 40, 301])
+    check(oracle, asked, answers(llm, asked, 20))
 
 
 @pytest.mark.gpu
