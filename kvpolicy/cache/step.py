@@ -100,6 +100,10 @@ class StepTables:
         """Every tensor held."""
         return [*self._placed.values(), *(x for parts, whole in self._stacks.values() for x in (*parts, whole))]
 
+    def forget(self) -> None:
+        """The layers have other rows now, and these tables would only take memory."""
+        self._stacks.clear()
+
     def stacked(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """A table of each layer in one, which is not put together again where they are those of the token before.
 

@@ -301,6 +301,7 @@ class RaggedStore(Decoding):
             layer.take(rows)
         self.rows.take(rows.tolist())
         self.batch_size = len(rows)
+        self._tables.forget()
 
     def crop(self, count: int) -> None:
         """Takes back the last `count` tokens of every sequence.
