@@ -140,3 +140,16 @@ def test_a_verb_that_loads_a_model_says_so_before_it_is_there(kvpolicy, tiny_che
     text = ["--prompt", "gidu", "--max-new-tokens", "2"] if arguments[0] == "generate" else ["--text", tiny_text]
     said = kvpolicy(*arguments, *text, "--model", tiny_checkpoint, "--device", "cpu")
     assert said.code == 0 and said.err.splitlines()[0] == f"loading {tiny_checkpoint}", said.err
+
+
+def test_a_terminal_sees_that_something_goes_on(monkeypatch, capsys):
+    """A line that turns while nobody can count, and is gone behind it; elsewhere the line stays."""
+    with _LineProgress(Console(stderr=True)).wait("loading a-model"):
+        assert capsys.readouterr().err == "loading a-model\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with _BarProgress(Console(stderr=True)).wait("loading a-model"):
+        pass
+    shown = capsys.readouterr().err
+    assert "loading a-model" in shown
+    assert shown.endswith("\x1b[2K"), "the line is taken away"

@@ -11,10 +11,10 @@ def doctor_command(device: opt.Device = "auto", config: opt.Config = None, json:
 
     A note explains how kvpolicy behaves here. What is wrong is to be put right; the exit code is then 2.
     """
-    watcher(json).note("looking at the libraries, the models, the plugins and the disk")
-    from kvpolicy.verbs.doctor import doctor
+    with watcher(json).wait("looking at the libraries, the models, the plugins and the disk"):
+        from kvpolicy.verbs.doctor import doctor
 
-    diagnosis = doctor(device)
+        diagnosis = doctor(device)
     if json:
         opt.print_json(diagnosis.to_json())
         return 0 if diagnosis.is_well else 2

@@ -38,21 +38,21 @@ def estimate_command(
     whole. The largest context is that at --batch, the largest batch that at --context. What CUDA itself takes, some
     hundred MB, is not counted.
     """
-    watcher(json).note(f"reading the configuration of {model}")
-    from kvpolicy.verbs.estimate import estimate
+    with watcher(json).wait(f"reading the configuration of {model}"):
+        from kvpolicy.verbs.estimate import estimate
 
-    answer = estimate(
-        model,
-        context=context,
-        retention=retention,
-        batch=batch,
-        policy=policy,
-        format=format,
-        dtype=dtype,
-        gpu_memory=gpu_memory,
-        device=device,
-        revision=revision,
-    )
+        answer = estimate(
+            model,
+            context=context,
+            retention=retention,
+            batch=batch,
+            policy=policy,
+            format=format,
+            dtype=dtype,
+            gpu_memory=gpu_memory,
+            device=device,
+            revision=revision,
+        )
     if json:
         opt.print_json(answer.to_json())
     else:

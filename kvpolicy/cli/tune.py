@@ -132,43 +132,43 @@ def tune_command(
     if task_file is not None and (data is not None or objective != "perplexity"):
         raise StudyError("--task-file is an objective of its own: leave --objective and --data out")
     progress = watcher(quiet)
-    progress.note(f"loading {model}")  # a word at once: the imports alone take seconds
-    from kvpolicy.budget.plan import save_plan
-    from kvpolicy.integrations.transformers import load_model, read_corpus
-    from kvpolicy.tuning import TuneSettings, tune
-    from kvpolicy.tuning.search_method import SearchMethod
-    from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS, OF_FILE
-    from kvpolicy.tuning.storage_url import shown
+    with progress.wait(f"loading {model}"):  # the imports alone take seconds
+        from kvpolicy.budget.plan import save_plan
+        from kvpolicy.integrations.transformers import load_model, read_corpus
+        from kvpolicy.tuning import TuneSettings, tune
+        from kvpolicy.tuning.search_method import SearchMethod
+        from kvpolicy.tuning.settings import MAX_LOSS_RETENTIONS, OF_FILE
+        from kvpolicy.tuning.storage_url import shown
 
-    settings = TuneSettings(
-        estimator=estimator,
-        estimator_params=parse_params(param, "--param"),
-        allocator=allocator,
-        allocator_params=parse_params(allocator_param, "--allocator-param"),
-        policy=policy,
-        policy_params=parse_params(policy_param, "--policy-param"),
-        retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None and not memory else RETENTIONS)),
-        memories=tuple(memory or ()),
-        format=format,
-        objective=objective if task_file is None else OF_FILE,
-        question=question,
-        data=data if task_file is None else task_file,
-        max_loss=max_loss,
-        sequences=sequences,
-        context_length=context,
-        prefill_length=prefill,
-        trials=trials,
-        seed=seed,
-        sampler=sampler,  # type: ignore[arg-type]  # checked above
-        batch_size=batch_size,
-        out=out,
-        storage=storage or out.with_name(out.name + ".study"),
-        resume=resume,
-        choose_dtype=dtype == "auto",
-    )
-    SearchMethod.from_settings(settings)  # refuses what it can before a model is loaded
-    where = arguments.pick_device(device)
-    loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where))
+        settings = TuneSettings(
+            estimator=estimator,
+            estimator_params=parse_params(param, "--param"),
+            allocator=allocator,
+            allocator_params=parse_params(allocator_param, "--allocator-param"),
+            policy=policy,
+            policy_params=parse_params(policy_param, "--policy-param"),
+            retentions=tuple(retention or (MAX_LOSS_RETENTIONS if max_loss is not None and not memory else RETENTIONS)),
+            memories=tuple(memory or ()),
+            format=format,
+            objective=objective if task_file is None else OF_FILE,
+            question=question,
+            data=data if task_file is None else task_file,
+            max_loss=max_loss,
+            sequences=sequences,
+            context_length=context,
+            prefill_length=prefill,
+            trials=trials,
+            seed=seed,
+            sampler=sampler,  # type: ignore[arg-type]  # checked above
+            batch_size=batch_size,
+            out=out,
+            storage=storage or out.with_name(out.name + ".study"),
+            resume=resume,
+            choose_dtype=dtype == "auto",
+        )
+        SearchMethod.from_settings(settings)  # refuses what it can before a model is loaded
+        where = arguments.pick_device(device)
+        loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where))
     progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
     progress.note("reading the text, and timing a forward to say what the search will cost")
     corpus = read_corpus(tokenizer, text)

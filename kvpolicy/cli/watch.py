@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bars
@@ -55,6 +57,11 @@ class _BarProgress(Progress):
 
     def note(self, message: str) -> None:
         self._console.print(shell_line(message))
+
+    @contextmanager
+    def wait(self, message: str) -> Iterator[None]:
+        with self._console.status(shell_line(message)):
+            yield
 
     def begin(self, stage: str, total: int) -> None:
         self._bars = Bars(*self._columns, console=self._console, speed_estimate_period=_SPAN)

@@ -67,12 +67,12 @@ def load_network(
     """
     by_plan = plan.model.id if plan is not None and not model else ""
     name = str(model or by_plan or MODEL)
-    progress.note(f"loading {name}")
-    from kvpolicy.integrations.transformers import load_model
-
     may_download = not by_plan or name == MODEL
     try:
-        return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)
+        with progress.wait(f"loading {name}"):
+            from kvpolicy.integrations.transformers import load_model
+
+            return name, *load_model(name, revision=revision, device=device, dtype=dtype, download=may_download)
     except ModelError as error:
         if may_download or os.path.exists(name):
             raise

@@ -121,11 +121,11 @@ def compare(
     number = arguments.pick_dtype(dtype, where)
 
     chosen, progress = read_methods(names), progress or Progress()
-    progress.note(f"loading {model}")
-    from kvpolicy.comparison import run
-    from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
+    with progress.wait(f"loading {model}"):
+        from kvpolicy.comparison import run
+        from kvpolicy.integrations.transformers import load_model, read_corpus, weights_sha256
 
-    network, tokenizer = load_model(str(model), revision=revision, device=where, dtype=number)
+        network, tokenizer = load_model(str(model), revision=revision, device=where, dtype=number)
     number = str(network.dtype).removeprefix("torch.")
     made: Task
     about: dict[str, Any] = {}

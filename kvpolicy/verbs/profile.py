@@ -85,15 +85,17 @@ def profile(
     where = arguments.pick_device(device)
     number = arguments.pick_dtype(dtype, where)
 
-    from kvpolicy.verbs.profile_agreement import measure_agreement
-    from kvpolicy.verbs.profile_heads import check_maps, measure_heads
-    from kvpolicy.verbs.profile_sharing import SharingProfile, measure_sharing
-    from kvpolicy.verbs.profile_subject import Subject
-
     name, first = next(iter(estimators.items()))
-    if pictures["token_map"] is not None:
-        check_maps(name, first)
-    subject = Subject(str(model), context, progress or Progress(), revision=revision, device=where, dtype=number)
+    progress = progress or Progress()
+    with progress.wait(f"loading {model}"):
+        from kvpolicy.verbs.profile_agreement import measure_agreement
+        from kvpolicy.verbs.profile_heads import check_maps, measure_heads
+        from kvpolicy.verbs.profile_sharing import SharingProfile, measure_sharing
+        from kvpolicy.verbs.profile_subject import Subject
+
+        if pictures["token_map"] is not None:
+            check_maps(name, first)
+        subject = Subject(str(model), context, progress, revision=revision, device=where, dtype=number)
     answer: HeadProfile | AgreementProfile | SharingProfile
     if sharing is not None:
         answer = measure_sharing(subject, sharing, next(iter(texts), None), loaded, most_similar=most_similar)

@@ -20,7 +20,6 @@ class Subject:
         self, name: str, context: int, progress: Progress, *, revision: str | None, device: str, dtype: str
     ) -> None:
         self.name, self.context, self.progress = name, context, progress
-        progress.note(f"loading {name}")
         self._network, self._tokenizer = load_model(name, revision=revision, device=device, dtype=dtype)
 
     @property

@@ -95,8 +95,12 @@ class SteppedCache(CarryingCache):
         """What stays the same as long as entries lie where they lie."""
         return [*self.opened().layouts, *(ring.layout for ring in self.rings)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch; what counts tokens is not to be traced
     def replay(self, model: PreTrainedModel, own: Callable[..., Any], call: dict[str, Any]) -> Any:
-        """What a forward of the attached model returns, where a graph knows it; None where its own has to run."""
+        """What a forward of the attached model returns, where it is a step; None where its own has to run.
+
+        A model that its caller has compiled takes steps without that: `DecodeRunner` compiles them.
+        """
         return self.replays.run(self, model, own, call)
 
     def open_rings(self) -> None:
