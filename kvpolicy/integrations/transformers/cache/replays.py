@@ -145,16 +145,16 @@ class Replays:
         self, cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]
     ) -> tuple[Reading | None, str | None]:
         """What the token's mask says, None where the token cannot be a step; and why no graph can hold it, if so."""
-        device = unrecordable(call["input_ids"].device)
+        no_graph = unrecordable(call["input_ids"].device)
         why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
         # where no graph can be, a step is still the quickest way; transformers' own layers take its windows on
-        if not cache.is_stepped and (why or (device and cache.rings)):
-            return None, device or why
+        if not cache.is_stepped and (why or (no_graph and cache.rings)):
+            return None, no_graph or why
         layer = cache.budgeted[0]
         reading = read_mask(call.get("attention_mask"), 1, layer.columns, cache.opened().seen, layer.filled)
         if reading.valid is not None or reading.visible is not None:
             return None, "attention_mask hides tokens that the cache holds"
-        return reading, device or why
+        return reading, no_graph or why
 
     def _token(
         self, cache: RaggedCache, model: PreTrainedModel, own: Forward, call: dict[str, Any], reading: Reading
