@@ -4,8 +4,9 @@
 
 Random bf16 weights, prompts of random tokens, the policy `streaming`. One row for each format at the whole context of
 131072 tokens, through `DecodeRunner`, plain and compiled; the goal is 6.3 ms in int4, where bf16 takes 8.77. Then the
-largest batch of contexts of 32768 of which 20 % are kept: one prompt, whose cache is repeated as often as memory
-allows; the goal is 3 times as many sequences in int4 as in bf16. Bytes are those of what a token reads.
+largest batch of contexts of 32768 of which 20 % are kept: a `SlotRunner` whose slots all hold what was kept of one
+prompt, as many as memory allows; the goal is 3 times as many sequences in int4 as in bf16. Bytes are those of what a
+token reads.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from shared import command_line, timed
 
 import kvpolicy
 from kvpolicy import ModelSpec
-from kvpolicy.budget.entry_format import MODEL, format_of
-from kvpolicy.cache.size import entry_nbytes
+from kvpolicy.budget.entry_format import MODEL, format_of, name_of
+from kvpolicy.cache.size import block_nbytes, entry_nbytes
 from kvpolicy.integrations.transformers import with_cache
 
 
@@ -60,22 +61,31 @@ class Formats(Bench):
         """The most sequences that fit beside the weights; at most so many, if a number is given."""
         clean()
         plan = plan_of(self.model, BATCH_PART, context)
-        cache = kvpolicy.new_cache(self.model, plan, context_length=context, format=given(name))
-        logits = self.read(cache, self.prompt(context), None)
-        layers = self.model.config.num_hidden_layers
-        each = cache.nbytes * (layers + 2) / layers  # a layer that is repeated exists twice, and its indices
-        count = int((torch.cuda.mem_get_info()[0] + cache.nbytes - SPARE_BYTES) // each)
+        empty = partial(kvpolicy.new_cache, self.model, plan, context_length=context, format=given(name))
+        cache = empty()
+        self.read(cache, self.prompt(context), None)
+        clean()
+        table = cache.capacities[:, 0]
+        count = int((torch.cuda.mem_get_info()[0] - SPARE_BYTES) // self.slot_bytes(table, cache))
         count = count if most is None else min(count, most)
-        cache.batch_repeat_interleave(count)
-        token = logits.argmax(-1, keepdim=True).repeat(count, 1)
-        step = partial(self.model, token, **with_cache(self.model, cache), use_cache=True)
+        runner = kvpolicy.SlotRunner(self.model, empty(), slots=count, tokens=context)
+        for slot in range(count):
+            runner.store.seat(slot, table, cache.opened())
+        token = torch.ones(count, 1, dtype=torch.int64, device=self.model.device)
+        step = partial(self.model, token, **with_cache(self.model, runner.cache), use_cache=True)
         ms = token_ms(step, 16)
-        assert cache.replays.mode == "graph", cache.replays.why
-        kv_bytes = self.kv_bytes(int(cache.lengths.sum()), name)
+        assert runner.cache.replays.mode == "graph", runner.cache.replays.why
+        kv_bytes = self.kv_bytes(int(runner.cache.lengths.sum()), name)
         self.add(
-            "kvpolicy, repeated", context, count, BATCH_PART, ms, kv_bytes, policy="streaming", budget="fixed",
-            arena_gigabytes=round(cache.nbytes / 1e9, 3), format=name,
+            "kvpolicy, slots", context, count, BATCH_PART, ms, kv_bytes, policy="streaming", budget="fixed",
+            arena_gigabytes=round(runner.cache.nbytes / 1e9, 3), format=name,
         )  # fmt: skip
+
+    def slot_bytes(self, table: torch.Tensor, cache: Any) -> int:
+        """Of a sequence under these capacities."""
+        spec, recipe = ModelSpec.from_config(self.model.config), cache.recipe
+        block = block_nbytes(spec, torch.bfloat16.itemsize, recipe.policy, recipe.entry_format)
+        return block + self.kv_bytes(int(table.sum()), name_of(recipe.entry_format))
 
 
 def given(name: str) -> str | None:
