@@ -299,7 +299,8 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int) -> dict[
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (block_m > 8) + (words * planes > dim or dtype == torch.float32)
     block_n = min(32 if words > 16 else 64, 64 >> halved)
-    return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": 3, "num_warps": 1}
+    stages = 4 if planes == 4 and words <= 32 else 3
+    return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
 
 
 @on_its_device
