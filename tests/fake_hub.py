@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the Hugging Face Hub's protocol as plans need."""
+"""A server on this machine that speaks as much of the Hugging Face Hub's protocol as plans and data sets need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+from huggingface_hub import constants
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -40,7 +44,7 @@ class FakeHub(ThreadingHTTPServer):
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server
@@ -48,6 +52,17 @@ def fake_hub() -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """From now on the Hub is at `url`, with an empty cache of what was fetched."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
-        owner, name, kind, revision, file = (self.path.split("/", 5)[1:] + 5 * [""])[:5]
+        path = self.path.removeprefix("/datasets")
+        owner, name, kind, revision, file = (path.split("/", 5)[1:] + 5 * [""])[:5]
         found = self.server.files(f"{owner}/{name}", revision) if kind == "resolve" else None
         if found is None:
             missing = "RevisionNotFound" if f"{owner}/{name}" in self.server.repositories else "RepoNotFound"

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from kvpolicy import BudgetPlan, PlanError, load_plan
 from kvpolicy.budget.plan_card import plan_card
 from kvpolicy.verbs.validate import validate
-from tests.fake_hub import fake_hub
+from tests.fake_hub import fake_hub, use_hub
 
 PLANS = Path(__file__).parents[1] / "plans"
 
@@ -25,13 +24,7 @@ def hub():
 @pytest.fixture
 def shell(hub, kvpolicy, tmp_path, monkeypatch):
     """shell(*arguments): the command line, whose Hub is that of this machine."""
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    use_hub(monkeypatch, hub.url, tmp_path / "cache")
 
     def call(*arguments, token="hf_right"):
         monkeypatch.setenv("HF_TOKEN", token)

@@ -22,13 +22,16 @@ DType = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", ri
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one forward.", rich_help_panel="Model")]
 TaskName = Annotated[
     str,
-    typer.Option(help="What to measure: perplexity, or a task such as passkey, ruler/vt, longbench/trec (--data)."),
+    typer.Option(help="What to measure: perplexity, or a task such as passkey, ruler/vt, longbench/trec."),
 ]
 Question = Annotated[
     str,
     typer.Option(help="Of a task: aware compresses a context with its question, agnostic before the question comes."),
 ]
-Data = Annotated[Path | None, typer.Option(help="The folder of a task's files.", show_default=False)]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="The folder of a task's files; without it LongBench's are the Hub's.", show_default=False),
+]
 TaskFile = Annotated[
     Path | None,
     typer.Option(help='A task of your own: JSONL rows of "context", "question", "answers".', show_default=False),

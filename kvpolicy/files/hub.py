@@ -1,4 +1,4 @@
-"""Small files of a repository on the Hugging Face Hub, or of a directory in its place."""
+"""Files of a repository on the Hugging Face Hub, or of a directory in its place."""
 
 from __future__ import annotations
 
@@ -60,13 +60,25 @@ def fetch(source: str, file: str, revision: str | None, most: int) -> tuple[byte
         except KVPolicyError as error:
             raise KVPolicyError(f"cannot read {path}: {error}") from None
     with foreign(f"cannot fetch {file} of {_named(source, revision)} from the Hugging Face Hub", KVPolicyError):
-        api, about = _api(), {"repo_id": source, "filename": file, "revision": revision}
-        address = api.get_hf_file_metadata(url=_address(api, about))
-        if address.size is not None and address.size > most:
-            raise KVPolicyError(f"{file} of {source} is larger than {most // 2**20} MiB: this is no plan")
-        commit = str(address.commit_hash or "")
-        path = Path(api.hf_hub_download(**about | {"revision": commit or revision}))
+        path, commit = _download({"repo_id": source, "filename": file, "revision": revision}, most)
     return read_bytes(path.resolve(), most), Place(source, commit)
+
+
+def dataset_file(source: str, file: str, commit: str, most: int) -> Path:
+    """A file of at most `most` bytes of a data set on the Hub, at one commit: in the Hub's cache, or fetched into it.
+
+    Nothing of it is run. Raises `KVPolicyError` naming data set and reason.
+    """
+    with foreign(f"cannot fetch {file} of the data set {source} from the Hugging Face Hub", KVPolicyError):
+        from huggingface_hub import try_to_load_from_cache
+
+        about = {"repo_id": source, "filename": file, "revision": commit, "repo_type": "dataset"}
+        known = try_to_load_from_cache(**about)
+        if isinstance(known, str):
+            return Path(known)
+        if not is_reachable():
+            raise OSError("it cannot be reached from here")
+        return _download(about, most)[0]
 
 
 def publish(target: str, files: Mapping[str, bytes], message: str, *, private: bool = False) -> Place:
@@ -90,6 +102,18 @@ def publish(target: str, files: Mapping[str, bytes], message: str, *, private: b
         api.create_repo(target, private=private, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
         return Place(target, str(api.create_commit(target, operations, commit_message=message).oid))
+
+
+def _download(about: Mapping[str, Any], most: int) -> tuple[Path, str]:
+    """Where a file of the Hub lies in its cache, and its commit. about: what `hf_hub_url` takes"""
+    api = _api()
+    address = api.get_hf_file_metadata(url=_address(api, about))
+    if address.size is not None and address.size > most:
+        raise KVPolicyError(
+            f"{about['filename']} of {about['repo_id']} is larger than the {most // 2**20} MiB that are read of it"
+        )
+    commit = str(address.commit_hash or "")
+    return Path(api.hf_hub_download(**{**about, "revision": commit or about["revision"]})), commit
 
 
 def _api() -> Any:

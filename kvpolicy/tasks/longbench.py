@@ -1,7 +1,6 @@
-"""LongBench v1: questions, summaries, examples, retrieval and code over documents, from local files.
+"""LongBench v1: questions, summaries, examples, retrieval and code over documents, from the Hub or from local files.
 
-Source: Bai et al., arXiv:2308.14508, and its repository's `pred.py`, `metrics.py` and `eval.py`. The prompts are read
-from its `dataset2prompt.json` in the folder of the files, and no copy is kept here.
+Source: Bai et al., arXiv:2308.14508, and its repository's `pred.py`, `metrics.py` and `eval.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from kvpolicy.model.chat_frame import token_ids
 from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks import metrics
 from kvpolicy.tasks.family import check_member
+from kvpolicy.tasks.longbench_archive import archive_rows
+from kvpolicy.tasks.longbench_prompts import PROMPTS
 from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, read_json, read_rows
 
 _PROMPTS = "dataset2prompt.json"
@@ -48,7 +49,8 @@ _CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_z
 class LongBenchTask(Task):
     """An English or code task of LongBench v1; a name that ends in `_e` is of LongBench-E.
 
-    data: a folder with `NAME.jsonl`, rows of input, context, answers and all_classes, and `dataset2prompt.json`
+    data: a folder with `NAME.jsonl`, rows of input, context, answers and all_classes, and, where other prompts are
+        wanted, `dataset2prompt.json`; without a folder the rows are the Hub's
     """
 
     names: ClassVar[tuple[str, ...]] = (*_MOST, *(f"{name}_e" for name in _EVEN))
@@ -75,8 +77,7 @@ class LongBenchTask(Task):
 
     def samples(self, tokenizer: Any, count: int, length: int, seed: int) -> Sequence[Sample]:
         whose = f"longbench/{self.name}"
-        rows = read_rows(data_file(whose, self.data, f"{self.name}.jsonl"))
-        prompt = read_json(data_file(whose, self.data, _PROMPTS)).text(self.kind)
+        rows, prompt = self._rows(whose), self._prompt()
         last = "{input}" if self.kind == "repobench-p" else "{context}"  # there the input is code before the next line
         before, marked, behind = prompt.partition(last)
         if not marked or "{context}" not in before + marked:
@@ -90,6 +91,15 @@ class LongBenchTask(Task):
         if self.kind == "trec":
             return max(metrics.classification(answer, truth, turn.classes) for truth in turn.answers)
         return max(_METRICS.get(self.kind, metrics.f1)(answer, truth) for truth in turn.answers)
+
+    def _rows(self, whose: str) -> list[Row]:
+        if not self.data:
+            return archive_rows(whose, self.name)
+        return read_rows(data_file(whose, self.data, f"{self.name}.jsonl"))
+
+    def _prompt(self) -> str:
+        path = Path(self.data) / _PROMPTS
+        return read_json(path).text(self.kind) if self.data and path.exists() else PROMPTS[self.kind]
 
     def _of_row(self, row: Row, tokenizer: Any, length: int, before: str, behind: str) -> Sample:
         """What stands behind the context is the question. A prompt that is too long loses its middle."""

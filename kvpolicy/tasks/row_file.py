@@ -66,16 +66,21 @@ class Row:
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """The objects of a JSONL file, empty lines left out. Raises `TextError` naming the file, and the line."""
-    rows = [Row(f"{path}, line {number}", _parsed(path, number, line)) for number, line in _lines(path)]
+    return rows_in(str(path), _content(path))
+
+
+def rows_in(place: str, content: bytes) -> list[Row]:
+    """The objects of the content of a JSONL file, as `read_rows` reads it. place: its name, for messages"""
+    rows = [Row(f"{place}, line {number}", _parsed(place, number, line)) for number, line in _lines(place, content)]
     if not rows:
-        raise TextError(f"{path} has no rows, expected a JSON object on every line")
+        raise TextError(f"{place} has no rows, expected a JSON object on every line")
     return rows
 
 
 def read_json(path: str | os.PathLike[str]) -> Row:
     """The object of a JSON file. Raises as `read_rows` does."""
-    text = "\n".join(line for _, line in _lines(path))
-    return Row(str(path), _parsed(path, 1, text))
+    text = "\n".join(line for _, line in _lines(str(path), _content(path)))
+    return Row(str(path), _parsed(str(path), 1, text))
 
 
 def drawn_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -101,27 +106,30 @@ def fitting_sample(row: Row, sample: Sample, length: int) -> Sample:
     return sample
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, each with its number."""
+def _content(path: str | os.PathLike[str]) -> bytes:
     try:
-        data = read_bytes(path, MAX_BYTES)
+        return read_bytes(path, MAX_BYTES)
     except KVPolicyError as error:
         raise TextError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+
+
+def _lines(place: str, content: bytes) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, each with its number."""
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise TextError(f"{path}, line {number}: byte {error.start} is not UTF-8 text") from None
+            raise TextError(f"{place}, line {number}: byte {error.start} is not UTF-8 text") from None
         if text.strip():
             yield number, text
 
 
-def _parsed(path: str | os.PathLike[str], number: int, text: str) -> dict[str, Any]:
+def _parsed(place: str, number: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", None) or "nested too deep, or a number too long"
-        raise TextError(f"{path}, line {number}: no complete JSON ({reason})") from None
+        raise TextError(f"{place}, line {number}: no complete JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise TextError(f"{path}, line {number}: {describe(value)}, expected an object")
+        raise TextError(f"{place}, line {number}: {describe(value)}, expected an object")
     return value

@@ -79,7 +79,7 @@ def compare(
                 random, uniform budgets under each policy, and budgets shuffled over the KV heads
     task:       what to measure: "perplexity", or a registered task such as "passkey", "ruler/vt", "longbench/trec"
     question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
-    data:       the folder of a task's files
+    data:       the folder of a task's files; without it LongBench's are the Hub's
     task_file:  a JSONL file of your own, rows of context, question and answers, in place of a task's name
     retention:  kept fractions, each in (0, 1); None for 0.5, 0.3, 0.1
     text:       a UTF-8 file; None for Python's language reference. A task needs none

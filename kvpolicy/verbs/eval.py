@@ -92,7 +92,7 @@ def eval(
     plan:       a plan file, "uniform" or "full"
     task:       what to measure: "perplexity", or a registered task such as "passkey", "ruler/vt", "longbench/trec"
     question:   of a task: "aware" compresses a context with its question, "agnostic" before the question comes
-    data:       the folder of a task's files
+    data:       the folder of a task's files; without it LongBench's are the Hub's
     task_file:  a JSONL file of your own, rows of context, question and answers, in place of a task's name
     records:    a JSONL file for what each sample gave; samples that it has already are not run again
     retention:  kept fractions, each in (0, 1]; None for the plan's levels. "uniform" needs some

@@ -123,12 +123,12 @@ def test_answers_are_scored_by_the_task(folder):
 
 
 def test_what_longbench_needs_is_named(tmp_path, tokenizer):
-    with pytest.raises(TextError, match=r"longbench/trec reads trec\.jsonl: give the folder that holds it, data=DIR"):
-        LongBenchTask("trec").samples(tokenizer, 1, 100, 0)
     with pytest.raises(TextError, match=r"trec\.jsonl, and there is no such file"):
         LongBenchTask("trec", str(tmp_path)).samples(tokenizer, 1, 100, 0)
-    (tmp_path / "trec.jsonl").write_text(json.dumps(row()))
-    with pytest.raises(TextError, match=r"dataset2prompt\.json, and there is no such file"):
+    (tmp_path / "trec.jsonl").write_text(json.dumps(row(all_classes=["yes"])))
+    assert only(LongBenchTask("trec", str(tmp_path)), tokenizer)[1].startswith("Please determine the type")
+    (tmp_path / "dataset2prompt.json").write_text('{"lcc": "{context}"}')
+    with pytest.raises(TextError, match=r"dataset2prompt\.json: 'trec' is missing; the object has lcc"):
         LongBenchTask("trec", str(tmp_path)).samples(tokenizer, 1, 100, 0)
     with pytest.raises(PluginError, match="in Chinese"):
         LongBenchTask("lsht")
