@@ -58,7 +58,7 @@ class BlockSegments:
     A block has `sizes[h]` entries of each KV head h, from its row `offsets[h]` on. Entry j of a segment is the entry
     `j % sizes[h]` of the sequence's block `j // sizes[h]`.
 
-    keys: [R, D];  values: [R, Dv]; rows as in `Segments`
+    keys: [R, D];  values: [R, Dv]; rows as in `Segments`, and R below 2**31
     blocks: int [B, P], the numbers of each sequence's blocks in their order; those that no entry is in may be anything
     rows_per_block: block b begins at row `b * rows_per_block`
     offsets, sizes: int64 [num_kv_heads];  lengths: int64 [B * num_kv_heads], the entries of each segment
@@ -194,6 +194,8 @@ def check_segments(
         )
     if isinstance(segments, Segments):
         return check_tables(op, query, values.shape[1], segments.starts, segments.lengths, chunk, sink_logits)
+    if len(keys) >= 2**31:
+        raise ValueError(f"{op}: blocks need an arena of less than 2**31 rows, got {len(keys)}")
     heads = check_tables(op, query, values.shape[1], segments.lengths, segments.lengths, chunk, sink_logits)
     blocks, offsets, sizes = segments.blocks, segments.offsets, segments.sizes
     if blocks.dim() != 2 or len(blocks) != len(query) or offsets.shape != (heads,) or sizes.shape != (heads,):

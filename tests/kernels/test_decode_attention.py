@@ -328,3 +328,6 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"expected blocks \[1, P\], and offsets and sizes \[2\], got \[1, 5\], \[2\] and"
     ):
         decode_attention(query, replace(blocks, sizes=blocks.sizes[:1]))
+    huge = torch.empty(1, 16).expand(2**31, 16)
+    with pytest.raises(ValueError, match=r"an arena of less than 2\*\*31 rows, got 2147483648"):
+        decode_attention(query, replace(blocks, keys=huge, values=huge))

@@ -108,12 +108,6 @@ def _attend_tile(
     return acc, new_max, row_sum * shrink + tl.sum(p, 1)
 
 
-@triton.jit
-def _row_in_block(o_j, block, size, offset, rows_per_block):
-    """The arena's rows of entries o_j of a segment, int64, as `BlockSegments` has them."""
-    return block.to(tl.int64) * rows_per_block + offset + o_j % size
-
-
 @triton.jit(do_not_specialize=("stride_blocks", "rows_per_block"))
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr,
@@ -180,8 +174,13 @@ def _attend_kernel(
             own_blocks_ptr = blocks_ptr + i_b * stride_blocks
             size = tl.load(sizes_ptr + i_h).to(tl.int32)
             offset = tl.load(offsets_ptr + i_h).to(tl.int64)
-            # [BLOCK_N], read a tile ahead: rows that waited for it would be fetched when they are needed already
-            block = tl.load(own_blocks_ptr + (begin + o_n) // size, mask=begin + o_n < end, other=0)
+            # [BLOCK_N], which of the sequence's blocks each entry of a tile is in, and which entry of the block it is;
+            # counted on from tile to tile, because every thread would divide for each of its rows
+            i_block, inside = (begin + o_n) // size, (begin + o_n) % size
+            more_blocks, more_inside = BLOCK_N // size, BLOCK_N % size
+            # read a tile ahead: rows that waited for it would be fetched when they are needed already
+            block = tl.load(own_blocks_ptr + i_block, mask=begin + o_n < end, other=0).to(tl.int32)
+            k_base, v_base = k_ptr + offset * K_ROW + o_d[None, :], v_ptr + offset * V_ROW + o_dv[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -197,11 +196,13 @@ def _attend_kernel(
             logits_ptrs = logits_ptr + (start + begin) * num_rows + o_n[None, :] * num_rows + o_m[:, None]
         for first in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             if HAS_BLOCKS:
-                rows = _row_in_block(first + o_n, block, size, offset, rows_per_block)
-                o_j = first + BLOCK_N + o_n
-                block = tl.load(own_blocks_ptr + o_j // size, mask=o_j < end, other=0)
-                k_ptrs = k_ptr + rows[:, None] * K_ROW + o_d[None, :]
-                v_ptrs = v_ptr + rows[:, None] * V_ROW + o_dv[None, :]
+                rows = (block * rows_per_block + inside)[:, None].to(tl.int64)
+                k_ptrs, v_ptrs = k_base + rows * K_ROW, v_base + rows * V_ROW
+                inside += more_inside
+                i_block += more_blocks + (inside >= size).to(tl.int32)
+                inside = tl.where(inside >= size, inside - size, inside)
+                m_next = first + BLOCK_N + o_n < end
+                block = tl.load(own_blocks_ptr + i_block, mask=m_next, other=0).to(tl.int32)
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; all rows of a full tile are entries
             b_k = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, mask=(o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs) if DV == BLOCK_DV else tl.load(v_ptrs, mask=(o_dv < DV)[None, :], other=0.0)
@@ -217,9 +218,8 @@ def _attend_kernel(
         if full < end:
             m_n = full + o_n < end
             if HAS_BLOCKS:
-                rows = _row_in_block(full + o_n, block, size, offset, rows_per_block)
-                k_ptrs = k_ptr + rows[:, None] * K_ROW + o_d[None, :]
-                v_ptrs = v_ptr + rows[:, None] * V_ROW + o_dv[None, :]
+                rows = (block * rows_per_block + inside)[:, None].to(tl.int64)
+                k_ptrs, v_ptrs = k_base + rows * K_ROW, v_base + rows * V_ROW
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; what lies behind the segment may be NaN
             b_k = tl.load(k_ptrs, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)
