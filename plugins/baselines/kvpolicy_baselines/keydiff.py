@@ -10,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import cosine_similarity, normalize
 
 from kvpolicy import DecodeStep, EvictionPolicy, LayerActivations
+
+EPSILON = 1e-12
+"""Of a key that is zero, or absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +39,11 @@ class KeyDiffPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         absent = (activations.positions < 0)[..., None]
-        keys = activations.keys.float().masked_fill(absent, 0.0)  # before any product: they may hold NaN
-        anchor = normalize(keys, dim=-1).sum(2, keepdim=True)  # a cosine does not see that it is no mean
-        return -cosine_similarity(keys, anchor, dim=-1)
+        keys = activations.keys.masked_fill(absent, 0.0)  # before any product: they may hold NaN
+        lengths: Tensor = vector_norm(keys, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=EPSILON)
+        directions = keys / lengths  # float32, the one copy that is made: keys are read where they lie, in their type
+        anchor = normalize(directions.sum(2), dim=-1)  # a cosine does not see that the sum is no mean
+        return -directions.matmul(anchor[..., None]).squeeze(-1)
 
     def score_step(self, step: DecodeStep) -> Tensor:
         keys = step.keys.float()
