@@ -146,7 +146,8 @@ def graph_options(graphs: str) -> dict[str, Any]:
         "max_num_batched_tokens": 512,
         "enforce_eager": graphs == "NONE",
         "compilation_config": {"mode": 0, "cudagraph_mode": graphs},
-        "gpu_memory_utilization": 0.2,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 1 << 30,  # else vLLM measures what is free, which other processes change meanwhile
     }
 
 
