@@ -206,9 +206,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if cache.watch is not None:
             cache.watch(self.row, waiting)
             return
-        hold = cache.rollback if cache.recording else 0
-        if cache.awaits_repeat:
-            hold = len(waiting.chunk)  # all of it: only the repetition shows what matters
+        # all of it before the repetition, which shows what matters
+        hold = len(waiting.chunk) if cache.awaits_repeat else cache.rollback
         cache.opened().keep(self.row, waiting.query, waiting.chunk, waiting.scoring, hold=hold, extra=waiting.extra)
 
     def reset(self) -> None:

@@ -23,6 +23,7 @@ from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach, attachment_of
 from kvpolicy.integrations.transformers.attention.exchange import text_config
 from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES, prepare, watch_inputs
+from kvpolicy.integrations.transformers.cache.model_state import ModelState
 from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
 from kvpolicy.integrations.transformers.cache.placement import check_devices
 from kvpolicy.integrations.transformers.cache.ragged_cache import RaggedCache
@@ -182,19 +183,17 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     attach(model)
     attached = attachment_of(model)  # lives as long as the cache and its copies
     watch_inputs(model, spec, policy.requires, attached)
-    cache = RaggedCache(
+    return RaggedCache(
         spec,
         make_store,
         DynamicCache(config=text_config(model)).layers,
         attached,
+        recipe,
+        ModelState(model),
         rank=rank,
-        rollback=recipe.rollback,
-        recipe=recipe,
         repeats=schedule.evicts and "repeat_attention" in policy.requires,
         dropped_at=_dropped_at(model),
     )
-    cache.carry(model)
-    return cache
 
 
 def _dropped_at(model: PreTrainedModel) -> int | None:

@@ -47,8 +47,7 @@ class DecodeRunner:
 
     def __init__(self, model: PreTrainedModel, cache: RaggedCache, *, compiled: bool = False) -> None:
         self.model, self.cache = unwrapped(model), cache
-        shared_layers = {} if cache.recipe is None else cache.recipe.shared_layers
-        if ModelSpec.from_config(self.model.config).sharing(shared_layers) != cache.spec:
+        if ModelSpec.from_config(self.model.config).sharing(cache.recipe.shared_layers) != cache.spec:
             raise ModelError(
                 "the cache was made for a model of other layers or heads: new_cache(model, ...) with the model that "
                 "the runner is for"

@@ -8,14 +8,12 @@ loaded, that is the wrong text's.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.integrations.transformers.cache.forwards import WatchedCache
 
 _NAME = "rope_deltas"
 _ENTERED: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
@@ -23,14 +21,13 @@ _ENTERED: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
 
 
 class ModelState:
-    """The state of a model for the text in one cache. model: None for none.
+    """The state of a model for the text in one cache.
 
     deltas: int64 [B, 1] of the rows, or of the prompts that they came from; None where none is known
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        modules = [] if model is None else model.modules()
-        self._holders = [weakref.ref(module) for module in modules if _NAME in vars(module)]
+    def __init__(self, model: nn.Module) -> None:
+        self._holders = [weakref.ref(module) for module in model.modules() if _NAME in vars(module)]
         self.deltas: Tensor | None = None
 
     def enter(self) -> None:
@@ -71,43 +68,10 @@ class ModelState:
 
     @property
     def is_carried(self) -> bool:
-        """Whether the model notes anything."""
+        """Whether the model counts positions by what it has noted of the text."""
         return bool(self._holders)
 
     def _alive(self) -> list[nn.Module]:
         if not self._holders or torch.compiler.is_compiling():
             return []
         return [holder for reference in self._holders if (holder := reference()) is not None]
-
-
-class CarryingCache(WatchedCache):
-    """A transformers cache that carries the state of the model that it is for.
-
-    state: that of its text; of no model until `carry` names one
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.state = ModelState(None)
-
-    def carry(self, model: nn.Module) -> None:
-        """Carries what this model notes, from the next forward on."""
-        self.state = ModelState(model)
-
-    @property
-    def carries_positions(self) -> bool:
-        """Whether the model counts positions by what it has noted of the text."""
-        return self.state.is_carried
-
-    def forget(self) -> None:
-        super().forget()
-        self.state.forget()
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """As in transformers. Models ask before they give positions to tokens, so here they get their state back."""
-        self.state.enter()
-        return super().get_seq_length(layer_idx)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.state.leave()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.lower import lower
-from kvpolicy.cache.store import ROLLBACK, RaggedStore
+from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
+from kvpolicy.integrations.transformers.cache.model_state import ModelState
 from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
 from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.save import save_cache
@@ -44,13 +45,15 @@ class RaggedCache(SteppedCache):
     make_store:   makes the store when the first tokens come
     stock_layers: what a stock cache holds, one for each model layer (layers that reuse others' may be missing)
     attached:     tells whether the model still is
+    recipe:       what the cache was made from
+    state:        of the model, for the text in this cache
     rank:         tensor-parallel rank of this process
-    rollback:     last tokens that stay above the capacity while they may be taken back (assisted generation)
-    recipe:       what the cache was made from, needed to save it
     repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
+    dropped_at:   as in `WatchedCache`
 
     watch: takes the tokens of a forward instead of the store, while the context is repeated
-    recording: whether the last `rollback` tokens are kept on top of the entries
+    recording: whether the last `rollback` tokens are kept on top of the entries, since they may be taken back
+    rollback: how many these are; 0 while none is
     is_holding: whether `hold` asked for it: drafts are not expected then
     unfed: tokens [B, k] that the last turn generated and nobody has fed; `kvpolicy.generate` does
     ended: why no further turn can follow, or None
@@ -62,34 +65,27 @@ class RaggedCache(SteppedCache):
         make_store: StoreFactory,
         stock_layers: list[Any],
         attached: Callable[[], bool],
+        recipe: Recipe,
+        state: ModelState,
         *,
-        rank: int = 0,
-        rollback: int = ROLLBACK,
-        recipe: Recipe | None = None,
-        repeats: bool = False,
-        dropped_at: int | None = None,
+        rank: int,
+        repeats: bool,
+        dropped_at: int | None,
     ) -> None:
-        layers: list[Any] = list(stock_layers)
-        self.budgeted: list[BudgetedLayer] = []
+        layers = list(stock_layers)
         for row, index in enumerate(spec.budgeted_layers):
             followers = sum(layer.shared_with == index for layer in spec.layers)
-            self.budgeted.append(BudgetedLayer(self, row, index, followers))
-            layers[index] = self.budgeted[-1]
-        owners = {layer.model_layer: layer for layer in self.budgeted}
-        for index in {} if recipe is None else recipe.shared_layers:  # a layer that its model has share is never asked
+            layers[index] = BudgetedLayer(self, row, index, followers)
+        for index in recipe.shared_layers:  # a layer that its model has share is never asked
             owner = spec.layers[index].shared_with
             assert owner is not None  # `ModelSpec.sharing` has seen to it
-            layers[index] = SharingLayer(owners[owner])
-        attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
-        super().__init__(layers, max(attends), dropped_at)
-        self.attached = attached
-        self.spec, self.make_store, self.rank = spec, make_store, rank
-        self.rollback = self._rollback = rollback
+            layers[index] = SharingLayer(layers[owner])
+        super().__init__(spec, layers, state, dropped_at)
+        self.make_store, self.attached, self.recipe = make_store, attached, recipe
+        self.rank, self.repeats = rank, repeats
         self.store: RaggedStore | None = None
-        self.recipe, self.repeats = recipe, repeats
         self.watch: Callable[[int, Waiting], None] | None = None
-        self.recording = self.is_holding = False
-        self.prepare_steps()
+        self.recording, self.is_holding, self.rollback = False, False, 0
         self._fresh = [copied(vars(layer)) for layer in self.stock_layers]
         self.unfed: Tensor | None = None
         self.ended: str | None = None
@@ -209,7 +205,7 @@ class RaggedCache(SteppedCache):
         self, store: RaggedStore, state: LayerState, *, recording: bool, unfed: Tensor | None, ended: str | None
     ) -> None:
         """Goes on with a store that was saved. state: of each layer."""
-        self.store, self.recording = store, recording
+        self.store, self.recording, self.rollback = store, recording, self.recipe.rollback if recording else 0
         for layer in self.budgeted:
             layer.resume(state)
             layer.lazy_initialization(torch.empty(0), torch.empty(0))
@@ -232,20 +228,21 @@ class RaggedCache(SteppedCache):
             raise ModelError("this cache cannot be offloaded: attention reads its entries after update() has returned")
         if key_states.shape[2] == 1 and self.budgeted[-1].columns:  # not a prompt of one token
             self.check_repeated()
+        self.state.leave()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
-        """Assisted generation begins: the last `rollback` tokens can be taken back from now on."""
+        """Assisted generation begins: as many last tokens as the recipe says can be taken back from now on."""
         self.check_repeated()
         self.close_rings()
-        self.recording, self.is_holding, self.rollback = True, False, self._rollback
+        self.recording, self.is_holding, self.rollback = True, False, self.recipe.rollback
         for layer in self.stock_layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def stop_recording(self) -> None:
         """Ends what `activate_past_recording` began; transformers never does."""
-        self.recording = self.is_holding = False
+        self.recording, self.is_holding, self.rollback = False, False, 0
         for layer in self.stock_layers:  # no ring is open while it records
             if getattr(layer, "record_past", False):
                 layer.crop(0)  # lets it go back to its working size, without which the next forward fails
@@ -291,11 +288,9 @@ class RaggedCache(SteppedCache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.store, self.recording, self.is_holding, self.unfed, self.ended = None, False, False, None, None
+        self.store, self.recording, self.is_holding, self.rollback = None, False, False, 0
+        self.end_turn(None, None)
         self.forget()
-        self.replays.forget()
-        for ring in self.rings:
-            ring.forget()
         for layer in self.budgeted:
             layer.reset()
         for layer, fresh in zip(self.stock_layers, self._fresh, strict=True):

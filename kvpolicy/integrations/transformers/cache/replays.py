@@ -129,7 +129,7 @@ class Replays:
             self._fall_back(why, cache)
         if reading is None:
             return None
-        if not cache.opened().advance(cache.rollback if cache.recording else 0):
+        if not cache.opened().advance(cache.rollback):
             self._fall_back("tokens that can be taken back, or could, are still to be kept or given up", cache)
             return None
         cache.open_rings()
@@ -288,7 +288,7 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not one of columns, [B, n]"
-    if call.get("position_ids") is None and (cache.carries_positions or not _takes_positions(type(model).forward)):
+    if call.get("position_ids") is None and (cache.state.is_carried or not _takes_positions(type(model).forward)):
         return "the model works out positions of its own for each token"
     return None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpolicy.cache import state
 from kvpolicy.cache.schedule import Fixed
-from kvpolicy.errors import KVPolicyError, ModelError
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.files.fields import render
 from kvpolicy.files.regular import write_bytes
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
@@ -54,12 +54,7 @@ def save_cache(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
 
 def _to_bytes(cache: RaggedCache) -> bytes:
     cache.check_ended()
-    store, recipe = cache.opened(), cache.recipe
-    if recipe is None:
-        raise ModelError("it does not know what it was made from: make it with kvpolicy.new_cache")
-    budgeted = cache.budgeted
-    if any(layer.arrived for layer in budgeted):
-        raise ModelError("it is in the middle of a forward")
+    store, budgeted = cache.opened(), cache.budgeted
     for layer in budgeted:
         layer.finish()
     tensors, meta = state.pack(store)
@@ -84,7 +79,7 @@ def _to_bytes(cache: RaggedCache) -> bytes:
         "version": VERSION,
         "made_by": {"transformers": transformers.__version__},
         "model": identity(cache.spec, next(layer.arena.like.dtype for layer in store.layers if layer is not None)),
-        "recipe": recipe.to_json(),
+        "recipe": cache.recipe.to_json(),
         "fixed": table,
         "store": meta,
         "columns": [layer.columns for layer in budgeted],

@@ -79,9 +79,7 @@ class SlotRunner:
     ) -> None:
         if slots < 1 or tokens < 1:
             raise BudgetError(f"slots and tokens must be at least 1, got {slots} and {tokens}")
-        model = unwrapped(model)
-        recipe = cache.recipe
-        assert recipe is not None  # `new_cache` has made it
+        model, recipe = unwrapped(model), cache.recipe
         _check(recipe, cache)
         self.model, self.recipe, self.select = model, recipe, select
         least = least_entries(recipe.policy, recipe.entry_format)

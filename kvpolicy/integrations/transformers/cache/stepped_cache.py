@@ -13,7 +13,8 @@ from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.integrations.transformers.attention.columns import Reading
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
-from kvpolicy.integrations.transformers.cache.model_state import CarryingCache
+from kvpolicy.integrations.transformers.cache.forwards import WatchedCache
+from kvpolicy.integrations.transformers.cache.model_state import ModelState
 from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
 from kvpolicy.integrations.transformers.cache.step_op import SteppedLayer, handle_of
@@ -21,9 +22,11 @@ from kvpolicy.integrations.transformers.cache.window_ring import StepCounts, Win
 from kvpolicy.model.spec import ModelSpec
 
 
-class SteppedCache(CarryingCache):
+class SteppedCache(WatchedCache):
     """The steps of a `RaggedCache`.
 
+    budgeted: those of its layers that are
+    state:    of the model, for the text in this cache
     other_kinds: of layers that a step cannot run over
     rings:    of the layers with a sliding window, while tokens are decoded
     stepping: what a step goes by, while a forward runs that was planned and may be recorded: nothing is counted in
@@ -32,12 +35,13 @@ class SteppedCache(CarryingCache):
     is_stepped: whether every token has to be a step, recorded or not: rows are slots, whose windows lie in rings alone
     """
 
-    spec: ModelSpec
-    budgeted: list[BudgetedLayer]
     store: RaggedStore | None
 
-    def prepare_steps(self) -> None:
-        """Once the layers are there."""
+    def __init__(self, spec: ModelSpec, layers: list[Any], state: ModelState, dropped_at: int | None) -> None:
+        attends = (i for i, layer in enumerate(spec.layers) if layer.kind != "linear" and layer.shared_with is None)
+        super().__init__(layers, max(attends), dropped_at)
+        self.spec, self.state = spec, state
+        self.budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
         self.rings = [
             WindowRing(index, self.layers[index], layer.window)
             for index, layer in enumerate(self.spec.layers)
@@ -188,6 +192,13 @@ class SteppedCache(CarryingCache):
 
         return restore
 
+    def forget(self) -> None:
+        super().forget()
+        self.state.forget()
+        self.replays.forget()
+        for ring in self.rings:
+            ring.forget()
+
     # --- what transformers calls on a cache
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -198,5 +209,11 @@ class SteppedCache(CarryingCache):
         return sizes
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """As in transformers; in a step a tensor, as of every cache whose length is not a constant of the code."""
-        return super().get_seq_length(layer_idx) if self.stepping is None else self.stepping.columns
+        """As in transformers; in a step a tensor, as of every cache whose length is not a constant of the code.
+
+        Models ask before they give positions to tokens, so here they get their state back.
+        """
+        if self.stepping is not None:
+            return self.stepping.columns
+        self.state.enter()
+        return super().get_seq_length(layer_idx)
