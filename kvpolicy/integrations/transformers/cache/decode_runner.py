@@ -142,9 +142,7 @@ class DecodeRunner:
 
 
 def _checked(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask of a prompt, None where nothing is hidden. Raises `ModelError` for what `prefill` cannot take."""
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ModelError(f"a prompt is tokens [B, n] with n of at least 1, got {list(input_ids.shape)}")
+    """The mask of a prompt, None where nothing is hidden. Raises `ModelError` for one that `prefill` cannot take."""
     if attention_mask is None:
         return None
     if attention_mask.shape != input_ids.shape:

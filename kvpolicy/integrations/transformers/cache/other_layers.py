@@ -44,6 +44,12 @@ def copied_layer(layer: Any) -> Any:
     return copy_with(layer, **copied(vars(layer)))
 
 
+def refill(layer: Any, attributes: dict[str, Any]) -> None:
+    """Gives a stock layer these attributes and no others."""
+    vars(layer).clear()
+    vars(layer).update(attributes)
+
+
 def pack_stock(layer: Any, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and JSON values. Raises `ModelError` for a layer whose state is of another kind."""
     tensors: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from kvpolicy.integrations.transformers.attention.tracing import untraced
 from kvpolicy.integrations.transformers.cache.budgeted_layer import BudgetedLayer
 from kvpolicy.integrations.transformers.cache.layer_state import LayerState, Waiting
 from kvpolicy.integrations.transformers.cache.model_state import ModelState
-from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, tensors_of
+from kvpolicy.integrations.transformers.cache.other_layers import copied, copied_layer, refill, tensors_of
 from kvpolicy.integrations.transformers.cache.replays import Replays
 from kvpolicy.integrations.transformers.cache.save import save_cache
 from kvpolicy.integrations.transformers.cache.sharing_layer import SharingLayer
@@ -110,6 +110,12 @@ class RaggedCache(SteppedCache):
         self.check_enforced()
         super().check_ended()
 
+    def settle(self) -> None:
+        """Keeps what still waits for layers that may read it. Raises `ModelError` in the middle of a forward."""
+        self.check_ended()
+        for layer in self.budgeted:
+            layer.finish()
+
     @property
     def awaits_repeat(self) -> bool:
         """Whether every token is still held, until `repeat_context` has shown which entries the budget is for."""
@@ -159,15 +165,14 @@ class RaggedCache(SteppedCache):
             for layer, state in zip(layers, states, strict=True):
                 layer.resume(state)
             for layer, before in zip(others, attributes, strict=True):
-                vars(layer).clear()  # what the forward has added goes, too
-                vars(layer).update(before)
+                refill(layer, before)
 
     def fork(self) -> RaggedCache:
         """A copy that goes its own way: a document is compressed once, and each question continues a copy.
 
         Entries are copied, nothing else of any size. Raises `ModelError` in the middle of a forward.
         """
-        self._settle()  # what waits for its followers is kept once, not by both
+        self.settle()  # what waits for its followers is kept once, not by both
         self.close_rings()
         other = copy_with(
             self,
@@ -188,7 +193,7 @@ class RaggedCache(SteppedCache):
         below the policy's fewest entries, and where entries have no scores since nothing was ever to be evicted;
         `ModelError` for an empty cache, and in the middle of a forward.
         """
-        self._settle()
+        self.settle()
         store = self._enforced()
         if not (store.schedule.evicts or store.policy.window_rule):
             raise BudgetError(
@@ -256,7 +261,7 @@ class RaggedCache(SteppedCache):
         count = int(tokens_to_remove)
         if count > 0:
             raise BudgetError(f"crop takes the number of tokens to remove as a negative number, got {count}")
-        self._settle()
+        self.settle()
         self.close_rings()
         if self.store is not None and count:  # first: where it refuses, nothing has changed
             self._crop_store(-count)
@@ -281,10 +286,8 @@ class RaggedCache(SteppedCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
-        self.close_rings()
         batch = 1 if self.store is None else self.store.batch_size
-        rows = torch.arange(batch).repeat_interleave(repeats)
-        self._take(rows, lambda layer: getattr(layer, "batch_select_indices", layer.reorder_cache)(rows))
+        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -294,8 +297,7 @@ class RaggedCache(SteppedCache):
         for layer in self.budgeted:
             layer.reset()
         for layer, fresh in zip(self.stock_layers, self._fresh, strict=True):
-            vars(layer).clear()  # their own `reset` leaves entries behind that the next text would see
-            vars(layer).update(copied(fresh))
+            refill(layer, copied(fresh))  # their own `reset` leaves entries behind that the next text would see
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file in one step, for `load_cache`. Raises `KVPolicyError` where that cannot be."""
@@ -357,13 +359,8 @@ class RaggedCache(SteppedCache):
         self.layers, self.budgeted = copies, [layer for layer in copies if isinstance(layer, BudgetedLayer)]
         self.rings = [ring.over(copies[ring.index]) for ring in self.rings]
 
-    def _settle(self) -> None:
-        self.check_ended()
-        for layer in self.budgeted:
-            layer.finish()
-
     def _take(self, rows: Tensor, on_stock: Callable[[Any], None]) -> None:
-        self._settle()
+        self.settle()
         for layer in self.budgeted:
             layer.take(rows)
         if self.store is not None:

@@ -53,10 +53,8 @@ def save_cache(cache: RaggedCache, path: str | os.PathLike[str]) -> None:
 
 
 def _to_bytes(cache: RaggedCache) -> bytes:
-    cache.check_ended()
+    cache.settle()
     store, budgeted = cache.opened(), cache.budgeted
-    for layer in budgeted:
-        layer.finish()
     tensors, meta = state.pack(store)
     table = None
     if isinstance(store.schedule, Fixed):

@@ -112,10 +112,8 @@ class SlotRunner:
         """
         prompt = prompt.reshape(1, -1)
         check_token_ids(self.model, prompt)
-        if not prompt.numel() or max_new_tokens < 1:
-            raise ModelError(
-                f"a sequence needs a prompt and at least one token to come, got {prompt.numel()} and {max_new_tokens}"
-            )
+        if max_new_tokens < 1:
+            raise ModelError(f"a sequence needs at least one token to come, got max_new_tokens={max_new_tokens}")
         seen = prompt.numel() + max_new_tokens - 1  # the last one is not fed
         if self._limit is not None and prompt.numel() <= self._limit < seen:
             raise ModelError(
