@@ -379,7 +379,7 @@ def test_layers_with_a_sliding_window(name, recorded):
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-4)
     assert caches[0].replays.mode == "graph"
     assert caches[0].rings
-    assert all(ring.keys is not None for ring in caches[0].rings)
+    assert all(ring.entries is not None for ring in caches[0].rings)
     saved = [cache.fork() for cache in caches]
     for one, other in zip(saved[0].layers, saved[1].layers, strict=True):
         for key in ("keys", "values"):

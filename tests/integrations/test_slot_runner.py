@@ -170,7 +170,7 @@ def test_layers_with_a_sliding_window(name, replayed, monkeypatch):
     hybrid = tiny_model(name, attention=attention_of(name)).to(DEVICE)
     wishes = [(3, 30), (40, 12), (17, 25), (1, 9), (50, 20)]
     runner = kvpolicy.SlotRunner(hybrid, cache_over(hybrid, "snapkv"), slots=2, tokens=70)
-    assert all(ring.keys.shape[0] == 2 for ring in runner.cache.rings) and runner.cache.rings
+    assert all(ring.entries[0].shape[0] == 2 for ring in runner.cache.rings) and runner.cache.rings
     assert runner.cache.nbytes > sum(ring.nbytes for ring in runner.cache.rings) > 0
     found = {runner.admit(prompt(length), count): [] for length, count in wishes}
     while runner.running or runner.waiting:

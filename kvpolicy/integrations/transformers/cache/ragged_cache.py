@@ -272,7 +272,7 @@ class RaggedCache(SteppedCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes what row `beam_idx[i]` was, capacities included."""
-        rings = {id(ring.layer): ring for ring in self.rings if ring.keys is not None}
+        rings = {id(ring.layer): ring for ring in self.rings if ring.entries is not None}
         if self.store is None or len(beam_idx) != self.store.batch_size:
             self.close_rings()
             rings = {}

@@ -52,14 +52,13 @@ class WindowRing:
     index:  of the layer in the model
     layer:  transformers' own
     window: tokens that a query sees, itself included
-    keys, values: [B, H, window, dim] while it is open, else None
+    entries: keys and values, [B, H, window, dim] each, while it is open, else None
     layout: another object whenever it lies elsewhere
     """
 
     def __init__(self, index: int, layer: Any, window: int) -> None:
         self.index, self.layer, self.window = index, layer, window
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.entries: tuple[Tensor, Tensor] | None = None
         self.layout = object()
 
     def over(self, layer: Any) -> WindowRing:
@@ -68,41 +67,39 @@ class WindowRing:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
+        return sum(x.nbytes for x in self.entries or ())
 
     def furnish(self, shape: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         """Opens it for rows that are slots. shape: (slots, KV heads);  dims: of a key and of a value"""
-        self.keys, self.values = (torch.zeros(*shape, self.window, dim, dtype=dtype, device=device) for dim in dims)
-        self.layout = object()
+        keys, values = (torch.zeros(*shape, self.window, dim, dtype=dtype, device=device) for dim in dims)
+        self.entries, self.layout = (keys, values), object()
 
     def seat(self, row: int, other: WindowRing) -> None:
         """The only row of another ring, open too, becomes a row of this one."""
-        for own, entries in ((self.keys, other.keys), (self.values, other.values)):
-            assert own is not None
-            assert entries is not None
+        for own, entries in zip(self._opened(), other._opened(), strict=True):
             own[row] = entries[0]
 
     def open(self, seen: Tensor) -> None:
         """Takes the entries over from the layer. seen: int64 [B] on the CPU, tokens of each row so far"""
-        if self.keys is not None:
+        if self.entries is not None:
             return
         own = vars(self.layer)
         place = on_device(self._last(seen) + own["keys"].shape[2] - seen[:, None], own["keys"].device)
-        self.keys, self.values = (_taken(own[name], place) for name in ("keys", "values"))
-        self.layout = object()
+        self.entries, self.layout = (_taken(own["keys"], place), _taken(own["values"], place)), object()
         own |= {name: own[name][:, :, :0].clone() for name in ("keys", "values")}
 
     def close(self, seen: Tensor) -> None:
         """Gives the entries back to the layer, in their order. seen: as in `open`"""
-        if self.keys is None or self.values is None:
+        if self.entries is None:
             return
         own = vars(self.layer)
         columns = int(own["cumulative_length"])
         count = min(self.window - 1, columns)
         position = seen[:, None] - count + torch.arange(count)  # below 0 for padding, which no mask shows
-        place = on_device(position.clamp(min=0) % self.window, self.keys.device)
-        own |= {"keys": _taken(self.keys, place), "values": _taken(self.values, place)}
-        self.keys = self.values = None
+        keys, values = self.entries
+        place = on_device(position.clamp(min=0) % self.window, keys.device)
+        own |= {"keys": _taken(keys, place), "values": _taken(values, place)}
+        self.entries = None
 
     def count(self) -> None:
         """Counts a token."""
@@ -111,18 +108,16 @@ class WindowRing:
 
     def forget(self) -> None:
         """Gives the entries up."""
-        self.keys = self.values = None
+        self.entries = None
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, where it lies. rows: int64 [B]"""
-        for entries in (self.keys, self.values):
-            if entries is not None:
-                entries.copy_(entries.index_select(0, rows.to(entries.device)))
+        for entries in self._opened():
+            entries.copy_(entries.index_select(0, rows.to(entries.device)))
 
     def write(self, key: Tensor, value: Tensor, counts: StepCounts) -> None:
         """Writes one token. key, value: [B, H, 1, dim]"""
-        keys, values = self._flat()
-        append((keys, values), counts.tables(key.shape[1], self.window)[0], (key, value))
+        append(self._flat(), counts.tables(key.shape[1], self.window)[0], (key, value))
 
     def attend(self, query: Tensor, num_heads: int, scoring: Scoring, counts: StepCounts) -> Tensor:
         """query: [B, num_q_heads, 1, D] of the token that was written. Returns [B, num_q_heads, 1, Dv]."""
@@ -130,9 +125,12 @@ class WindowRing:
         return decode_attention(query, Segments(*self._flat(), starts, lengths), **scoring.options()).out
 
     def _flat(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None  # a step has opened it
-        assert self.values is not None
-        return self.keys.flatten(0, 2), self.values.flatten(0, 2)
+        keys, values = self._opened()
+        return keys.flatten(0, 2), values.flatten(0, 2)
+
+    def _opened(self) -> tuple[Tensor, Tensor]:
+        assert self.entries is not None  # a step has opened it
+        return self.entries
 
     def _last(self, seen: Tensor) -> Tensor:
         """int64 [B, window], for each place of the ring the last position before `seen` that belongs there."""
