@@ -34,3 +34,11 @@ def attention_modules(model: PreTrainedModel, layers: Sequence[int]) -> list[tup
         parent = names[0].rpartition(".")[0]
         pairs.append((modules[names[0]], modules[parent]))
     return pairs
+
+
+def decoder_layers(model: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """All decoder layers, whatever their kind: the list in which this one lies; this one alone where there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(child is block for child in module):
+            return list(module)
+    return [block]

@@ -213,11 +213,3 @@ def _checkpointed(block: nn.Module, contexts: Contexts) -> Iterator[None]:
             block.forward = forward
         else:
             del block.forward
-
-
-def decoder_layers(model: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """All decoder layers, whatever their kind: the list in which this one lies; this one alone where there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(child is block for child in module):
-            return list(module)
-    return [block]

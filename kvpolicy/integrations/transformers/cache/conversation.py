@@ -62,9 +62,9 @@ def generate(
             cache.store.check_scores()
         ids = out if isinstance(out, Tensor) else out.sequences
         beams = (_option(model, options, "num_beams") or 1) > 1
-        _check_fed(int(cache.budgeted[0].get_seq_length()) - seen, ids.shape[1], beams)
+        _check_fed(cache.budgeted[0].columns - seen, ids.shape[1], beams)
     except BaseException as error:  # Ctrl-C, too
-        if int(cache.budgeted[0].get_seq_length()) != seen:
+        if cache.budgeted[0].columns != seen:
             cache.break_off(f"a generation over it ended with {type(error).__name__}, and its tokens are lost")
         raise
     finally:
@@ -166,7 +166,7 @@ def _remember(cache: RaggedCache, ids: Tensor, fed: int, seen: int, ends: list[i
     if cache.store is None or cache.store.batch_size != ids.shape[0] or beams:
         cache.end_turn(None, "its rows are beams or several samples of one prompt")
         return
-    unfed = ids[:, int(cache.budgeted[0].get_seq_length()) - seen :].clone()
+    unfed = ids[:, cache.budgeted[0].columns - seen :].clone()
     # a row that ends with the very last token has no filler behind it
     is_end = torch.isin(ids[:, fed:-1], torch.tensor(ends, dtype=ids.dtype, device=ids.device))
     apart = ids.shape[0] > 1 and bool(is_end.any())

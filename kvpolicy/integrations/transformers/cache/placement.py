@@ -7,16 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules, decoder_layers
 from kvpolicy.model.spec import ModelSpec
 
 
 def layer_devices(model: PreTrainedModel, spec: ModelSpec) -> list[torch.device]:
     """The device of each decoder layer's keys and values. Raises `ModelError` where the layers are not found."""
-    block = attention_modules(model, spec.budgeted_layers[:1])[0][1]
-    name = next(name for name, module in model.named_modules() if module is block)
-    layers = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(layers, nn.ModuleList) or len(layers) != len(spec.layers):
+    layers = decoder_layers(model, attention_modules(model, spec.budgeted_layers[:1])[0][1])
+    if len(layers) != len(spec.layers):
         raise ModelError(f"{type(model).__name__}: kvpolicy does not recognise its list of decoder layers")
     return [_device_of(layer) for layer in layers]
 

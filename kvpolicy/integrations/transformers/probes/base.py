@@ -26,16 +26,11 @@ from kvpolicy.budget.entry_format import (
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_call import Handler
-from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules, decoder_layers
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary
-from kvpolicy.integrations.transformers.attention.soft_attention import (
-    BiasedAttention,
-    PositionBias,
-    biased,
-    decoder_layers,
-)
+from kvpolicy.integrations.transformers.attention.soft_attention import BiasedAttention, PositionBias, biased
 from kvpolicy.integrations.transformers.model.logits import keep_logits
 from kvpolicy.integrations.transformers.model.token_ids import check_token_ids
 from kvpolicy.integrations.transformers.probes.exchanged_entries import exchanging
