@@ -114,10 +114,15 @@ def section(board: Board) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Methods down, tasks across; the mean only where all samples of all tasks were measured."""
+    """Methods down, what they come to and then tasks across; the mean only of all samples of all tasks.
+
+    Where all tasks are of one family, its name is left out: a table of six tasks is wide.
+    """
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] != "all"))
     cells = {(row["retention"], row["method"], row["task"]): row for row in rows}
-    head = ["kept", "method", *tasks, *(["mean"] if len(tasks) > 1 else []), "against uniform", "bytes"]
+    families = {task.rpartition("/")[0] for task in tasks}
+    titles = [task.rpartition("/")[2] for task in tasks] if len(families) == 1 else tasks
+    head = ["kept", "method", *(["mean"] if len(tasks) > 1 else []), "against uniform", *titles, "bytes"]
     names = list(dict.fromkeys((row["retention"], row["method"]) for row in rows))
     most = {task: max(row["n"] for row in rows if row["task"] == task) for task in tasks}
     counts = {name: {task: cells[*name, task]["n"] for task in tasks if (*name, task) in cells} for name in names}
@@ -128,8 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         overall = cells[(*name, "all")]
         scores = [score(cells.get((*name, task))) for task in tasks]
         mean = [score(overall if complete[name] else None)] if len(tasks) > 1 else []
-        last = [against_uniform(overall) if complete[name] else "", f"{100 * overall['bytes_of_full']:.1f} %"]
-        lines.append([f"{100 * name[0]:g} %", f"`{name[1]}`", *scores, *mean, *last])
+        first = [f"{100 * name[0]:g} %", f"`{name[1]}`", *mean, against_uniform(overall) if complete[name] else ""]
+        lines.append([*first, *scores, f"{100 * overall['bytes_of_full']:.1f} %"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -153,3 +153,27 @@ def test_a_terminal_sees_that_something_goes_on(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "loading a-model" in shown
     assert shown.endswith("\x1b[2K"), "the line is taken away"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show", "PLAN"], ["loading torch"]),
+        (["validate", "PLAN"], ["loading torch", "checking PLAN"]),
+        (["pull", "FOLDER", "--out", "OUT"], ["loading torch", "pulling the plan of FOLDER"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_terminal_sees_a_line_turn_before_there_is_anything_to_say(
+    kvpolicy, tuned, tmp_path, monkeypatch, arguments, said
+):
+    """Torch takes seconds to load. Without a terminal nothing is said."""
+    names = {"PLAN": str(tuned[0]), "FOLDER": str(tuned[0].parent), "OUT": str(tmp_path / "out.json")}
+    run = [names.get(argument, argument) for argument in arguments]
+    assert kvpolicy(*run).err.splitlines() == kvpolicy(*run).warnings
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = kvpolicy(*run).err
+    places = [shown.find(re.sub("PLAN|FOLDER", lambda name: names[name[0]], line)) for line in said]
+    assert places == sorted(places) and places[0] >= 0, shown

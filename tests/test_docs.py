@@ -98,6 +98,14 @@ def test_public_name_is_in_the_reference(name):
     assert any(re.search(rf"\b{name}\b", page) for page in pages)
 
 
+def test_the_readme_and_the_first_page_promise_the_same():
+    tables = []
+    for page in (ROOT / "README.md", DOCS / "index.md"):
+        text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", page.read_text(encoding="utf-8"))
+        tables.append(re.search(r"\| what you get.*?\n\n", text, re.DOTALL)[0])
+    assert tables[0] == tables[1]
+
+
 def test_blocks_are_found_and_marked():
     assert len(blocks(needs_model=False)) > 8 and len(blocks(needs_model=True)) > 1
     for page in PAGES:

@@ -29,7 +29,7 @@ from kvpolicy.cli.show import show
 from kvpolicy.cli.terminal import say, write
 from kvpolicy.cli.tune import tune_command
 from kvpolicy.cli.validate_command import validate_command
-from kvpolicy.cli.verb import Verb
+from kvpolicy.cli.verb import TorchVerb, Verb
 from kvpolicy.errors import AbsentModelError, KVPolicyError, first_line
 
 app = typer.Typer(
@@ -38,17 +38,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("tune", cls=Verb)(tune_command)
-app.command("profile", cls=Verb)(profile_command)
-app.command(cls=Verb)(show)
-app.command("validate", cls=Verb)(validate_command)
-app.command("eval", cls=Verb)(eval_command)
-app.command("compare", cls=Verb)(compare_command)
-app.command("lm-eval", cls=Verb)(lm_eval_command)
-app.command(cls=Verb)(generate)
-app.command("bench", cls=Verb)(bench_command)
-app.command(cls=Verb)(push)
-app.command(cls=Verb)(pull)
+app.command("tune", cls=TorchVerb)(tune_command)
+app.command("profile", cls=TorchVerb)(profile_command)
+app.command(cls=TorchVerb)(show)
+app.command("validate", cls=TorchVerb)(validate_command)
+app.command("eval", cls=TorchVerb)(eval_command)
+app.command("compare", cls=TorchVerb)(compare_command)
+app.command("lm-eval", cls=TorchVerb)(lm_eval_command)
+app.command(cls=TorchVerb)(generate)
+app.command("bench", cls=TorchVerb)(bench_command)
+app.command(cls=TorchVerb)(push)
+app.command(cls=TorchVerb)(pull)
 app.command("estimate", cls=Verb)(estimate_command)
 app.command(cls=Verb)(plugins)
 app.command("doctor", cls=Verb)(doctor_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpolicy.cli import options as opt
-from kvpolicy.cli.watch import watcher
+from kvpolicy.cli.watch import turning
 
 
 def doctor_command(device: opt.Device = "auto", config: opt.Config = None, json: opt.Json = False) -> int:
@@ -11,7 +11,7 @@ def doctor_command(device: opt.Device = "auto", config: opt.Config = None, json:
 
     A note explains how kvpolicy behaves here. What is wrong is to be put right; the exit code is then 2.
     """
-    with watcher(json).wait("looking at the libraries, the models, the plugins and the disk"):
+    with turning("looking at the libraries, the models, the plugins and the disk"):
         from kvpolicy.verbs.doctor import doctor
 
         diagnosis = doctor(device)

@@ -8,7 +8,7 @@ import typer
 
 from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
-from kvpolicy.cli.watch import watcher
+from kvpolicy.cli.watch import turning
 from kvpolicy.defaults import MODEL
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def estimate_command(
     whole. The largest context is that at --batch, the largest batch that at --context. What CUDA itself takes, some
     hundred MB, is not counted.
     """
-    with watcher(json).wait(f"reading the configuration of {model}"):
+    with turning(f"reading the configuration of {model}"):
         from kvpolicy.verbs.estimate import estimate
 
         answer = estimate(

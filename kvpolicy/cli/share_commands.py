@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli import options as opt
+from kvpolicy.cli.watch import turning
 from kvpolicy.errors import PlanError
 
 
@@ -24,7 +25,9 @@ def push(
     """
     from kvpolicy.budget.plan import load_plan
 
-    commit = load_plan(plan).push_to_hub(target, private=private)
+    loaded = load_plan(plan)
+    with turning(f"pushing {plan} to {target}"):
+        commit = loaded.push_to_hub(target, private=private)
     if json:
         opt.print_json({"plan": str(plan), "target": target, "commit": commit or None})
         return
@@ -48,7 +51,8 @@ def pull(
     from kvpolicy.verbs import arguments
 
     arguments.check_writable(out)
-    plan, place = pull_plan(source, revision)
+    with turning(f"pulling the plan of {source}"):
+        plan, place = pull_plan(source, revision)
     if out.exists() and load_plan(out).sha256 != plan.sha256:
         raise PlanError(f"{out} is another plan already: name another file with --out")
     save_plan(plan, out)

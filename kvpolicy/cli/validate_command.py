@@ -9,6 +9,7 @@ import typer
 
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import say
+from kvpolicy.cli.watch import turning
 
 
 def validate_command(
@@ -27,7 +28,8 @@ def validate_command(
     """
     from kvpolicy.verbs.validate import validate
 
-    sound = validate(plan, model=model, revision=revision)
+    with turning(f"checking {plan}"):
+        sound = validate(plan, model=model, revision=revision)
     if json:
         opt.print_json(sound.to_json())
         return

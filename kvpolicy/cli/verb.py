@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from kvpolicy.cli import configuration
+from kvpolicy.cli.watch import turning
 
 LARGEST = 2**31 - 1
 """Positions are 32 bits wide, and seeds are multiplied."""
@@ -29,6 +30,16 @@ class Verb(TyperCommand):
         result = super().invoke(ctx)
         configuration.keep(ctx)
         return result
+
+
+class TorchVerb(Verb):
+    """A verb that has nothing to say before torch is there."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if not ctx.params.get("quiet", False):
+            with turning("loading torch"):
+                import torch  # noqa: F401
+        return super().invoke(ctx)
 
 
 def _wrong(value: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bars
@@ -20,6 +20,12 @@ def watcher(quiet: bool) -> Progress:
         return Progress()
     console = Console(stderr=True)
     return _BarProgress(console) if console.is_terminal else _LineProgress(console)
+
+
+def turning(message: str) -> AbstractContextManager[object]:
+    """A line that turns while a few seconds pass, for whoever watches; nothing elsewhere."""
+    console = Console(stderr=True)
+    return console.status(shell_line(message)) if console.is_terminal else nullcontext()
 
 
 _SILENCE = 60  # seconds, after which a line says how far a stage is
