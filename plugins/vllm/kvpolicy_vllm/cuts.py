@@ -21,6 +21,7 @@ from kvpolicy import EvictionPolicy, LayerActivations
 from kvpolicy_vllm.attend import BlockAttention, arena_of
 from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.observation import CutHeads, Observation, vectors
+from kvpolicy_vllm.recorded import RecordedWork
 from kvpolicy_vllm.steps import LayerStep
 
 
@@ -54,6 +55,7 @@ class CutAttention(BlockAttention):
     policy:  of `serving.CONTENT_POLICIES`;  layer: among the budgeted ones
     sizes:   `slots` of the heads, from the fewest on, on the host
     heads:   these heads, int64 [H];  by_size: the layout with the heads in this order
+    at:      int64 [2], of the cut that is at work: the request's block, and its tokens
     """
 
     layout: CutLayout
@@ -63,13 +65,17 @@ class CutAttention(BlockAttention):
     sizes: list[int] = field(init=False)
     heads: Tensor = field(init=False)
     by_size: CutLayout = field(init=False)
+    at: Tensor = field(init=False)
+    recorded: RecordedWork = field(init=False)
 
     def __post_init__(self) -> None:
         BlockAttention.__post_init__(self)
         sizes, order = self.on_host.slots.sort(stable=True)
         heads = order.to(self.layout.slots.device)
         by_size = replace(self.layout, slots=self.layout.slots[heads], offsets=self.layout.offsets[heads])
-        for name, value in {"sizes": sizes.tolist(), "heads": heads, "by_size": by_size}.items():
+        at = torch.zeros(2, dtype=torch.int64, device=heads.device)
+        known = {"sizes": sizes.tolist(), "heads": heads, "by_size": by_size, "at": at, "recorded": RecordedWork()}
+        for name, value in known.items():
             object.__setattr__(self, name, value)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: LayerStep) -> Tensor:
@@ -112,13 +118,20 @@ class CutAttention(BlockAttention):
         num_heads = self._num_cut(count)
         if num_heads == 0:
             return
-        layout, heads = self.by_size, self.heads[:num_heads]
+        self.at.fill_(count)
+        self.at[:1] = blocks[:1]
+        longest = min(self.sizes[num_heads - 1], count)
+        key = num_heads, longest, cache.data_ptr()
+        self.recorded.do(key, lambda: self._cut(cache, num_heads, longest), cache.device)
+
+    def _cut(self, cache: Tensor, num_heads: int, longest: int) -> None:
+        """Of the request `at`: those heads with the fewest entries. longest: the most entries of one."""
+        layout, heads, (block, count) = self.by_size, self.heads[:num_heads], self.at.unbind()
         slots, most = layout.slots[:num_heads], self.sizes[num_heads - 1]
-        block, lengths = blocks[0].long(), slots.clamp(max=count)
+        lengths = slots.minimum(count)
         keys, values = arena_of(cache)
         segments = Segments(keys, values, block * layout.rows + layout.offsets[:num_heads], lengths)
-        index = torch.arange(min(most, count), device=cache.device)
-        request = CutHeads(cache, block, heads, segments, count, index)
+        request = CutHeads(cache, block, heads, segments, count, torch.arange(longest, device=cache.device))
         activations = self._activations(request)
         kept = slots - layout.period
         columns = self._columns(activations, lengths, lengths - kept, most - layout.period)

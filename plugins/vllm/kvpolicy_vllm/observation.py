@@ -18,7 +18,7 @@ from torch import Tensor
 class CutHeads:
     """A request in one layer, before its token `count`, and those K KV heads that are cut back there.
 
-    cache: of the layer;  block: the request's, int []
+    cache: of the layer;  block, count: int64 []
     heads: int64 [K];  segments: their entries, on the device
     index: arange(n), n the entries of the longest;  ends: int64 [K, 1], how many each has
     """
@@ -27,7 +27,7 @@ class CutHeads:
     block: Tensor
     heads: Tensor
     segments: Segments
-    count: int
+    count: Tensor
     index: Tensor
 
     @property
@@ -99,7 +99,7 @@ class Observation:
     def mass(self, request: CutHeads, scale: float, softcap: float | None) -> Tensor:
         """What the last queries before the cut attend to, summed: float32 [1, K, n]."""
         cache, segments = request.cache, request.segments
-        tokens = torch.arange(request.count - self.window, request.count, device=cache.device)
+        tokens = request.count - self.window + request.index[: self.window]
         query = vectors(cache)[self.vectors_of_queries(request.block * self.rows + self.first, tokens)]
         query = query.view(self.window, len(self.places), -1, self.head_dim)[:, request.heads]
         before = segments.lengths - self.window
