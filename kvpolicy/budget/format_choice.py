@@ -4,12 +4,16 @@ A multiple-choice knapsack, solved by a price. At a price of a byte every KV hea
 the next entry saves less than it costs, and every layer the format under which its heads lose and pay the least
 together. The lowest price at which all of it goes into the bytes is found by bisection. What a price leaves unspent is
 less than one step of one layer; it is for whoever apportions the budget.
+
+What heads lose together depends on what all of them are given, so it is found in rounds: curves of each head alone
+give a first choice, and then each round adds to them what a head lost beside the others as they were chosen, in the
+mean over the rounds before it. The round that loses least in all is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from torch import Tensor
 from kvpolicy.errors import BudgetError
 
 _STEPS = 60  # of the bisection: the price is then known to 18 digits
+_ROUNDS = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,20 +41,52 @@ class FormatCurves:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FormatChoice:
-    """formats: of each layer, by name;  capacities: int64 `[L, H]`;  loss: the sum of what the curves say"""
+    """formats: of each layer, by name;  capacities: int64 `[L, H]`;  loss: the sum of what the curves say
+    curves: float `[L, H, K]`, what was chosen by, under each layer's format
+    """
 
     formats: tuple[str, ...]
     capacities: Tensor
     loss: float
+    curves: Tensor
 
 
-def choose_formats(curves: Mapping[str, FormatCurves], capacities: Tensor, total: int) -> FormatChoice:
-    """The formats and capacities that lose least by the curves and take `total` bytes at most.
+def choose_formats(
+    curves: Mapping[str, FormatCurves], capacities: Tensor, total: int, together: Tensor | None = None
+) -> FormatChoice:
+    """The formats and capacities that lose least by the curves and take `total` bytes at most: the optimum, but for
+    what two heads lose together, which is counted in rounds.
 
     capacities: int64 `[K]`, ascending, where the curves have their points
+    together:   as in `Importance`
 
     Raises `BudgetError` where not even the smallest go into the bytes.
     """
+    best = choice = _alone(curves, capacities, total)
+    if together is None:
+        return best
+    least, mean = torch.inf, torch.zeros_like(best.curves)
+    for rounds in range(1, _ROUNDS + 1):
+        place = torch.searchsorted(capacities, choice.capacities)
+        others = lost_beside(together, place)
+        own = torch.stack([curves[name].losses[layer] for layer, name in enumerate(choice.formats)])
+        loss = float((own + others).gather(-1, place[..., None]).sum())
+        if loss < least:
+            least, best = loss, replace(choice, loss=loss)
+        mean += (others - mean) / rounds
+        beside = {name: replace(alone, losses=(alone.losses + mean).clamp(min=0)) for name, alone in curves.items()}
+        choice = _alone(beside, capacities, total)
+    return best
+
+
+def lost_beside(together: Tensor, place: Tensor) -> Tensor:
+    """`[L, H, K]`: what a head loses at each of its points beside the others. place: theirs, int64 `[L, H]`"""
+    heads, points = place.numel(), together.shape[2]
+    rows = together.reshape(heads * points, heads * points)
+    return rows[:, torch.arange(heads) * points + place.flatten()].sum(1).reshape(together.shape[:3])
+
+
+def _alone(curves: Mapping[str, FormatCurves], capacities: Tensor, total: int) -> FormatChoice:
     chosen = _at_price(curves, capacities, 0.0)
     if _bytes(curves, chosen) <= total:
         return chosen
@@ -83,6 +120,7 @@ def _at_price(curves: Mapping[str, FormatCurves], capacities: Tensor, price: flo
         tuple(names[index] for index in place.tolist()),
         torch.stack(taken)[place, layers],
         float(torch.stack(lost)[place, layers].sum()),
+        torch.stack([curves[names[index]].losses[layer] for layer, index in enumerate(place.tolist())]),
     )
 
 

@@ -194,7 +194,10 @@ class Importance:
     per_layer: float32 `[L]` or None
     curves:    float32 `[L, H, K]`, finite, >= 0, loss at K capacities of a KV head, or None; only differences count
     curve_capacities: int `[K]`, these capacities, ascending, or None
-    format_curves: such curves with the entries in each of the formats that the probe named, by their names, or None
+    format_curves: such curves of one KV head alone with the entries in each of the formats that the probe named, by
+        their names, or None
+    together:  float32 `[L, H, K, L, H, K]`, finite, 0 for a head with itself, or None: what two KV heads lose, each at
+        one of its capacities, beyond what each loses alone, half of it; below 0 where they take back from each other
     """
 
     per_head: Tensor
@@ -202,6 +205,7 @@ class Importance:
     curves: Tensor | None = None
     curve_capacities: Tensor | None = None
     format_curves: Mapping[str, Tensor] | None = None
+    together: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.per_head.dim() != 2:
@@ -218,8 +222,18 @@ class Importance:
         values = {f"format_curves['{name}']": curves for name, curves in (self.format_curves or {}).items()}
         if any(tuple(curves.shape) != points for curves in values.values()):
             raise BudgetError("importance format_curves [layers, KV heads, K] have the points of curve_capacities")
+        if self.together is not None:
+            self._check_together(self.together, points)
         values |= {name: getattr(self, name) for name in ("per_head", "per_layer", "curves")}
         for name, value in values.items():
             if value is not None and not bool((torch.isfinite(value) & (value >= 0)).all()):
                 bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()[0].tolist()
                 raise BudgetError(f"importance {name} must be finite and >= 0; index {bad} is {value[tuple(bad)]}")
+
+    def _check_together(self, together: Tensor, points: tuple[int, ...] | None) -> None:
+        if points is None:
+            raise BudgetError("importance together was given without curves: they go together")
+        if tuple(together.shape) != (*points, *points):
+            raise BudgetError(f"importance together is {list(together.shape)}, expected {[*points, *points]}")
+        if not bool(together.isfinite().all()):
+            raise BudgetError("importance together must be finite: the estimator gave a number that is not")

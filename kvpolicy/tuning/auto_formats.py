@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from kvpolicy.budget.entry_format import OF_A_TOKEN, Format, check_format, least_entries, name_of, named, of_layers
 from kvpolicy.budget.format_choice import FormatChoice, FormatCurves, choose_formats
 from kvpolicy.cache.size import block_nbytes, entry_nbytes, holds_scores
 from kvpolicy.cache.weight import byte_budget
 from kvpolicy.errors import BudgetError
 from kvpolicy.measure.delegate import DelegateProbe
-from kvpolicy.model.spec import Importance
 from kvpolicy.plugins.roles import ModelProbe
 from kvpolicy.tuning.job import Job
 from kvpolicy.tuning.probes import Probes
@@ -50,7 +47,9 @@ class AutoFormats:
         for choice in self._choices(level):
             entry_format = of_layers([named(name) for name in choice.formats])
             search, heldout = self.probes(entry_format)
-            job = replace(self.job, search=search, heldout=heldout, importance=self._importance(choice))
+            job = replace(
+                self.job, search=search, heldout=heldout, importance=replace(self.job.importance, curves=choice.curves)
+            )
             table = job.table(choice.capacities.double(), level, search.target.context_length)
             losses[entry_format] = float(search.target.loss(table).mean())
             if losses[entry_format] == min(losses.values()):  # prompts that the others have run are let go of
@@ -75,7 +74,9 @@ class AutoFormats:
         refusal = None
         for names in (tuple(curves), *((name,) for name in curves)):
             try:
-                choice = choose_formats({x: curves[x] for x in names}, importance.curve_capacities, budget.total)
+                choice = choose_formats(
+                    {x: curves[x] for x in names}, importance.curve_capacities, budget.total, importance.together
+                )
                 if len(names) == 1 and int(choice.capacities.min()) == context:
                     continue  # everything goes in: less is to be found above
             except BudgetError as error:
@@ -86,13 +87,6 @@ class AutoFormats:
         if not choices:
             raise refusal or BudgetError(f"memory={level:g} holds a whole context: nothing is searched, give less")
         return choices
-
-    def _importance(self, choice: FormatChoice) -> Importance:
-        """With the curves of the formats that layers have."""
-        curves = self.job.importance.format_curves
-        assert curves is not None  # `measures_formats`
-        own = torch.stack([curves[name][layer] for layer, name in enumerate(choice.formats)])
-        return replace(self.job.importance, curves=own)
 
 
 def _sentence(losses: dict[Format, float], level: float) -> str:

@@ -1,11 +1,12 @@
 import pytest
 import torch
-from kvpolicy_baselines.fisher import FisherEstimator, changes, costs
+from kvpolicy_baselines.fisher import FisherEstimator, changes, costs, products
 from kvpolicy_baselines.hull import HullAllocator
 from kvpolicy_kernels.formats import INT4, INT8
 
 from kvpolicy import Budget, LayerGradients, PluginError, TransformersProbe, apportion
 from kvpolicy.budget.entry_format import LayerFormats
+from kvpolicy.budget.format_choice import lost_beside
 from kvpolicy.testing import SyntheticProbe, check_estimator
 from kvpolicy.tuning.auto_formats import EveryFormat
 from tests.plugins.test_estimator_symmetries import sharp_model
@@ -31,7 +32,7 @@ def test_changes_are_those_of_attention_over_what_is_kept(first, sinks):
     rank = rank.clamp(min=-1)[:, None].expand(-1, length, -1)
     part = LayerGradients(0, first, gradients, values, lambda b, e: weights[:, b:e, :e], lambda b, e: rank[:, b:e, :e])
     kept = torch.tensor([1, 20, 150])
-    found = costs(changes(part, kept)[:, None], len(kept) - 1)[0, 0]
+    found = costs(changes(part, kept), len(kept) - 1)[0]
     for place, count in enumerate(kept.tolist()):
         seen = (rank < count).repeat_interleave(group, 0) & causal
         own = values.repeat_interleave(group, 0).double()
@@ -70,14 +71,31 @@ def test_curves_at_what_the_others_keep_sum_to_the_divergence_of_the_table():
 
 
 def test_half_of_what_two_heads_lose_together():
-    change = torch.tensor([[2.0, 0.0], [0.5, 0.0], [-1.0, 0.0]])[None, None, :, None]  # three heads, one query
-    assert costs(change, 1)[0, 0, :, 0].tolist() == [4.0, 0.25, 1.0]
-    assert costs(change, 0)[0, 0, :, 0].tolist() == [2 * 1.5, 0.5 * 1.5, -1.0 * 1.5]
+    change = torch.tensor([[2.0, 0.0], [0.5, 0.0], [-1.0, 0.0]])[None, :, None]  # three heads, one query
+    assert costs(change, 1)[0, :, 0].tolist() == [4.0, 0.25, 1.0]
+    assert costs(change, 0)[0, :, 0].tolist() == [2 * 1.5, 0.5 * 1.5, -1.0 * 1.5]
 
 
-def test_codes_are_independent_of_what_others_lose():
-    change = torch.tensor([[[2.0, 0.0], [1.0, 0.0]], [[3.0, 1.0], [1.0, 0.5]]])[:, None, :, None]  # two formats
-    assert costs(change, 0)[:, 0, 0].tolist() == [[4.0 + 2.0, 0.0], [9.0 + 2.0, 1.0]]
+def test_what_two_heads_lose_together_is_that_of_any_two_capacities():
+    change = torch.randn(2, 3, 50, 4, generator=torch.Generator().manual_seed(0))
+    both = products(change)
+    assert both.shape == (2, 3, 4, 2, 3, 4)
+    assert float(both[1, 2, 3, 0, 1, 2]) == pytest.approx(float(change[1, 2, :, 3] @ change[0, 1, :, 2]), rel=1e-4)
+    assert (both[1, 2, :, 1, 2] == 0).all(), "a head with itself"
+    place = torch.full((2, 3), 1)
+    alone = change.square().sum(2)
+    torch.testing.assert_close(alone + lost_beside(both, place), costs(change, 1).float(), rtol=1e-4, atol=1e-3)
+
+
+def test_curves_of_formats_are_of_one_head_alone():
+    probe = EveryFormat(TransformersProbe(sharp_model(), tiny_ids(64)))
+    found = FisherEstimator((0.25, 0.75), 0.75).estimate(probe)
+    alone = FisherEstimator((0.25, 0.75), 0.75, others=1).estimate(probe)
+    for name, curves in found.format_curves.items():
+        assert torch.equal(curves, alone.format_curves[name])
+    torch.testing.assert_close(alone.curves, found.format_curves["model"])
+    beside = lost_beside(found.together, torch.zeros(3, 3, dtype=torch.int64))
+    torch.testing.assert_close((alone.curves + beside).clamp(min=0), found.curves, rtol=1e-4, atol=1e-6)
 
 
 def test_curves_of_formats_are_the_divergence_of_a_coded_layer():

@@ -38,9 +38,9 @@ class FisherEstimator(ImportanceEstimator):
 
     To second order in the change of a head's output, and as if changes at different positions were independent. Where
     a head takes back what the others lose, its curve is 0. The curves end with 0 at the full context. Capacities are
-    never below the probe's least one. Where the probe names formats, there are curves of each, and the change is that
-    of eviction and of the codes together; the others are in the first of them, and lose with a head what it
-    loses in that.
+    never below the probe's least one. Under a format the change is that of eviction and of the codes. Where the probe
+    names several formats, there are also curves of one head alone in each, and what any two heads lose together by
+    eviction, so that whoever chooses capacities can count what the others lose at those.
     """
 
     measures_formats: ClassVar[bool] = True
@@ -65,23 +65,33 @@ class FisherEstimator(ImportanceEstimator):
         points = sorted({*capacity.values(), context})
         kept = torch.tensor(points) - probe.num_sink_tokens
         kept[-1] = _EVERYTHING
-        squares = torch.zeros(len(probe.formats), *probe.spec.table_shape, len(points), dtype=torch.float64)
+        shape, several = (*probe.spec.table_shape, len(points)), len(probe.formats) > 1
+        curves = torch.zeros(shape, dtype=torch.float64)
+        alone = torch.zeros(len(probe.formats), *shape, dtype=torch.float64)
+        together = torch.zeros(*shape, *shape) if several else None
         count, beside = probe.num_sequences, bisect_left(points, round(self.others * context))
         probe.progress.begin("backward passes", count)
         try:
             for sequence in range(count):
-                squares += costs(self._changes(probe, sequence, kept), beside)
+                change = self._changes(probe, sequence, kept)
+                curves += costs(change[0], beside)
+                alone += change.square().sum(3, dtype=torch.float64)
+                if together is not None:
+                    together += products(change[0])
                 probe.progress.advance(f"sequence {sequence + 1}/{count}")
         finally:
             probe.progress.end()
-        squares.clamp_(min=0)
-        of_formats = dict(zip(probe.formats, (squares / (2 * probe.num_scored * count)).float(), strict=True))
-        if MODEL in of_formats:
-            of_formats[MODEL][..., -1] = 0  # and not what rounding says
-        curves, place = of_formats[probe.formats[0]], points.index(capacity[self.size])
+        tokens, place = 2 * probe.num_scored * count, points.index(capacity[self.size])
+        found = (curves.clamp(min=0) / tokens).float()
+        of_formats = dict(zip(probe.formats, (alone / tokens).float(), strict=True))
+        if MODEL in of_formats:  # nothing at the full context, and not what rounding says
+            of_formats[MODEL][..., -1] = 0
+        if probe.formats[0] == MODEL:
+            found[..., -1] = 0
         return Importance(
-            curves[..., place].clone(), None, curves, torch.tensor(points), of_formats if len(of_formats) > 1 else None
-        )
+            found[..., place].clone(), None, found, torch.tensor(points), of_formats if several else None,
+            None if together is None else together / tokens,
+        )  # fmt: skip
 
     def _changes(self, probe: ModelProbe, sequence: int, kept: Tensor) -> Tensor:
         """float32 [F, L, H, n, K], see `changes`; layers that share entries change together."""
@@ -99,16 +109,23 @@ class FisherEstimator(ImportanceEstimator):
 
 
 def costs(change: Tensor, beside: int) -> Tensor:
-    """float64 [F, L, H, K]: the sum over queries of d d + d' e, e what the d of all other heads are together.
+    """float64 [L, H, K]: the sum over queries of d (d + e), e what the d of all other heads are together.
 
-    In the second term d' is that of the first format: what codes round is taken for independent of what others lose.
-
-    change: [F, L, H, n, K], the changes d of the log-probability
-    beside: index of the other heads' capacity, in the first format; at the last one e is 0
+    change: [L, H, n, K], the changes d of the log-probability
+    beside: index of the other heads' capacity; at the last one e is 0
     """
-    own = change[0, ..., beside]
+    own = change[..., beside]
     rest = own.sum((0, 1)) - own if beside < change.shape[-1] - 1 else torch.zeros_like(own)
-    return (change.square() + change[:1] * rest[..., None]).sum(3, dtype=torch.float64)
+    return (change * (change + rest[..., None])).sum(2, dtype=torch.float64)
+
+
+def products(change: Tensor) -> Tensor:
+    """[L, H, K, L, H, K]: the sum over queries of d d' of any two heads, 0 for a head with itself. change: as above"""
+    layers, heads, _, points = change.shape
+    rows = change.transpose(2, 3).flatten(0, 2)  # [L * H * K, n]
+    both = (rows @ rows.mT).reshape(layers * heads, points, layers * heads, points)
+    both.diagonal(dim1=0, dim2=2).zero_()
+    return both.reshape(layers, heads, points, layers, heads, points)
 
 
 def changes(part: LayerGradients, kept: Tensor, formats: Sequence[str] = (MODEL,)) -> Tensor:
