@@ -1,6 +1,7 @@
 """What reaches the terminal: nothing of a file or a plugin that a terminal would obey, and the words of a shell."""
 
 import ast
+import itertools
 import json
 import re
 from pathlib import Path
@@ -121,6 +122,15 @@ def test_what_is_shown_fits_80_columns(kvpolicy, tuned, tiny_checkpoint, argumen
     assert shown.code == 0 and "…" not in shown.out
     tables = [line for line in shown.out.splitlines() if ": " not in line]  # sentences are the terminal's to break
     assert max(map(len, tables)) <= 80
+
+
+@pytest.mark.parametrize("verb", ["tune", "eval", "compare", "profile"])
+def test_paragraphs_of_a_help_use_the_width_of_the_terminal(kvpolicy, verb, monkeypatch):
+    """And not that of the source."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in kvpolicy(verb, "--help").out.split("╭")[0].splitlines()]
+    for line, after in itertools.pairwise(lines):
+        assert not line or not after or len(f"{line} {after.split()[0]}") > 78, line
 
 
 RUN = ["--context", "160", "--new-tokens", "2", "--repeats", "1"]

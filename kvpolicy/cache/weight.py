@@ -15,7 +15,7 @@ from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.select import Protection
 from kvpolicy.cache.size import block_nbytes, entry_costs
-from kvpolicy.errors import BudgetError
+from kvpolicy.errors import BudgetError, PlanError
 from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
@@ -87,7 +87,7 @@ def plan_retention(
 
     budget_of: raises `BudgetError` for a format of which even the fewest entries are too many
 
-    It is below the plan's lowest level where that does not go into the bytes.
+    Raises `PlanError` where not even the plan's lowest level goes into the bytes.
     """
     levels = sorted(plan.levels, key=lambda level: -level.retention)
     full = context * plan.model.table_shape[0] * plan.model.table_shape[1]
@@ -102,6 +102,11 @@ def plan_retention(
         if kept >= least:
             break
         most = least - 1
+    else:
+        raise PlanError(
+            f"of {context} tokens {kept / full:.2g} of the entries go into these bytes, which is below the plan's "
+            f"lowest level, {levels[-1].retention:g}: give more bytes, or tune a plan for fewer"
+        )
     return kept / full
 
 

@@ -17,6 +17,11 @@ LARGEST = 2**31 - 1
 class Verb(TyperCommand):
     """A verb whose numbers are of a size to compute with and whose texts are text. Else it is a usage error."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        paragraphs = (self.help or "").split("\n\n")
+        self.help = "\n\n".join(" ".join(lines.split()) for lines in paragraphs)  # lines are the terminal's to break
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest: list[str] = super().parse_args(ctx, args)
         for param in self.params:

@@ -213,7 +213,7 @@ def test_bytes_that_were_asked_for_are_kept(model):
         assert cache.recipe.entry_format == expected
         assert cache.nbytes <= memory * full
         assert cache.nbytes >= memory * full - 800 or cache.recipe.ask.retention > plan.retentions[1] - 1e-3
-    with pytest.raises(PlanError, match="is below the plan's lowest level"):
+    with pytest.raises(PlanError, match=r"0\.\d+ of the entries go into these bytes, which is below the plan's lowest"):
         package.new_cache(model, plan, memory=0.15)
     with pytest.raises(BudgetError, match="fewest entries that the KV heads can be given"):
         package.new_cache(model, plan, memory=0.05)
@@ -245,6 +245,9 @@ def test_a_plan_with_formats_is_compared_at_equal_bytes(model, tmp_path):
         assert uniform in [method.name for method in read_methods([path])]
     (other,) = read_asked([f"{path}@model"])
     assert other.at(spec, 400, 0.3, torch.float32).entry_format is None
+    (coded,) = read_asked([f"{path}@int4"])
+    with pytest.raises(PlanError, match=r"of 400 tokens 0\.\d+ of the entries go into these bytes.*: give more bytes"):
+        coded.table(spec, 400, 0.05, 0, torch.float32)
 
 
 # --- the verbs
