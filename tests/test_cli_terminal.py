@@ -4,6 +4,8 @@ import ast
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,11 @@ def test_a_terminal_sees_a_line_turn_before_there_is_anything_to_say(
     shown = kvpolicy(*run).err
     places = [shown.find(re.sub("PLAN|FOLDER", lambda name: names[name[0]], line)) for line in said]
     assert places == sorted(places) and places[0] >= 0, shown
+
+
+def test_the_shell_comes_back_without_a_search_for_garbage():
+    """It took two seconds where transformers was loaded."""
+    script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+    script += "from kvpolicy.cli import main; main()"  # what is registered first runs last
+    done = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("True\n"), done

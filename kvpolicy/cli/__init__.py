@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import os
 import re
@@ -90,6 +92,7 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of `cat ... | head`
 
 def main() -> None:
     """Entry point of the `kvpolicy` command."""
+    atexit.register(gc.freeze)  # else Python looks for garbage among all of transformers' modules, for two seconds
     warnings.showwarning = _show_warning
     if sys.stdout is None:
         _fail("standard output is closed")
