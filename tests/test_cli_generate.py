@@ -1,5 +1,6 @@
 """`kvpolicy generate`: the text of the model, what was kept for it, and every bad input as one line."""
 
+import contextlib
 import io
 import json
 import signal
@@ -171,7 +172,7 @@ def test_a_character_is_printed_once_it_is_whole(capfd):
 
     tokenizer = tiny_tokenizer()
     text = "bada \u20ac\U0001f600 gidu"
-    stream = _Stream(tokenizer, silent=False)
+    stream = _Stream(tokenizer, silent=False, reading=contextlib.ExitStack())
     stream.put(torch.tensor([[0]]))
     shown = []
     for token in tokenizer(text).input_ids:

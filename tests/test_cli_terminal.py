@@ -191,6 +191,17 @@ def test_a_terminal_sees_a_line_turn_before_there_is_anything_to_say(
     assert places == sorted(places) and places[0] >= 0, shown
 
 
+def test_a_terminal_sees_that_a_prompt_is_read_and_no_more_once_there_is_an_answer(
+    kvpolicy, tiny_checkpoint, monkeypatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    run = ["generate", "full", "--model", tiny_checkpoint, "--device", "cpu", "--prompt", "gidu bada", "--no-chat"]
+    said = kvpolicy(*run, "--max-new-tokens", "2").err
+    reading = said.rindex("tokens of prompt"), said.rindex("reading"), said.rindex("\x1b[2K"), said.rindex("more token")
+    assert list(reading) == sorted(reading), said
+
+
 def test_the_shell_comes_back_without_a_search_for_garbage():
     """It took two seconds where transformers was loaded."""
     script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ import typer
 from kvpolicy.cli import cache_options
 from kvpolicy.cli import options as opt
 from kvpolicy.cli.terminal import write
-from kvpolicy.cli.watch import watcher
+from kvpolicy.cli.watch import turning, watcher
 from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, KVPolicyError, ModelError, PlanWarning, TextError, foreign
 from kvpolicy.files.regular import read_bytes
@@ -110,8 +111,11 @@ def generate(
     if whole > known > 0:
         progress.note(f"{whole} tokens with the answer are more than the {known} that the model was made for")
     torch.manual_seed(seed)
-    stream = _Stream(tokenizer, silent=json)
-    _run(network, cache, ids, stream, max_new_tokens, temperature)
+    with contextlib.ExitStack() as reading:
+        if not quiet:
+            reading.enter_context(turning(f"reading {ids.shape[1]} tokens"))
+        stream = _Stream(tokenizer, silent=json, reading=reading)
+        _run(network, cache, ids, stream, max_new_tokens, temperature)
     figures = _figures(cache, stream, ids.shape[1])
     if json:
         settings = {"plan": plan, "model": name, "retention": retention, "tokens": tokens, "memory": memory}
@@ -190,10 +194,12 @@ class _Stream:
     """A streamer for `generate`: prints text as soon as it is whole, and notes when each token came.
 
     transformers calls `put` with the prompt, then with each token, and `end`.
+
+    reading: closed by the first token
     """
 
-    def __init__(self, tokenizer: Any, *, silent: bool) -> None:
-        self.tokenizer, self._silent = tokenizer, silent
+    def __init__(self, tokenizer: Any, *, silent: bool, reading: contextlib.ExitStack) -> None:
+        self.tokenizer, self._silent, self._reading = tokenizer, silent, reading
         self.ids: list[int] = []
         self.begun: float | None = None
         self.times: list[float] = []  # one for each token
@@ -208,6 +214,7 @@ class _Stream:
             self.begun = time.perf_counter()
             return
         self.times.append(time.perf_counter())
+        self._reading.close()
         self.ids += ids.flatten().tolist()
         self._print(whole=True)
 
