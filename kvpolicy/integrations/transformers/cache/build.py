@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import Format, check_format, format_of, least_entries
+from kvpolicy.budget.entry_format import Format, check_format, format_of
 from kvpolicy.budget.memory_size import read_memory
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_warnings import warn_if_other_format, warn_if_other_policy
@@ -84,27 +84,24 @@ def new_cache(
     evicting = policy_of(plan, policy)
     if plan is not None:
         warn_if_other_policy(plan, evicting)
-    splits, shared = _allocator(allocator) if plan is None else None, _shared(plan, shared_layers)
-    ask = Ask(retention, tokens, context_length, min_tokens)
-    if memory is not None:
-        ask = _within(memory, ask, model, plan, evicting, splits, format, shared)
-    entry_format = format_of(format)
-    if plan is not None and format is None:
-        entry_format = plan.entry_format(ask)
-    elif plan is not None:
-        warn_if_other_format(plan, ask, entry_format)
     recipe = Recipe(
         policy=evicting,
-        allocator=splits,
+        allocator=_allocator(allocator) if plan is None else None,
         plan=plan,
-        ask=ask,
+        shared_layers=_shared(plan, shared_layers),
+        ask=Ask(retention, tokens, context_length, min_tokens),
         protected=tuple(tuple(span) for span in protected),
         decode=decode,
         rollback=rollback,
-        entry_format=entry_format,
-        shared_layers=shared,
     )
-    return cache_of(model, recipe)
+    if memory is not None:
+        recipe = replace(recipe, ask=_within(memory, recipe, model, format))
+    entry_format = format_of(format)
+    if plan is not None and format is None:
+        entry_format = plan.entry_format(recipe.ask)
+    elif plan is not None:
+        warn_if_other_format(plan, recipe.ask, entry_format)
+    return cache_of(model, replace(recipe, entry_format=entry_format))
 
 
 def _shared(plan: BudgetPlan | None, shared_layers: Mapping[int, int] | None) -> dict[int, int]:
@@ -116,24 +113,16 @@ def _shared(plan: BudgetPlan | None, shared_layers: Mapping[int, int] | None) ->
     return plan.shared_layers
 
 
-def _within(
-    memory: float | int | str,
-    ask: Ask,
-    model: PreTrainedModel,
-    plan: BudgetPlan | None,
-    policy: EvictionPolicy,
-    allocator: BudgetAllocator | None,
-    format: str | Format,
-    shared_layers: Mapping[int, int],
-) -> Ask:
+def _within(memory: float | int | str, recipe: Recipe, model: PreTrainedModel, format: str | Format) -> Ask:
     """What bytes come to, for a context that is known."""
+    ask, plan, policy = recipe.ask, recipe.plan, recipe.policy
     if ask.retention is not None or ask.tokens is not None:
         raise BudgetError("memory= was given beside retention= or tokens=: give one of them")
     context = ask.context_length or (None if plan is None else plan.provenance.get("context_length"))
     if context is None:
         raise BudgetError("memory= needs context_length=, the tokens whose entries are to go into these bytes")
-    whole, is_split = ModelSpec.from_config(model.config), allocator is not None and allocator.split_scope != "none"
-    spec, scored = whole.sharing(shared_layers), holds_scores(policy, allocator if is_split else None)
+    whole = ModelSpec.from_config(model.config)
+    spec, scored = whole.sharing(recipe.shared_layers), holds_scores(policy, recipe.splitter)
     asked, own = read_memory(memory), format_of(format)
     if isinstance(asked, float):  # of the full cache's, in which no layer shares
         asked *= whole.num_budgeted_layers / spec.num_budgeted_layers
@@ -154,8 +143,8 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     spec = ModelSpec.from_config(model.config).sharing(recipe.shared_layers)
     rank, size = rank_and_size(model, spec)
     schedule, split, policy = fixed or schedule_of(recipe, spec, size), None, recipe.policy
-    if recipe.allocator is not None and recipe.allocator.split_scope != "none" and schedule.evicts:
-        split = RuntimeSplit(recipe.allocator, schedule, least_entries(policy, recipe.entry_format))
+    if recipe.splitter is not None and schedule.evicts:
+        split = RuntimeSplit(recipe.splitter, schedule, recipe.least_entries)
 
     def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
         if heads[1] * size != spec.num_kv_heads:
@@ -206,12 +195,11 @@ def _dropped_at(model: PreTrainedModel) -> int | None:
 
 def schedule_of(recipe: Recipe, spec: ModelSpec, size: int = 1) -> Schedule:
     """The capacities of a recipe. size: tensor-parallel ranks that share the KV heads."""
-    least = least_entries(recipe.policy, recipe.entry_format)
     if recipe.plan is not None:
         recipe.plan.check_model(spec)
-        return schedules.from_plan(recipe.plan, recipe.ask, size, least)
+        return schedules.from_plan(recipe.plan, recipe.ask, size, recipe.least_entries)
     assert recipe.allocator is not None  # there is a plan, or else an allocator
-    return schedules.from_allocator(recipe.allocator, recipe.policy, spec, recipe.ask, size, least)
+    return schedules.from_allocator(recipe.allocator, recipe.policy, spec, recipe.ask, size, recipe.least_entries)
 
 
 def _allocator(allocator: str | BudgetAllocator | None) -> BudgetAllocator:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kvpolicy_kernels.formats import EntryFormat
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import Format, LayerFormats, format_of
+from kvpolicy.budget.entry_format import Format, LayerFormats, format_of, least_entries
 from kvpolicy.budget.plan import BudgetPlan
 from kvpolicy.budget.plan_parts import read_shared_layers
 from kvpolicy.cache.state import flag
@@ -44,6 +44,16 @@ class Recipe:
     plan_sha256: str | None = None
     entry_format: Format = None
     shared_layers: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def splitter(self) -> BudgetAllocator | None:
+        """The allocator, where it splits at run time."""
+        return None if self.allocator is None or self.allocator.split_scope == "none" else self.allocator
+
+    @property
+    def least_entries(self) -> int:
+        """Of a KV head."""
+        return least_entries(self.policy, self.entry_format)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; of a plan its identity alone.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.budget.entry_format import least_entries
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
@@ -82,8 +81,7 @@ class SlotRunner:
         model, recipe = unwrapped(model), cache.recipe
         _check(recipe, cache)
         self.model, self.recipe, self.select = model, recipe, select
-        least = least_entries(recipe.policy, recipe.entry_format)
-        self._schedule = schedule_of(recipe, cache.spec).with_floor(least)
+        self._schedule = schedule_of(recipe, cache.spec).with_floor(recipe.least_entries)
         self.store = SlotStore(
             cache.spec,
             recipe.policy,
@@ -204,9 +202,9 @@ class SlotRunner:
 
 
 def _check(recipe: Recipe, cache: RaggedCache) -> None:
-    if recipe.allocator is not None and recipe.allocator.split_scope != "none":
+    if recipe.splitter is not None:
         raise BudgetError(
-            f"{type(recipe.allocator).__name__} splits the budget at run time, so that nobody knows how much room a "
+            f"{type(recipe.splitter).__name__} splits the budget at run time, so that nobody knows how much room a "
             "sequence needs before its prompt: take a plan, or an allocator with fixed shares"
         )
     if recipe.protected or recipe.decode != "evict":
