@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 import transformers
@@ -47,18 +46,13 @@ def load_cache(model: PreTrainedModel, path: str | os.PathLike[str], plan: Budge
     read, is damaged, or is of another version.
     """
     try:
-        return _load(unwrapped(model), _read(path), plan)
+        fields, tensors = _read(path)
+        return _load(unwrapped(model), fields, Tensors(tensors), plan)
     except KVPolicyError as error:
         raise type(error)(f"cache file '{os.fspath(path)}': {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    fields: Fields
-    tensors: dict[str, Tensor]
-
-
-def _read(path: str | os.PathLike[str]) -> _File:
+def _read(path: str | os.PathLike[str]) -> tuple[Fields, dict[str, Tensor]]:
     """The document and the tensors. Raises `KVPolicyError`."""
     try:
         check_regular(path)
@@ -91,11 +85,10 @@ def _read(path: str | os.PathLike[str]) -> _File:
             raise KVPolicyError("it is damaged: its checksum is another")
     except PlanError as error:
         raise KVPolicyError(f"it is damaged: {error}") from None
-    return _File(fields, tensors)
+    return fields, tensors
 
 
-def _load(model: PreTrainedModel, file: _File, plan: BudgetPlan | None) -> RaggedCache:
-    fields, tensors = file.fields, Tensors(file.tensors)
+def _load(model: PreTrainedModel, fields: Fields, tensors: Tensors, plan: BudgetPlan | None) -> RaggedCache:
     spec = ModelSpec.from_config(model.config).sharing(dict(read_shared_layers(fields.fields("recipe"))))
     _check_model(model, spec, fields)
     fixed = _read_fixed(tensors, fields, spec) if fields.has("fixed") else None

@@ -319,12 +319,8 @@ class _Hooks:
     def obstacle(self, model: PreTrainedModel) -> str | None:
         """Why a graph would leave something out, or None."""
         if self._model is None or self._model() is not model:
-            modules = [(module._forward_pre_hooks, module._forward_hooks) for module in model.modules()]
-            self._tables, self._model, self._count = (
-                [table for pair in modules for table in pair],
-                weakref.ref(model),
-                -1,
-            )
+            self._tables = [x for module in model.modules() for x in (module._forward_pre_hooks, module._forward_hooks)]
+            self._model, self._count = weakref.ref(model), -1
         count = sum(map(len, self._tables))
         if count != self._count:
             hooks = [hook for table in self._tables for hook in table.values()]
