@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.scoring import Scoring
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.errors import ModelError
 from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall, as_answer, mark
@@ -117,7 +115,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         store, scoring = cache.opened(), call.scoring
         if not self.arrived:
             self.check_follower(call.module)
-            return self._follow(store, call, scoring)
+            return self._follow(store, call)
         self.arrived = 0
         query, key, value, mask = call.query, call.key, call.value, call.mask
         if not self.row:  # once a forward
@@ -131,12 +129,10 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return as_answer(store.attend_newest(self.row, query, scoring))
         first = self.columns == key.shape[2]  # not where padding alone came before, which a mask still has columns for
         chunk = store.arrive(self.row, key, value, valid)
-        if first:
-            answer = call.stock()
-        else:
-            answer = as_answer(self._over_entries(store, query, chunk, mask, scoring, reading.visible))
         extra = layer_sources(call.module, store.spec, store.policy.requires)
-        self.waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
+        waiting = Waiting(query, chunk, scoring, extra, first, self.followers, reading.visible)
+        answer = self._over(store, call, waiting)
+        self.waiting = waiting
         if not self.followers:  # else they would attend to what is left after eviction
             self.finish()
         return answer
@@ -161,36 +157,31 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return mask.read(before, seen, self.filled, may_be_cut=may_be_cut)
         return read_mask(None, count, before, seen, self.filled)
 
-    def _follow(self, store: RaggedStore, call: AttentionCall, scoring: Scoring) -> Answer:
+    def _follow(self, store: RaggedStore, call: AttentionCall) -> Answer:
         """A layer that reuses this one's keys and values, later in the same forward."""
         if (waiting := self.waiting) is None:
-            return as_answer(store.attend(self.row, call.query, scoring))
-        if waiting.prompt:
-            answer = call.stock()
-        else:
-            chunk, visible = waiting.chunk, waiting.visible
-            answer = as_answer(self._over_entries(store, call.query, chunk, call.mask, scoring, visible))
+            return as_answer(store.attend(self.row, call.query, call.scoring))
+        answer = self._over(store, call, waiting)
         waiting.count_reader()
         if not waiting.readers:
             self.finish()
         return answer
 
-    def _over_entries(
-        self, store: RaggedStore, query: Tensor, chunk: Chunk, mask: Any, scoring: Scoring, visible: Tensor | None
-    ) -> Tensor:
-        """Attention over what is held and a chunk, under the model's mask. visible: of a 2-D one, as in `Reading`."""
-        within = None
+    def _over(self, store: RaggedStore, call: AttentionCall, waiting: Waiting) -> Answer:
+        """Attention over what is held and the new tokens, under the model's mask."""
+        if waiting.prompt:
+            return call.stock()
+        query, mask, chunk = call.query, call.mask, waiting.chunk
+        within = shown = entries = None
         if isinstance(mask, LazyMask):
-            within, shown = mask.newest(len(chunk)), None if visible is None else visible[:, None, None]
-        elif mask is None:
-            shown = None
-        else:
+            within = mask.newest(len(chunk))
+            shown = None if waiting.visible is None else waiting.visible[:, None, None]
+        elif mask is not None:
             shown = user_mask(mask, self.columns).expand(query.shape[0], -1, -1, -1)
             within = shown[..., -len(chunk) :]
-        if shown is None:
-            return store.attend_chunk(self.row, query, chunk, scoring, within)
-        entries = entry_masks(shown, self.filled_columns(), store.positions(self.row), query.shape[2])
-        return store.attend_chunk(self.row, query, chunk, scoring, within, entries)
+        if shown is not None:
+            entries = entry_masks(shown, self.filled_columns(), store.positions(self.row), query.shape[2])
+        return as_answer(store.attend_chunk(self.row, query, chunk, call.scoring, within, entries))
 
     def filled_columns(self) -> Tensor:
         """Those that hold a token, bool [B, columns]."""
