@@ -281,7 +281,7 @@ def test_a_table_with_less_than_the_exact_block_gets_it_from_the_others(model):
     plan = BudgetPlan.from_capacities(spec, [[6, 90], [80, 60], [10, 54]], context_length=100)
     tables = [
         kvpolicy.new_cache(model, plan, retention=plan.retentions[0], context_length=100, format=name)
-        .make_store(1, (0, 2))
+        .make_store(1, 2)
         .schedule.at(100, None)
         for name in (None, "int4")
     ]

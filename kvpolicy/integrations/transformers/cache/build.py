@@ -146,10 +146,10 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     if recipe.splitter is not None and schedule.evicts:
         split = RuntimeSplit(recipe.splitter, schedule, recipe.least_entries)
 
-    def make_store(batch_size: int, heads: tuple[int, int]) -> RaggedStore:
-        if heads[1] * size != spec.num_kv_heads:
+    def make_store(batch_size: int, num_heads: int) -> RaggedStore:
+        if num_heads * size != spec.num_kv_heads:
             raise ModelError(
-                f"this process holds {heads[1]} of the model's {spec.num_kv_heads} KV heads, but it says that {size} "
+                f"this process holds {num_heads} of the model's {spec.num_kv_heads} KV heads, but it says that {size} "
                 "processes share them: load it with transformers' DistributedConfig(tp_size=...)"
             )
         return RaggedStore(
@@ -160,14 +160,13 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
             protected=recipe.protected,
             decode=recipe.decode,
             split=split,
-            heads=None if size == 1 else heads,
+            heads=None if size == 1 else (rank * num_heads, num_heads),
             supplied=RUN_SOURCES,
             entry_format=recipe.entry_format,
         )
 
-    count = spec.num_kv_heads // size
     check_devices(model, spec)
-    make_store(1, (rank * count, count))  # refuses now what it would refuse at the first token
+    make_store(1, spec.num_kv_heads // size)  # refuses now what it would refuse at the first token
     prepare(model, spec, policy.requires)
     attach(model)
     attached = attachment_of(model)  # lives as long as the cache and its copies
@@ -179,7 +178,6 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
         attached,
         recipe,
         ModelState(model),
-        rank=rank,
         repeats=schedule.evicts and "repeat_attention" in policy.requires,
         dropped_at=_dropped_at(model),
     )

@@ -165,7 +165,7 @@ def _read_deltas(tensors: Tensors, batch_size: int) -> Tensor:
 
 
 def _read_store(model: PreTrainedModel, cache: RaggedCache, tensors: Tensors, fields: Fields) -> RaggedStore:
-    store = cache.make_store(state.batch_size(fields), state.heads(fields))
+    store = cache.make_store(state.batch_size(fields), state.heads(fields)[1])
     devices = layer_devices(model, cache.spec)
     state.unpack(store, tensors, fields, model.dtype, [devices[index] for index in cache.spec.budgeted_layers])
     if any(layer is None for layer in store.layers):

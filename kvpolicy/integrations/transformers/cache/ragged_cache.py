@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from kvpolicy.cache.report import CacheReport
     from kvpolicy.integrations.transformers.cache.recipe import Recipe
 
-StoreFactory = Callable[[int, tuple[int, int]], RaggedStore]
-"""Makes the store once the batch size and the KV heads held here, (first, count), are known."""
+StoreFactory = Callable[[int, int], RaggedStore]
+"""Makes the store once the batch size and the number of KV heads held here are known."""
 
 
 class RaggedCache(SteppedCache):
@@ -47,7 +47,6 @@ class RaggedCache(SteppedCache):
     attached:     tells whether the model still is
     recipe:       what the cache was made from
     state:        of the model, for the text in this cache
-    rank:         tensor-parallel rank of this process
     repeats:      whether the context has to be repeated (`repeat_context`) before the budget can be enforced
     dropped_at:   as in `WatchedCache`
 
@@ -68,7 +67,6 @@ class RaggedCache(SteppedCache):
         recipe: Recipe,
         state: ModelState,
         *,
-        rank: int,
         repeats: bool,
         dropped_at: int | None,
     ) -> None:
@@ -81,8 +79,7 @@ class RaggedCache(SteppedCache):
             assert owner is not None  # `ModelSpec.sharing` has seen to it
             layers[index] = SharingLayer(layers[owner])
         super().__init__(spec, layers, state, dropped_at)
-        self.make_store, self.attached, self.recipe = make_store, attached, recipe
-        self.rank, self.repeats = rank, repeats
+        self.make_store, self.attached, self.recipe, self.repeats = make_store, attached, recipe, repeats
         self.store: RaggedStore | None = None
         self.watch: Callable[[int, Waiting], None] | None = None
         self.recording, self.is_holding, self.rollback = False, False, 0
@@ -92,14 +89,8 @@ class RaggedCache(SteppedCache):
 
     def begin(self, key: Tensor) -> None:
         """Makes the store when the first keys come. key: [B, H, n, D]."""
-        if self.store is not None:
-            return
-        batch, count = int(key.shape[0]), int(key.shape[1])
-        whole = self.spec.num_kv_heads
-        if whole % count:
-            raise ModelError(f"a rank holds {count} KV heads, no divisor of the model's {whole}")
-        first = self.rank * count if count < whole else 0  # a rank with all heads has a copy, not a part
-        self.store = self.make_store(batch, (first, count))
+        if self.store is None:
+            self.store = self.make_store(int(key.shape[0]), int(key.shape[1]))
 
     def check_enforced(self) -> None:
         """Raises `ModelError` where keys and values came to a layer, but not their attention."""
