@@ -202,6 +202,17 @@ def test_a_terminal_sees_that_a_prompt_is_read_and_no_more_once_there_is_an_answ
     assert list(reading) == sorted(reading), said
 
 
+def test_a_terminal_sees_a_line_turn_while_a_search_times_a_forward(
+    kvpolicy, tiny_checkpoint, tiny_text, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    run = ["--model", tiny_checkpoint, "--text", tiny_text, "--device", "cpu", "--context", "64", "-r", "0.5"]
+    said = kvpolicy("tune", *run, "--trials", "1", "--out", tmp_path / "plan.json").err
+    turning = "[\u2800-\u28ff]\x1b\\[0m "
+    assert re.search(f"{turning}timing a forward to say what the search will cost", said), said
+
+
 def test_the_shell_comes_back_without_a_search_for_garbage():
     """It took two seconds where transformers was loaded."""
     script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"

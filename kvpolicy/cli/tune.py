@@ -170,8 +170,8 @@ def tune_command(
         where = arguments.pick_device(device)
         loaded, tokenizer = load_model(model, revision=revision, device=where, dtype=arguments.pick_dtype(dtype, where))
     progress.note(f"{model} from {loaded.kvpolicy_source}, on {where}")
-    progress.note("reading the text, and timing a forward to say what the search will cost")
-    corpus = read_corpus(tokenizer, text)
+    with progress.wait("reading the text"):
+        corpus = read_corpus(tokenizer, text)
     try:
         plan = tune(loaded, corpus, settings, model_id=model, revision=revision, progress=progress)
     except KeyboardInterrupt:

@@ -106,19 +106,20 @@ def _tune(
     own = None if is_auto else named(settings.format)
     search, heldout, numbers = make_probes(model, corpus, settings, method.policy, own)
     storage = open_storage(settings.storage)  # before any work: an unwritable path fails here
-    shared, pace = _shared(model, corpus, settings, method, search, storage)
-    studies = open_studies(settings, storage, first_studies(settings, shared), progress)
-    policy, sizes = None, Sizes.of(settings, pace.dtype)
-    if sizes.by_bytes:
-        progress.note(f"bytes are parts of what the full cache takes in {str(sizes.dtype).removeprefix('torch.')}")
-    for level in settings.levels:  # what is refused is refused before the work
-        sizes.budget(search.target, method.policy, level, search.target.context_length)
-    if "policy_space" in shared:
-        [(level, study)] = studies.items()
-        probes = partial(_search_probes, model, corpus, settings, own)
-        policy = PolicySearch(settings, method, study, level, sizes, probes, progress)
-    check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
-    work = _work(settings, method, search, studies, policy, check, pace)
+    with progress.wait("timing a forward to say what the search will cost"):
+        shared, pace = _shared(model, corpus, settings, method, search, storage)
+        studies = open_studies(settings, storage, first_studies(settings, shared), progress)
+        policy, sizes = None, Sizes.of(settings, pace.dtype)
+        if sizes.by_bytes:
+            progress.note(f"bytes are parts of what the full cache takes in {str(sizes.dtype).removeprefix('torch.')}")
+        for level in settings.levels:  # what is refused is refused before the work
+            sizes.budget(search.target, method.policy, level, search.target.context_length)
+        if "policy_space" in shared:
+            [(level, study)] = studies.items()
+            probes = partial(_search_probes, model, corpus, settings, own)
+            policy = PolicySearch(settings, method, study, level, sizes, probes, progress)
+        check = passkey_check(model, corpus, settings, method.policy, _shared_notes(studies), numbers)
+        work = _work(settings, method, search, studies, policy, check, pace)
     announce(progress, settings, search, heldout, work)
     if policy is not None:  # and from here on it is as if the user had given what is found
         method = policy.run(search)
