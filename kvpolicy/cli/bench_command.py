@@ -97,7 +97,8 @@ def _show(answer: Bench) -> None:
     console.print(title, soft_wrap=True)
     columns = ["cache", "kept", "ms a token", "x", "tokens/s", "first token", "x", "bytes", "x", "peak"]
     console.print(Grid(columns, rows, optional=["tokens/s"]))
-    note = f"medians of {run['repeats']}, {run['threads']} threads; x: over the first row's"
+    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+    note = f"medians of {run['repeats']}, {threads}; x: over the first row's"
     console.print(f"{note}; peak: most bytes above the model's, activations included", soft_wrap=True)
     for row in answer.caches:
         if row["format"] != MODEL:

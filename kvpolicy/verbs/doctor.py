@@ -71,7 +71,8 @@ def _libraries() -> Iterator[Finding]:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield Finding("kvpolicy", "ok", f"{version('kvpolicy')}, {system}")
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    yield Finding("torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+    count = torch.get_num_threads()
+    yield Finding("torch", "ok", f"{torch.__version__}, {build}, {count} thread{'s' * (count > 1)}")
     from kvpolicy.integrations.transformers.model.versions import TESTED
 
     ours, (oldest, newest) = version("transformers"), TESTED
