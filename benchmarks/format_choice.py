@@ -9,8 +9,7 @@ curves of int8, int4 and the model's dtype behind a prompt that the policy compr
 finds, then those of the plan, in its proportions, and where layers are int4 those of `power`. Every row is measured
 on the calibration prompts and on other texts: perplexity, and the divergence from the full cache, KL(full || row), over
 the exact tokens behind the prompt. Bytes are every tensor of one cache behind its prompt, over the keys and values of
-the whole prompt. `part` is the divergence over that of int4 under the same capacities, with a bootstrap's interval over
-the sequences, in pairs. Rows are written as they come.
+the whole prompt. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins import plugin_call
 from kvpolicy.plugins.registry import registry
 from kvpolicy.tuning.auto_formats import EveryFormat
-
-DRAWS = 2000  # of the bootstrap
 
 
 class Bytes:
@@ -81,15 +78,6 @@ class Bytes:
         return tables
 
 
-def paired(own: list[float], other: list[float]) -> tuple[float, float, float]:
-    """The mean of one over that of the other, and its 95 % interval over the sequences."""
-    both = torch.tensor([own, other], dtype=torch.float64)
-    drawn = torch.randint(len(own), (DRAWS, len(own)), generator=torch.Generator().manual_seed(0))
-    parts = both[0][drawn].mean(1) / both[1][drawn].mean(1)
-    low, high = parts.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(both[0].mean() / both[1].mean()), low, high
-
-
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--calibration", type=Path, help="left out: CPython's own reference")
@@ -123,7 +111,6 @@ def main() -> None:
     study.measured(method, torch.full(probe.spec.table_shape, options.prompt), {})  # the full cache's logits
     dense = probe.spec.total_entries(1.0, options.prompt) * probe.spec.entry_bytes(model.dtype.itemsize)
     lines: list[dict[str, object]] = []
-    of_int4: dict[tuple[float, str], list[float]] = {}
     for names in (("int4",), tuple(OF_A_TOKEN), ("int8",), ("model",)):
         for level in options.levels:
             try:
@@ -138,10 +125,6 @@ def main() -> None:
                 losses, divergences, nbytes = study.measured(replace(method, entry_format=own), table, {})
                 searched, kl = divergences[: len(search)], divergences[len(search) :]
                 low, high = mean_interval(torch.tensor(kl))
-                if names == ("int4",):
-                    of_int4[level, capacities] = kl
-                other = of_int4.get((level, capacities))
-                part = ("", "", "") if other is None else tuple(round(x, 3) for x in paired(kl, other))
                 lines.append(
                     {"formats": names[0] if len(names) == 1 else "auto", "capacities": capacities, "level": level,
                      "bytes": round(nbytes / dense, 4), **{f"{name}_layers": layers[name] for name in OF_A_TOKEN},
@@ -150,7 +133,6 @@ def main() -> None:
                      "search_loss": round(sum(losses[: len(search)]) / len(search), 5),
                      "perplexity": round(float(torch.tensor(losses[len(search) :]).mean().exp()), 3),
                      "kl": round(sum(kl) / len(kl), 5), "kl_low": round(low, 5), "kl_high": round(high, 5),
-                     **dict(zip(("part", "part_low", "part_high"), part, strict=True)),
                      "n": len(kl), "prompt": options.prompt, "scored": options.behind, "model": options.model,
                      "dtype": options.dtype, "policy": options.policy,
                      "calibration": f"{options.calibration.stem if options.calibration else 'python'} x {len(search)}",
@@ -159,7 +141,7 @@ def main() -> None:
                      "each_kl": " ".join(f"{x:.5f}" for x in kl),
                      "layers": " ".join(name[-1] for name in choice.formats)}
                 )  # fmt: skip
-                print(*list(lines[-1].values())[:18], sep="\t", flush=True)
+                print(*list(lines[-1].values())[:15], sep="\t", flush=True)
                 write_csv(options.out, lines)
 
 
