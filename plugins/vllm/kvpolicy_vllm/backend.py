@@ -20,6 +20,7 @@ from kvpolicy_vllm.attend import BlockAttention
 from kvpolicy_vllm.cuts import CutAttention, CutLayout
 from kvpolicy_vllm.layout import BlockLayout
 from kvpolicy_vllm.observation import Observation
+from kvpolicy_vllm.recorded import RecordedWork
 from kvpolicy_vllm.report import pulse
 from kvpolicy_vllm.self_check import check_attention, check_cuts
 from kvpolicy_vllm.serving import Serving
@@ -92,7 +93,7 @@ class SharedSteps:
 
     def __init__(self, tables: LayerTables, modules: list[Any]) -> None:
         """modules: vLLM's layers, which have the cache."""
-        self.tables = tables
+        self.tables, self.recorded = tables, RecordedWork()
         self._modules = modules
         self._metadata: Any = None
         self._requests: StepRequests | None = None
@@ -222,8 +223,9 @@ class BlockImpl(AttentionImpl[StepRequests]):
         if isinstance(layout, CutLayout) and self.serving is not None:
             policy = registry.create("policy", self.serving.policy, self.serving.policy_params)
             self.attention = CutAttention(
-                layout=layout, scale=self.scale, softcap=self.softcap, policy=policy, layer=index
-            )
+                layout=layout, scale=self.scale, softcap=self.softcap, policy=policy, layer=index,
+                recorded=steps.recorded,
+            )  # fmt: skip
         else:
             self.attention = BlockAttention(layout, self.scale, self.softcap)
 

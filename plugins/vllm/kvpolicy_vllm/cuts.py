@@ -56,17 +56,18 @@ class CutAttention(BlockAttention):
     sizes:   `slots` of the heads, from the fewest on, on the host
     heads:   these heads, int64 [H];  by_size: the layout with the heads in this order
     at:      int64 [2], of the cut that is at work: the request's block, and its tokens
+    recorded: cuts, of other layers too
     """
 
     layout: CutLayout
     on_host: CutLayout = field(init=False)
     policy: EvictionPolicy
     layer: int
+    recorded: RecordedWork = field(default_factory=RecordedWork)
     sizes: list[int] = field(init=False)
     heads: Tensor = field(init=False)
     by_size: CutLayout = field(init=False)
     at: Tensor = field(init=False)
-    recorded: RecordedWork = field(init=False)
 
     def __post_init__(self) -> None:
         BlockAttention.__post_init__(self)
@@ -74,7 +75,7 @@ class CutAttention(BlockAttention):
         heads = order.to(self.layout.slots.device)
         by_size = replace(self.layout, slots=self.layout.slots[heads], offsets=self.layout.offsets[heads])
         at = torch.zeros(2, dtype=torch.int64, device=heads.device)
-        known = {"sizes": sizes.tolist(), "heads": heads, "by_size": by_size, "at": at, "recorded": RecordedWork()}
+        known = {"sizes": sizes.tolist(), "heads": heads, "by_size": by_size, "at": at}
         for name, value in known.items():
             object.__setattr__(self, name, value)
 
@@ -121,7 +122,7 @@ class CutAttention(BlockAttention):
         self.at.fill_(count)
         self.at[:1] = blocks[:1]
         longest = min(self.sizes[num_heads - 1], count)
-        key = num_heads, longest, cache.data_ptr()
+        key = self.layer, num_heads, longest, cache.data_ptr()
         self.recorded.do(key, lambda: self._cut(cache, num_heads, longest), cache.device)
 
     def _cut(self, cache: Tensor, num_heads: int, longest: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -12,13 +12,13 @@ import torch
 class RecordedWork:
     """By a key. At first it is done as it is, which compiles its kernels; the second time it is recorded.
 
-    Nothing that it makes outlives it, so that all of a process share the memory for what they make.
+    Nothing that it makes outlives it, so that all recordings share the memory for what they make. That memory goes with
+    the last of them, and cannot be asked for again: a recording is never given up before the others.
     """
-
-    _pool: ClassVar[Any] = None
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
 
     def do(self, key: Hashable, work: Callable[[], None], device: torch.device) -> None:
         """Waits for nothing. work: the same for a key, on the same memory; numbers that change lie on the device."""
@@ -32,16 +32,15 @@ class RecordedWork:
             self._graphs[key] = graph
             graph.replay()
 
-    @classmethod
-    def _record(cls, work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-        cls._pool = cls._pool or torch.cuda.graph_pool_handle()
+    def _record(self, work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
         stream.wait_stream(torch.cuda.current_stream(device))
         is_collecting = gc.isenabled()
         gc.disable()  # another graph may be among the garbage, which must not be given up meanwhile
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=cls._pool, capture_error_mode="thread_local")  # other threads may go on
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may go on
                 try:
                     work()
                 finally:
