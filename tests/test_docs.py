@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import re
@@ -104,6 +105,31 @@ def test_the_readme_and_the_first_page_promise_the_same():
         text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", page.read_text(encoding="utf-8"))
         tables.append(re.search(r"\| what you get.*?\n\n", text, re.DOTALL)[0])
     assert tables[0] == tables[1]
+
+
+def test_the_readme_promises_what_committed_files_say():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    with (ROOT / "benchmarks" / "results" / "decode_graph_h200.csv").open(encoding="utf-8") as file:
+        runs = [run for run in csv.DictReader(file) if run["context"] == "32768"]
+
+    def token(cache: str, policy: str, kept: str) -> str:
+        own = [run for run in runs if (run["cache"], run["policy"], run["kept"]) == (cache, policy, kept)]
+        return f"{float(next(run['ms_per_token'] for run in own if run['budget'] != 'fixed')):.1f} ms"
+
+    def batch(cache: str) -> str:
+        largest = max((run for run in runs if run["cache"] == cache), key=lambda run: int(run["batch"]))
+        return f"{largest['batch']} sequences, {float(largest['tokens_per_second']):,.0f} tokens/s"
+
+    ours = f"{token('kvpolicy', 'streaming', '0.3')}; {token('kvpolicy, compiled', 'streaming', '0.3')} compiled"
+    assert f"behind 32k tokens | {token('DynamicCache, eager, flash', '', '1.0')} | {ours} |" in text
+    assert f"at 32k tokens | {batch('DynamicCache, eager')} | {batch('kvpolicy, slots')}, at 20 % |" in text
+    plan = kvpolicy.load_plan(ROOT / "plans" / "smollm2-135m-snapkv" / "plan.json")
+    found = {level.retention: level.retrieval["passkey"] for level in plan.levels}
+    count, kept = found[0.3]["n"], round(found[0.3]["score"] * found[0.3]["n"])
+    assert f"in {count} prompts of {found[0.3]['length']} tokens | {count} | {kept} |" in text
+    assert found[0.05]["score"] == 0 and "At 5 % kept that plan finds no number any more" in text
+    spent = {run["retention"]: run["seconds"] for run in plan.provenance["calibration"]}
+    assert f"{spent[None] + spent[0.3]:.0f} s of a GPU for 30 %" in text
 
 
 def test_blocks_are_found_and_marked():
