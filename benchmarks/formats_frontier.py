@@ -189,8 +189,8 @@ def report(study: Study | WindowStudy, maps: dict[str, dict[int, int]], options:
                      "perplexity": round(float(torch.tensor(losses).mean().exp()), 3),
                      "kl": round(sum(divergences) / len(divergences), 5), "kl_low": round(low, 5),
                      "kl_high": round(high, 5), "n": len(losses), "prompt": options.prompt,
-                     "scored": options.behind or options.prompt - options.prompt // 4, "model": options.model,
-                     "dtype": options.dtype, "policy": options.policy,
+                     "scored": options.behind or options.prompt - options.prompt // 4,
+                     "model": Path(options.model).name, "dtype": options.dtype, "policy": options.policy,
                      "texts": " ".join(Path(name).stem for name in options.text),
                      "seconds": round(time.perf_counter() - begun), **machine(options.device, "torch", "transformers"),
                      "protocol": options.protocol, "each_kl": " ".join(f"{kl:.5f}" for kl in divergences)}
