@@ -68,9 +68,9 @@ class Decoding(Layers):
         query: [B, num_q_heads, 1, D]
         """
         entries = self._layer(layer)
-        if not self.policy.rescores or entries.pending is not None:  # what is on top is scored when it settles
-            return self.attend(layer, query, scoring)
         inputs.check_query(query, entries.arena.like, self.batch_size, self._num_q_heads, 1)
+        if not self.policy.rescores or entries.pending is not None:  # what is on top is scored when it settles
+            return entries.attend(query, scoring.options())
         out = score_step(self.policy, entries, query, scoring.options(), self._wrong)
         if layer == len(self.layers) - 1 and query.device.type == "cpu":  # a GPU would be waited for
             self._wrong.check(self.policy, "score_step")

@@ -92,7 +92,7 @@ class ModelSpec:
     @property
     def attention(self) -> LayerSpec:
         """The shape that all budgeted layers share."""
-        return self.layers[self.budgeted_layers[0]]
+        return next(layer for layer in self.layers if layer.is_budgeted)
 
     @property
     def num_budgeted_layers(self) -> int:

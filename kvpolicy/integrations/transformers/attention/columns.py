@@ -44,7 +44,7 @@ def read_mask(
 
     Raises `ModelError` for a mask of fewer columns, and for one that shows what was padding when it came.
     """
-    end, padding = before + count, before - seen
+    end = before + count
     if mask is None or (may_be_cut and mask.shape[1] < end and bool(mask.all())):
         return Reading(filled=None if filled is None else torch.nn.functional.pad(filled, (0, count), value=True))
     if mask.shape[1] < end:
@@ -52,7 +52,7 @@ def read_mask(
             f"attention_mask has {mask.shape[1]} columns, expected {end}: one for each of {before} columns that "
             f"the cache has seen and of {count} new ones"
         )
-    mask = mask[:, :end].expand(len(seen), -1)
+    mask, padding = mask[:, :end].expand(len(seen), -1), before - seen
     # All that is asked of the device in a usual forward: two numbers a row, once for all layers. `generate`, which is
     # who gives a mask to every step, waits there for its tokens anyway; a step without a mask waits for nothing.
     shown, first = torch.stack([mask.sum(1), mask.long().argmax(1)]).cpu()

@@ -146,7 +146,9 @@ class Replays:
     ) -> tuple[Reading | None, str | None]:
         """What the token's mask says, None where the token cannot be a step; and why no graph can hold it, if so."""
         no_graph = unrecordable(call["input_ids"].device)
-        why = obstacle(cache, model, call) or self._hooks.obstacle(model) or self._hopeless
+        why = obstacle(cache, model, call) or self._hopeless
+        if not no_graph:  # a step without one calls the hooks
+            why = why or self._hooks.obstacle(model)
         # where no graph can be, a step is still the quickest way; transformers' own layers take its windows on
         if not cache.is_stepped and (why or (no_graph and cache.rings)):
             return None, no_graph or why
