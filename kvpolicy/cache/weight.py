@@ -95,28 +95,29 @@ def plan_retention(
     for level in levels:
         least = round(level.retention * full)
         try:
-            kept = _most_entries(plan, context, budget_of(format_of_level(level)), least, most)
+            kept = _most_entries(plan, context, budget_of(format_of_level(level)), level.retention, most)
         except BudgetError:
             if level is levels[-1]:
                 raise
         if kept >= least:
-            break
+            return max(kept / full, level.retention)
         most = least - 1
-    else:
-        raise PlanError(
-            f"of {context} tokens {kept / full:.2g} of the entries go into these bytes, which is below the plan's "
-            f"lowest level, {levels[-1].retention:g}: give more bytes, or tune a plan for fewer"
-        )
-    return kept / full
+    raise PlanError(
+        f"of {context} tokens {kept / full:.2g} of the entries go into these bytes, which is below the plan's "
+        f"lowest level, {levels[-1].retention:g}: give more bytes, or tune a plan for fewer"
+    )
 
 
-def _most_entries(plan: BudgetPlan, context: int, budget: Budget, least: int, most: int) -> int:
-    """Of `least` to `most` entries in all, the most that go into the budget; fewer where not even `least` do."""
+def _most_entries(plan: BudgetPlan, context: int, budget: Budget, lowest: float, most: int) -> int:
+    """Of the entries of a retention to `most` in all, the most that go into the budget; fewer where not even those of
+    the retention do. Rounded down to whole entries they are still that retention's.
+    """
     assert budget.cost is not None  # in bytes
     full, cost = int(budget.ceilings().sum()), budget.cost
+    least = round(lowest * full)
 
     def spent(entries: int) -> int:
-        table = capacities(plan.shares_at(entries / full), entries, context, int(budget.floors().max()))
+        table = capacities(plan.shares_at(max(entries / full, lowest)), entries, context, int(budget.floors().max()))
         return int((table * cost).sum())
 
     if (smallest := spent(least)) > budget.total:

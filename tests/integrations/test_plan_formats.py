@@ -12,7 +12,7 @@ from kvpolicy_kernels.formats import INT4, INT8
 from transformers import AutoConfig
 
 import kvpolicy as package
-from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PlanError, PlanWarning, load_plan, save_plan
+from kvpolicy import Budget, BudgetError, BudgetPlan, ModelSpec, PlanError, PlanWarning, load_plan, save_plan
 from kvpolicy.budget.ask import Ask
 from kvpolicy.budget.entry_format import LayerFormats, name_of
 from kvpolicy.budget.plan import PlanLevel
@@ -21,6 +21,7 @@ from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.cache.size import entry_costs, entry_nbytes
 from kvpolicy.cache.state import pack
+from kvpolicy.cache.weight import plan_retention
 from kvpolicy.comparison.methods import read_asked, read_methods
 from kvpolicy.integrations.transformers import TransformersProbe, attached, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
@@ -217,6 +218,19 @@ def test_bytes_that_were_asked_for_are_kept(model):
         package.new_cache(model, plan, memory=0.15)
     with pytest.raises(BudgetError, match="fewest entries that the KV heads can be given"):
         package.new_cache(model, plan, memory=0.05)
+
+
+def test_the_entries_of_a_level_are_its_own_however_they_round(model):
+    """A tenth of 2412 entries is 241.2, and 241 are less than a tenth."""
+    spec = ModelSpec.from_config(model.config)
+    levels = ((torch.full(spec.table_shape, entries), None) for entries in (40, 120))
+    plan = plan_of(spec, *levels, context=400)
+    cost = torch.full(spec.table_shape, 7)
+    for entries, expected in ((241, 0.1), (500, 500 / 2412), (723, 723 / 2412), (724, 724 / 2412)):
+        budget = Budget(7 * entries, spec.table_shape, 1, 402, cost)
+        assert plan_retention(plan, 402, lambda _, own=budget: own) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(PlanError, match=r"of 402 tokens 0\.1 of the entries go into these bytes, which is below"):
+        plan_retention(plan, 402, lambda _: Budget(7 * 240, spec.table_shape, 1, 402, cost))
 
 
 def test_costs_are_bytes_of_each_layer(model):
