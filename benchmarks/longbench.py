@@ -72,8 +72,8 @@ def figure(rows: list[dict[str, Any]], about: str) -> plt.Figure:
         draw(axis, [row for row in rows if row["task"] == task])
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    lines = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    picture.legend([*lines.values()], [*lines], loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     picture.suptitle(about, fontsize=9)
     return picture
 
@@ -82,6 +82,8 @@ def draw(axis: Axes, rows: list[dict[str, Any]]) -> None:
     """The score of each method over what is evicted, with 95 % intervals; the full cache is a line."""
     for method, (colour, said) in METHODS.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: -row["retention"])
+        if not own:
+            continue
         x, y = [1 - row["retention"] for row in own], [100 * row["score"] for row in own]
         axis.plot(x, y, color=colour, marker="o", markersize=3, label=said)
         axis.fill_between(x, *([100 * row[end] for row in own] for end in ("low", "high")), color=colour, alpha=0.1)

@@ -92,7 +92,7 @@ def said(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     mean, low, high = (100 * row[name] for name in ("minus_uniform", "minus_low", "minus_high"))
-    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), n = {row['n']}"
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), n = {row['pairs']}"
     return text if row["holds"] else f"**{text}**"
 
 

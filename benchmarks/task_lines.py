@@ -43,7 +43,11 @@ def _ends_line(file: BinaryIO) -> bool:
 
 
 def table_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One for each question, task, method and retention, and one of all tasks together."""
+    """One for each question, task, method and retention, and one of all tasks together.
+
+    n:     samples of the method
+    pairs: those of them that uniform budgets were measured on too, which the difference is of
+    """
     scores: dict[tuple[str, str, str, float], dict[tuple[str, int, int], float]] = {}
     parts: dict[tuple[str, str, str, float], list[float]] = {}
     uniform = {line["method"]: line["uniform"] for line in lines}
@@ -66,5 +70,6 @@ def table_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             both = [torch.tensor([side[place] for place in shared], dtype=torch.float64) for side in (own, other)]
             difference = paired_difference(*both)
             row |= {"minus_uniform": difference.mean, "minus_low": difference.low, "minus_high": difference.high}
+            row["pairs"] = len(shared)
         rows.append(row)
     return rows
