@@ -103,7 +103,6 @@ class EncodedGame(Game):
         room = sum(n + max(64, n // 32) for n in inside)
         tables = 8 * (8 * len(inside) + (5 + len(store.layers)) * len(rows) * self.layers * 4)
         tables += 8 * 3 * len(rows) * self.layers * self.all_heads + 8 * pending
-        tables += self.layers  # whether one of a layer's scores was NaN
         held = int(store.lengths.sum()) - pending
         assert held * entry + block <= store.nbytes
         assert store.nbytes <= room * (entry + 8) + pending * (sum(dims) * 4 + 8) + block + tables

@@ -308,7 +308,6 @@ class Game:
         room = sum(n + max(64, n // 32) for n in inside)
         tables = 8 * (8 * len(inside) + (5 + len(store.layers)) * len(self.naive.rows) * self.layers * 4)
         tables += 8 * 3 * len(self.naive.rows) * self.layers * self.all_heads + 8 * pending
-        tables += self.layers  # whether one of a layer's scores was NaN
         assert held * entry <= store.nbytes + pending * entry
         assert store.nbytes <= (room + pending) * (entry + 8) + tables
         seen = sum(len(row.tokens) for row in self.naive.rows)
