@@ -426,4 +426,6 @@ class LayerArena:
         """Keeps these segments, in this order and as often as they stand there. segments: int64 [S'] on the CPU."""
         for name in _TABLES:
             setattr(self, name, getattr(self, name)[segments])
+        if self._new_scores is not None and len(self._new_scores) != len(segments):
+            self._new_scores = None  # of as many, a recorded step may still read it
         self.relayout(self.allocated)

@@ -8,7 +8,8 @@ from kvpolicy.budget.ask import Ask
 from kvpolicy.cache import RaggedStore
 from kvpolicy.cache.schedule import Fixed, Growing
 from kvpolicy.cache.store import Scoring
-from tests.cache.policies import Recent, ValueNorm
+from tests.cache.play import Play
+from tests.cache.policies import KeyNorm, Recent, ValueNorm
 from tests.cache.test_runtime_split import ModelTopK, feed, prompts, store_of
 
 LAYERS, HEADS, DIM = 3, 3, 64
@@ -117,3 +118,14 @@ def test_long_decoding_holds_no_more_than_its_capacity():
         for layer in range(LAYERS):
             store.decode(layer, given, given[:, :HEADS], given[:, :HEADS])
     assert [len(layer.arena.keys) for layer in store.layers] == [120] * LAYERS
+
+
+def test_rows_that_are_dropped_leave_nothing_behind():
+    def decoded(batch):
+        play = Play(KeyNorm(1), [5, 7], batch=batch)
+        play.prompt(12)
+        play.decode()
+        play.store.take([0])
+        return play.store.nbytes
+
+    assert decoded(4) <= decoded(1)
