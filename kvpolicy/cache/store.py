@@ -300,7 +300,7 @@ class RaggedStore(Decoding):
         for layer in self._opened():
             layer.take(rows)
         self.rows.take(rows.tolist())
-        self.batch_size = len(rows)
+        self.batch_size, self._planned = len(rows), PlannedStep()  # what was planned is of other rows
         self._tables.forget()
 
     def crop(self, count: int) -> None:
