@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from kvpolicy.errors import PluginError, TextError
@@ -18,10 +17,9 @@ from kvpolicy.plugins.task_role import Sample, Task, Turn
 from kvpolicy.tasks import metrics
 from kvpolicy.tasks.family import check_member
 from kvpolicy.tasks.longbench_archive import archive_rows
-from kvpolicy.tasks.longbench_prompts import PROMPTS
-from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, read_json, read_rows
+from kvpolicy.tasks.longbench_prompts import NAME, prompt_of
+from kvpolicy.tasks.row_file import Row, data_file, drawn_rows, read_rows
 
-_PROMPTS = "dataset2prompt.json"
 _MOST = {
     **dict.fromkeys(("narrativeqa", "qasper", "samsum"), 128),
     **dict.fromkeys(("multifieldqa_en", "trec", "lcc", "repobench-p"), 64),
@@ -49,8 +47,8 @@ _CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_z
 class LongBenchTask(Task):
     """An English or code task of LongBench v1; a name that ends in `_e` is of LongBench-E.
 
-    data: a folder with `NAME.jsonl`, rows of input, context, answers and all_classes, and, where other prompts are
-        wanted, `dataset2prompt.json`; without a folder the rows are the Hub's
+    data: a folder with `NAME.jsonl`, rows of input, context, answers and all_classes, and with `dataset2prompt.json`;
+        without a folder the rows are the Hub's, and without that file the prompts are those of LongBench's repository
     """
 
     names: ClassVar[tuple[str, ...]] = (*_MOST, *(f"{name}_e" for name in _EVEN))
@@ -77,11 +75,11 @@ class LongBenchTask(Task):
 
     def samples(self, tokenizer: Any, count: int, length: int, seed: int) -> Sequence[Sample]:
         whose = f"longbench/{self.name}"
-        rows, prompt = self._rows(whose), self._prompt()
+        rows, prompt = self._rows(whose), prompt_of(whose, self.kind, self.data)
         last = "{input}" if self.kind == "repobench-p" else "{context}"  # there the input is code before the next line
         before, marked, behind = prompt.partition(last)
         if not marked or "{context}" not in before + marked:
-            raise TextError(f"{whose}: its prompt in {Path(self.data) / _PROMPTS} has no {{context}}")
+            raise TextError(f"{whose}: its prompt in {NAME} has no {{context}}")
         make = partial(self._of_row, tokenizer=tokenizer, length=length, before=before + marked, behind=behind)
         return [make(row) for row in drawn_rows(rows, count, seed)]
 
@@ -96,10 +94,6 @@ class LongBenchTask(Task):
         if not self.data:
             return archive_rows(whose, self.name)
         return read_rows(data_file(whose, self.data, f"{self.name}.jsonl"))
-
-    def _prompt(self) -> str:
-        path = Path(self.data) / _PROMPTS
-        return read_json(path).text(self.kind) if self.data and path.exists() else PROMPTS[self.kind]
 
     def _of_row(self, row: Row, tokenizer: Any, length: int, before: str, behind: str) -> Sample:
         """What stands behind the context is the question. A prompt that is too long loses its middle."""

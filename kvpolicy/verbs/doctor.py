@@ -155,7 +155,7 @@ def _plugins() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from kvpolicy.integrations.transformers.model.converted import cache_directory
+    from kvpolicy.files.user_cache import cache_directory
 
     for what, folder in (
         ("converted models", cache_directory()),

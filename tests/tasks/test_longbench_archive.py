@@ -1,4 +1,4 @@
-"""LongBench's rows from a Hub on this machine: one member of an archive, at one commit."""
+"""LongBench's rows from a Hub on this machine, one member of an archive, at one commit; and its prompts, one file."""
 
 import hashlib
 import io
@@ -8,14 +8,14 @@ import zipfile
 import pytest
 
 from kvpolicy import TextError
-from kvpolicy.tasks import longbench_archive
+from kvpolicy.tasks import longbench_archive, longbench_prompts
 from kvpolicy.tasks.longbench import LongBenchTask
-from kvpolicy.tasks.longbench_prompts import PROMPTS
 from tests.fake_hub import fake_hub, use_hub
 from tests.tiny_checkpoint import tiny_tokenizer
 
 ROW = {"input": "Question: Who? Type:", "context": "Question: Why? Type: reason", "answers": ["person"]}
 ROW |= {"all_classes": ["person", "reason"]}
+PROMPT = "Sort.\n{context}\n{input}"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,19 @@ def tokenizer():
 
 
 @pytest.fixture
-def publish(monkeypatch, tmp_path):
+def prompts(monkeypatch, tmp_path):
+    """The file of prompts where LongBench's repository has it."""
+    path = tmp_path / "repository" / longbench_prompts.NAME
+    path.parent.mkdir()
+    path.write_text(json.dumps({"trec": PROMPT}))
+    monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path / "ours"))
+    monkeypatch.setattr(longbench_prompts, "ADDRESS", path.as_uri())
+    monkeypatch.setattr(longbench_prompts, "DIGEST", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.fixture
+def publish(monkeypatch, tmp_path, prompts):
     """publish(member=content, ...): a Hub whose archive has these members; publish(archive=bytes)"""
     with fake_hub() as hub:
         use_hub(monkeypatch, hub.url, tmp_path / "cache")
@@ -45,7 +57,7 @@ def publish(monkeypatch, tmp_path):
 def test_rows_are_fetched_once_at_one_commit(publish, tokenizer, tmp_path):
     hub = publish({"data/trec.jsonl": json.dumps(ROW), "../evil.jsonl": "{}", "data/x.py": "raise SystemExit"})
     (sample,) = LongBenchTask("trec").samples(tokenizer, 5, 4000, 0)
-    assert tokenizer.decode(sample.context + sample.questions[0]) == PROMPTS["trec"].format(**ROW)
+    assert tokenizer.decode(sample.context + sample.questions[0]) == PROMPT.format(**ROW)
     assert sample.turns[0].classes == ("person", "reason")
     place = f"/datasets/zai-org/LongBench/resolve/{longbench_archive.COMMIT}/data.zip"
     assert {asked.split()[1] for asked in hub.asked if "/resolve/" in asked} == {place}
@@ -98,8 +110,44 @@ def test_without_a_hub_the_folder_is_asked_for(monkeypatch, tmp_path, tokenizer)
     assert said.endswith(". Give the folder that holds trec_e.jsonl, data=DIR") and "\n" not in said
 
 
-def test_prompts_are_longbenchs_to_the_letter():
-    """The digest is of these kinds in `config/dataset2prompt.json`."""
-    digest = hashlib.sha256(json.dumps(PROMPTS, sort_keys=True).encode()).hexdigest()
-    assert digest == "75e339f4f58566663b9e2916d85ca7258191b614158272128161675baece6c42"
-    assert sorted(PROMPTS) == sorted(name for name in LongBenchTask.names if not name.endswith("_e"))
+def test_prompts_are_fetched_once(prompts):
+    assert longbench_prompts.prompt_of("longbench/trec", "trec", "") == PROMPT
+    prompts.unlink()
+    assert longbench_prompts.prompt_of("longbench/trec", "trec", "") == PROMPT
+
+
+def test_a_copy_that_was_damaged_is_fetched_again(prompts, tmp_path):
+    longbench_prompts.prompt_of("longbench/trec", "trec", "")
+    (copy,) = (tmp_path / "ours").rglob(longbench_prompts.NAME)
+    copy.write_text('{"trec": "Lie."}')
+    assert longbench_prompts.prompt_of("longbench/trec", "trec", "") == PROMPT
+
+
+def test_prompts_of_the_folder_go_first(prompts, tmp_path):
+    (tmp_path / longbench_prompts.NAME).write_text('{"trec": "{context}"}')
+    assert longbench_prompts.prompt_of("longbench/trec", "trec", str(tmp_path)) == "{context}"
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"trec": "Lie."}', "is another file by now: its SHA-256 is "),
+        (b" " * 2**17, "is another file by now: its SHA-256 is "),
+        (None, r"cannot fetch file://.*dataset2prompt\.json: "),
+    ],
+    ids=["changed", "large", "gone"],
+)
+def test_prompts_that_are_not_there_are_asked_for(prompts, content, reason):
+    prompts.unlink() if content is None else prompts.write_bytes(content)
+    with pytest.raises(TextError, match=reason) as told:
+        longbench_prompts.prompt_of("longbench/trec", "trec", "")
+    said = str(told.value)
+    assert said.startswith("longbench/trec: ") and "\n" not in said
+    assert said.endswith(". Give the folder that holds dataset2prompt.json, data=DIR")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(prompts, tmp_path):
+    (tmp_path / "ours").write_text("")
+    with pytest.raises(TextError, match=r"longbench/trec: cannot write .*ours"):
+        longbench_prompts.prompt_of("longbench/trec", "trec", "")

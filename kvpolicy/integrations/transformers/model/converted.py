@@ -9,28 +9,22 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpolicy.errors import ModelError, ModelWarning, first_line, foreign
+from kvpolicy.files.user_cache import cache_directory
 from kvpolicy.integrations.transformers.model.checkpoint import check_filled
 from kvpolicy.integrations.transformers.model.quiet import quiet
 
 SUMS = "sha256.json"
 """File of a copy that holds the sum of each other one."""
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: `KVPOLICY_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get("KVPOLICY_CACHE") or platformdirs.user_cache_path("kvpolicy", appauthor=False))
 
 
 def converted(gguf: Path) -> Path:
