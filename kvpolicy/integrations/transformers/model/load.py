@@ -105,7 +105,7 @@ def resolve(name: str) -> tuple[str, str]:
 def _attempt(what: str, name: str, origin: str) -> str:
     """What an error begins with."""
     is_absent = name == MODEL and default_model.packaged_gguf() is None
-    elsewhere = f", nor is it here from PyPI ({default_model.INSTALL})" if is_absent else ""
+    elsewhere = f", nor is PyPI's wheel {default_model.WHEEL} here" if is_absent else ""
     return f"cannot {what} '{name}' from {origin}{elsewhere}"
 
 
