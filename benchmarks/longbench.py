@@ -53,6 +53,7 @@ def tunes(options: argparse.Namespace) -> dict[str, Command]:
     }
     learned = ["tune", "--policy", "snapkv", "--estimator", "uniform", "--allocator", "learned", "--sequences", 16]
     learned += ["--allocator-param", f"steps={options.steps}", *common]
+    commands = {name: command for name, command in commands.items() if name in options.search}
     for kept in options.retentions if options.learned is None else ():
         commands[f"learned_{kept:g}"] = [*learned, "--retention", kept]
     return missing(commands, options.out)
@@ -102,6 +103,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("longbench_results"), help="folder")
     parser.add_argument("--data", type=Path, help="folder of NAME.jsonl and dataset2prompt.json")
     parser.add_argument("--text", type=Path, help="that budgets are searched and learned on")
+    parser.add_argument("--search", nargs="*", default=["baklava", "squeeze"], help="budgets to search, of these two")
     parser.add_argument("--learned", type=Path, help="a plan for snapkv, instead of learning one for each level")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")

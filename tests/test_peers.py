@@ -30,7 +30,9 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
         tool = {"kvpress_side": "kvpress 0.5.5", "vllm_side": "vLLM 0.27.1"}[script.stem]
         row = {"tool": tool, "method": "snapkv", "kept": 0.5, "n": 2, "score": 0.0}
         row |= {"ms_a_token": 3.0, "second_turn": 0.0, "bytes": 4, "transformers": python.name}
-        return type("Done", (), {"stdout": f"a warning\n{json.dumps(row)}\n"})
+        return type(
+            "Done", (), {"stdout": f"a warning\n{json.dumps(row)}\n", "returncode": 3 * (python.name == "python-c")}
+        )
 
     monkeypatch.setattr(head_to_head.subprocess, "run", run)
     monkeypatch.setattr(head_to_head, "METHODS", (("snapkv", "uniform"), ("snapkv", "adakv"), ("nothing", "uniform")))
@@ -44,6 +46,7 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
     assert [python for python, _ in asked] == ["python-a", "python-b", "python-c"]
     assert asked[0][1]["retentions"] == [0.5] and len(asked[0][1]["prompts"]) == 2
     assert rows["kvpress", "snapkv"]["transformers"] == "python-b" and rows["vLLM", "snapkv"]["bytes"] == "4"
+    assert rows["vLLM", "all"]["error"] == "vllm_side.py ended with 3"
     assert rows["kvpress", "snapkv"]["score"] == "0.0" and "ms_a_token" not in rows["kvpress", "snapkv"]
     dense, ours = rows["transformers", "DynamicCache"], rows["kvpolicy", "snapkv"]
     assert float(ours["bytes"]) < 0.6 * float(dense["bytes"]) < int(ours["peak_bytes"])

@@ -41,11 +41,15 @@ def test_every_task_is_a_part_and_every_method_a_line(benchmark):
 def test_searches_that_are_done_are_not_begun_again(benchmark, tmp_path):
     options = {"model": "smollm2-135m", "text": Path("x"), "device": "cpu", "dtype": "float32", "search_context": 64}
     options |= {"retentions": [0.5, 0.1], "trials": 2, "steps": 3, "out": tmp_path, "learned": None}
+    options |= {"search": ["baklava", "squeeze"]}
     (tmp_path / "squeeze.json").write_text("{}")
     commands = benchmark("longbench").tunes(SimpleNamespace(**options))
     assert list(commands) == ["baklava", "learned_0.5", "learned_0.1"]
     assert commands["learned_0.1"][-4:] == ["--retention", 0.1, "--out", "learned_0.1.json"]
     assert list(benchmark("longbench").tunes(SimpleNamespace(**options | {"learned": "plan.json"}))) == ["baklava"]
+    (tmp_path / "squeeze.json").unlink()
+    one = SimpleNamespace(**options | {"learned": "plan.json", "search": ["squeeze"]})
+    assert list(benchmark("longbench").tunes(one)) == ["squeeze"]
 
 
 def test_budgets_are_learned_on_each_source_apart(benchmark, tmp_path):

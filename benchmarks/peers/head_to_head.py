@@ -58,9 +58,15 @@ def main() -> None:
     prompts = [Prompt([*one.context], [*one.questions[0]], one.turns[0].answers[0]) for one in samples]
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     rows = [row | about for row in own_rows(model, tokenizer, prompts, options)]
+    write(rows, options)
     sides = [("kvpress_side.py", path) for path in options.kvpress] + [("vllm_side.py", path) for path in options.vllm]
-    if sides:
-        rows += side_rows(model, tokenizer, prompts, options, sides)
+    for side in side_rows(model, tokenizer, prompts, options, sides) if sides else ():
+        rows += side
+        write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: Any) -> None:
+    """The CSV and its picture; again behind each environment, so that a run that ends early leaves what it has."""
     if options.no_timing:
         rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     settings = {"model": Path(options.model).name, "device": options.device, "dtype": options.dtype}
@@ -139,9 +145,11 @@ def prefill(model: Any, make: Any, ids: Tensor, mask: Tensor | None) -> tuple[An
 
 def side_rows(
     model: Any, tokenizer: Any, prompts: list[Prompt], options: Any, sides: Sequence[tuple[str, Path]]
-) -> list[dict[str, Any]]:
-    """What scripts print in other environments. sides: a script of this folder, and a python"""
-    rows = []
+) -> Iterator[list[dict[str, Any]]]:
+    """What each script prints in another environment; one that fails is a row that says so.
+
+    sides: a script of this folder, and a python
+    """
     with tempfile.TemporaryDirectory() as folder:
         with detached(model):
             model.save_pretrained(folder)
@@ -152,11 +160,15 @@ def side_rows(
         path.write_text(json.dumps(task))
         for script, python in sides:
             command = [python, Path(__file__).with_name(script), path]
-            result = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=False)
             lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
             print(*lines, sep="\n", flush=True)
-            rows += map(json.loads, lines)
-    return rows
+            rows = [*map(json.loads, lines)]
+            if result.returncode:
+                tool = script.removesuffix("_side.py").replace("vllm", "vLLM")
+                failed = {"tool": tool, "method": "all", "kept": 1.0}
+                rows.append(failed | {"error": f"{script} ended with {result.returncode}"})
+            yield rows
 
 
 if __name__ == "__main__":
