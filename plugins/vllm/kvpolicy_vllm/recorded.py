@@ -12,13 +12,14 @@ import torch
 class RecordedWork:
     """By a key. At first it is done as it is, which compiles its kernels; the second time it is recorded.
 
-    Nothing that it makes outlives it, so that all recordings share the memory for what they make. That memory goes with
-    the last of them, and cannot be asked for again: a recording is never given up before the others.
+    Nothing that it makes outlives it, so that all recordings share the memory for what they make: a pool and a stream,
+    as torch keeps a pool's memory for the stream that had it. The pool goes with the last of them, and cannot be asked
+    for again: a recording is never given up before the others.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
-        self._pool: Any = None
+        self._memory: tuple[Any, torch.cuda.Stream] | None = None
 
     def do(self, key: Hashable, work: Callable[[], None], device: torch.device) -> None:
         """Waits for nothing. work: the same for a key, on the same memory; numbers that change lie on the device."""
@@ -33,18 +34,22 @@ class RecordedWork:
             graph.replay()
 
     def _record(self, work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
+        graph, (pool, stream) = torch.cuda.CUDAGraph(), self._memory
         stream.wait_stream(torch.cuda.current_stream(device))
         is_collecting = gc.isenabled()
         gc.disable()  # another graph may be among the garbage, which must not be given up meanwhile
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may go on
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on
                 try:
                     work()
                 finally:
                     graph.capture_end()
+        except BaseException:
+            self._memory = None  # the pool may have gone with this recording, if it was the only one
+            raise
         finally:
             if is_collecting:
                 gc.enable()
