@@ -146,7 +146,9 @@ class BlockBuilder(AttentionMetadataBuilder[StepRequests]):
             attention = impls[-1].attention
             if isinstance(attention, CutAttention):
                 dtype, dim = vllm_config.model_config.dtype, impls[0].head_size
-                check_cuts(device, dtype, dim, attention.policy, attention.layer)
+                # as requests are served; while graphs of that mode live, torch may begin none outside (pytorch#166792)
+                with torch.inference_mode():
+                    check_cuts(device, dtype, dim, attention.policy, attention.layer)
         self.steps: SharedSteps = impls[0].steps
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRequests:
