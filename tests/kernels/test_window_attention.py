@@ -2,7 +2,8 @@ import os
 
 import pytest
 import torch
-from kvpolicy_kernels.window_attention import window_attention
+from kvpolicy_kernels.formats import INT4, INT8
+from kvpolicy_kernels.window_attention import coded, coded_window_attention, window_attention
 from kvpolicy_kernels.window_attention.reference import reference_window_attention, window_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,3 +147,16 @@ def test_bad_capacities_are_refused(capacities, message):
     q, k, v = inputs(8, 4, 2, 16, torch.float32)
     with pytest.raises(ValueError, match=message):
         window_attention(q, k, v, capacities, 4)
+
+
+@pytest.mark.parametrize("entry_format", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("variant", [{}, {"softcap": 5.0}], ids=str)
+def test_over_codes_blocks_of_any_size_say_the_same(entry_format, variant, monkeypatch):
+    """What a GPU runs in fewer blocks than a CPU."""
+    q, k, v = inputs(300, 6, 2, 64, torch.float32)
+    found = []
+    for block in (16, 128, 1024):
+        monkeypatch.setitem(coded._BLOCKS, DEVICE, block)
+        found.append(coded_window_attention(q, k, v, [50, 170], 4, entry_format, prefill_length=9, **variant))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)

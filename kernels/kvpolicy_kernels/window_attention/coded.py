@@ -10,6 +10,9 @@ from torch import Tensor
 from kvpolicy_kernels.formats import EntryFormat
 from kvpolicy_kernels.window_attention.cpu import BLOCK, Attend
 
+_BLOCKS = {"cpu": BLOCK, "cuda": 1024}
+"""Queries of a block. A GPU would wait for Python at a CPU's."""
+
 
 def coded_window_attention(
     query: Tensor,
@@ -60,8 +63,9 @@ def _windows(
 ) -> None:
     """Fills `out` from token `first` on. q, out: [B, group, T, D];  states: keys and values, decoded and exact"""
     length, recent = q.shape[2], entry_format.exact_recent
-    for begin in range(first, length, BLOCK):
-        end = min(begin + BLOCK, length)
+    block = _BLOCKS.get(q.device.type, BLOCK)
+    for begin in range(first, length, block):
+        end = min(begin + block, length)
         token = torch.arange(end, device=q.device)
         query = token[begin:, None]
         visible = (token <= query) & ((token < num_sinks) | (token > query - window))
