@@ -112,3 +112,21 @@ def test_other_budgets_come_behind_all_uniform_ones_or_together_with_them(benchm
     options |= {"retentions": [0.5], "questions": ["aware"], "tasks": ["a", "b"], "limit": 1, "batch_size": 1}
     found = [(task, len(rows)) for task, _, rows in benchmark("task_table").batches(SimpleNamespace(**options))]
     assert found == ([("a", 2), ("b", 2)] if together else [("a", 1), ("b", 1)] * 2)
+
+
+def test_facts_are_compared_with_the_full_cache_in_pairs(benchmark, tmp_path):
+    facts = benchmark("format_facts")
+    lines_of(tmp_path, "agnostic_passkey.jsonl", "full", [1.0, 0.0] * 10, task="passkey")
+    lines_of(tmp_path, "agnostic_passkey.jsonl", "snapkv/answers.json@int4", [0.5, 0.0] * 10, task="passkey")
+    rows = facts.found(tmp_path)
+    assert [(row["method"], row["retention"], row["score"]) for row in rows] == [
+        ("full", 0.25, 0.5),
+        ("snapkv/answers.json@int4", 0.25, 0.25),
+    ]
+    assert "| snapkv/answers.json@int4 | 25.0 % | 25.0 % | 25.0 (" in facts.markdown(rows)
+    assert "| full | 25.0 % | 50.0 % |  | 20 |" in facts.markdown(rows)
+
+
+def test_facts_are_asked_of_one_format_after_the_other(benchmark):
+    asked = benchmark("format_facts").methods("snapkv", ["a.json"], ["model", "int4"])
+    assert asked == ["full@int4", "snapkv/uniform", "snapkv/a.json", "snapkv/uniform@int4", "snapkv/a.json@int4"]
