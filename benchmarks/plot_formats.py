@@ -6,7 +6,7 @@
         benchmarks/results/formats_window_h200.csv
 
 Solid lines have learned capacities, dashed ones equal capacities; a point by itself is a method without a budget. Each
-protocol has a panel of its own. A divergence of 0 has no place on a logarithmic axis.
+model and protocol has a panel of its own. A divergence of 0 has no place on a logarithmic axis.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ def draw(axis: Axes, rows: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("image", type=Path)
-    parser.add_argument("rows", type=Path, nargs="+", help="CSV files, of the same prompts where of the same protocol")
+    parser.add_argument(
+        "rows", type=Path, nargs="+", help="CSV files, of the same prompts where of the same model and protocol"
+    )
     options = parser.parse_args()
-    panels: dict[str, list[dict[str, str]]] = defaultdict(list)
+    panels: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for path in options.rows:
         for row in read_csv(path):
-            panels[row.get("protocol", "")].append(row)
+            panels[row["model"], row.get("protocol", "")].append(row)
     size = 7.5 if len(panels) == 1 else 6 * len(panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(size, 6), layout="constrained", squeeze=False)
     for axis, rows in zip(axes[0], panels.values(), strict=True):

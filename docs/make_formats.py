@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +22,11 @@ from kvpolicy.measure.stats import relative_increase
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+PROMPT, WINDOW = "formats_prompt_h200.csv", "formats_window_h200.csv"
+SECOND_PROMPT, SECOND_WINDOW = "formats_prompt_qwen_h200.csv", "formats_window_qwen_h200.csv"
+FACTS, CHOICE = "format_facts_h200/facts.csv", "format_choice_cpu.csv"
 PAGES = [DOCS / "methods" / "formats.md", DOCS / "methods" / "fisher.md"]
-PLACE = re.compile(r"(<!-- formats: ([a-z ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- formats: ([a-z, ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
 FULL_PRECISION = "16 bits"
 NAMES = {"int4": "`int4`", "int8": "`int8`", "model": FULL_PRECISION}
 KINDS = {"everything": "everything kept", "equal": "equal", "learned": "learned"}
@@ -60,9 +65,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return line(head) + "|---" * len(head) + "|\n" + "".join(map(line, rows))
 
 
-def frontier(name: str) -> str:
-    """Of a protocol: a line for each policy, format and kind of capacities, and int4's part of the best in 16 bits."""
-    rows = read_csv(RESULTS / f"formats_{name}_h200.csv")
+def frontier(file: str, compared: tuple[str, ...] = ("int4",)) -> str:
+    """Of a protocol: a line for each policy, format and kind of capacities; and of the formats that are compared what
+    learned capacities leave of the best in 16 bits.
+    """
+    rows = read_csv(RESULTS / file)
     levels = sorted({row["level"] for row in rows if row["level"] != "1.0"}, key=float, reverse=True)
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
@@ -80,7 +87,7 @@ def frontier(name: str) -> str:
             cells = [f"{shown(row)} at {100 * float(row['bytes']):.1f} %", *[""] * (len(levels) - 1)]
         body.append([f"`{policy}`", own, KINDS[kind], *cells])
     for policy, own, kind in lines:
-        if own == "`int4`" and kind == "learned":
+        if own in map(NAMES.get, compared) and kind == "learned":
             cells = []
             for level in levels:
                 exact = [x[level] for (_, name, _), x in lines.items() if name == FULL_PRECISION and level in x]
@@ -96,7 +103,7 @@ def shown(row: Row) -> str:
 
 def choice() -> str:
     """A format for each layer beside one for all."""
-    rows = read_csv(RESULTS / "format_choice_cpu.csv")
+    rows = read_csv(RESULTS / CHOICE)
     kinds = {"fisher": "the closed form's", "learned": "learned", "power": "`power`"}
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
@@ -115,12 +122,53 @@ def choice() -> str:
     return table(["prompt", "bytes", "formats", *kinds.values()], body)
 
 
-TABLES = {"behind a prompt": lambda: frontier("prompt"), "window rule": lambda: frontier("window"), "auto": choice}
+def facts() -> str:
+    """What is found at a number of bytes, and in brackets the points less than the full cache finds."""
+    rows = read_csv(RESULTS / FACTS)
+    asked = {"aware": "in the prompt", "agnostic": "behind it"}
+    found = {(row["task"], row["question"], *method(row["method"])): row for row in rows}
+    body = []
+    for task, question, capacities in dict.fromkeys(key[:3] for key in found):
+        cells = [cell(found.get((task, question, capacities, name))) for name in NAMES]
+        body.append([task, asked[question], capacities, *cells])
+    return table(["task", "the question", "capacities", *NAMES.values()], body)
+
+
+def method(name: str) -> tuple[str, str]:
+    """(capacities, format) of a method as `format_facts.py` names it."""
+    whole, _, entry_format = name.partition("@")
+    plan = whole.removesuffix(".json").rpartition("/")[2]
+    said = {"full": "everything kept", "uniform": "equal"}.get(plan, f"learned on {plan}")
+    return said, entry_format or "model"
+
+
+def cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    said = f"{100 * float(row['score']):.1f} %"
+    if not row.get("minus_low"):
+        return said
+    least, mean, most = (-100 * float(row[f"minus_{name}"]) + 0.0 for name in ("high", "uniform", "low"))
+    return f"{said}, {mean:.1f} ({least:.1f} to {most:.1f})"
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """By the names of their places; those whose results are there."""
+    both = partial(frontier, compared=("int8", "int4"))
+    known: dict[str, tuple[str, Callable[[], str]]] = {
+        "behind a prompt": (PROMPT, partial(frontier, PROMPT)),
+        "window rule": (WINDOW, partial(frontier, WINDOW)),
+        "behind a prompt, second model": (SECOND_PROMPT, partial(both, SECOND_PROMPT)),
+        "window rule, second model": (SECOND_WINDOW, partial(both, SECOND_WINDOW)),
+        "facts": (FACTS, facts),
+        "auto": (CHOICE, choice),
+    }
+    return {name: made for name, (file, made) in known.items() if (RESULTS / file).exists()}
 
 
 def page(text: str) -> str:
     """The page with its tables as the results are."""
-    return PLACE.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
+    return PLACE.sub(lambda found: found[1] + "\n" + tables()[found[2]]() + "\n" + found[3], text)
 
 
 def main(check: bool) -> None:

@@ -27,7 +27,7 @@ def test_the_pages_are_what_the_results_say(formats):
         text = path.read_text(encoding="utf-8")
         places += [found[2] for found in formats.PLACE.finditer(text)]
         assert formats.page(text) == text, "run python docs/make_formats.py"
-    assert sorted(places) == sorted(formats.TABLES)
+    assert sorted(places) == sorted(formats.tables())
 
 
 def test_numbers(formats):
@@ -38,10 +38,60 @@ def test_numbers(formats):
 
 def test_what_the_text_says_of_the_goals_is_in_the_table(formats):
     """Parts of the best in 16 bits at 15, 10 and 7.5 %, and the divergence at 25 %."""
-    *_, part = [row for row in formats.frontier("prompt").splitlines() if "| `snapkv` | `int4` |" in row]
+    *_, part = [row for row in formats.frontier(formats.PROMPT).splitlines() if "| `snapkv` | `int4` |" in row]
     shares = [float(x) for x in re.findall(r"\| (\.\d\d) \(", part)]
     assert shares[1:] == [0.36, 0.31, 0.35]
-    assert "| `snapkv` | `int4` | learned | .0057 (19.37) |" in formats.frontier("prompt")
+    assert "| `snapkv` | `int4` | learned | .0057 (19.37) |" in formats.frontier(formats.PROMPT)
+
+
+def test_a_second_model_has_tables_once_it_has_results(formats, monkeypatch, tmp_path):
+    """Of the first model's rows, under another name; int8 is compared with 16 bits there too."""
+    first = formats.read_csv(formats.RESULTS / formats.PROMPT)
+    monkeypatch.setattr(formats, "RESULTS", tmp_path)
+    assert formats.tables() == {}
+    write_csv = sys.modules["shared"].write_csv
+    kept = [row | {"model": "another"} for row in first if row["policy"].startswith("snapkv(")]
+    write_csv(tmp_path / formats.SECOND_PROMPT, kept)
+    assert [*formats.tables()] == ["behind a prompt, second model"]
+    text = "<!-- formats: behind a prompt, second model -->\n<!-- formats: end -->"
+    lines = formats.page(text).splitlines()
+    compared = [line for line in lines if "of the best in 16 bits" in line]
+    assert [line.split("|")[2].strip() for line in compared] == ["`int8`", "`int4`"]
+    assert "| `snapkv` | `int4` | learned | .0057 (19.37) | .0072 (19.39) | .011 (19.47) | .017 (19.59) |" in lines
+
+
+def test_facts_say_what_is_found_and_what_the_full_cache_finds_more(formats, monkeypatch, tmp_path):
+    row = {"question": "aware", "task": "key-value", "retention": 0.15, "n": 4, "bytes_of_full": 0.15}
+    less = {"minus_uniform": -0.25, "minus_low": -0.5, "minus_high": 0.0}
+    nothing = dict.fromkeys(less, "")
+    rows = [row | {"method": "full", "score": 0.75} | nothing]
+    rows += [row | {"method": "snapkv/uniform@int4", "score": 0.5} | less]
+    rows += [
+        row | {"method": "snapkv/answers.json@int4", "score": 0.5} | less,
+        row | {"method": "full@int4", "score": 1},
+    ]
+    monkeypatch.setattr(formats, "RESULTS", tmp_path)
+    (tmp_path / formats.FACTS).parent.mkdir()
+    sys.modules["shared"].write_csv(tmp_path / formats.FACTS, rows)
+    assert formats.tables()["facts"]().splitlines()[2:] == [
+        "| key-value | in the prompt | everything kept | 100.0 % |  | 75.0 % |",
+        "| key-value | in the prompt | equal | 50.0 %, 25.0 (0.0 to 50.0) |  |  |",
+        "| key-value | in the prompt | learned on answers | 50.0 %, 25.0 (0.0 to 50.0) |  |  |",
+    ]
+
+
+def test_each_model_has_a_panel_of_its_own(formats, monkeypatch, tmp_path):
+    plot = importlib.import_module("plot_formats")
+    monkeypatch.setitem(sys.modules, "plot_formats", plot)
+    rows, drawn = formats.read_csv(formats.RESULTS / formats.PROMPT), []
+    write_csv = sys.modules["shared"].write_csv
+    write_csv(tmp_path / "second.csv", [row | {"model": "another"} for row in rows if "snapkv(" in row["policy"]])
+    given = [str(formats.RESULTS / formats.PROMPT), str(formats.RESULTS / formats.WINDOW), str(tmp_path / "second.csv")]
+    monkeypatch.setattr(plot, "draw", lambda axis, rows: drawn.append({(x["model"], x["protocol"]) for x in rows}))
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "x.png"), *given])
+    plot.main()
+    assert drawn == [{("smollm2-135m", "prompt")}, {("smollm2-135m", "window")}, {("another", "prompt")}]
+    assert (tmp_path / "x.png").exists()
 
 
 def test_tune_takes_the_format_that_leaves_least(formats):
