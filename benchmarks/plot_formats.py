@@ -26,7 +26,7 @@ COLORS = {
     "16 bits": "#333333", "int8": "#1f77b4", "int4": "#d62728", "KIVI, 4 bits": "#e8a33d", "KIVI, 2 bits": "#c9b458",
     "ThinK": "#7f7f7f", "knapsack": "#2ca02c", "KVSharer": "#9467bd",
     "16 bits, expected_attention": "#17a2a2", "16 bits, keydiff": "#b08968",
-    "int4, expected_attention": "#ff8fa3",
+    "int4, expected_attention": "#ff8fa3", "int8, expected_attention": "#8fc1ee",
 }  # fmt: skip
 WHOLE = ("everything", "nothing evicted")
 TITLES = {"prompt": "tokens behind a compressed prompt", "window": "every token decoded under the window rule"}
