@@ -91,8 +91,9 @@ def frontier(file: str, compared: tuple[str, ...] = ("int4",)) -> str:
             cells = []
             for level in levels:
                 exact = [x[level] for (_, name, _), x in lines.items() if name == FULL_PRECISION and level in x]
-                best, row = min(exact, key=lambda x: float(x["kl"])), lines[policy, own, kind].get(level)
-                cells.append("" if row is None else part(row, best))
+                row = lines[policy, own, kind].get(level)
+                best = min(exact, key=lambda x: float(x["kl"]), default=None)
+                cells.append("" if row is None or best is None else part(row, best))
             body.append([f"`{policy}`", own, "of the best in 16 bits", *cells])
     return table(["policy", "format", "capacities", *map(percent, levels)], body)
 
