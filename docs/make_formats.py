@@ -31,6 +31,8 @@ FULL_PRECISION = "16 bits"
 NAMES = {"int4": "`int4`", "int8": "`int8`", "model": FULL_PRECISION}
 KINDS = {"everything": "everything kept", "equal": "equal", "learned": "learned"}
 
+TASKS = {"passkey": "pass key", "key-value": "key-value"}
+
 Row = dict[str, str]
 
 
@@ -129,9 +131,10 @@ def facts() -> str:
     asked = {"aware": "in the prompt", "agnostic": "behind it"}
     found = {(row["task"], row["question"], *method(row["method"])): row for row in rows}
     body = []
-    for task, question, capacities in dict.fromkeys(key[:3] for key in found):
+    places = dict.fromkeys(key[:3] for key in found)
+    for task, question, capacities in sorted(places, key=lambda key: ([*TASKS].index(key[0]), key[1] != "aware")):
         cells = [cell(found.get((task, question, capacities, name))) for name in NAMES]
-        body.append([task, asked[question], capacities, *cells])
+        body.append([TASKS[task], asked[question], capacities, *cells])
     return table(["task", "the question", "capacities", *NAMES.values()], body)
 
 
