@@ -6,6 +6,9 @@ scores and weights. A row that is rotated first has no channel that stands out, 
 is a Hadamard transform with random signs. Keys are rotated after RoPE, and attention turns its query and its result
 instead of the entries, since (R q) . (R k) = q . k.
 
+What all keys of a head have in common needs no codes either. Where it is known, as of keys with a bias, keys are
+encoded less this centre, and attention adds q . centre to their scores.
+
 Every row is encoded on its own, so a ring can overwrite one entry, and rows can be moved without touching a bit.
 """
 
@@ -43,6 +46,7 @@ class EntryFormat:
 
     bits:         of a code, 8 or 4; 16 leaves the model's own bf16 or fp16
     rotated:      rows are rotated before they are encoded
+    centred:      keys are encoded less the centre of their head, where the model has one
     exact_recent: the last tokens, and the sink tokens, that stay as they are in a block of their own
     key_channels: the part of a key's channels that is kept, in (0, 1]; which ones is chosen per KV head (ThinK)
 
@@ -51,6 +55,7 @@ class EntryFormat:
 
     bits: int
     rotated: bool = False
+    centred: bool = False
     exact_recent: int = 0
     key_channels: float = 1.0
 
@@ -111,11 +116,22 @@ class EntryFormat:
         return x.to(dtype)
 
 
-INT8 = EntryFormat(8)
-INT4 = EntryFormat(4, rotated=True, exact_recent=32)
+INT8 = EntryFormat(8, centred=True)
+INT4 = EntryFormat(4, rotated=True, centred=True, exact_recent=32)
 THINK = EntryFormat(16, exact_recent=32, key_channels=0.6)
 FORMATS = {"int8": INT8, "int4": INT4}
 """The formats of codes that have a name."""
+
+
+def rounded(rows: Tensor, entry_format: EntryFormat, centre: Tensor | None = None) -> Tensor:
+    """Rows as their codes say them, [..., D].
+
+    centre: float32, of a shape that fits, what a format that is centred encodes keys less of
+    """
+    if centre is None or not entry_format.centred:
+        return entry_format.decode(entry_format.encode(rows), rows.dtype)
+    decoded = entry_format.decode(entry_format.encode(rows.float() - centre), torch.float32)
+    return (decoded + centre).to(rows.dtype)
 
 
 def check_dim(dim: int) -> None:

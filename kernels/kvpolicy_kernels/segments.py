@@ -95,6 +95,7 @@ class EncodedSegments:
 
     keys, values: of `entry_format`, whose bits are 8 or 4, with contiguous rows of codes and scales
     starts, lengths: as in `Segments`
+    key_centre: float32 [num_kv_heads, D], contiguous: what the keys of each head were encoded less of
     """
 
     keys: Encoded
@@ -102,14 +103,20 @@ class EncodedSegments:
     starts: Tensor
     lengths: Tensor
     entry_format: EntryFormat
+    key_centre: Tensor | None = None
 
     def __len__(self) -> int:
         return self.starts.shape[0]
 
     def decoded(self, dtype: torch.dtype) -> Segments:
         """The same entries as rows. Decodes the whole arena."""
-        keys, values = (self.entry_format.decode(rows, dtype) for rows in (self.keys, self.values))
-        return Segments(keys, values, self.starts, self.lengths)
+        keys = self.entry_format.decode(self.keys, torch.float32)
+        if (centre := self.key_centre) is not None:
+            bounds = Segments(self.keys.codes, self.values.codes, self.starts, self.lengths).bounds()
+            for i, (start, length) in enumerate(bounds):
+                keys[start : start + length] += centre[i % len(centre)]
+        values = self.entry_format.decode(self.values, dtype)
+        return Segments(keys.to(dtype), values, self.starts, self.lengths)
 
     def on(self, device: torch.device) -> EncodedSegments:
         """The same with its tables there. Those of the CPU are checked."""

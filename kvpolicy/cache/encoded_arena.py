@@ -30,6 +30,7 @@ class EncodedArena(LayerArena):
     """A `LayerArena` of codes.
 
     keys, values: int16 codes;  key_scales, value_scales: float16 [R, 2]; both as in `Encoded`
+    key_centre: float32 [H, D], what keys are encoded less of, None for nothing
     exact: copies of the tokens that stay exact, None for a format without
     """
 
@@ -49,11 +50,13 @@ class EncodedArena(LayerArena):
         num_sinks: int,
         num_pinned: int,
         scored: bool,
+        key_centre: Tensor | None = None,
     ) -> None:
         """segments: (B, H)"""
         count, dims = segments[0] * segments[1], (shape.key_dim, shape.value_dim)
         super().__init__(count, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
         self.entry_format, self.num_heads, recent = entry_format, segments[1], entry_format.exact_recent
+        self.key_centre = key_centre if entry_format.centred else None
         self._like, self._value_dim = self.keys, shape.value_dim
         self.num_programs = encoded_programs(device)
         key, value = (torch.empty(*segments, 0, dim, dtype=dtype, device=device) for dim in dims)
@@ -79,10 +82,14 @@ class EncodedArena(LayerArena):
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
-        keys, values = (self.entry_format.decode(x, self._like.dtype) for x in self._pairs())
-        if self.exact is None or not len(keys):
-            return keys, values
-        return self.exact.over(keys, values, self.positions, self.owners())
+        (keys, values), dtype, centre = self._pairs(), self._like.dtype, self.key_centre
+        decoded = self.entry_format.decode(keys, dtype if centre is None else torch.float32)
+        if centre is not None and len(decoded):
+            decoded = (decoded + centre[self.owners() % self.num_heads]).to(dtype)
+        pair = decoded.to(dtype), self.entry_format.decode(values, dtype)
+        if self.exact is None or not len(decoded):
+            return pair
+        return self.exact.over(*pair, self.positions, self.owners())
 
     @property
     def reads_codes(self) -> bool:
@@ -110,7 +117,7 @@ class EncodedArena(LayerArena):
     @property
     def _coded(self) -> EncodedSegments:
         tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
-        return EncodedSegments(*self._pairs(), *tables, self.entry_format)
+        return EncodedSegments(*self._pairs(), *tables, self.entry_format, self.key_centre)
 
     @property
     def _copies(self) -> ExactCopies | None:
@@ -154,6 +161,7 @@ class EncodedArena(LayerArena):
             arenas=arenas,
             numbers=numbers,
             copies=self._copies,
+            key_centre=self.key_centre,
         )
 
     def _pairs(self) -> tuple[Encoded, Encoded]:
@@ -168,9 +176,11 @@ class EncodedArena(LayerArena):
 
     def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
         order = torch.arange(len(source_rows), device=self.device)
-        kept = []
+        kept: list[Tensor] = []
         for source in (chunk.key, chunk.value):  # only what is kept is encoded
             kept.append(source.new_empty(len(source_rows), source.shape[-1]))
             compact(kept[-1], order, source.detach(), source_rows)
+        if self.key_centre is not None:
+            kept[0] = kept[0].float() - self.key_centre[source_rows // len(chunk) % self.num_heads]
         for out, codes in zip(columns, self._laid(*kept), strict=True):
             compact(out, out_rows, codes, order)

@@ -126,6 +126,20 @@ def check_query(query: Tensor, like: Tensor, batch: int, num_q_heads: int, count
         )
 
 
+def key_centres(
+    centres: Sequence[Tensor | None] | None, num_layers: int, num_heads: int, key_dim: int
+) -> list[Tensor | None]:
+    """Of each layer what its keys lie around, float32 [H, D], or None. Raises `BudgetError` for other shapes."""
+    found = [None] * num_layers if centres is None else list(centres)
+    shapes = {(num_heads, key_dim)} | {tuple(centre.shape) for centre in found if centre is not None}
+    if len(found) != num_layers or len(shapes) > 1:
+        raise BudgetError(
+            f"key_centres must be one of shape {[num_heads, key_dim]} or None for each of {num_layers} layers, got "
+            f"{[None if centre is None else list(centre.shape) for centre in found]}"
+        )
+    return [None if centre is None else centre.float().contiguous() for centre in found]
+
+
 def scoring_of(
     shape: LayerSpec, model_type: str, num_q_heads: int, scale: float | None, sink_logits: Tensor | None
 ) -> Scoring:

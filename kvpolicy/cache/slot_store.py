@@ -31,7 +31,7 @@ class SlotStore(RaggedStore):
     policy: who is evicted
     slots:  sequences that are decoded at once
     rows:   of each layer, entries of all KV heads and sequences together
-    entry_format: in which they are kept
+    entry_format, key_centres: in which they are kept, as for a `RaggedStore`
 
     Raises `BudgetError` for a policy that rescores while it decodes: in which order entries leave has to be known when
     a sequence is seated.
@@ -48,6 +48,7 @@ class SlotStore(RaggedStore):
         dtype: torch.dtype,
         supplied: frozenset[str] = frozenset(),
         entry_format: Format = None,
+        key_centres: Sequence[Tensor | None] | None = None,
     ) -> None:
         if not scores_stay(policy):
             raise BudgetError(
@@ -61,6 +62,7 @@ class SlotStore(RaggedStore):
             batch_size=slots,
             supplied=supplied,
             entry_format=entry_format,
+            key_centres=key_centres,
         )
         self._idle = self.protection.num_pinned + 1  # rows of a slot without a sequence
         for layer, count in enumerate(rows):

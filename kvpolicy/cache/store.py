@@ -55,6 +55,8 @@ class RaggedStore(Decoding):
     supplied:   sources that a store has not by itself and the caller hands in with each forward
     entry_format: in which keys and values are kept, one for all layers or one for each; None for the dtype in which
         they come
+    key_centres: of each budgeted layer what the keys of its heads lie around, float32 [H, D] of the KV heads held here,
+        or None; a format that is centred encodes keys less of it. None for a model without
 
     Raises `PluginError` when the policy requires a source that it cannot be given, `BudgetError` for a schedule of
     another model.
@@ -73,6 +75,7 @@ class RaggedStore(Decoding):
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
         entry_format: Format = None,
+        key_centres: Sequence[Tensor | None] | None = None,
     ) -> None:
         check_sources(policy, supplied, None if split is None else split.allocator)
         if schedule.shape != spec.table_shape:
@@ -100,6 +103,7 @@ class RaggedStore(Decoding):
         self._shape, self._num_q_heads = spec.attention, count * spec.group_size  # asked for in every step
         self.rows = RowTables(schedule, split, batch_size)
         self.layers: list[StoreLayer | None] = [None] * spec.num_budgeted_layers
+        self.key_centres = inputs.key_centres(key_centres, len(self.layers), count, spec.attention.key_dim)
         self._wrong, self._finite = NotANumber(len(self.layers)), Finiteness()
         self._planned, self._tables = PlannedStep(), StepTables()
         self.first_token = FirstToken()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Layers(Accounts):
     """The layers of a `RaggedStore`, and what is checked before one of them is used.
 
     first_head: the first of the KV heads held here
+    key_centres: of each layer float32 [H, D] of the KV heads held here, or None
     """
 
     policy: EvictionPolicy
@@ -36,6 +38,7 @@ class Layers(Accounts):
     entry_format: Format
     protection: Protection
     first_head: int
+    key_centres: Sequence[Tensor | None]
     _shape: LayerSpec
     _num_q_heads: int
     _finite: Finiteness
@@ -65,17 +68,18 @@ class Layers(Accounts):
         if entry_format is None:
             dims = shape.key_dim, shape.value_dim
             return LayerArena(batch * heads, *dims, dtype, device, num_pinned=num_pinned, scored=scored)
-        kind = ThinArena if entry_format.bits == 16 else EncodedArena
-        return kind(
-            (batch, heads),
-            shape,
-            dtype,
-            device,
-            entry_format=entry_format,
-            num_sinks=self.policy.num_sink_tokens,
-            num_pinned=num_pinned,
-            scored=scored,
-        )
+        num_sinks, segments = self.policy.num_sink_tokens, (batch, heads)
+        kept: dict[str, Any] = {
+            "entry_format": entry_format,
+            "num_sinks": num_sinks,
+            "num_pinned": num_pinned,
+            "scored": scored,
+        }
+        if entry_format.bits == 16:
+            return ThinArena(segments, shape, dtype, device, **kept)
+        centre = self.key_centres[layer]
+        centre = None if centre is None else centre.to(device)
+        return EncodedArena(segments, shape, dtype, device, **kept, key_centre=centre)
 
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
+from kvpolicy_kernels.formats import INT4, INT8, EntryFormat, rounded
 
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PluginError
@@ -16,6 +16,7 @@ from kvpolicy.comparison.methods import read_asked, read_methods
 from kvpolicy.integrations.transformers import Prompts, TransformersProbe, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
+from kvpolicy.integrations.transformers.attention.key_centre import key_centres
 from kvpolicy.measure.evaluation import measured_bytes
 from kvpolicy.plugins.registry import registry
 from tests.integrations.ragged_oracle import ragged_table, stepped_logits, visible_tokens
@@ -35,6 +36,20 @@ def model():
     torch.set_num_threads(1)
     yield tiny_model("Llama")
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """A model whose keys lie far from zero, around something else in each head."""
+    model = tiny_model("Qwen2")
+    for attention, _ in attention_modules(model, range(3)):
+        attention.k_proj.bias.data.mul_(200)
+    return model
+
+
+@pytest.fixture(params=["model", "biased"])
+def any_model(request):
+    return request.getfixturevalue(request.param)
 
 
 def cache_over(model, policy="streaming", **options):
@@ -63,12 +78,13 @@ def exact_tokens(entry_format, steps):
 class CodedAttention:
     """Attention under a mask per KV head, over keys and values that a query sees exactly or as their codes say."""
 
-    def __init__(self, visible, exact, entry_format):
+    def __init__(self, visible, exact, entry_format, centre):
         self.visible, self.exact, self.format = visible, exact, entry_format
+        self.centre = None if centre is None else centre[:, None]
 
     def __call__(self, call):
         group = call.query.shape[1] // call.key.shape[1]
-        coded = [self.format.decode(self.format.encode(x), x.dtype) for x in (call.key, call.value)]
+        coded = rounded(call.key, self.format, self.centre), rounded(call.value, self.format)
         visible = self.visible.repeat_interleave(group, 0)
         scores = [call.query @ k.repeat_interleave(group, 1).transpose(-1, -2) for k in (call.key, coded[0])]
         logits = torch.where(self.exact, *scores) * call.options["scaling"]
@@ -80,8 +96,8 @@ class CodedAttention:
 
 @pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK, EntryFormat(4)])
 @torch.no_grad()
-def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(model, entry_format):
-    model = copy.deepcopy(model).double()  # else a last bit of a key changes its code
+def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(any_model, entry_format):
+    model = copy.deepcopy(any_model).double()  # else a last bit of a key changes its code
     spec, ids = ModelSpec.from_config(model.config), tiny_ids(sum(STEPS))
     table = ragged_table(spec, 36, 60)
     plan = BudgetPlan.from_capacities(spec, table, context_length=sum(STEPS))
@@ -90,8 +106,9 @@ def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(model, entr
     )
     found = stepped_logits(model, ids, cache, list(STEPS))
     visible, exact = visible_tokens(table, SINKS, STEPS), exact_tokens(entry_format, STEPS)
+    centres = key_centres(model, spec)
     handlers = {
-        module: CodedAttention(visible[row], exact, entry_format)
+        module: CodedAttention(visible[row], exact, entry_format, centres[row])
         for row, (module, _) in enumerate(attention_modules(model, list(spec.budgeted_layers)))
     }
     with intercepted(model, handlers):
@@ -102,9 +119,9 @@ def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(model, entr
 
 @pytest.mark.parametrize("prefill", [0, 50])
 @pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK])
-def test_one_forward_is_decoding_token_by_token(model, entry_format, prefill):
+def test_one_forward_is_decoding_token_by_token(any_model, entry_format, prefill):
     """The window probe's loss is that of a cache under the same format."""
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(any_model).double()
     spec, ids = ModelSpec.from_config(model.config), tiny_ids(110)
     table = ragged_table(spec, 36, 60)
     probe = TransformersProbe(model, ids, prefill_length=prefill, entry_format=entry_format)
@@ -185,8 +202,8 @@ def test_formats_of_methods():
 
 
 @pytest.mark.parametrize(("name", "policy"), [("int8", "streaming"), ("int4", "h2o"), ("int4", "keydiff")])
-def test_a_saved_cache_goes_on_as_it_was(model, name, policy, tmp_path):
-    ids = tiny_ids(140)
+def test_a_saved_cache_goes_on_as_it_was(any_model, name, policy, tmp_path):
+    model, ids = any_model, tiny_ids(140)
     cache = cache_over(model, policy, format=name)
     stepped_logits(model, ids[:, :90], cache, [70, *[1] * 20])
     copy = cache.fork()
@@ -216,12 +233,13 @@ def test_a_replayed_token_is_the_one_without_a_graph(model, name, policy, monkey
 
 
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
-def test_a_token_may_attend_to_the_codes(model, policy, monkeypatch):
+def test_a_token_may_attend_to_the_codes(any_model, policy, monkeypatch):
     """As on a GPU, where the kernel reads codes."""
     ids, logits = tiny_ids(110), []
     for reads in (False, True):
         monkeypatch.setattr(EncodedArena, "reads_codes", reads)
-        logits.append(stepped_logits(model, ids, cache_over(model, policy, format="int8"), [60, *[1] * 50]))
+        cache = cache_over(any_model, policy, format="int8")
+        logits.append(stepped_logits(any_model, ids, cache, [60, *[1] * 50]))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 

@@ -88,6 +88,21 @@ def test_each_sequence_is_as_alone_under_a_format(policy, entry_format, model, m
     assert runner.cache.replays.mode == "graph"
 
 
+def test_keys_that_are_encoded_less_a_centre(monkeypatch):
+    if DEVICE == "cpu":
+        record_on_cpu(monkeypatch)
+    model = tiny_model("Qwen2").to(DEVICE)
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            parameter.data.mul_(100)
+    runner = kvpolicy.SlotRunner(model, cache_over(model, format="int8"), slots=2, tokens=70)
+    found = {runner.admit(prompt(length), 15): [] for length in (40, 25)}
+    while runner.running or runner.waiting:
+        for number, token in runner.step().items():
+            found[number].append(token)
+    assert [*found.values()] == [alone(model, prompt(length), 15, format="int8") for length in (40, 25)]
+
+
 def test_released_sequences_make_room(model):
     runner = kvpolicy.SlotRunner(model, cache_over(model), slots=2, tokens=60)
     first, second, third = (runner.admit(prompt(40), 20) for _ in range(3))

@@ -35,11 +35,13 @@ def made(entry_format, dims, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("with_copies", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("entry_format", [INT4, INT8, EntryFormat(4)], ids=str)
 @pytest.mark.parametrize("dims", [(32, 16), (80, 64)], ids=str)
 @backends
-def test_a_token(backend, dims, entry_format, with_copies):
+def test_a_token(backend, dims, entry_format, centred, with_copies):
     """Of a sink, of a token in the ring, and of one behind its end; entries that are not contiguous."""
+    centre = 50 * torch.randn(HEADS, dims[0], device=DEVICE) if centred else None
     key, value = (torch.randn(BATCH, 1, HEADS, 2 * dim, device=DEVICE)[..., :dim].transpose(1, 2) for dim in dims)
     columns, arenas, copies = made(entry_format, dims)
     rows = torch.tensor([3, 30, 9, 0, 17, 39], device=DEVICE)
@@ -47,11 +49,12 @@ def test_a_token(backend, dims, entry_format, with_copies):
     numbers = [positions, torch.full((BATCH * HEADS,), 0.5, device=DEVICE)]
     append_encoded(
         columns, rows, [key, value], entry_format, positions=positions, arenas=arenas, numbers=numbers,
-        copies=copies if with_copies else None, backend=backend,
+        copies=copies if with_copies else None, key_centre=centre, backend=backend,
     )  # fmt: skip
     others = torch.ones(ROWS, dtype=torch.bool, device=DEVICE)
     others[rows] = False
-    for column, expected in zip(columns, encode([key, value], entry_format, backend=backend), strict=True):
+    encoded_key = key if centre is None else key - centre[:, None]
+    for column, expected in zip(columns, encode([encoded_key, value], entry_format, backend=backend), strict=True):
         assert torch.equal(column.codes[rows], expected.codes.flatten(0, 2))
         assert torch.equal(column.scales[rows], expected.scales.flatten(0, 2))
         assert (column.codes[others] == 77).all()
@@ -92,3 +95,5 @@ def test_what_does_not_fit_is_refused():
         append_encoded(columns, rows, entries, INT4, positions=rows, arenas=arenas[:1])
     with pytest.raises(ValueError, match=r"2 rows of 8 words need an entry of 2 rows, got \[1, 2, 1, 16\]"):
         append_encoded(columns, rows, entries, INT8, positions=rows)
+    with pytest.raises(ValueError, match=r"expected a key_centre \[num_kv_heads, 16\] for 2 segments, got \[3, 16\]"):
+        append_encoded(columns, rows, entries, INT4, positions=rows, key_centre=torch.zeros(3, 16, device=DEVICE))

@@ -153,6 +153,21 @@ def test_exact_copies(backend, lengths, seen, num_sinks, n, dims, entry_format, 
     check(backend, query, segments, copies=copies, counted=counted, **extra)
 
 
+@pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
+@pytest.mark.parametrize("beside", ["nothing", "copies", "chunk"])
+@backends
+def test_key_centre(backend, beside, entry_format, poisoned):
+    """Scores are those of whole keys: beside exact ones, under a softcap, beside a sink."""
+    segments = replace(encoded([150, 13, 40, 90], 32, 16, entry_format), key_centre=3 * torch.randn(2, 32).to(DEVICE))
+    query, extra, counted = torch.randn(2, 6, 1, 32, device=DEVICE), {}, None
+    if beside == "copies":
+        extra["copies"], counted = copies_of(segments, 2, 4, 9, [300, 200], (32, 16))
+    if beside == "chunk":
+        extra["chunk"] = Chunk(*(torch.randn(2, 2, 5, dim, device=DEVICE) for dim in (32, 16)))
+    check(backend, query, segments, counted=counted, **extra)
+    check(backend, query, segments, counted=counted, softcap=5.0, sink_logits=torch.ones(6, device=DEVICE), **extra)
+
+
 @backends
 def test_mass_of_a_power_of_copies(backend):
     segments = encoded([40, 13], 16, 16, INT4)
@@ -253,6 +268,10 @@ def test_what_does_not_fit_is_refused():
         encoded_attention(query, replace(segments, starts=segments.starts + 20))
     with pytest.raises(ValueError, match=r"need a plan whose pieces are \[2, 2\], got \[3, 2\]"):
         encoded_attention(query, segments, plan=plan_work(torch.tensor([1, 2, 3])))
+    with pytest.raises(
+        ValueError, match=r"a contiguous key_centre \[2, 32\] of torch.float32, got \[2, 16\] of torch.f"
+    ):
+        encoded_attention(query, replace(segments, key_centre=torch.zeros(2, 16, device=DEVICE)))
     copies, _ = copies_of(segments, 1, 1, 2, [9], (32, 16))
     with pytest.raises(ValueError, match=r"expected copies .* with less than 3 sinks, got .* with 3"):
         encoded_attention(query, segments, copies=replace(copies, num_sinks=3))

@@ -30,7 +30,7 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
         "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
         "BLOCK_W": kernels.plane_block(dim, planes), "BLOCK_WV": kernels.plane_block(dim, planes), "EARLY": arch >= 90,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "ROOMY": True,
-        "HIDES": "HIDES" in variants, **config,
+        "HIDES": "HIDES" in variants, "CENTRED": "CENTRED" in variants, **config,
         **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
@@ -68,7 +68,7 @@ REST = [
     ids=str,
 )
 def test_attention_compiles(name, dtype, dim, arch):
-    kernel = compile_attend(name, dtype, dim, arch, "LSE", "HIDES")
+    kernel = compile_attend(name, dtype, dim, arch, "LSE", "HIDES", "CENTRED")
     assert "mma" in kernel.ptx, "the products must run on tensor cores"
     assert kernel.shared * (PROGRAMS_PER_SM if dim <= 128 else 7) <= SHARED_MEMORY[arch]  # side by side
     assert dim == 80 or re.search(WIDE_LOAD, kernel.ptx)
@@ -78,7 +78,9 @@ def test_attention_compiles(name, dtype, dim, arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE", "HIDES"), ("LSE",)], ids=str)
+@pytest.mark.parametrize(
+    "variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE", "HIDES", "CENTRED"), ("LSE",)], ids=str
+)
 @pytest.mark.parametrize("rows", [4, 32])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_variants_compile(name, rows, variants):
@@ -99,11 +101,12 @@ def test_turn_compiles(dim, arch):
     config = turn_config(torch.bfloat16, dim)
     warps = config.pop("num_warps")
     constants = {
-        "D": dim, "PLANES": 4, "TURN_SCALE": 0.125, "BLOCK_C": 64, "ROTATED": True, "PACKED": True, "HIDES": True,
-        "EARLY": arch >= 90, "PRECISION": "tf32", **config,
+        "D": dim, "PLANES": 4, "TURN_SCALE": 0.125, "BLOCK_C": 64, "ROTATED": True, "CENTRED": True, "PACKED": True,
+        "HIDES": True, "EARLY": arch >= 90, "PRECISION": "tf32", **config,
     }  # fmt: skip
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in _turn_kernel.arg_names}
-    types |= {"q_ptr": "*bf16", "turn_ptr": "*i8", "out_ptr": "*fp16", "sums_ptr": "*fp32", "scale_log2": "fp32"}
+    types |= {"q_ptr": "*bf16", "turn_ptr": "*i8", "out_ptr": "*fp16", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("centre_ptr", "sums_ptr"), "*fp32")
     aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
     assert compiled(_turn_kernel, arch, constants, types, aligned, warps, 3).spilled == 0
 

@@ -17,13 +17,14 @@ from kvpolicy_kernels.segments import ExactCopies
 
 @triton.jit
 def _append_encoded_kernel(
-    rows_ptr, positions_ptr, entry_ptrs, turn_ptrs, word_ptrs, scale_ptrs, arena_ptrs, number_ptrs, copy_ptrs,
-    copied_ptr, count, heads, slots, num_sinks,
+    rows_ptr, positions_ptr, entry_ptrs, centre_ptr, turn_ptrs, word_ptrs, scale_ptrs, arena_ptrs, number_ptrs,
+    copy_ptrs, copied_ptr, count, heads, centres, slots, num_sinks,
     DIMS: tl.constexpr, TURN_SCALES: tl.constexpr, BLOCK_R: tl.constexpr, PLANES: tl.constexpr,
-    ROTATED: tl.constexpr, HAS_COPIES: tl.constexpr, PRECISION: tl.constexpr,
+    ROTATED: tl.constexpr, CENTRED: tl.constexpr, HAS_COPIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i_r, i) takes BLOCK_R segments; i is 0 for keys, and for what is not a column, and 1 for values.
 
+    centre: float32 [centres, D], of the keys
     entries: [count, D], contiguous;  copies: [B, heads, slots, D];  copied: int32 [B, slots], their positions
     """
     o_r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -40,8 +41,9 @@ def _append_encoded_kernel(
         if tl.program_id(1) == i:
             entry_rows = entry_ptrs[i] + o_r * DIMS[i]
             word, step, zero = encoded_rows(
-                entry_rows, turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED, PRECISION
-            )
+                entry_rows, centre_ptr + o_r % centres * DIMS[i], turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i],
+                ROTATED, CENTRED and i == 0, PRECISION,
+            )  # fmt: skip
             store_encoded(word_ptrs[i], scale_ptrs[i], b_row, m_row, word, step, zero, DIMS[i] // PLANES)
             if HAS_COPIES:
                 o_d = tl.arange(0, triton.next_power_of_2(DIMS[i]))
@@ -70,19 +72,21 @@ def triton_append_encoded(
     numbers: Sequence[Tensor],
     positions: Tensor,
     copies: ExactCopies | None,
+    key_centre: Tensor | None,
 ) -> None:
     """Arguments as in `append_encoded`."""
     flat = [entry.reshape(len(rows), -1).contiguous() for entry in entries]
     dims, config = tuple(entry.shape[1] for entry in flat), launch_config()
     _append_encoded_kernel[(triton.cdiv(len(rows), config["BLOCK_R"]), 2)](
-        rows.contiguous(), positions.contiguous(), tuple(flat),
+        rows.contiguous(), positions.contiguous(), tuple(flat), rows if key_centre is None else key_centre.contiguous(),
         tuple(signed_hadamard(dim, rows.device) for dim in dims),
         tuple(column.codes for column in columns), tuple(column.scales for column in columns),
         tuple(arenas), tuple(number.contiguous() for number in numbers),
         () if copies is None else (copies.key, copies.value), None if copies is None else copies.positions,
-        len(rows), 1 if copies is None else copies.key.shape[1], 1 if copies is None else copies.key.shape[2],
+        len(rows), 1 if copies is None else copies.key.shape[1],
+        1 if key_centre is None else len(key_centre), 1 if copies is None else copies.key.shape[2],
         0 if copies is None else copies.num_sinks, DIMS=dims,
         TURN_SCALES=tuple(block_of(dim) ** -0.5 for dim in dims), PLANES=entry_format.codes_in_word,
-        ROTATED=entry_format.rotated, HAS_COPIES=copies is not None,
+        ROTATED=entry_format.rotated, CENTRED=key_centre is not None, HAS_COPIES=copies is not None,
         PRECISION="tf32x3" if flat[0].dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip

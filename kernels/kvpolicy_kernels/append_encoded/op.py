@@ -22,6 +22,7 @@ def append_encoded(
     arenas: Sequence[Tensor] = (),
     numbers: Sequence[Tensor] = (),
     copies: ExactCopies | None = None,
+    key_centre: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """`encode` and `append` of a token in one launch, with what is known of it besides, and its exact copy.
@@ -32,6 +33,7 @@ def append_encoded(
     arenas, numbers: each [R], and [S] what is written into it
     positions: int64 [S], of the token in each sequence, which says where its copy goes
     copies:  get the entry as it is; their `of_rows` is not looked at
+    key_centre: float32 [num_kv_heads, D], what keys are encoded less of
     backend: "auto" is Triton on CUDA and torch elsewhere
 
     Raises `ValueError` for shapes and counts that do not fit, and for a backend that cannot run here.
@@ -50,8 +52,15 @@ def append_encoded(
                 f"append_encoded: {count} rows of {width} words need an entry of {count} rows, got {list(entry.shape)} "
                 f"for codes {list(column.codes.shape)}"
             )
+    if key_centre is not None and (
+        key_centre.dim() != 2 or count % len(key_centre) or key_centre.shape[1] != entries[0].shape[-1]
+    ):
+        raise ValueError(
+            f"append_encoded: expected a key_centre [num_kv_heads, {entries[0].shape[-1]}] for {count} segments, got "
+            f"{list(key_centre.shape)}"
+        )
     beyond = "rows of 16 bits are not encoded" if entry_format.bits == 16 else None
-    arguments = (columns, rows, entries, entry_format, arenas, numbers, positions, copies)
+    arguments = (columns, rows, entries, entry_format, arenas, numbers, positions, copies, key_centre)
     if not uses_triton("append_encoded", backend, rows, beyond):
         return reference_append_encoded(*arguments)
     from kvpolicy_kernels.append_encoded.kernel import triton_append_encoded

@@ -21,9 +21,13 @@ def reference_append_encoded(
     numbers: Sequence[Tensor],
     positions: Tensor,
     copies: ExactCopies | None,
+    key_centre: Tensor | None,
 ) -> None:
     """Arguments as in `append_encoded`."""
-    codes = [part for pair in encode(entries, entry_format) for part in pair]
+    key, value = entries
+    if key_centre is not None:
+        key = key.float().view(-1, *key_centre.shape) - key_centre
+    codes = [part for pair in encode([key, value], entry_format) for part in pair]
     append([*(part for pair in columns for part in pair), *arenas], rows, [*codes, *numbers])
     if copies is None:
         return

@@ -18,11 +18,13 @@ TO_NEAREST = tl.constexpr(1.5 * 2.0**23)  # what is added to it loses its fracti
 
 @triton.jit
 def plane_of_rows(
-    row_ptrs, turn_ptr, m_m, PLANE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr, TURN_SCALE: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
+    row_ptrs, centre_ptrs, turn_ptr, m_m, PLANE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TURN_SCALE: tl.constexpr, ROTATED: tl.constexpr,
+    CENTRED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, BLOCK_W], the channels of a plane, rotated or not. row_ptrs: [BLOCK_M], of contiguous rows
 
+    centre: likewise, float32, of what rows are taken less of where they are CENTRED
     turn: int8 [D, D], `signed_hadamard`, which TURN_SCALE makes a rotation
     """
     o_w = tl.arange(0, BLOCK_W)
@@ -34,15 +36,19 @@ def plane_of_rows(
             o_d = first + tl.arange(0, STEP)
             m_d = o_d < D
             # [BLOCK_M, STEP] and [STEP, BLOCK_W]
-            b_row = tl.load(row_ptrs[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+            m_row = m_m[:, None] & m_d[None, :]
+            b_row = tl.load(row_ptrs[:, None] + o_d[None, :], mask=m_row, other=0.0)
+            if CENTRED:
+                b_row = b_row.to(tl.float32) - tl.load(centre_ptrs[:, None] + o_d[None, :], mask=m_row, other=0.0)
             b_turn = tl.load(turn_ptr + o_d[:, None] * D + (PLANE * W + o_w)[None, :], mask=m_d[:, None] & m_w, other=0)
             b_sum = tl.dot(b_row, b_turn.to(b_row.dtype), b_sum, input_precision=PRECISION)
         b_plane = b_sum * TURN_SCALE
     else:
         # [BLOCK_M, BLOCK_W]
-        b_plane = tl.load(
-            row_ptrs[:, None] + (PLANE * W + o_w)[None, :], mask=m_m[:, None] & m_w, other=0.0
-        ).to(tl.float32)  # fmt: skip
+        o_c = (PLANE * W + o_w)[None, :]
+        b_plane = tl.load(row_ptrs[:, None] + o_c, mask=m_m[:, None] & m_w, other=0.0).to(tl.float32)
+        if CENTRED:
+            b_plane -= tl.load(centre_ptrs[:, None] + o_c, mask=m_m[:, None] & m_w, other=0.0)
     return b_plane
 
 
@@ -65,16 +71,18 @@ def _codes(b_row, step, zero, LEVELS: tl.constexpr):
 
 @triton.jit
 def encoded_rows(
-    row_ptrs, turn_ptr, m_r, D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr, ROTATED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    row_ptrs, centre_ptrs, turn_ptr, m_r, D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr,
+    ROTATED: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Words int32 [BLOCK_R, BLOCK_W], steps and zeros. row_ptrs: [BLOCK_R], of contiguous rows"""
+    """Words int32 [BLOCK_R, BLOCK_W], steps and zeros. Pointers as in `plane_of_rows`"""
     W: tl.constexpr = D // PLANES
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BITS: tl.constexpr = 16 // PLANES
     LEVELS: tl.constexpr = 2**BITS - 1
     if D == BLOCK_D:  # planes are parts of one tile
-        b_row = plane_of_rows(row_ptrs, turn_ptr, m_r, 0, D, D, D, D, TURN_SCALE, ROTATED, PRECISION)
+        b_row = plane_of_rows(
+            row_ptrs, centre_ptrs, turn_ptr, m_r, 0, D, D, D, D, TURN_SCALE, ROTATED, CENTRED, PRECISION
+        )
         step, zero = _scales(tl.min(b_row, 1), tl.max(b_row, 1), LEVELS)
         code = _codes(b_row, step, zero, LEVELS) << (tl.arange(0, D) // W * BITS)[None, :]
         word = tl.sum(tl.reshape(code, [row_ptrs.shape[0], PLANES, W]), 1)
@@ -84,13 +92,17 @@ def encoded_rows(
         low = tl.full(row_ptrs.shape, float("inf"), dtype=tl.float32)
         high = tl.full(row_ptrs.shape, float("-inf"), dtype=tl.float32)
         for j in tl.static_range(PLANES):
-            b_plane = plane_of_rows(row_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION)
+            b_plane = plane_of_rows(
+                row_ptrs, centre_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, CENTRED, PRECISION
+            )
             low = tl.minimum(low, tl.min(tl.where(m_w, b_plane, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(m_w, b_plane, float("-inf")), 1))
         step, zero = _scales(low, high, LEVELS)
         word = tl.zeros([row_ptrs.shape[0], BLOCK_W], dtype=tl.int32)
         for j in tl.static_range(PLANES):  # once more: they are in the L1 cache, and would be many registers
-            b_plane = plane_of_rows(row_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, PRECISION)
+            b_plane = plane_of_rows(
+                row_ptrs, centre_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, CENTRED, PRECISION
+            )
             word = word | (_codes(b_plane, step, zero, LEVELS) << (BITS * j))
     return word, step, zero
 
@@ -121,7 +133,7 @@ def _encode_kernel(
         if tl.program_id(1) == i:
             m_r = o_r < counts[i]
             word, step, zero = encoded_rows(
-                row_ptrs[i] + o_r * DIMS[i], turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED,
+                row_ptrs[i] + o_r * DIMS[i], o_r, turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED, False,
                 "tf32x3" if SINGLES[i] else "tf32",  # 16 bits and signs are exact in tf32
             )  # fmt: skip
             store_encoded(word_ptrs[i], scale_ptrs[i], o_r, m_r, word, step, zero, DIMS[i] // PLANES)

@@ -6,10 +6,11 @@ tiles of entries through products whose rows are entries, or channels of values,
 queries fill those, nothing is shared between warps, and no warp waits for another.
 
 The code of a key takes part in a product as a number a fixed offset above it, which is the mantissa that it becomes by
-one instruction; `turn` works out what the offsets add up to. That of a value does as `code - CENTRE`, because sums over
+one instruction; `turn` works out what the offsets add up to. That of a value does as `code - MIDDLE`, because sums over
 many entries would lose digits beside an offset; zeros move by as much. So a score is `step * (q . number - offsets) +
 zero * sum(q)`, and the result is the sum of `weight . number` and of `p * zero`, with `weight = p * step`. fp16 has a
 short range: rows of queries are divided by their largest number, and exponents are counted from the largest weight.
+Where keys were encoded less a centre, a score besides has `q . centre`, which `turn` works out, too.
 """
 
 from __future__ import annotations
@@ -45,17 +46,20 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 @triton.jit
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-    b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs, m_logits,
-    HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_centre, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs, m_logits,
+    CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q_offset, q_sum, row_scale: [BLOCK_M], see `turn`;  seen: bool [BLOCK_N]. Scales of what is not may be NaN."""
-    CENTRE: tl.constexpr = 2 ** (16 // PLANES - 1)
+    """q_offset, q_sum, row_scale, q_centre: [BLOCK_M], see `turn`
+
+    seen: bool [BLOCK_N]; scales of what is not may be NaN
+    """
+    MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
     dtype: tl.constexpr = q0.dtype
     k_step, k_zero = step_and_zero(tl.where(seen, b_ks, 0))
     v_step, v_zero = step_and_zero(tl.where(seen, b_vs, 0))
     bias = tl.where(seen, 0.0, float("-inf"))[:, None]
-    v_zero += CENTRE * v_step
+    v_zero += MIDDLE * v_step
     # [BLOCK_N, BLOCK_M]
     scores = tl.broadcast_to(-q_offset[None, :], [b_ks.shape[0], q_offset.shape[0]])
     scores = tl.dot(key_numbers(b_kw, 0, PLANES, PACKED, dtype), q0, scores, input_precision=PRECISION)
@@ -64,6 +68,8 @@ def _attend_codes(
         scores = tl.dot(key_numbers(b_kw, 2, PLANES, PACKED, dtype), q2, scores, input_precision=PRECISION)
         scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
     scores = (scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]) * row_scale[None, :]
+    if CENTRED:
+        scores += q_centre[None, :]
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32)
     scores += bias
@@ -124,8 +130,9 @@ def _attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr,
-    ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_kernel` of `attention`, without a chunk; what it finds is in the basis in which values are encoded.
 
@@ -168,9 +175,12 @@ def _attend_kernel(
         if PLANES == 4:
             q2 = tl.load(q_ptrs + 2 * W, mask=m_q, other=0.0)
             q3 = tl.load(q_ptrs + 3 * W, mask=m_q, other=0.0)
-        q_offset = tl.load(sums_ptr + q_rows * 3, mask=m_m, other=0.0)
-        q_sum = tl.load(sums_ptr + q_rows * 3 + 1, mask=m_m, other=0.0)
-        row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
+        q_offset = tl.load(sums_ptr + q_rows * 4, mask=m_m, other=0.0)
+        q_sum = tl.load(sums_ptr + q_rows * 4 + 1, mask=m_m, other=0.0)
+        row_scale = tl.load(sums_ptr + q_rows * 4 + 2, mask=m_m, other=1.0)
+        q_centre = q_sum
+        if CENTRED:
+            q_centre = tl.load(sums_ptr + q_rows * 4 + 3, mask=m_m, other=0.0)
         span = 0
         if HIDES:  # positions between the sinks and the last ones
             span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)
@@ -215,8 +225,8 @@ def _attend_kernel(
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :],
-                HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED, PRECISION,
+                q_centre, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs,
+                m_own[:, None] & m_m[None, :], CENTRED, HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED, PRECISION,
             )  # fmt: skip
         # a query that has seen nothing gets zeros, and -inf
         safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -341,8 +351,9 @@ def triton_encoded_attention(
     config = launch_config(query.dtype, widest, planes, rows)
     early, packed = at_least_hopper(query.device), query.dtype != single and not interpreted()
     turned_query, sums, since = turned(
-        query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed, copies=copies, early=early
-    )
+        query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed,
+        centre=segments.key_centre, copies=copies, early=early,
+    )  # fmt: skip
     positions = None if copies is None else copies.of_rows
     num_sinks = 0 if copies is None else copies.num_sinks
     _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
@@ -355,8 +366,8 @@ def triton_encoded_attention(
         VW_ROW=value_words.stride(0), VS_ROW=value_scales.stride(0) // 2,
         UNIT=plan.unit, PLANES=planes, PACKED=packed,
         BLOCK_W=plane_block(dim, planes), BLOCK_WV=plane_block(value_dim, planes),
-        HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass,
-        HAS_LSE=lse is not None, ROOMY=len(key_words) >= config["BLOCK_N"],
+        CENTRED=segments.key_centre is not None, HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None,
+        HAS_LOGITS=with_mass, HAS_LSE=lse is not None, ROOMY=len(key_words) >= config["BLOCK_N"],
         HIDES=copies is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,

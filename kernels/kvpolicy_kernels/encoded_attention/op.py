@@ -44,6 +44,12 @@ def encoded_attention(
     num_kv_heads = check_tables(
         "encoded_attention", query, value_dim, segments.starts, segments.lengths, chunk, sink_logits
     )
+    centre, expected = segments.key_centre, (num_kv_heads, query.shape[-1])
+    if centre is not None and (centre.shape != expected or centre.dtype != torch.float32 or not centre.is_contiguous()):
+        raise ValueError(
+            f"encoded_attention: expected a contiguous key_centre {list(expected)} of torch.float32, got "
+            f"{list(centre.shape)} of {centre.dtype}"
+        )
     if plan is not None and plan.pieces.shape != (len(segments), 2):
         raise ValueError(
             f"encoded_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.formats import EntryFormat, rounded
 from kvpolicy_kernels.window_attention.cpu import BLOCK, Attend
 
 _BLOCKS = {"cpu": BLOCK, "cuda": 1024}
@@ -26,6 +26,7 @@ def coded_window_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     prefill_length: int = 0,
+    key_centre: Tensor | None = None,
 ) -> Tensor:
     """What each token would see if it were decoded with a cache of `capacities[h]` entries in this format.
 
@@ -34,10 +35,12 @@ def coded_window_attention(
     Queries before `prefill_length` attend densely, to what is not encoded yet.
 
     capacities: each at least `num_sink_tokens + exact_recent`
+    key_centre: float32 [num_kv_heads, D], what a format that is centred encodes keys less of
     """
     group = query.shape[1] // key.shape[1]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    exact, coded = (key, value), [entry_format.decode(entry_format.encode(x), x.dtype) for x in (key, value)]
+    centre = None if key_centre is None else key_centre[:, None]
+    exact, coded = (key, value), (rounded(key, entry_format, centre), rounded(value, entry_format))
     for head, capacity in enumerate(capacities):
         heads, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
         sinks = None if sink_logits is None else sink_logits[heads]

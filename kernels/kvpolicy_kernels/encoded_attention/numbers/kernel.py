@@ -41,9 +41,9 @@ def key_numbers(b_word, PLANE: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.co
 
 @triton.jit
 def value_numbers(b_word, PLANE: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr):
-    """Of a plane, the codes less CENTRE."""
+    """Of a plane, the codes less MIDDLE."""
     BITS: tl.constexpr = 16 // PLANES
-    CENTRE: tl.constexpr = 2 ** (BITS - 1)
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     numbers = key_numbers(b_word, PLANE, PLANES, PACKED, dtype)
     if PACKED:
         ABOVE: tl.constexpr = 0x64806480 if PLANES == 2 else 0x64086408 if PLANE % 2 == 0 else 0x54805480
@@ -52,7 +52,7 @@ def value_numbers(b_word, PLANE: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.
             "=r,r", [numbers], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        numbers = numbers - CENTRE
+        numbers = numbers - MIDDLE
     return numbers
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.formats import rounded as rounded_rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -47,6 +48,7 @@ class BiasedAttention:
     prefill_length: queries at the start that attend densely, through the model's own attention
     entry_format:   of the entries; None leaves keys and values as they are. Gradients pass by the rounding
     is_exact:       what a query sees as it came under a format
+    key_centre:     [H, D], of its keys
     """
 
     def __init__(
@@ -58,17 +60,18 @@ class BiasedAttention:
         prefill_length: int,
         entry_format: EntryFormat | None = None,
         is_exact: IsExact | None = None,
+        key_centre: Tensor | None = None,
     ) -> None:
         self.module, self.spec, self.layer, self.bias = module, spec, layer, bias
         self.prefill_length, self.entry_format, self.is_exact = prefill_length, entry_format, is_exact
-        self.calls = 0
+        self.key_centre, self.calls = key_centre, 0
 
     def __call__(self, call: AttentionCall) -> Answer:
         check_heads(call, self.spec)
         self.calls += 1
         query, entries = call.query, [call.key, call.value]
         if self.entry_format is not None:
-            entries += [rounded(x, self.entry_format) for x in entries]
+            entries += [rounded(call.key, self.entry_format, self.key_centre), rounded(call.value, self.entry_format)]
         # of the call the scoring alone: a block lives until its backward, and would keep all that a call holds
         first, block = min(self.prefill_length, query.shape[2]), partial(self._block, scoring=call.scoring)
         out = [call.stock()[0][:, :first].transpose(1, 2)] if first else []
@@ -149,10 +152,13 @@ def _attention(
     return weights @ value
 
 
-def rounded(rows: Tensor, entry_format: EntryFormat) -> Tensor:
-    """Rows as their codes say them; the gradient is that of the rows."""
+def rounded(rows: Tensor, entry_format: EntryFormat, centre: Tensor | None = None) -> Tensor:
+    """Rows as their codes say them; the gradient is that of the rows.
+
+    rows: [..., H, n, D];  centre: [H, D], of keys
+    """
     with torch.no_grad():
-        error = entry_format.decode(entry_format.encode(rows), rows.dtype) - rows
+        error = rounded_rows(rows, entry_format, None if centre is None else centre[:, None]) - rows
     return rows + error
 
 

@@ -22,6 +22,7 @@ from kvpolicy.defaults import MIN_TOKENS
 from kvpolicy.errors import BudgetError, ModelError
 from kvpolicy.integrations.transformers.attention.attachment import attach, attachment_of
 from kvpolicy.integrations.transformers.attention.exchange import text_config
+from kvpolicy.integrations.transformers.attention.key_centre import key_centres
 from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES, prepare, watch_inputs
 from kvpolicy.integrations.transformers.cache.model_state import ModelState
 from kvpolicy.integrations.transformers.cache.parallel import rank_and_size
@@ -146,6 +147,8 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     if recipe.splitter is not None and schedule.evicts:
         split = RuntimeSplit(recipe.splitter, schedule, recipe.least_entries)
 
+    centres = None if recipe.entry_format is None else key_centres(model, spec)
+
     def make_store(batch_size: int, num_heads: int) -> RaggedStore:
         if num_heads * size != spec.num_kv_heads:
             raise ModelError(
@@ -163,6 +166,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
             heads=None if size == 1 else (rank * num_heads, num_heads),
             supplied=RUN_SOURCES,
             entry_format=recipe.entry_format,
+            key_centres=centres,
         )
 
     check_devices(model, spec)

@@ -156,7 +156,7 @@ def _read_plugin(role: Literal["policy", "allocator"], fields: Fields) -> Evicti
 
 
 def _format_json(own: EntryFormat) -> dict[str, Any]:
-    document = {"bits": own.bits, "rotated": own.rotated, "exact_recent": own.exact_recent}
+    document = {"bits": own.bits, "rotated": own.rotated, "centred": own.centred, "exact_recent": own.exact_recent}
     return document if own.key_channels == 1 else document | {"key_channels": own.key_channels}
 
 
@@ -175,6 +175,7 @@ def _read_format(fields: Fields) -> EntryFormat:
     return EntryFormat(
         bits=fields.read("bits", whole, 1),
         rotated=fields.read("rotated", flag),
+        centred=fields.has("centred") and fields.read("centred", flag),  # files from before keys had a centre
         exact_recent=fields.read("exact_recent", whole, 0),
         key_channels=fields.read("key_channels", number) if fields.has("key_channels") else 1.0,
     )

@@ -14,6 +14,7 @@ from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
 from kvpolicy.errors import BudgetError, ModelError
+from kvpolicy.integrations.transformers.attention.key_centre import key_centres
 from kvpolicy.integrations.transformers.attention.row_rotation import long_rotations, rows_alone
 from kvpolicy.integrations.transformers.attention.sources import RUN_SOURCES
 from kvpolicy.integrations.transformers.cache.build import cache_of, schedule_of
@@ -91,6 +92,7 @@ class SlotRunner:
             dtype=model.dtype,
             supplied=RUN_SOURCES,
             entry_format=recipe.entry_format,
+            key_centres=None if recipe.entry_format is None else key_centres(model, cache.spec),
         )
         self.cache = cache_of(model, recipe)
         self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)

@@ -28,6 +28,7 @@ from kvpolicy.errors import BudgetError, ModelError, PluginError
 from kvpolicy.integrations.transformers.attention.attention_call import Handler
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules, decoder_layers
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
+from kvpolicy.integrations.transformers.attention.key_centre import key_centres
 from kvpolicy.integrations.transformers.attention.observe import SUPPLIED, LayerObserver
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary
 from kvpolicy.integrations.transformers.attention.soft_attention import BiasedAttention, PositionBias, biased
@@ -261,8 +262,9 @@ class SequenceProbe(ModelProbe):
         if not 0 <= sequence < self.num_sequences:
             raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
         ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
+        centres = self._key_centres()
         handlers = [
-            WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit, self._is_exact)
+            WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit, self._is_exact, centres[row])
             for module, row in self._windowed
         ]
         with torch.enable_grad(), biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
@@ -271,6 +273,10 @@ class SequenceProbe(ModelProbe):
             loss = losses_from(logits, drawn).sum()
         self._check_reached([handler.calls for handler in handlers], 1)
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def _key_centres(self) -> list[Tensor | None]:
+        """As `key_centres`, of today's weights."""
+        return key_centres(self.model, self._spec)
 
     def _check_own_entries(self, what: str) -> None:
         if self.shared_layers:
@@ -293,11 +299,11 @@ class SequenceProbe(ModelProbe):
         def by_position(layer: int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
             return bias(layer, ranks(layer, q_pos, kv_pos))
 
-        handlers = []
+        handlers, length, centres = [], self.prefill_length, self._key_centres()
         for module, row in self._windowed:
             own = of_layer(self.entry_format, row)
             is_exact = None if own is None else partial(self._is_exact, recent=own.exact_recent)
-            handlers.append(BiasedAttention(module, self._spec, row, by_position, self.prefill_length, own, is_exact))
+            handlers.append(BiasedAttention(module, self._spec, row, by_position, length, own, is_exact, centres[row]))
         with biased(self.model, handlers, decoder_layers(self.model, self._modules[0][1])):
             loss = self.losses_of(ids).mean() if teacher is None else divergence(teacher, self.scored_logits(ids)[0])
         self._check_reached([handler.calls for handler in handlers], 1)

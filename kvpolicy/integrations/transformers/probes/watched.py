@@ -25,6 +25,7 @@ class WatchedAttention:
 
     ranks: by the positions of queries and keys;  first: the first query that a budget concerns
     is_exact: what a query sees as it came, of a format that leaves so many last tokens so
+    key_centre: [H, D], of its keys
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class WatchedAttention:
         first: int,
         visit: Visit,
         is_exact: Callable[[Tensor, Tensor, int], Tensor],
+        key_centre: Tensor | None,
     ) -> None:
         self.module, self.spec, self.layer, self.ranks = module, spec, layer, ranks
         self.first, self.visit, self.is_exact = first, visit, is_exact
-        self.calls = 0
+        self.key_centre, self.calls = key_centre, 0
 
     def __call__(self, call: AttentionCall) -> Answer:
         check_heads(call, self.spec)
@@ -56,7 +58,8 @@ class WatchedAttention:
                 if own is None:
                     raise PluginError("the model's dtype is no format that encodes: weights() has what there is")
                 exact = self.is_exact(rows, columns, own.exact_recent)
-                keys, values = ([x[:, :end], rounded(x[:, :end], own)] for x in (key, value))
+                keys = [key[:, :end], rounded(key[:, :end], own, self.key_centre)]
+                values = [value[:, :end], rounded(value[:, :end], own)]
                 weights = attention_weights(query[:, begin:end], keys[0], begin, scoring, (keys[1], exact))
                 gradients = gradient[0, begin:end].transpose(0, 1)
                 gradients = gradients.reshape(key.shape[0], -1, *gradients.shape[1:]).float()

@@ -61,7 +61,13 @@ class TransformersProbe(SequenceProbe):
     def filled(self, capacities: Tensor) -> RaggedStore:
         """A store under the window rule that has seen the first sequence. capacities: int `[L, H]`."""
         policy = registry.create("policy", "streaming", {"num_sink_tokens": self.num_sink_tokens})
-        store = RaggedStore(self.spec, Fixed(capacities), policy, entry_format=self.entry_format)
+        store = RaggedStore(
+            self.spec,
+            Fixed(capacities),
+            policy,
+            entry_format=self.entry_format,
+            key_centres=self._key_centres(),
+        )
 
         def fill(activations: LayerActivations) -> None:
             query, key, value = activations.queries, activations.keys, activations.values
@@ -75,7 +81,7 @@ class TransformersProbe(SequenceProbe):
         return forward
 
     def _batch_losses(self, index: int, ids: Tensor, capacities: Tensor) -> Tensor:
-        rows = capacities.tolist()
+        rows, centres = capacities.tolist(), self._key_centres()
         handlers = [
             _WindowAttention(
                 module,
@@ -84,6 +90,7 @@ class TransformersProbe(SequenceProbe):
                 self.num_sink_tokens,
                 self.prefill_length,
                 of_layer(self.entry_format, row),
+                centres[row],
             )
             for module, row in self._windowed
         ]
@@ -118,10 +125,11 @@ class _WindowAttention:
         num_sink_tokens: int,
         prefill_length: int,
         entry_format: EntryFormat | None,
+        key_centre: Tensor | None,
     ) -> None:
         self.module, self.spec, self.capacities = module, spec, capacities
         self.num_sink_tokens, self.prefill_length, self.entry_format = num_sink_tokens, prefill_length, entry_format
-        self.calls = 0
+        self.key_centre, self.calls = key_centre, 0
 
     def __call__(self, call: AttentionCall) -> Answer:
         check_heads(call, self.spec)
@@ -135,6 +143,7 @@ class _WindowAttention:
                 self.num_sink_tokens,
                 self.entry_format,
                 prefill_length=self.prefill_length,
+                key_centre=self.key_centre,
                 **call.scoring.options(),
             )
             return as_answer(out)
