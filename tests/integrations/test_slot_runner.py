@@ -91,16 +91,16 @@ def test_each_sequence_is_as_alone_under_a_format(policy, entry_format, model, m
 def test_keys_that_are_encoded_less_a_centre(monkeypatch):
     if DEVICE == "cpu":
         record_on_cpu(monkeypatch)
-    model = tiny_model("Qwen2").to(DEVICE)
+    model, own = tiny_model("Qwen2").to(DEVICE), EntryFormat(4, rotated=True, centred=True, exact_recent=5)
     for name, parameter in model.named_parameters():
         if name.endswith("k_proj.bias"):
             parameter.data.mul_(100)
-    runner = kvpolicy.SlotRunner(model, cache_over(model, format="int8"), slots=2, tokens=70)
+    runner = kvpolicy.SlotRunner(model, cache_over(model, format=own), slots=2, tokens=70)
     found = {runner.admit(prompt(length), 15): [] for length in (40, 25)}
     while runner.running or runner.waiting:
         for number, token in runner.step().items():
             found[number].append(token)
-    assert [*found.values()] == [alone(model, prompt(length), 15, format="int8") for length in (40, 25)]
+    assert [*found.values()] == [alone(model, prompt(length), 15, format=own) for length in (40, 25)]
 
 
 def test_released_sequences_make_room(model):
