@@ -64,7 +64,8 @@ def main() -> None:
         lines.append(
             {"format": name, "perplexity": round(float(losses.mean().exp()), 3),
              "kl": round(float(divergences.mean()), 5), "kl_low": round(low, 5), "kl_high": round(high, 5),
-             "n": len(losses), "prompt": options.prompt, "scored": options.behind, "model": Path(options.model).name, "dtype": options.dtype,
+             "n": len(losses), "prompt": options.prompt, "scored": options.behind,
+             "model": Path(options.model).name, "dtype": options.dtype,
              "texts": " ".join(Path(name).stem for name in options.text),
              **machine(options.device, "torch", "transformers"),
              "each_kl": " ".join(f"{kl:.5f}" for kl in divergences.tolist())}

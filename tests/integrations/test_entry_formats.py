@@ -78,7 +78,7 @@ def exact_tokens(entry_format, steps):
 class CodedAttention:
     """Attention under a mask per KV head, over keys and values that a query sees exactly or as their codes say."""
 
-    def __init__(self, visible, exact, entry_format, centre):
+    def __init__(self, visible, exact, entry_format, centre=None):
         self.visible, self.exact, self.format = visible, exact, entry_format
         self.centre = None if centre is None else centre[:, None]
 
