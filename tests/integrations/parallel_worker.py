@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+from kvpolicy_kernels.formats import EntryFormat
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -21,6 +22,7 @@ from tests.integrations.ragged_oracle import ragged_table
 from tests.tiny import over, tiny_ids
 
 RANKS, PROMPT, NEW, CONTEXT = 2, 40, 12, 60
+SMALL_BLOCK = EntryFormat(4, rotated=True, centred=True, exact_recent=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,9 @@ def run(folder, name, rank):
     with torch.no_grad():
         next_ids = found["growing"]["tokens"][:, -1:]
         found["went_on"] = [model(next_ids, **over(each)).logits for each in (growing, loaded)]
+    with torch.no_grad():  # Qwen2's keys have a bias, of which each process has its heads' part
+        coded = kvpolicy.new_cache(model, plan, context_length=CONTEXT, format=SMALL_BLOCK)
+        found["coded"] = [model(ids, **over(coded)).logits for ids in (tiny_ids(PROMPT), tiny_ids(5))]
     dist.barrier()
     other = folder / f"{name}.{1 - rank}.safetensors"
     found["refused"] = [

@@ -15,17 +15,21 @@ import kvpolicy
 from kvpolicy import BudgetPlan, ModelError, ModelSpec
 from kvpolicy.integrations.transformers.attention.masks import Seen, make_mask
 from kvpolicy.integrations.transformers.cache.placement import layer_devices
-from tests.integrations.parallel_worker import CONTEXT, NEW, PROMPT, RANKS, plan_of, seen_of
+from tests.integrations.parallel_worker import CONTEXT, NEW, PROMPT, RANKS, SMALL_BLOCK, plan_of, seen_of
 from tests.tiny import over, tiny_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
-SHARED = ["Llama", "Qwen3"]  # whose heads are split between the processes; Phi3 keeps them all in each
+SHARED = ["Llama", "Qwen3", "Qwen2"]  # whose heads are split between the processes; Phi3 keeps them all in each
 NAMES = [*SHARED, "Phi3"]
 
 
 def model_of(name):
     options = {"group": 1} if name == "Phi3" else {"group": 2, "num_kv_heads": 4}
-    return tiny_model(name, vocab_size=98, **options)
+    model = tiny_model(name, vocab_size=98, **options)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("k_proj.bias"):  # Qwen2's: far from zero, so that its centre matters
+            parameter.data.mul_(20)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,18 @@ def test_two_processes_generate_what_one_does(name, ranks, alone):
         torch.testing.assert_close(found["fixed"]["logits"], expected["logits"], rtol=0, atol=1e-4)
     full = alone(name, torch.full(spec.table_shape, CONTEXT))
     assert float((full["logits"] - expected["logits"]).abs().max()) > 1e-2, "what is evicted must matter"
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_codes_are_those_of_one_process(name, ranks):
+    model = model_of(name)
+    spec = ModelSpec.from_config(model.config)
+    plan = BudgetPlan.from_capacities(spec, plan_of(spec).capacities(CONTEXT, tp_size=RANKS), CONTEXT)
+    cache = kvpolicy.new_cache(model, plan, context_length=CONTEXT, format=SMALL_BLOCK)
+    with torch.no_grad():
+        expected = [model(ids, **over(cache)).logits for ids in (tiny_ids(PROMPT), tiny_ids(5))]
+    for found in ranks[name]:
+        torch.testing.assert_close(found["coded"], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -43,8 +43,10 @@ def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[Tensor | None]:
 
 
 def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
-    """[H, D]."""
+    """[H, D], of the KV heads held here."""
     bias = getattr(getattr(attention, "k_proj", None), "bias", None)
+    if hasattr(bias, "to_local"):  # under tensor parallelism
+        bias = bias.to_local()
     if not isinstance(bias, Tensor) or bias.is_meta or bias.numel() % key_dim:
         return None
     if getattr(attention, "k_norm", None) is not None:
