@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from kvpolicy_kernels.formats import INT4, EntryFormat
 
 import kvpolicy
@@ -38,6 +39,18 @@ def test_it_is_the_mean_of_the_turned_bias(monkeypatch):
         turned = bias * cos + torch.cat([-bias[..., 8:], bias[..., :8]], -1) * sin
         torch.testing.assert_close(found, turned.mean(1), rtol=0, atol=1e-3)
         assert found.abs().max() > 5
+
+
+@torch.no_grad()
+def test_it_is_the_same_where_weights_are_elsewhere():
+    model, spec = biased(), ModelSpec.from_config(biased().config)
+    expected = key_centre.key_centres(model, spec)
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].self_attn.k_proj.bias.is_meta
+    for found, own in zip(key_centre.key_centres(offloaded, spec), expected, strict=True):
+        assert torch.equal(found, own)
+    cache = kvpolicy.new_cache(offloaded, retention=0.5, min_tokens=8, format="int4")
+    assert stepped_logits(offloaded, tiny_ids(90), cache, [80, *[1] * 10]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])

@@ -44,13 +44,17 @@ def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[Tensor | None]:
 
 def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
     """[H, D], of the KV heads held here."""
-    bias = getattr(getattr(attention, "k_proj", None), "bias", None)
+    projection = getattr(attention, "k_proj", None)
+    bias = getattr(projection, "bias", None)
+    if not isinstance(bias, Tensor) or bias.numel() % key_dim or getattr(attention, "k_norm", None) is not None:
+        return None
+    if bias.is_meta:  # offloaded: accelerate brings it for the forward, from where it is
+        weights = getattr(getattr(projection, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            return None
+        bias = weights["bias"]
     if hasattr(bias, "to_local"):  # under tensor parallelism
         bias = bias.to_local()
-    if not isinstance(bias, Tensor) or bias.is_meta or bias.numel() % key_dim:
-        return None
-    if getattr(attention, "k_norm", None) is not None:
-        return None
     return bias.detach().float().view(-1, key_dim)
 
 
