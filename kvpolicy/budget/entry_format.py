@@ -89,6 +89,11 @@ def is_thin(entry_format: Format) -> bool:
     return any(map(_is_thin, kinds(entry_format)))
 
 
+def is_centred(entry_format: Format) -> bool:
+    """Whether keys of any layer are encoded less a centre."""
+    return any(own.centred for own in kinds(entry_format))
+
+
 def name_of(entry_format: Format) -> str:
     """The name of a format, or what it is made of where it has none; of several, how many layers have each."""
     if isinstance(entry_format, LayerFormats):

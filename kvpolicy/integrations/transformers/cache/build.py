@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from kvpolicy.budget.ask import Ask
-from kvpolicy.budget.entry_format import Format, check_format, format_of
+from kvpolicy.budget.entry_format import Format, check_format, format_of, is_centred
 from kvpolicy.budget.memory_size import read_memory
 from kvpolicy.budget.plan import BudgetPlan, policy_of
 from kvpolicy.budget.plan_warnings import warn_if_other_format, warn_if_other_policy
@@ -147,7 +147,7 @@ def cache_of(model: PreTrainedModel, recipe: Recipe, fixed: Schedule | None = No
     if recipe.splitter is not None and schedule.evicts:
         split = RuntimeSplit(recipe.splitter, schedule, recipe.least_entries)
 
-    centres = None if recipe.entry_format is None else key_centres(model, spec)
+    centres = key_centres(model, spec) if is_centred(recipe.entry_format) else None
 
     def make_store(batch_size: int, num_heads: int) -> RaggedStore:
         if num_heads * size != spec.num_kv_heads:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvpolicy.budget.entry_format import is_centred
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.schedule import UNLIMITED, Fixed
 from kvpolicy.cache.slot_store import SlotStore
@@ -92,7 +93,7 @@ class SlotRunner:
             dtype=model.dtype,
             supplied=RUN_SOURCES,
             entry_format=recipe.entry_format,
-            key_centres=None if recipe.entry_format is None else key_centres(model, cache.spec),
+            key_centres=key_centres(model, cache.spec) if is_centred(recipe.entry_format) else None,
         )
         self.cache = cache_of(model, recipe)
         self.cache.resume(self.store, LayerState(columns=1), recording=False, unfed=None, ended=None)

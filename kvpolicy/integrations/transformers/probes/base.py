@@ -19,6 +19,7 @@ from kvpolicy.budget.entry_format import (
     LayerFormats,
     check_format,
     exact_recent,
+    is_centred,
     is_thin,
     name_of,
     of_layer,
@@ -262,7 +263,7 @@ class SequenceProbe(ModelProbe):
         if not 0 <= sequence < self.num_sequences:
             raise PluginError(f"observe_gradients: there are {self.num_sequences} sequences, from 0; got {sequence}")
         ids, ranks = self.sequences[sequence : sequence + 1].to(self.model.device), self._ranks(sequence)
-        centres = self._key_centres()
+        centres = key_centres(self.model, self._spec)  # of any format that is asked about
         handlers = [
             WatchedAttention(module, self._spec, row, ranks, self.prefill_length, visit, self._is_exact, centres[row])
             for module, row in self._windowed
@@ -275,8 +276,9 @@ class SequenceProbe(ModelProbe):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _key_centres(self) -> list[Tensor | None]:
-        """As `key_centres`, of today's weights."""
-        return key_centres(self.model, self._spec)
+        """As `key_centres`, of today's weights, where the entries' format wants them."""
+        wanted = is_centred(self.entry_format)
+        return key_centres(self.model, self._spec) if wanted else [None] * self._spec.num_budgeted_layers
 
     def _check_own_entries(self, what: str) -> None:
         if self.shared_layers:
