@@ -4,7 +4,8 @@ r"""What codes of 4 bits lose where keys have a bias, encoded whole and less its
         --out benchmarks/results/key_centre_h200.csv
 
 Nothing is evicted of a prompt, and the tokens behind it are scored in one forward over what the cache gives back:
-perplexity, and the divergence from the full cache, KL(full || row).
+perplexity, and the divergence from the full cache, KL(full || row). `positions` is how many the mean is taken over, a
+constant of `key_centre.py` in the package; rows with another value of it were measured by changing it there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from shared import command_line, machine, write_csv
 from torch import Tensor
 
 import kvpolicy
+from kvpolicy.integrations.transformers.attention.key_centre import POSITIONS
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
 
@@ -62,7 +64,8 @@ def main() -> None:
         losses, divergences = (torch.stack([x.mean() for x in each]).double().cpu() for each in zip(*both, strict=True))
         low, high = mean_interval(divergences)
         lines.append(
-            {"format": name, "perplexity": round(float(losses.mean().exp()), 3),
+            {"format": name, "positions": POSITIONS if own is not None and own.centred else "",
+             "perplexity": round(float(losses.mean().exp()), 3),
              "kl": round(float(divergences.mean()), 5), "kl_low": round(low, 5), "kl_high": round(high, 5),
              "n": len(losses), "prompt": options.prompt, "scored": options.behind,
              "model": Path(options.model).name, "dtype": options.dtype,
@@ -70,7 +73,7 @@ def main() -> None:
              **machine(options.device, "torch", "transformers"),
              "each_kl": " ".join(f"{kl:.5f}" for kl in divergences.tolist())}
         )  # fmt: skip
-        print(*list(lines[-1].values())[:5], sep="\t", flush=True)
+        print(*list(lines[-1].values())[:6], sep="\t", flush=True)
         write_csv(options.out, lines)
 
 
