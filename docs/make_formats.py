@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PROMPT, WINDOW = "formats_prompt_h200.csv", "formats_window_h200.csv"
 SECOND_PROMPT, SECOND_WINDOW = "formats_prompt_qwen_h200.csv", "formats_window_qwen_h200.csv"
+FORMER_CENTRE, CENTRE = "formats_prompt_qwen_former_centre_h200.csv", "key_centre_h200.csv"
 FACTS, CHOICE = "format_facts_h200/facts.csv", "format_choice_cpu.csv"
 PAGES = [DOCS / "methods" / "formats.md", DOCS / "methods" / "fisher.md"]
 PLACE = re.compile(r"(<!-- formats: ([a-z, ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
@@ -104,6 +105,25 @@ def shown(row: Row) -> str:
     return f"{number(float(row['kl']))} ({float(row['perplexity']):.2f})"
 
 
+def centres() -> str:
+    """With everything kept, what codes lose where keys have a bias: interval of the divergence, and perplexity."""
+    rows = read_csv(RESULTS / CENTRE)
+    prompts = dict.fromkeys(row["prompt"] for row in rows)
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        own, _, keys = row["format"].partition(", ")
+        said = f"less their mean over {row['positions']} positions" if row["positions"] else keys
+        lines.setdefault((NAMES[own], said), {})[row["prompt"]] = row
+    body = [[*key, *(spread(found[x]) if x in found else "" for x in prompts)] for key, found in lines.items()]
+    return table(["format", "keys", *(f"a prompt of {x}" for x in prompts)], body)
+
+
+def spread(row: Row) -> str:
+    least, mean, most = (number(float(row[name])) for name in ("kl_low", "kl", "kl_high"))
+    said = f"{mean}, {least} to {most}" if float(row["kl"]) else "0"
+    return f"{said} ({float(row['perplexity']):.2f})"
+
+
 def choice() -> str:
     """A format for each layer beside one for all."""
     rows = read_csv(RESULTS / CHOICE)
@@ -163,8 +183,10 @@ def tables() -> dict[str, Callable[[], str]]:
         "behind a prompt": (PROMPT, partial(frontier, PROMPT)),
         "window rule": (WINDOW, partial(frontier, WINDOW)),
         "behind a prompt, second model": (SECOND_PROMPT, partial(both, SECOND_PROMPT)),
+        "behind a prompt, second model, former centre": (FORMER_CENTRE, partial(frontier, FORMER_CENTRE, ())),
         "window rule, second model": (SECOND_WINDOW, partial(both, SECOND_WINDOW)),
         "facts": (FACTS, facts),
+        "keys with a bias": (CENTRE, centres),
         "auto": (CHOICE, choice),
     }
     return {name: made for name, (file, made) in known.items() if (RESULTS / file).exists()}
