@@ -80,14 +80,18 @@ def figure(rows: list[dict[str, Any]], about: str) -> plt.Figure:
 
 
 def draw(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    """The score of each method over what is evicted, with 95 % intervals; the full cache is a line."""
+    """The score of each method over what is evicted, with 95 % intervals of those with a plan; uniform budgets are
+    dashed, so that what lies under them is seen, and the full cache is a line.
+    """
     for method, (colour, said) in METHODS.items():
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: -row["retention"])
         if not own:
             continue
         x, y = [1 - row["retention"] for row in own], [100 * row["score"] for row in own]
-        axis.plot(x, y, color=colour, marker="o", markersize=3, label=said)
-        axis.fill_between(x, *([100 * row[end] for row in own] for end in ("low", "high")), color=colour, alpha=0.1)
+        planned = method.endswith(".json")
+        axis.plot(x, y, "-" if planned else "--", color=colour, marker="o", markersize=3, label=said)
+        if planned:
+            axis.fill_between(x, *([100 * row[end] for row in own] for end in ("low", "high")), color=colour, alpha=0.1)
     for row in rows:
         if row["method"] == "full":
             axis.axhline(100 * row["score"], color="black", linewidth=1, linestyle=":", label="full cache")
