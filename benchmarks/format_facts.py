@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from shared import command_line, write_csv
-from side_by_side import table_of_tasks
+from side_by_side import Command, tables_of_tasks
 from task_lines import read_lines, table_rows
 
 FORMATS = ("model", "int8", "int4")
@@ -46,18 +44,12 @@ def methods(policy: str, plans: list[str], formats: list[str]) -> list[str]:
 
 def measure(options: argparse.Namespace) -> None:
     names = methods(options.policy, [plan.name for plan in options.plan], options.formats)
-
-    def one(part: tuple[str, str]) -> None:
-        question, task = part
-        asked = ["--tasks", task, "--questions", question, "--seed", options.seed, "--seconds", options.seconds]
-        try:
-            table_of_tasks(options, [*asked, "--together"], names, "_".join(part))
-        except subprocess.CalledProcessError as error:  # the other parts are worth having
-            print(f"{question}, {task}: ended with {error.returncode}", flush=True)
-
-    parts = list(product(options.questions, options.tasks))
-    with ThreadPoolExecutor(options.processes or len(parts)) as pool:
-        list(pool.map(one, parts))
+    common: Command = ["--seed", options.seed, "--seconds", options.seconds, "--together"]
+    parts = {
+        f"{question}_{task}": (["--tasks", task, "--questions", question, *common], names)
+        for question, task in product(options.questions, options.tasks)
+    }
+    tables_of_tasks(options, parts, options.processes or len(parts))
 
 
 def found(folder: Path) -> list[dict[str, Any]]:

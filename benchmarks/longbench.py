@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from shared import command_line
-from side_by_side import Command, each_as, merge_levels, missing, reachable, run, table_of_tasks
+from side_by_side import Command, each_as, merge_levels, missing, reachable, run, tables_of_tasks
 from task_lines import read_lines, table_rows
 
 matplotlib.use("Agg")
@@ -141,15 +139,8 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     methods = [name for name in METHODS if not name.endswith(".json") or (options.out / name).exists()]
     common = ["--data", options.data.resolve(), "--questions", "aware", "--seconds", options.seconds]
-
-    def one(task: str) -> None:
-        try:
-            table_of_tasks(options, ["--tasks", f"longbench/{task}", *common], methods, task)
-        except subprocess.CalledProcessError as error:  # the other tasks are worth having
-            print(f"{task}: ended with {error.returncode}", flush=True)
-
-    with ThreadPoolExecutor(options.processes) as pool:
-        list(pool.map(one, options.tasks))
+    parts = {task: (["--tasks", f"longbench/{task}", *common], methods) for task in options.tasks}
+    tables_of_tasks(options, parts, options.processes)
 
 
 def draw_all(folder: Path) -> None:

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from shared import command_line, write_csv
-from side_by_side import table_of_tasks
+from side_by_side import Command, tables_of_tasks
 from task_lines import read_lines, table_rows
 
 FORMATS = ("model", "int8")
@@ -44,19 +42,15 @@ def methods(policy: str, entry_format: str) -> list[str]:
 
 def measure(options: argparse.Namespace) -> None:
     """A table of tasks for each time of the question and each format, side by side."""
-
-    def one(part: tuple[str, str]) -> None:
-        question, entry_format = part
-        asked = ["--tasks", *options.tasks, "--questions", question, "--seed", options.seed]
-        asked += ["--seconds", options.seconds, "--without-full", "--together"]
-        try:
-            table_of_tasks(options, asked, methods(options.policy, entry_format), "_".join(part))
-        except subprocess.CalledProcessError as error:  # the other parts are worth having
-            print(f"{question}, {entry_format}: ended with {error.returncode}", flush=True)
-
-    parts = list(product(options.questions, options.formats))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(one, parts))
+    common: Command = ["--tasks", *options.tasks, "--seed", options.seed, "--seconds", options.seconds]
+    parts = {
+        f"{question}_{own}": (
+            [*common, "--questions", question, "--without-full", "--together"],
+            methods(options.policy, own),
+        )
+        for question, own in product(options.questions, options.formats)
+    }
+    tables_of_tasks(options, parts, len(parts))
 
 
 def differences(folder: Path) -> list[dict[str, Any]]:

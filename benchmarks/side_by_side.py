@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,25 @@ def table_of_tasks(options: argparse.Namespace, tasks: Command, methods: Sequenc
     command += ["--methods", *methods, "--retentions", *options.retentions, "--out", f"{name}.jsonl"]
     script = Path(__file__).resolve().with_name("task_table.py")
     subprocess.run([sys.executable, str(script), *map(str, command)], cwd=options.out, check=True)
+
+
+def tables_of_tasks(
+    options: argparse.Namespace, parts: Mapping[str, tuple[Command, Sequence[str]]], processes: int
+) -> None:
+    """A table for each part, `processes` at a time; of one that fails its exit status is printed, and the others go on.
+
+    parts: by the file's name, what `table_of_tasks` takes for it
+    """
+
+    def one(name: str) -> None:
+        tasks, methods = parts[name]
+        try:
+            table_of_tasks(options, tasks, methods, name)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: ended with {error.returncode}", flush=True)
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(one, parts))
 
 
 def each_as(option: str, values: Iterable[float]) -> list[str | float]:
