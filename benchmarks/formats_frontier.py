@@ -45,6 +45,7 @@ from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
 
 FORMATS = ("model", "int8", "int4")
+CAPACITIES = ("everything", "equal", "plan")
 PIECES, PIECE = 30, 64  # of KVSharer's calibration
 ROWS = 512  # of logits at a time
 POLICIES = {"prompt": "snapkv(num_sink_tokens=4)", "window": "streaming"}
@@ -129,6 +130,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--text", nargs="+", required=True, help="files, or 'python' for CPython's own reference")
     parser.add_argument("--plan", type=Path, nargs="*", default=[], help="whose capacities are used besides equal ones")
+    parser.add_argument("--capacities", nargs="+", choices=CAPACITIES, default=CAPACITIES)
     parser.add_argument("--protocol", choices=list(POLICIES), default="prompt")
     parser.add_argument("--policy", help="snapkv behind a prompt, streaming from the first token on")
     parser.add_argument("--out", type=Path, required=True)
@@ -171,9 +173,11 @@ def report(study: Study | WindowStudy, maps: dict[str, dict[int, int]], options:
     study.measured(read_asked([options.policy])[0], whole, {})  # the full cache's logits
     rows = [(name, name, {}) for name in options.formats]
     rows += [(f"{name} {json.dumps(list(shared.items()))}", "model", shared) for name, shared in maps.items()]
+    kinds = [kind for kind in options.capacities if kind != "plan"]
+    kinds += map(str, options.plan if "plan" in options.capacities else [])
     for row, name, shared in rows:
         spec = study.spec.sharing(shared)
-        for capacities in ("everything", "equal", *map(str, options.plan)):
+        for capacities in kinds:
             (method,) = read_asked([f"{options.policy}{'/' + capacities if '.json' in capacities else ''}@{name}"])
             for level in [1.0] if capacities == "everything" else options.levels:
                 if (row, Path(capacities).stem, level) in there:
