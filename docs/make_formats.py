@@ -111,9 +111,7 @@ def centres() -> str:
     prompts = dict.fromkeys(row["prompt"] for row in rows)
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        own, _, keys = row["format"].partition(", ")
-        said = f"less their mean over {row['positions']} positions" if row["positions"] else keys
-        lines.setdefault((NAMES[own], said), {})[row["prompt"]] = row
+        lines.setdefault((NAMES[row["format"]], row["keys"]), {})[row["prompt"]] = row
     body = [[*key, *(spread(found[x]) if x in found else "" for x in prompts)] for key, found in lines.items()]
     return table(["format", "keys", *(f"a prompt of {x}" for x in prompts)], body)
 
