@@ -7,8 +7,9 @@ r"""One recipe beside uniform budgets at equal bytes, on tasks that were not use
 The recipe is a plan that was learned on the answers to pass keys and key-value items (`tune --objective retrieval
 --allocator learned --policy snapkv`), with entries of eight bits, so that about twice as many fit. It is compared with
 uniform budgets under the same policy in the model's dtype, and so is each half of it alone: the plan without the
-format, and the format without the plan. Each format and each time of the question is a process of its own: decoding
-waits for Python more than for the GPU, and a fault of a kernel spoils all that its process measures behind it.
+format, and the format without the plan. The full cache stands beside those in the model's dtype. Each format and each
+time of the question is a process of its own: decoding waits for Python more than for the GPU, and a fault of a kernel
+spoils all that its process measures behind it.
 
 Writes OUT/QUESTION_FORMAT.jsonl, a line for each batch of samples, and OUT/recipe.md and OUT/recipe.csv: the paired
 difference to uniform budgets for each task and over all of them. A later run goes on behind the last lines.
@@ -45,7 +46,7 @@ def measure(options: argparse.Namespace) -> None:
     common: Command = ["--tasks", *options.tasks, "--seed", options.seed, "--seconds", options.seconds]
     parts = {
         f"{question}_{own}": (
-            [*common, "--questions", question, "--without-full", "--together"],
+            [*common, "--questions", question, "--together", *([] if own == "model" else ["--without-full"])],
             methods(options.policy, own),
         )
         for question, own in product(options.questions, options.formats)
@@ -58,7 +59,7 @@ def differences(folder: Path) -> list[dict[str, Any]]:
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path).values() if "scores" in line]
     if not lines:
         sys.exit(f"{folder} has no measurements")
-    (baseline,) = {line["uniform"] for line in lines if "@" not in line["uniform"]}
+    (baseline,) = {line["uniform"] for line in lines if line["uniform"] and "@" not in line["uniform"]}
     rows = table_rows([line | {"uniform": baseline} for line in lines])
     return [row | {"holds": row["minus_low"] >= WORST} for row in rows if "minus_low" in row]
 

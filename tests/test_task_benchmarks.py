@@ -68,7 +68,7 @@ def lines_of(folder, name, method, scores, task="ruler/vt"):
         "bytes": 1,
         "dense_bytes": 4,
         "device": "d",
-        "uniform": f"snapkv/uniform{'@int8' if '@' in method else ''}",
+        "uniform": "" if method == "full" else f"snapkv/uniform{'@int8' if '@' in method else ''}",
     }
     with (folder / name).open("a") as file:
         file.write(f"{json.dumps(line)}\n")
@@ -78,6 +78,7 @@ def test_a_recipe_is_compared_with_uniform_budgets_in_the_models_dtype(benchmark
     recipe = benchmark("recipe")
     lines_of(tmp_path, "agnostic_model.jsonl", "snapkv/uniform", [0.5] * 20)
     lines_of(tmp_path, "agnostic_model.jsonl", "plan.json", [0.49] * 20)
+    lines_of(tmp_path, "agnostic_model.jsonl", "full", [1.0] * 20)
     lines_of(tmp_path, "agnostic_int8.jsonl", "plan.json@int8", [0.25] * 20)
     rows = {(row["task"], row["method"]): row for row in recipe.differences(tmp_path)}
     plan, coded = rows["ruler/vt", "plan.json"], rows["all", "plan.json@int8"]
