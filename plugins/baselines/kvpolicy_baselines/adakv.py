@@ -45,17 +45,16 @@ class AdaKVAllocator(BudgetAllocator):
         return torch.ones(budget.shape)
 
     def split(self, scores: Sequence[Tensor], budget: Budget, *statistics: LayerStatistics) -> Tensor:
-        """Shares in entries, which sum to the budget where there are enough of them."""
-        return torch.stack([self._row(row, budget) for row in scores[-1]])[:, None]
-
-    def _row(self, scores: Tensor, budget: Budget) -> Tensor:
-        """scores: `[H, n]` of one sequence. Returns `[H]`, float64, > 0."""
-        staying, plain = (scores == torch.inf).sum(1), scores.isfinite()
-        free = max(0, budget.total - int(staying.sum()))
-        count = min(free, int(plain.sum()))
-        competing = scores.masked_fill(~plain, -torch.inf)
-        last = competing.flatten().topk(max(count, 1)).values[-1]
-        above, equal = (competing > last).sum(1), (competing == last).sum(1)
-        chosen = above + (count - above.sum()) * equal.double() / equal.sum()  # ties must not depend on padding
-        mixed = (1 - self.safeguard) * chosen + self.safeguard * free / len(scores)
-        return (staying + mixed).clamp(min=1e-6)  # where nothing can be compared: evenly
+        """Shares in entries, which sum to the budget where there are enough of them. The device is never waited for."""
+        own = scores[-1]  # [b, H, n]
+        staying, plain = (own == torch.inf).sum(2), own.isfinite()  # [b, H], [b, H, n]
+        free = (budget.total - staying.sum(1)).clamp(min=0)
+        count = free.minimum(plain.sum((1, 2)))
+        competing = own.masked_fill(~plain, -torch.inf)
+        best = competing.flatten(1).topk(max(1, min(budget.total, competing[0].numel()))).values
+        last = best.gather(1, count[:, None].clamp(min=1) - 1)[:, :, None]
+        above, equal = (competing > last).sum(2), (competing == last).sum(2)
+        # ties must not depend on padding
+        chosen = above + (count - above.sum(1))[:, None] * equal.double() / equal.sum(1, keepdim=True)
+        mixed = (1 - self.safeguard) * chosen + self.safeguard * free.double()[:, None] / own.shape[1]
+        return (staying + mixed).clamp(min=1e-6)[:, None]  # where nothing can be compared: evenly
