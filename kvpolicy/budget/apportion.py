@@ -11,18 +11,24 @@ of one fixed order gives the laws:
 - permuting the KV heads (with their bounds) permutes the multiset of capacities with them;
 - the same input gives the same output.
 
-Bisection finds a narrow window of lambda, so that only the few events inside it are sorted.
+Bisection finds a narrow window of lambda, so that only the few events inside it are sorted. It is numpy's: a prompt
+waits for some hundred operations on a few numbers, of which each takes torch several times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.model.spec import Budget
+
+Counts = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 
 _NEGLIGIBLE = 1e-100  # of the largest share: treated as zero, so that lambda stays in float64's range
 _MOST = 2.0**62  # a count that int64 holds
@@ -43,17 +49,19 @@ def apportion(shares: Tensor, budget: Budget) -> Tensor:
     Raises `BudgetError` for shares of the wrong shape or value, and for a total above the ceilings.
     """
     _check_shares(shares, budget)
-    flat = shares.detach().to("cpu", torch.float64).flatten()
-    floor, ceiling = budget.floors().flatten(), budget.ceilings().flatten()
-    cost = torch.ones_like(floor) if budget.cost is None else budget.cost.to("cpu", torch.int64).flatten()
-    groups = torch.zeros_like(floor) if budget.groups is None else budget.groups.to("cpu", torch.int64).flatten()
-    capacities = floor.clone()
-    names = sorted(set(groups.tolist()))
+    flat = shares.detach().to("cpu", torch.float64).flatten().numpy()
+    floor, ceiling = (bounds.flatten().numpy() for bounds in (budget.floors(), budget.ceilings()))
+    cost, groups = _flat(budget.cost, np.ones_like(floor)), _flat(budget.groups, np.zeros_like(floor))
+    capacities, names = floor.copy(), np.unique(groups)
     for rank, name in enumerate(names):
-        members = (groups == name).nonzero().flatten()
+        (members,) = np.nonzero(groups == name)
         part = budget.total // len(names) + (rank < budget.total % len(names))
         capacities[members] = _apportion_group(flat[members], floor[members], ceiling[members], cost[members], part)
-    return capacities.reshape(budget.shape)
+    return torch.from_numpy(capacities).reshape(budget.shape)
+
+
+def _flat(table: Tensor | None, default: Counts) -> Counts:
+    return default if table is None else table.to("cpu", torch.int64).flatten().numpy()
 
 
 def _check_shares(shares: Tensor, budget: Budget) -> None:
@@ -69,7 +77,7 @@ def _check_shares(shares: Tensor, budget: Budget) -> None:
         raise BudgetError(f"the cost of an entry must be at least 1, got {int(budget.cost.min())}")
 
 
-def _apportion_group(shares: Tensor, floor: Tensor, ceiling: Tensor, cost: Tensor, total: int) -> Tensor:
+def _apportion_group(shares: Numbers, floor: Counts, ceiling: Counts, cost: Counts, total: int) -> Counts:
     """One group, everything `[n]`. First the heads with a share, then, if something is left, the others evenly."""
     left = total - int((floor * cost).sum())
     if left <= 0:
@@ -83,34 +91,34 @@ def _apportion_group(shares: Tensor, floor: Tensor, ceiling: Tensor, cost: Tenso
     peak = float(shares.max())
     weights = shares / peak if peak > 0 else shares
     positive = weights > _NEGLIGIBLE
-    capacities = floor.clone()
+    capacities = floor.copy()
     for members, even in ((positive, False), (~positive, True)):
-        index = members.nonzero().flatten()
+        (index,) = np.nonzero(members)
         if left <= 0 or len(index) == 0:
             continue
-        share = torch.ones_like(weights[index]) if even else weights[index]
+        share = np.ones(len(index)) if even else weights[index]
         taken = _take(share, shares[index], floor[index], ceiling[index], cost[index], left)
         capacities[index] = taken
         left -= int(((taken - floor[index]) * cost[index]).sum())
-        if bool((taken < ceiling[index]).any()):
+        if (taken < ceiling[index]).any():
             break  # the prefix ends among these
     return capacities
 
 
-def _counts(scale: float, shares: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
+def _counts(scale: float, shares: Numbers, floor: Counts, ceiling: Counts) -> Counts:
     """Capacities once every event up to lambda = scale is taken."""
-    rounded = (shares * scale + 0.5).floor().clamp(max=_MOST).to(torch.int64)
-    return torch.minimum(torch.maximum(rounded, floor), ceiling)
+    rounded: Counts = np.minimum(np.floor(shares * scale + 0.5), _MOST).astype(np.int64)
+    return np.minimum(np.maximum(rounded, floor), ceiling)
 
 
-def _take(share: Tensor, tie: Tensor, floor: Tensor, ceiling: Tensor, cost: Tensor, left: int) -> Tensor:
+def _take(share: Numbers, tie: Numbers, floor: Counts, ceiling: Counts, cost: Counts, left: int) -> Counts:
     """The prefix of the events that costs at most `left`."""
     spent = _spending(share, floor, ceiling, cost)
     low, high = 0.0, _upper(share, ceiling)
     below, above = 0, spent(high)
     if above <= left:
         return ceiling
-    few = 8 * int(cost.max())  # events of which sorting costs less than going on
+    few = max(8, len(share)) * int(cost.max())  # equal shares come at once, and sorting them costs less than going on
     while above - below > few and high - low > _MARGIN * high:
         middle = (low * high) ** 0.5 if low > 0 and high > 4 * low else (low + high) / 2
         now = spent(middle)
@@ -122,7 +130,7 @@ def _take(share: Tensor, tie: Tensor, floor: Tensor, ceiling: Tensor, cost: Tens
     least, most, first, stop = floor.tolist(), ceiling.tolist(), counts.tolist(), last.tolist()
     events = [
         ((k + 0.5) / shares[i], -ties[i], k, least[i], most[i], prices[i], i)
-        for i in (last > counts).nonzero().flatten().tolist()
+        for i in np.nonzero(last > counts)[0].tolist()
         for k in range(first[i], stop[i])
     ]
     for *_, index in sorted(events):
@@ -133,7 +141,7 @@ def _take(share: Tensor, tie: Tensor, floor: Tensor, ceiling: Tensor, cost: Tens
     return counts
 
 
-def _spending(share: Tensor, floor: Tensor, ceiling: Tensor, cost: Tensor) -> Callable[[float], int]:
+def _spending(share: Numbers, floor: Counts, ceiling: Counts, cost: Counts) -> Callable[[float], int]:
     """What every event up to lambda costs, as `_counts` counts them: of a few heads in Python, which calls less."""
     if len(share) > _FEW_HEADS:
         return lambda scale: int(((_counts(scale, share, floor, ceiling) - floor) * cost).sum())
@@ -143,6 +151,6 @@ def _spending(share: Tensor, floor: Tensor, ceiling: Tensor, cost: Tensor) -> Ca
     )
 
 
-def _upper(share: Tensor, ceiling: Tensor) -> float:
+def _upper(share: Numbers, ceiling: Counts) -> float:
     """A lambda past the last event."""
     return float(((ceiling + 1) / share).max())
