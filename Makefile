@@ -11,7 +11,7 @@ OLDEST = 5.17.0
 OLDEST_NEEDS = huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 # Likewise the oldest triton, in a folder of its own, and kernels with tuples and sizes that it may not take.
 OLDEST_TRITON = 3.6.0
-ON_OLDEST = $(foreach op,append column_scores compact encode encoded_attention evict rescore,tests/kernels/test_$(op)_compile.py)
+ON_OLDEST = $(foreach op,append column_scores compact encode encoded_attention evict rebuild rescore,tests/kernels/test_$(op)_compile.py)
 
 # test files run side by side in this many processes of one thread each
 JOBS ?= 2

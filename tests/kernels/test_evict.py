@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpolicy_kernels.evict import evict, evict_into
+from kvpolicy_kernels.evict import evict, evict_into, rank
 
 from kvpolicy.cache.select import ABSENT, Protection, ranking
 
@@ -165,6 +165,56 @@ def test_long_segments_are_shared(lengths, parts):
 
 
 @backends
+def test_candidates_by_hand(backend):
+    """Two sequences of two heads: entries as far as there are any, then tokens, the first of which may be padding."""
+    arena = Arena([([0, 0], [2, 0]), ([0], [3]), ([0], [1]), ([], [])], gap=1)
+    fresh = table(4, 5, -1, 2).view(2, 2)
+    tables = arena.positions, arena.starts, arena.lengths, table(6, 3)
+    places, keys = rank(None, *tables, width=2, fresh=fresh, num_sink_tokens=1, recent_window=1, backend=backend)
+    assert places.tolist() == [[2, 0, 4, 5], [3, -1, 4, 5], [1, -1, -1, 2], [-1, -1, -1, 2]]
+    tiers = [[-1 if key < 0 else (key >> 61) - 1 for key in row] for row in keys.tolist()]
+    assert tiers == [[0, 2, 0, 1], [0, -1, 0, 1], [0, -1, -1, 1], [-1, -1, -1, 1]]
+    places, keys = rank(None, *tables, width=3, backend=backend)
+    assert places.tolist() == [[2, 0, -1], [3, -1, -1], [1, -1, -1], [-1, -1, -1]]
+
+
+@backends
+@settings(max_examples=60, deadline=None)
+@given(game=games(), gap=st.integers(0, 3), scored=st.booleans(), count=st.integers(0, 4), more=st.integers(0, 2))
+def test_candidates_have_the_keys_of_the_order(game, gap, scored, count, more, backend):
+    entries, seen, heads, protection = game
+    arena, batch, width = Arena(entries, gap), len(seen), max(len(own) for _, own in entries) + more
+    fresh = torch.stack([torch.arange(tokens, tokens + count) for tokens in seen]).to(DEVICE)
+    fresh[:, :1] = -1
+    scores = torch.randn(len(entries), width + count, device=DEVICE)
+    places = torch.full((len(entries), width + count), ABSENT, device=DEVICE)
+    for row, (_, own) in enumerate(entries):
+        places[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
+        places[row, width:] = fresh[row // heads]
+    after = torch.tensor([tokens + count for tokens in seen], device=DEVICE)
+    given_scores = scores if scored else None
+    found = rank(
+        given_scores, arena.positions, arena.starts, arena.lengths, after, width=width, fresh=fresh if count else None,
+        num_sink_tokens=protection.num_sink_tokens, recent_window=protection.recent_window, spans=protection.spans,
+        backend=backend,
+    )  # fmt: skip
+    assert torch.equal(found[0], places)
+    each = after.repeat_interleave(len(entries) // batch)[:, None]
+    assert torch.equal(found[1], ranking(given_scores, places, each, protection))
+
+
+@backends
+@pytest.mark.parametrize("num_columns", [1, 511, 512, 513])
+def test_candidates_at_the_edges_of_tiles(num_columns, backend):
+    arena = Arena([([0] * num_columns, range(num_columns))] * 2)
+    places, keys = rank(
+        None, arena.positions, arena.starts, arena.lengths, table(600), width=num_columns, backend=backend
+    )
+    assert places.tolist() == [[*range(num_columns)]] * 2
+    assert torch.equal(keys, ranking(None, places, table(600, 600)[:, None], Protection()))
+
+
+@backends
 def test_no_segment(backend):
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     assert evict(torch.zeros(3), torch.zeros(3).int(), nothing, nothing, nothing, backend=backend).tolist() == []
@@ -194,6 +244,21 @@ def test_what_does_not_fit_is_refused(wrong, message):
     right = {"scores": torch.zeros(4), "positions": torch.zeros(4).int(), "starts": INTS, "lengths": INTS, "seen": INTS}
     with pytest.raises(ValueError, match=f"evict: expected {message}"):
         evict(**right | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scores": torch.zeros(2, 4)}, r"scores float32 \[2, 5\]"),
+        ({"scores": torch.zeros(5, 2).T}, "contiguous rows"),
+        ({"fresh": torch.zeros(3, 2).long()}, r"fresh int64 \[B, n\] with a B that divides 2 segments"),
+        ({"fresh": torch.zeros(1, 2)}, "fresh int64"),
+    ],
+)
+def test_candidates_that_do_not_fit_are_refused(wrong, message):
+    right = {"scores": None, "positions": torch.zeros(4).int(), "starts": INTS, "lengths": INTS, "seen": INTS}
+    with pytest.raises(ValueError, match=f"rank: expected .*{message}"):
+        rank(**right | {"width": 3, "fresh": torch.zeros(1, 2).long()} | wrong)
 
 
 @pytest.mark.gpu

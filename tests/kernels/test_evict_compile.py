@@ -33,3 +33,15 @@ def test_merge_compiles(num_parts, arch):
     constants = {"BLOCK_P": config["BLOCK_P"], "HAS_ROWS": True}
     code = compiled(function, arch, constants, types, [], config["num_warps"], 3)
     assert code.spilled == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("num_spans", [1, 3])
+def test_rank_compiles(num_spans, scored, arch):
+    function = kernel._rank_kernel
+    numbers = dict.fromkeys(("stride_ss", "stride_fb", "heads_seen", "width", "num_columns"), "i32")
+    types = dict.fromkeys(function.arg_names, "*i64") | TYPES | numbers | {"spans": (("i32", "i32"),) * num_spans}
+    constants = {"NUM_SPANS": num_spans, "HAS_SCORES": scored, "HAS_FRESH": scored, "BLOCK": kernel.CONFIG["BLOCK"]}
+    constants |= {} if scored else {"scores_ptr": None, "fresh_ptr": None}
+    assert compiled(function, arch, constants, types, [], kernel.CONFIG["num_warps"], 3).spilled == 0

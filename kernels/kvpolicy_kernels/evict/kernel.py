@@ -34,6 +34,18 @@ def _ordered(score):
 
 
 @triton.jit
+def _key(score, position, recent, recent_window, spans, NUM_SPANS: tl.constexpr, HAS_SCORES: tl.constexpr):
+    """The keys of candidates that are there, and of absent ones -1, which has every bit."""
+    key = tl.full(position.shape, PLAIN, tl.int64)
+    if HAS_SCORES:
+        key = PLAIN + (_ordered(score) << POSITION_BITS)
+    key = tl.where((recent_window > 0) & (position >= recent), RECENT, key)
+    for i in tl.static_range(NUM_SPANS):
+        key = tl.where((position >= spans[i][0]) & (position < spans[i][1]), PINNED, key)
+    return key | position
+
+
+@triton.jit
 def _least(key, column):
     """The least key of a tile and its column, the first of equals."""
     least = tl.min(key)
@@ -69,15 +81,11 @@ def _evict_kernel(
         column = first + o_n
         m_n = column < length
         position = tl.load(positions_ptr + start + column, mask=m_n, other=-1).to(tl.int64)
+        score = tl.zeros([BLOCK], tl.float32)
         if HAS_SCORES:
             score = tl.load(scores_ptr + start + column, mask=m_n, other=0.0)
-            key = PLAIN + (_ordered(score) << POSITION_BITS)
-        else:
-            key = tl.full([BLOCK], PLAIN, tl.int64)
-        key = tl.where((recent_window > 0) & (position >= recent), RECENT, key)
-        for i in tl.static_range(NUM_SPANS):
-            key = tl.where((position >= spans[i][0]) & (position < spans[i][1]), PINNED, key)
-        key = tl.where(position < 0, NO_KEY, key | position)
+        key = _key(score, position, recent, recent_window, spans, NUM_SPANS, HAS_SCORES)
+        key = tl.where(position < 0, NO_KEY, key)
         slot = tl.where(key < best, column, slot)  # a later column of an equal key does not count
         best = tl.minimum(key, best)
     key, column = _least(best, slot)
@@ -100,6 +108,37 @@ def _merge_kernel(
     slot = tl.load(slots_ptr + i_s * num_parts + o_p, mask=m_p, other=-1)
     column = _least(key, slot)[1]
     _store_slot(out_ptr, rows_ptr, i_s, tl.load(starts_ptr + i_s), column, HAS_ROWS)
+
+
+@triton.jit(
+    do_not_specialize=["stride_ss", "stride_fb", "num_heads", "heads_seen", "width", "num_columns", "recent_window"]
+)
+def _rank_kernel(
+    scores_ptr, positions_ptr, starts_ptr, lengths_ptr, seen_ptr, fresh_ptr, places_ptr, keys_ptr,
+    stride_ss, stride_fb, num_heads, heads_seen, width, num_columns, recent_window, spans,
+    NUM_SPANS: tl.constexpr, HAS_SCORES: tl.constexpr, HAS_FRESH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_s = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = column < num_columns
+    # scalars of this program's segment, which need no mask
+    start, length = tl.load(starts_ptr + i_s), tl.load(lengths_ptr + i_s)
+    recent = tl.load(seen_ptr + i_s // heads_seen) - recent_window
+    # [BLOCK]; columns from the length to the width hold nothing
+    position = tl.load(positions_ptr + start + column, mask=column < length, other=-1).to(tl.int64)
+    if HAS_FRESH:
+        # [BLOCK]
+        token = tl.load(
+            fresh_ptr + i_s // num_heads * stride_fb + (column - width), mask=m_n & (column >= width), other=-1
+        )
+        position = tl.where(column < width, position, token)
+    score = tl.zeros([BLOCK], tl.float32)
+    if HAS_SCORES:
+        # [BLOCK]
+        score = tl.load(scores_ptr + i_s * stride_ss + column, mask=m_n, other=0.0)
+    place = i_s * num_columns + column
+    tl.store(places_ptr + place, position, mask=m_n)
+    tl.store(keys_ptr + place, _key(score, position, recent, recent_window, spans, NUM_SPANS, HAS_SCORES), mask=m_n)
 
 
 def parts_of(num_segments: int, num_rows: int) -> int:
@@ -144,3 +183,30 @@ def triton_evict(
             **LAUNCH,
         )  # fmt: skip
     return slots
+
+
+@on_its_device
+def triton_rank(
+    scores: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    width: int,
+    fresh: Tensor | None,
+    num_sink_tokens: int,
+    recent_window: int,
+    spans: Spans,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `rank`."""
+    count, num_columns = len(starts), width + (0 if fresh is None else fresh.shape[1])
+    places, keys = starts.new_empty(2, count, num_columns).unbind()
+    if places.numel():
+        pinned = ((0, num_sink_tokens), *spans)
+        _rank_kernel[(triton.cdiv(num_columns, CONFIG["BLOCK"]), count)](
+            scores, positions, starts, lengths, seen, fresh, places, keys,
+            0 if scores is None else scores.stride(0), 0 if fresh is None else fresh.stride(0),
+            1 if fresh is None else count // len(fresh), count // len(seen), width, num_columns, recent_window, pinned,
+            NUM_SPANS=len(pinned), HAS_SCORES=scores is not None, HAS_FRESH=fresh is not None, **CONFIG, **LAUNCH,
+        )  # fmt: skip
+    return places, keys

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy_kernels.backend import Backend, uses_triton
-from kvpolicy_kernels.evict.reference import Spans, reference_evict
+from kvpolicy_kernels.evict.reference import Spans, reference_evict, reference_rank
 
 
 def evict(
@@ -84,6 +84,55 @@ def evict_into(
         triton_evict(*arguments, rows)
     else:
         rows.copy_(torch.where(rows < 0, starts + reference_evict(*arguments), rows))
+
+
+def rank(
+    scores: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    width: int,
+    fresh: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    recent_window: int = 0,
+    spans: Spans = (),
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The positions of all candidates of a selection, and their keys in the order in which they are given up.
+
+    The candidates of a segment are its entries, as far as there are any of `width` columns, and the n new tokens of its
+    sequence. Keys are those by which `evict` finds the worst: the larger is kept.
+
+    scores: float32 [S, width + n], rows contiguous, or None: then the most recent are kept
+    width: at least the longest length
+    fresh: int64 [B, n], rows contiguous, positions of new tokens, -1 for padding; None for none
+
+    The other arguments are those of `evict`. Returns positions and keys, int64 [S, width + n] both, and -1 in both for
+    a candidate that is absent. Triton waits for nothing.
+    Raises `ValueError` for shapes and dtypes that do not fit, and for a backend that cannot run here.
+    """
+    _check(None, positions, starts, lengths, seen)
+    count, sequences = (0, 1) if fresh is None else (fresh.shape[1], len(fresh))
+    if fresh is not None and (fresh.dtype != torch.int64 or not sequences or len(starts) % sequences):
+        raise ValueError(
+            f"rank: expected fresh int64 [B, n] with a B that divides {len(starts)} segments, got {fresh.dtype} "
+            f"{list(fresh.shape)}"
+        )
+    if scores is not None and (scores.shape != (len(starts), width + count) or scores.dtype != torch.float32):
+        raise ValueError(
+            f"rank: expected scores float32 {[len(starts), width + count]}, got {scores.dtype} {list(scores.shape)}"
+        )
+    if any(table is not None and table.shape[1] > 1 and table.stride(1) != 1 for table in (scores, fresh)):
+        raise ValueError("rank: expected scores and fresh with contiguous rows")
+    arguments = (scores, positions, starts, lengths, seen, width, fresh, num_sink_tokens, recent_window, spans)
+    if uses_triton("rank", backend, starts):
+        from kvpolicy_kernels.evict.kernel import triton_rank
+
+        ranked: tuple[Tensor, Tensor] = triton_rank(*arguments)
+        return ranked
+    return reference_rank(*arguments)
 
 
 def _check(scores: Tensor | None, positions: Tensor, starts: Tensor, lengths: Tensor, seen: Tensor) -> None:

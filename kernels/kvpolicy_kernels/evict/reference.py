@@ -74,6 +74,31 @@ def reference_evict(
     return worst(ranking(scores, place, seen, num_sink_tokens, recent_window, spans))
 
 
+def reference_rank(
+    scores: Tensor | None,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    width: int,
+    fresh: Tensor | None,
+    num_sink_tokens: int,
+    recent_window: int,
+    spans: Spans,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `rank`."""
+    column = torch.arange(width, device=starts.device)
+    rows = (starts[:, None] + column).clamp_(max=max(len(positions) - 1, 0))
+    place = positions.new_full(rows.shape, ABSENT, dtype=torch.int64)
+    if rows.numel() and len(positions):
+        held = positions.index_select(0, rows.view(-1)).view_as(rows).long()
+        place = torch.where(column < lengths[:, None], held, place)
+    if fresh is not None:
+        place = torch.cat([place, fresh.repeat_interleave(len(starts) // len(fresh), 0)], 1)
+    seen = seen[:, None].expand(-1, len(starts) // len(seen)).reshape(-1, 1)
+    return place, ranking(scores, place, seen, num_sink_tokens, recent_window, spans)
+
+
 def _in_spans(positions: Tensor, num_sink_tokens: int, spans: Spans) -> Tensor:
     """`is_pinned`, but for -1, of which it may say either."""
     pinned = positions < num_sink_tokens
