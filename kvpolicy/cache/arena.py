@@ -14,13 +14,15 @@ import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import WorkPlan, decode_attention, ragged_attention
 from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.rebuild import rebuild
+from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
 from kvpolicy_kernels.segments import Segments
 from torch import Tensor
 
 from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.device_tables import each_entry, on_device
+from kvpolicy.cache.device_tables import each_entry, on_device, owners_of
 
 LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
@@ -162,7 +164,7 @@ class LayerArena:
     @property
     def width(self) -> int:
         """Entries of the longest segment."""
-        return int(self.length.max())
+        return int(self.length.numpy().max())
 
     @property
     def device(self) -> torch.device:
@@ -193,13 +195,11 @@ class LayerArena:
         placed = self.placed
         if not self.is_shuffled and (placed is None or self.device.type == "cpu"):
             return each_entry(self.allocated, self.device)[0]
-        row = torch.arange(len(self.positions), device=self.device)
         starts = on_device(self.start, self.device) if placed is None else placed.starts
-        # of segments without a row the last one begins where the next that has some does
         if not self.is_shuffled:
-            return torch.searchsorted(starts, row, right=True) - 1
+            return owners_of(starts, len(self.positions))
         order = starts.argsort(stable=True)
-        return order[torch.searchsorted(starts[order], row, right=True) - 1]
+        return order[owners_of(starts[order], len(self.positions))]
 
     def watch_queries(self, query: Tensor, chunk: Chunk) -> None:
         """Is shown the queries of a chunk before its tokens are kept. query: [B, num_q_heads, n, D], of its last n"""
@@ -314,68 +314,52 @@ class LayerArena:
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
-        columns = torch.arange(max(self.width, 1), device=self.device).expand(len(self.length), -1)
+        columns = torch.arange(self.width, device=self.device).expand(len(self.length), -1)
         if bool(self.cursor.any()):  # else all lie in order already
             length, cursor = on_device(torch.stack([self.length, self.cursor])[..., None], self.device)
             turned = self.num_pinned + (columns - self.num_pinned + cursor) % (length - self.num_pinned).clamp(min=1)
             columns = torch.where((columns < self.num_pinned) | (cursor == 0), columns, turned)
-        self.replace(columns, self.length, allocated)
+        self.replace(columns, self.length, allocated, self.padded_positions(), self.padded_scores())
 
     def replace(
         self,
         columns: Tensor,
         counts: Tensor,
         allocated: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
         chunk: Chunk | None = None,
-        scores: Tensor | None = None,
     ) -> None:
         """Rebuilds the arena from some of its entries and of a chunk's tokens.
 
         columns: int64 [S, most] on the device; a column below `width` is an entry, `width + t` token t of the chunk
         counts, allocated: int64 [S], entries and rows of each segment
-        scores: float32 [S, width + n], new scores; needed beside a chunk where entries are scored
+        positions, scores: int64 and float32 [S, width + n], of all of these; no scores where nothing is scored
         """
-        segment, offset = each_entry(counts, self.device)
-        start, width = allocated.cumsum(0) - allocated, self.width
-        first, former = on_device(torch.stack([start, self.start]), self.device)
-        out_rows = first[segment] + offset
-        column = columns[segment, offset]
-        old = (*self._columns(), self.positions)
+        start, rows = allocated.cumsum(0) - allocated, int(allocated.sum())
+        placed = on_device(torch.stack([start, counts, self.start]), self.device)
+        chosen = Chosen(columns, placed[0], placed[1], placed[2], self.width)
         # free rows are read by policies: they hold finite keys and values, no position, and the lowest score
-        new = tuple(x.new_full((int(allocated.sum()), *x.shape[1:]), -1 if x is self.positions else 0) for x in old)
-        everything: Tensor | slice = slice(None)
-        if width:
-            stored = everything if chunk is None else (column < width).nonzero()[:, 0]
-            source_rows = (former[segment] + column)[stored]
-            for out, source in zip(new, old, strict=True):
-                compact(out, out_rows[stored], source, source_rows)
-        if chunk is not None:
-            # of a first prompt everything is fresh: there is no need to ask the device, which would be waited for
-            fresh = (column >= width).nonzero()[:, 0] if width else everything
-            source_rows = (segment * len(chunk) + column - width)[fresh]
-            self._bring(new[:-1], out_rows[fresh], chunk, source_rows)
-            compact(new[-1], out_rows[fresh], chunk.positions_on(self.device), source_rows)
-        new_scores = None
-        if self.scores is not None:
-            known = self.padded_scores() if scores is None else scores
-            assert known is not None
-            new_scores = torch.full((len(new[-1]),), -torch.inf, device=self.device)
-            new_scores.index_copy_(0, out_rows, known[segment, column])
-        self._take_over((*new, new_scores), stays=chunk is None)
+        free = rows > int(counts.sum())
+        new = {name: _rows(tensor, rows, _FREE.get(name, 0) if free else None) for name, tensor in self.entries.items()}
+        numbers = [(new[name], of) for name, of in (("positions", positions), ("scores", scores)) if of is not None]
+        self._fill(new, chosen, chunk, numbers)
+        self._take_over(new, stays=chunk is None)
         self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
         self.cursor, self._placed = torch.zeros_like(counts), None
 
-    def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
-        """Writes keys and values of a chunk's tokens. source_rows: int64 [N], counts the flattened (b, h, t)"""
-        for out, source in zip(columns, (chunk.key, chunk.value), strict=True):
-            compact(out, out_rows, source.detach(), source_rows)
+    def _fill(
+        self, new: dict[str, Tensor], chosen: Chosen, chunk: Chunk | None, numbers: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Writes what was chosen of the entries and of a chunk into new columns. numbers: as in `rebuild`"""
+        outs, held = [new[name] for name in self.columns], self._columns() if chosen.width else None
+        fresh = None if chunk is None else (chunk.key.detach(), chunk.value.detach())
+        rebuild(outs, chosen, held, fresh, numbers)
 
-    def _take_over(self, columns: Sequence[Tensor | None], *, stays: bool) -> None:
+    def _take_over(self, columns: Mapping[str, Tensor], *, stays: bool) -> None:
         """New columns in the place of the old. stays: at the addresses of the old, where they are as many rows."""
-        for name, new in zip((*self.columns, "positions", "scores"), columns, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is None or new is None:
-                continue
+        for name, new in columns.items():
+            old: Tensor = getattr(self, name)
             stays = stays and old.shape == new.shape
             if stays:
                 old.copy_(new)
@@ -429,3 +413,9 @@ class LayerArena:
         if self._new_scores is not None and len(self._new_scores) != len(segments):
             self._new_scores = None  # of as many, a recorded step may still read it
         self.relayout(self.allocated)
+
+
+def _rows(like: Tensor, count: int, value: float | None) -> Tensor:
+    """So many rows of a column, which hold this number; None where all of them are going to be written."""
+    shape = count, *like.shape[1:]
+    return like.new_empty(shape) if value is None else like.new_full(shape, value)

@@ -30,7 +30,7 @@ def _mass(
 ) -> Tensor:
     num_queries = query.shape[2]
     mask = query_mask = None
-    if bool((chunk.positions < 0).any()):
+    if chunk.places.has_padding:
         mask = chunk_mask(chunk, num_queries)
         query_mask = (chunk.positions[:, -num_queries:] >= 0).to(query.device)
     return column_scores(query, segments, chunk.masked(mask), query_mask=query_mask, reduction=reduction, **options)

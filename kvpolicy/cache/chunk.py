@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
 from torch import Tensor
 
 from kvpolicy.cache.device_tables import on_device
+from kvpolicy.cache.select import MAX_TOKENS
+from kvpolicy.errors import BudgetError
+
+
+class Places:
+    """The positions of tokens, and what follows from them: worked out once for all layers of a forward.
+
+    on_host: int64 [B, n], -1 for padding
+    count:   int64 [B], tokens without padding
+    """
+
+    def __init__(self, on_host: Tensor) -> None:
+        self.on_host, self.count = on_host, (on_host >= 0).sum(1)
+        self.has_padding = int(self.count.sum()) < on_host.numel()
+        self._placed: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """int64 [B, n] there, which is not waited for."""
+        if device not in self._placed:
+            self._placed[device] = on_device(self.on_host, device)
+        return self._placed[device]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """New tokens of a forward, as each of its layers counts them.
+
+    before, after: int64 [B], tokens of each sequence;  valid: bool [B, n] or None, which tokens are no padding
+    """
+
+    before: Tensor
+    after: Tensor
+    valid: Tensor | None
+    places: Places
+
+    @classmethod
+    def of(cls, before: Tensor, valid: Tensor | None, count: int) -> Arrival:
+        """Raises `BudgetError` for more tokens than a sequence can have."""
+        steps = torch.arange(count).expand(len(before), -1)
+        if valid is not None:
+            steps = torch.where(valid, valid.cumsum(1) - 1, -1)
+        places = Places(torch.where(steps >= 0, steps + before[:, None], -1))
+        after = before + places.count
+        if int(after.max()) > MAX_TOKENS:
+            raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
+        return cls(before, after, valid, places)
+
+    def is_of(self, seen: Tensor, valid: Tensor | None, count: int) -> bool:
+        """Whether these tokens come to a layer that has seen so many. Arguments as in `of`"""
+        same = valid is self.valid and count == self.places.on_host.shape[1]
+        return same and (seen is self.before or torch.equal(seen, self.before))
 
 
 @dataclass(slots=True, eq=False)
@@ -21,17 +72,27 @@ class Chunk:
     key: Tensor
     value: Tensor
     positions: Tensor
+    _places: Places | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return int(self.key.shape[2])
 
     @property
+    def places(self) -> Places:
+        """Its positions on any device."""
+        if self._places is None:
+            self._places = Places(self.positions)
+        return self._places
+
+    @property
     def count(self) -> Tensor:
         """int64 [B], tokens without padding."""
-        return (self.positions >= 0).sum(1)
+        return self.places.count
 
     def part(self, columns: slice) -> Chunk:
         """Some of its columns, as views."""
+        if columns.indices(len(self)) == (0, len(self), 1):
+            return self
         return Chunk(self.key[:, :, columns], self.value[:, :, columns], self.positions[:, columns])
 
     def masked(self, mask: Tensor | None) -> MaskedChunk:
@@ -40,7 +101,7 @@ class Chunk:
 
     def positions_on(self, device: torch.device) -> Tensor:
         """int64 [B, H, n], the same for every KV head."""
-        return on_device(self.positions, device)[:, None].expand(-1, self.key.shape[1], -1)
+        return self.places.on(device)[:, None].expand(-1, self.key.shape[1], -1)
 
     def owned(self) -> Chunk:
         """A copy that keeps nothing else alive."""

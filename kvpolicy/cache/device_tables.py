@@ -21,3 +21,9 @@ def each_entry(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     total, counts = int(counts.sum()), on_device(counts, device)
     segment = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
     return segment, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[segment]
+
+
+def owners_of(starts: Tensor, count: int) -> Tensor:
+    """The segment of each of `count` rows, int64 on the device of the ascending `starts`, int64 [S]."""
+    # of segments without a row the last one begins where the next that has some does
+    return torch.searchsorted(starts, torch.arange(count, device=starts.device), right=True) - 1

@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 import torch
 from kvpolicy_kernels.append_encoded import append_encoded
 from kvpolicy_kernels.attention import WorkPlan
-from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.encoded_attention import encoded_attention, encoded_programs
 from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.rebuild import rebuild
+from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
+from kvpolicy.cache.device_tables import owners_of
 from kvpolicy.cache.exact_block import ExactBlock
 from kvpolicy.model.layer_spec import LayerSpec
 
@@ -130,10 +132,11 @@ class EncodedArena(LayerArena):
         columns: Tensor,
         counts: Tensor,
         allocated: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
         chunk: Chunk | None = None,
-        scores: Tensor | None = None,
     ) -> None:
-        super().replace(columns, counts, allocated, chunk, scores)
+        super().replace(columns, counts, allocated, positions, scores, chunk)
         if chunk is not None and self.exact is not None:
             self.exact.add(chunk)
 
@@ -174,13 +177,14 @@ class EncodedArena(LayerArena):
         keys, values = encode([key, value], self.entry_format)
         return *keys, *values
 
-    def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
-        order = torch.arange(len(source_rows), device=self.device)
-        kept: list[Tensor] = []
-        for source in (chunk.key, chunk.value):  # only what is kept is encoded
-            kept.append(source.new_empty(len(source_rows), source.shape[-1]))
-            compact(kept[-1], order, source.detach(), source_rows)
-        if self.key_centre is not None:
-            kept[0] = kept[0].float() - self.key_centre[source_rows // len(chunk) % self.num_heads]
-        for out, codes in zip(columns, self._laid(*kept), strict=True):
-            compact(out, out_rows, codes, order)
+    def _fill(
+        self, new: dict[str, Tensor], chosen: Chosen, chunk: Chunk | None, numbers: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        if chunk is not None:  # only what is kept is encoded
+            tokens = chunk.key.detach(), chunk.value.detach()
+            kept = [x.new_zeros(len(new["positions"]), x.shape[-1]) for x in tokens]
+            rebuild(kept, chosen, None, tokens)
+            if self.key_centre is not None:
+                kept[0] = kept[0].float() - self.key_centre[owners_of(chosen.starts, len(kept[0])) % self.num_heads]
+            new |= zip(self.columns, self._laid(*kept), strict=True)
+        rebuild([new[name] for name in self.columns], chosen, self._columns() if chosen.width else None, None, numbers)

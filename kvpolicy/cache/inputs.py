@@ -63,7 +63,8 @@ def check_turn(layer: int, own: Tensor, after: Tensor, other: int, theirs: Tenso
     own, after: int64 [B], tokens that the layer has seen, and will have seen
     other, theirs: the layer before it, of the first layer the last one, and what that has seen
     """
-    if not torch.equal(after if layer else own, theirs):
+    mine = after if layer else own
+    if mine is not theirs and not torch.equal(mine, theirs):
         raise BudgetError(
             f"layer {layer} has seen {own.tolist()} tokens of each sequence and is handed {(after - own).tolist()} "
             f"more, but layer {other} has seen {theirs.tolist()}: each forward hands its tokens to every layer once, "

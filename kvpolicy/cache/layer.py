@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from kvpolicy_kernels.attention import WorkPlan
-from kvpolicy_kernels.evict import evict, evict_into
+from kvpolicy_kernels.evict import evict, evict_into, rank
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
-from kvpolicy.cache.chunk import Chunk
+from kvpolicy.cache.chunk import Arrival, Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.eviction_order import eviction_order
 from kvpolicy.cache.schedule import UNLIMITED
-from kvpolicy.cache.select import MAX_TOKENS, Protection, comparable, kept_columns, ranking
+from kvpolicy.cache.select import ABSENT, Protection, comparable, kept_columns
 from kvpolicy.cache.tail import Columns, Tail
 from kvpolicy.errors import BudgetError
 
@@ -133,23 +133,16 @@ class StoreLayer:
         self.decoded = 0 if settling else self.decoded  # budgets have grown now; the next time is counted from here
         return settled
 
-    def arrive(self, key: Tensor, value: Tensor, valid: Tensor | None) -> Chunk:
-        """Counts new tokens and returns them behind those still pending. valid: bool [B, n] on the CPU or None."""
+    def arrive(self, key: Tensor, value: Tensor, arrival: Arrival) -> Chunk:
+        """Counts new tokens and returns them behind those still pending."""
         self.check_settled()
-        steps = torch.arange(key.shape[2]).expand(len(self.seen), -1)
-        if valid is not None:
-            steps = torch.where(valid, valid.cumsum(1) - 1, -1)
-        positions = torch.where(steps >= 0, steps + self.seen[:, None], -1)
-        seen = torch.maximum(self.seen, positions.amax(1) + 1)  # a row of padding alone stays where it is
-        if int(seen.max()) > MAX_TOKENS:
-            raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
-        self.seen = seen  # only now: what is refused changes nothing
+        self.seen, places = arrival.after, arrival.places
         if (pending := self.pending) is None:
-            return Chunk(key, value, positions)
+            return Chunk(key, value, places.on_host, _places=places)
         return Chunk(
             torch.cat([pending.key, key], 2),
             torch.cat([pending.value, value], 2),
-            torch.cat([pending.positions, positions], 1),
+            torch.cat([pending.positions, places.on_host], 1),
         )
 
     def append(self, key: Tensor, value: Tensor, score: float, *, evict: bool) -> None:
@@ -186,20 +179,20 @@ class StoreLayer:
         if self.is_ring or not has_order:
             self.is_ring &= has_order  # a token that is pinned will lie among others
             return
-        arena, seen = self.arena, self._settled_on_device()
-        positions, scores = arena.padded_positions(), arena.padded_scores()
+        arena, scores = self.arena, self.arena.padded_scores()
+        positions, keys = self._ranked(None)
         # pinned ones, then by age: without scores that is the order already
-        columns = kept_columns(
-            ranking(None, positions, seen, self.protection), positions, arena.length, self.protection
-        )
+        columns = kept_columns(keys, arena.length)
+        before = positions, scores
         if scores is not None:
             surplus = torch.arange(arena.width, device=arena.device) >= on_device(arena.length, arena.device)[:, None]
             positions, scores = positions.gather(1, columns), scores.gather(1, columns)
             spare = on_device(limit - arena.length, arena.device)
             # behind a segment's length the columns mean nothing
             positions, scores = positions.masked_fill(surplus, -1), scores.masked_fill(surplus, -torch.inf)
+            seen = on_device(self._per_segment(self.settled)[:, None], arena.device)
             columns = columns.gather(1, eviction_order(scores, positions, seen, spare, self.protection))
-        arena.replace(columns, arena.length, arena.allocated)
+        arena.replace(columns, arena.length, arena.allocated, *before)
         self.is_ring = True
 
     def write(self, key: Tensor, value: Tensor, step: LayerStep, score: float, work: WorkPlan | None) -> None:
@@ -252,30 +245,27 @@ class StoreLayer:
 
     def candidates(self, chunk: Chunk) -> Tensor:
         """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
-        fresh = chunk.positions_on(self.arena.device).flatten(0, 1)
-        return torch.cat([self.arena.padded_positions(), fresh], 1)
+        return self._ranked(None, chunk)[0]
 
     def fold(self, chunk: Chunk, scores: Tensor | None) -> None:
         """Evicts from [entries ; chunk] down to the capacities.
 
         scores: float32 [S, width + len(chunk)], or None: then the most recent are kept
         """
-        available = self.arena.length + self._per_segment(chunk.count)
-        self._retain(self.candidates(chunk), scores, available, chunk)
+        self._retain(scores, self.arena.length + self._per_segment(chunk.count), chunk)
         self.is_unwritten = False
 
     def shrink(self) -> None:
         """Evicts down to capacities that were lowered."""
         arena = self.arena
         if bool((arena.length > self.capacity).any()):
-            self._retain(arena.padded_positions(), arena.padded_scores(), arena.length, None)
+            self._retain(arena.padded_scores(), arena.length, None)
 
     def compared(self, scores: Tensor | None = None, chunk: Chunk | None = None) -> Tensor:
         """Scores of the entries, or of [entries ; chunk], as they compete: see `comparable`. float32 [B, H, N]."""
         scores = self.arena.padded_scores() if scores is None else scores
         assert scores is not None
-        positions = self.arena.padded_positions() if chunk is None else self.candidates(chunk)
-        return comparable(scores, positions, self._settled_on_device(), self.protection).view(*self.table.shape, -1)
+        return comparable(scores, *self._ranked(None, chunk), self.protection).view(*self.table.shape, -1)
 
     def allow(self, table: Tensor) -> None:
         """Sets the capacities. table: int64 [B, H]; `shrink` evicts down to them where they are lower."""
@@ -369,24 +359,32 @@ class StoreLayer:
             self.pending = pending.part(slice(0, kept)).owned() if kept else None
         if left:
             self.seen, self.settled = self.seen - left, self.settled - left
-            positions = self.arena.padded_positions()
-            oldest_first = torch.where(positions < 0, -1, MAX_TOKENS - positions)
-            self._rebuild(oldest_first, positions, self.arena.length - left, None, None)
+            arena, (positions, keys) = self.arena, self._ranked(None)
+            taken = positions >= on_device(self._per_segment(self.settled)[:, None], arena.device)
+            self._rebuild(keys.masked_fill(taken, ABSENT), positions, arena.length - left, None, arena.padded_scores())
             self.arena.forget(self.settled)
 
-    def _retain(self, positions: Tensor, scores: Tensor | None, available: Tensor, chunk: Chunk | None) -> None:
-        """Keeps the best candidates of each segment. positions, scores: [S, N];  available: int64 [S], present ones."""
+    def _retain(self, scores: Tensor | None, available: Tensor, chunk: Chunk | None) -> None:
+        """Keeps the best candidates of each segment. scores: [S, N];  available: int64 [S], present ones."""
         counts = torch.minimum(available, self.capacity)
         self._note_eviction(counts < available)
-        keys = ranking(scores, positions, self._settled_on_device(), self.protection)
+        positions, keys = self._ranked(scores, chunk)
         self._rebuild(keys, positions, counts, chunk, scores)
+
+    def _ranked(self, scores: Tensor | None, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
+        """Positions and keys of [entries ; chunk], as in `rank`."""
+        arena = self.arena
+        tables = on_device(torch.stack([arena.start, arena.length, self._per_segment(self.settled)]), arena.device)
+        fresh = None if chunk is None else chunk.places.on(arena.device)
+        options = self._protection_options()
+        return rank(scores, arena.positions, *tables, width=arena.width, fresh=fresh, **options)
 
     def _rebuild(
         self, keys: Tensor, positions: Tensor, counts: Tensor, chunk: Chunk | None, scores: Tensor | None
     ) -> None:
         """Keeps the `counts` candidates with the largest keys, pinned ones first, then by age."""
-        columns = kept_columns(keys, positions, counts, self.protection)
-        self.arena.replace(columns, counts, self.arena.room(counts, self.capacity), chunk, scores)
+        columns, room = kept_columns(keys, counts), self.arena.room(counts, self.capacity)
+        self.arena.replace(columns, counts, room, positions, scores, chunk)
         self.is_ring = self.arena.scores is None  # entries lie in the order of age
 
     def _next_slot(self, full: Tensor) -> Tensor:
@@ -431,7 +429,3 @@ class StoreLayer:
         if (placed := self.arena.placed) is not None:
             return placed.seen[:: self.num_heads]
         return on_device(self.seen, self.arena.device)
-
-    def _settled_on_device(self) -> Tensor:
-        """int64 [S, 1]."""
-        return on_device(self._per_segment(self.settled)[:, None], self.arena.device)

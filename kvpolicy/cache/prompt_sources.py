@@ -67,8 +67,7 @@ class Candidates:
 
 
 def _positions(of: Candidates) -> Tensor:
-    batch, heads, _ = of.shape
-    return torch.cat([of.arena.padded_positions().view(batch, heads, -1), of.chunk.positions_on(of.arena.device)], 2)
+    return of.layer.candidates(of.chunk).view(*of.chunk.key.shape[:2], -1)
 
 
 def _scores(of: Candidates) -> Tensor:

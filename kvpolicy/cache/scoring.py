@@ -101,7 +101,8 @@ def score_chunk(
     candidates = Candidates(policy, layer, query, chunk, {**options, "power": policy.attention_power})
     outside = {name: plugin_call.lent(extra[name]) for name in policy.requires & extra.keys()}
     activations = LayerActivations(layer=layer.index, **outside | candidates.supplied())
-    return plugin_call.prompt_scores(policy, activations, candidates.shape, layer.arena.device).flatten(0, 1)
+    scores = plugin_call.prompt_scores(policy, activations, candidates.shape, layer.arena.device)
+    return scores.flatten(0, 1).contiguous()  # a policy's may lie in any way
 
 
 def score_step(

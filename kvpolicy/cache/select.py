@@ -77,27 +77,32 @@ def ranking(scores: Tensor | None, positions: Tensor, seen: Tensor, protection: 
     )
 
 
-def comparable(scores: Tensor, positions: Tensor, seen: Tensor, protection: Protection) -> Tensor:
+def comparable(scores: Tensor, positions: Tensor, keys: Tensor, protection: Protection) -> Tensor:
     """The scores as KV heads compete with them: inf for entries that stay whatever their score (sink tokens, the recent
-    window), -inf for absent ones and for those of spans, which are on top. Arguments as in `ranking`.
+    window), -inf for absent ones and for those of spans, which are on top.
+
+    scores, positions: as in `ranking`;  keys: of candidates without scores
     """
-    scores = scores.masked_fill(ranking(None, positions, seen, protection) >= order.RECENT, float("inf"))
-    beside = (positions < 0) | (protection.pinned(positions) & (positions >= protection.num_sink_tokens))
-    return scores.masked_fill(beside, float("-inf"))
+    scores = scores.masked_fill(keys >= order.RECENT, float("inf"))
+    beside = positions < 0
+    if protection.spans:
+        beside |= protection.pinned(positions) & (positions >= protection.num_sink_tokens)
+    return scores.masked_fill_(beside, float("-inf"))
 
 
-def kept_columns(keys: Tensor, positions: Tensor, counts: Tensor, protection: Protection) -> Tensor:
+def kept_columns(keys: Tensor, counts: Tensor) -> Tensor:
     """Columns of the `counts[s]` best candidates of each segment: pinned ones first, then by position.
 
-    keys, positions: [S, N];  counts: int [S] on the CPU. Returns int64 [S, max(counts)]; behind a segment's count
-    the columns mean nothing.
+    keys: int64 [S, N], as in `ranking`;  counts: int [S] on the CPU. Returns int64 [S, max(counts)]; behind a segment's
+    count the columns mean nothing.
     """
-    most = int(counts.max())
-    best = torch.topk(keys, most, dim=1).indices
-    place = positions.gather(1, best)
-    place = torch.where(protection.pinned(place), place, place + MAX_TOKENS)
-    surplus = torch.arange(most, device=place.device)[None] >= on_device(counts[:, None], place.device)
-    place = place.masked_fill(surplus, torch.iinfo(torch.int64).max)
+    least, most = int(counts.min()), int(counts.max())
+    kept, best = torch.topk(keys, most, dim=1, sorted=least < most)
+    # a key says where its candidate stands
+    place = (kept & MAX_TOKENS).add_(kept < order.PINNED, alpha=MAX_TOKENS)
+    if least < most:
+        surplus = torch.arange(most, device=place.device)[None] >= on_device(counts[:, None], place.device)
+        place = place.masked_fill_(surplus, torch.iinfo(torch.int64).max)
     return best.gather(1, place.argsort(dim=1))
 
 

@@ -18,7 +18,7 @@ from kvpolicy.cache import inputs
 from kvpolicy.cache import schedule as schedules
 from kvpolicy.cache.attention_mass import chunk_mask
 from kvpolicy.cache.attention_statistics import attention_statistics
-from kvpolicy.cache.chunk import Chunk
+from kvpolicy.cache.chunk import Arrival, Chunk
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.first_token import FirstToken
 from kvpolicy.cache.inputs import Finiteness
@@ -106,6 +106,7 @@ class RaggedStore(Decoding):
         self.key_centres = inputs.key_centres(key_centres, len(self.layers), count, spec.attention.key_dim)
         self._wrong, self._finite = NotANumber(len(self.layers)), Finiteness()
         self._planned, self._tables = PlannedStep(), StepTables()
+        self._arrival: Arrival | None = None  # what came to the layer before, as more of it comes to the next
         self.first_token = FirstToken()
 
     @classmethod
@@ -230,10 +231,12 @@ class RaggedStore(Decoding):
         """
         entries = self._open(layer, key, value)
         valid = inputs.validity(valid, self.batch_size, key.shape[2])
-        self._check_turn(layer, entries.seen + (key.shape[2] if valid is None else valid.sum(1)))
+        if self._arrival is None or not self._arrival.is_of(entries.seen, valid, key.shape[2]):
+            self._arrival = Arrival.of(entries.seen, valid, key.shape[2])
+        self._check_turn(layer, self._arrival.after)
         self._finite.add(layer, keys=key, values=value)
         self.first_token.begin(key.device)
-        return entries.arrive(key, value, valid)
+        return entries.arrive(key, value, self._arrival)
 
     def attend_chunk(
         self,
@@ -251,7 +254,7 @@ class RaggedStore(Decoding):
         """
         segments = self._layer(layer).arena.counted_segments
         inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
-        if mask is None and bool((chunk.positions < 0).any()):
+        if mask is None and chunk.places.has_padding:
             mask = chunk_mask(chunk, query.shape[2])
         return ragged_attention(query, segments, chunk.masked(mask), entry_mask=entry_mask, **scoring.options())
 
@@ -277,6 +280,7 @@ class RaggedStore(Decoding):
         settling, scores = entries.settling(chunk, hold), None
         if is_last:  # else nobody waits for the device here
             self._finite.check()
+            self._arrival = None
         if settling and (self.split is None or entries.arena.scores is None):  # a split has to see the scores first
             self._grow(entries, entries.settled + chunk.part(slice(0, settling)).count)
         if settling and entries.arena.scores is not None:

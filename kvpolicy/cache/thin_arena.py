@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from kvpolicy_kernels.compact import compact
 from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.rebuild import rebuild
+from kvpolicy_kernels.rebuild.op import Chosen
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
 from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.device_tables import each_entry, on_device
+from kvpolicy.cache.device_tables import each_entry, on_device, owners_of
 from kvpolicy.cache.exact_block import ExactBlock
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.model.layer_spec import LayerSpec
@@ -98,13 +99,14 @@ class ThinArena(LayerArena):
         columns: Tensor,
         counts: Tensor,
         allocated: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
         chunk: Chunk | None = None,
-        scores: Tensor | None = None,
     ) -> None:
         if chunk is not None and self._squares is not None:
             self._choose(columns, counts, chunk, self._squares)
             self._squares = None
-        super().replace(columns, counts, allocated, chunk, scores)
+        super().replace(columns, counts, allocated, positions, scores, chunk)
         if chunk is not None:
             self.exact.add(Chunk(chunk.key, chunk.value[..., :0], chunk.positions))
 
@@ -154,10 +156,11 @@ class ThinArena(LayerArena):
         super()._put(thin, value, position, rows, score)
         self.exact.write(key, position)
 
-    def _bring(self, columns: Sequence[Tensor], out_rows: Tensor, chunk: Chunk, source_rows: Tensor) -> None:
-        order = torch.arange(len(source_rows), device=self.device)
-        keys = chunk.key.new_empty(len(source_rows), chunk.key.shape[-1])
-        compact(keys, order, chunk.key.detach(), source_rows)
-        keys = keys.gather(1, self.channels[source_rows // len(chunk)].long())
-        compact(columns[0], out_rows, keys, order)
-        compact(columns[1], out_rows, chunk.value.detach(), source_rows)
+    def _fill(
+        self, new: dict[str, Tensor], chosen: Chosen, chunk: Chunk | None, numbers: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        if chunk is not None:
+            keys = chunk.key.new_zeros(len(new["keys"]), chunk.key.shape[-1])
+            rebuild([keys, new["values"]], chosen, None, (chunk.key.detach(), chunk.value.detach()))
+            new["keys"] = keys.gather(1, self.channels[owners_of(chosen.starts, len(keys))].long())
+        rebuild([new["keys"], new["values"]], chosen, self._columns() if chosen.width else None, None, numbers)
