@@ -79,10 +79,8 @@ class Chunk:
 
     @property
     def places(self) -> Places:
-        """Its positions on any device."""
-        if self._places is None:
-            self._places = Places(self.positions)
-        return self._places
+        """Its positions on any device; of a chunk under way those of all layers."""
+        return Places(self.positions) if self._places is None else self._places
 
     @property
     def count(self) -> Tensor:
@@ -92,7 +90,7 @@ class Chunk:
     def part(self, columns: slice) -> Chunk:
         """Some of its columns, as views."""
         if columns.indices(len(self)) == (0, len(self), 1):
-            return self
+            return Chunk(self.key, self.value, self.positions, _places=self._places)
         return Chunk(self.key[:, :, columns], self.value[:, :, columns], self.positions[:, columns])
 
     def masked(self, mask: Tensor | None) -> MaskedChunk:

@@ -205,10 +205,10 @@ class Finiteness:
     """Whether keys, values and queries are numbers.
 
     Those on the CPU are looked at at once. A device is not waited for: what is found there is gathered, and asked for
-    with `check`. fault: bool [], since the last check; None where nothing has come
+    with `check`. largest: [], of all numbers since the last check, whatever their sign; None where nothing has come
     """
 
-    fault: Tensor | None = None
+    largest: Tensor | None = None
 
     def add(self, layer: int, **states: Tensor) -> None:
         """states: by name; of padding too, as it takes part in sums, with a factor of 0.
@@ -220,13 +220,14 @@ class Finiteness:
                 if not math.isfinite(state.sum().item()) and not bool(state.isfinite().all()):  # a sum is quicker
                     raise BudgetError(f"layer {layer}: {name} hold NaN or infinite numbers")
             else:
-                fault = ~state.isfinite().all()
-                self.fault = fault if self.fault is None else fault | self.fault.to(fault.device)
+                largest = torch.linalg.vector_norm(state, math.inf)  # hides neither NaN nor infinity, in one launch
+                before = self.largest
+                self.largest = largest if before is None else torch.maximum(largest, before.to(largest.device))
 
     def check(self) -> None:
         """Waits for the device. Raises where anything since the last check was no number."""
-        fault, self.fault = self.fault, None
-        if fault is not None and bool(fault):
+        largest, self.largest = self.largest, None
+        if largest is not None and not math.isfinite(largest.item()):
             raise BudgetError("keys or values of these tokens hold NaN or infinite numbers: this store is spoiled")
 
 

@@ -11,7 +11,7 @@ from kvpolicy_kernels.evict import evict, evict_into, rank
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
-from kvpolicy.cache.chunk import Arrival, Chunk
+from kvpolicy.cache.chunk import Arrival, Chunk, Places
 from kvpolicy.cache.copies import copy_with
 from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.eviction_order import eviction_order
@@ -126,8 +126,10 @@ class StoreLayer:
 
     def settle(self, chunk: Chunk, settling: int) -> Chunk:
         """Returns the first tokens of a chunk, for `fold`; the others become the pending ones."""
-        settled, pending = chunk.part(slice(0, settling)), chunk.part(slice(settling, None))
-        self.pending = pending.owned() if len(pending) else None  # a view would keep the whole prompt
+        settled, pending = chunk.part(slice(0, settling)), None
+        if settling < len(chunk):  # a view would keep the whole prompt
+            pending = chunk.part(slice(settling, None)).owned()
+        self.pending = pending
         # until `fold` has come, so that a forward that breaks off in between is noticed
         self.settled, self.is_unwritten = self.settled + settled.count, settling > 0
         self.decoded = 0 if settling else self.decoded  # budgets have grown now; the next time is counted from here
@@ -137,13 +139,10 @@ class StoreLayer:
         """Counts new tokens and returns them behind those still pending."""
         self.check_settled()
         self.seen, places = arrival.after, arrival.places
-        if (pending := self.pending) is None:
-            return Chunk(key, value, places.on_host, _places=places)
-        return Chunk(
-            torch.cat([pending.key, key], 2),
-            torch.cat([pending.value, value], 2),
-            torch.cat([pending.positions, places.on_host], 1),
-        )
+        if (pending := self.pending) is not None:
+            key, value = torch.cat([pending.key, key], 2), torch.cat([pending.value, value], 2)
+            places = Places(torch.cat([pending.positions, places.on_host], 1))
+        return Chunk(key, value, places.on_host, _places=places)
 
     def append(self, key: Tensor, value: Tensor, score: float, *, evict: bool) -> None:
         """Writes one token into every segment; over its worst entry where it is full, if `evict`.
@@ -244,7 +243,9 @@ class StoreLayer:
         self.arena.pass_step(step)
 
     def candidates(self, chunk: Chunk) -> Tensor:
-        """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent."""
+        """int64 [S, width + n] on the device, positions of [entries ; chunk], -1 where absent. A copy"""
+        if not self.arena.width:
+            return chunk.positions_on(self.arena.device).clone().flatten(0, 1)
         return self._ranked(None, chunk)[0]
 
     def fold(self, chunk: Chunk, scores: Tensor | None) -> None:
@@ -421,8 +422,8 @@ class StoreLayer:
         self.evicted_at = torch.where(rows, self.settled, self.evicted_at)
 
     def _per_segment(self, per_row: Tensor) -> Tensor:
-        """[B, ...] to [S, ...]."""
-        return per_row.repeat_interleave(self.num_heads, 0)
+        """[B, ...] to [S, ...], by numpy: torch makes four operations of it."""
+        return torch.from_numpy(per_row.numpy().repeat(self.num_heads, 0))
 
     def seen_on_device(self) -> Tensor:
         """int64 [B]."""

@@ -52,7 +52,7 @@ class Candidates:
     def shape(self) -> tuple[int, int, int]:
         """(B, H, width + n)."""
         batch, heads = self.chunk.key.shape[:2]
-        return batch, heads, self.rows.shape[1] + len(self.chunk)
+        return batch, heads, self.arena.width + len(self.chunk)
 
     def supplied(self) -> dict[str, Any]:
         """What the policy requires of a store, by name."""

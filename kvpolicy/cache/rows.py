@@ -54,7 +54,7 @@ class RowTables:
         scores:     float32 [B, H, n] of layers 0 to l, or of l alone: see `at_layer`
         statistics: of layer l
 
-        Returns int64 [B, H] of each of the layers 0 to l.
+        Returns int64 [B, H] of each of the layers 0 to l, under the scope "layer" of l alone: the others stay.
         """
         assert self.split is not None
         if not layer:
@@ -76,7 +76,7 @@ class RowTables:
                 self.tables[row], self.seen[row] = table, count
         if layer == self.schedule.shape[0] - 1:  # else old tables would stay, and count in `tensors`
             self._before, self._statistics = [], []
-        return [self.layer(index) for index in range(layer + 1)]
+        return [self.layer(index) for index in range(layer if self.split.split_is_per_layer else 0, layer + 1)]
 
     def layer(self, layer: int) -> Tensor:
         """int64 [B, H], the capacities of one layer."""
@@ -118,12 +118,12 @@ def split_layers(
     """
     assert rows.split is not None
     *earlier, last = layers
-    device = last.arena.device  # layers may lie on several
-    compared = [last.compared(scores, chunk)]
-    if not rows.split.split_is_per_layer:
-        compared = [*(layer.compared().to(device) for layer in earlier), *compared]
-    tables = rows.split_layer(len(earlier), compared, statistics or LayerStatistics(), last.settled.tolist())
-    for layer, table in zip(layers, tables, strict=True):
+    index, device = len(earlier), last.arena.device  # layers may lie on several
+    if rows.split.split_is_per_layer:
+        earlier = []
+    compared = [*(layer.compared().to(device) for layer in earlier), last.compared(scores, chunk)]
+    tables = rows.split_layer(index, compared, statistics or LayerStatistics(), last.settled.tolist())
+    for layer, table in zip([*earlier, last], tables, strict=True):
         layer.allow(table)
     for layer in earlier:  # the last one evicts with its caller, who has its scores
         layer.shrink()
