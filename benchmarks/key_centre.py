@@ -1,10 +1,11 @@
-r"""What codes of 4 bits lose where keys have a bias, encoded whole and less their centre, and int8 beside them.
+r"""What codes of 8 and 4 bits lose where keys have a bias, encoded whole and less their centre.
 
     python benchmarks/key_centre.py --model qwen05.gguf --text pg19.txt wiki.txt python --device cuda \
         --prompt 4096 8192 16384 32256 --out benchmarks/results/key_centre_h200.csv
 
 Nothing is evicted of a prompt, and the tokens behind it are scored in one forward over what the cache gives back:
-perplexity, and the divergence from the full cache, KL(full || row). Of a text that is too short for as many sequences
+perplexity, and the divergence from the full cache, KL(full || row). With `--protocol window` every token is decoded
+under the format, and the last three quarters are scored. Of a text that is too short for as many sequences
 there are as many as it holds, and of a length that none holds there are no rows. Rows are written as they come, and
 those that are there are not measured again. Rows whose keys are "less their mean over N positions" are of former
 centres.
@@ -17,30 +18,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats_frontier import judged
+from formats_frontier import WindowStudy, judged
 from kvpolicy_kernels.formats import INT4, INT8, EntryFormat
 from shared import command_line, machine, read_csv, write_csv
 from torch import Tensor
 
 import kvpolicy
+from kvpolicy.comparison.methods import read_asked
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
 
 ROWS: dict[tuple[str, str], EntryFormat | None] = {
     ("model", ""): None,
-    ("int8", ""): INT8,
+    ("int8", "whole"): replace(INT8, centred=False),
+    ("int8", "less their centre"): replace(INT8, centred=True),
     ("int4", "less their centre"): INT4,
     ("int4", "whole"): replace(INT4, centred=False),
 }
 
 
-@torch.no_grad()
-def measured(model: Any, ids: Tensor, prompt: int, own: EntryFormat | None) -> Tensor:
-    """Logits [n, vocabulary] behind each token of `ids` from the last of the prompt on, but the last."""
-    cache = kvpolicy.new_cache(model, retention=1.0, format=own)
-    before = model(ids[None, :prompt], **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits
-    after = model(ids[None, prompt:-1], **with_cache(model, cache), use_cache=True).logits
-    return torch.cat([before, after], 1)[0]
+class Prompts:
+    """Prompts behind which tokens are scored; logits of the full cache."""
+
+    def __init__(self, model: Any, sequences: Tensor, prompt: int) -> None:
+        self.model, self.sequences, self.prompt = model, sequences, prompt
+        self.full: list[Tensor] = []
+
+    def means(self, own: EntryFormat | None) -> list[Tensor]:
+        """Losses and divergences, [n] each."""
+        judgements = [
+            judged(self.full, index, self._logits(ids, own), ids[self.prompt :])
+            for index, ids in enumerate(self.sequences)
+        ]
+        return [torch.stack([x.mean() for x in each]).double().cpu() for each in zip(*judgements, strict=True)]
+
+    @torch.no_grad()
+    def _logits(self, ids: Tensor, own: EntryFormat | None) -> Tensor:
+        """[n, vocabulary] behind each token from the last of the prompt on, but the last."""
+        cache = kvpolicy.new_cache(self.model, retention=1.0, format=own)
+        options = with_cache(self.model, cache)
+        before = self.model(ids[None, : self.prompt], **options, use_cache=True, logits_to_keep=1).logits
+        after = self.model(ids[None, self.prompt : -1], **options, use_cache=True).logits
+        return torch.cat([before, after], 1)[0]
+
+
+class Decoded:
+    """Sequences whose every token is decoded."""
+
+    def __init__(self, model: Any, sequences: Tensor) -> None:
+        self.study = WindowStudy(model, sequences)
+
+    def means(self, own: EntryFormat | None) -> list[Tensor]:
+        method = replace(read_asked(["streaming"])[0], entry_format=own)
+        whole = torch.full(self.study.spec.table_shape, self.study.sequences.shape[1])
+        return [torch.tensor(each, dtype=torch.float64) for each in self.study.measured(method, whole, {})[:2]]
 
 
 def main() -> None:
@@ -50,7 +81,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024])
-    parser.add_argument("--behind", type=int, default=512)
+    parser.add_argument("--protocol", choices=["prompt", "window"], default="prompt")
+    parser.add_argument("--behind", type=int, default=512, help="tokens behind a prompt")
     parser.add_argument("--sequences", type=int, default=2, help="of each text")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -58,7 +90,8 @@ def main() -> None:
     texts = [kvpolicy.read_corpus(tokenizer, None if name == "python" else name) for name in options.text]
     lines: list[dict[str, Any]] = [*read_csv(options.out)] if options.out.exists() else []
     for prompt in options.prompt:
-        length = prompt + options.behind
+        decoded = options.protocol == "window"
+        length = prompt + options.behind * (not decoded)
         counts = [min(options.sequences, text.room("whole", length)) for text in texts]
         whole = [text.sequences("whole", count, length) for text, count in zip(texts, counts, strict=True) if count]
         if not whole:
@@ -66,35 +99,34 @@ def main() -> None:
             continue
         used = [Path(name).stem for name, count in zip(options.text, counts, strict=True) if count]
         about = {
-            "n": sum(counts), "prompt": prompt, "scored": options.behind, "model": Path(options.model).name,
+            "n": sum(counts), "prompt": prompt, "scored": prompt - prompt // 4 if decoded else options.behind,
+            "model": Path(options.model).name,
             "dtype": options.dtype, "texts": " ".join(used), **machine(options.device, "torch", "transformers"),
+            "protocol": options.protocol,
         }  # fmt: skip
-        report(model, torch.cat(whole).to(model.device), about, lines, options.out)
+        ids = torch.cat(whole).to(model.device)
+        report(Decoded(model, ids) if decoded else Prompts(model, ids, prompt), about, lines, options.out)
 
 
-def report(model: Any, sequences: Tensor, about: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
-    """Adds the rows of a length of prompts to `lines` and writes them, but for those that are there."""
-    prompt, texts = about["prompt"], about["texts"]
-    there = {(x["format"], x["keys"]) for x in lines if (int(x["prompt"]), x["texts"]) == (prompt, texts)}
+def report(study: Prompts | Decoded, about: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
+    """Adds the rows of a length to `lines` and writes them, but for those that are there."""
+    own = [str(about[name]) for name in ("prompt", "texts", "protocol")]
+    there = {(x["format"], x["keys"]) for x in lines if [str(x[y]) for y in ("prompt", "texts", "protocol")] == own}
     if there >= ROWS.keys():
         return
-    full: list[Tensor] = []
-    for (name, keys), own in ROWS.items():
-        if (name, keys) in there and own is not None:
+    for (name, keys), entry_format in ROWS.items():
+        if (name, keys) in there and entry_format is not None:
             continue
-        both = [
-            judged(full, index, measured(model, ids, prompt, own), ids[prompt:]) for index, ids in enumerate(sequences)
-        ]
+        losses, divergences = study.means(entry_format)
         if (name, keys) in there:  # the full cache, which others are compared with
             continue
-        losses, divergences = (torch.stack([x.mean() for x in each]).double().cpu() for each in zip(*both, strict=True))
         low, high = mean_interval(divergences)
         lines.append(
             {"format": name, "keys": keys, "perplexity": round(float(losses.mean().exp()), 3),
              "kl": round(float(divergences.mean()), 5), "kl_low": round(low, 5), "kl_high": round(high, 5),
              **about, "each_kl": " ".join(f"{kl:.5f}" for kl in divergences.tolist())}
         )  # fmt: skip
-        print(prompt, *list(lines[-1].values())[:7], sep="\t", flush=True)
+        print(*own[::2], *list(lines[-1].values())[:7], sep="\t", flush=True)
         write_csv(out, lines)
 
 

@@ -25,6 +25,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 PROMPT, WINDOW = "formats_prompt_h200.csv", "formats_window_h200.csv"
 SECOND_PROMPT, SECOND_WINDOW = "formats_prompt_qwen_h200.csv", "formats_window_qwen_h200.csv"
 FORMER_CENTRE, CENTRE = "formats_prompt_qwen_former_centre_h200.csv", "key_centre_h200.csv"
+LONG = "key_centre_long_h200.csv"
 FACTS, CHOICE = "format_facts_h200/facts.csv", "format_choice_cpu.csv"
 PAGES = [DOCS / "methods" / "formats.md", DOCS / "methods" / "fisher.md"]
 PLACE = re.compile(r"(<!-- formats: ([a-z, ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
@@ -105,15 +106,19 @@ def shown(row: Row) -> str:
     return f"{number(float(row['kl']))} ({float(row['perplexity']):.2f})"
 
 
-def centres() -> str:
+def centres(file: str) -> str:
     """With everything kept, what codes lose where keys have a bias: interval of the divergence, and perplexity."""
-    rows = read_csv(RESULTS / CENTRE)
-    prompts = dict.fromkeys(row["prompt"] for row in rows)
+    rows = read_csv(RESULTS / file)
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        lines.setdefault((NAMES[row["format"]], row["keys"]), {})[row["prompt"]] = row
-    body = [[*key, *(spread(found[x]) if x in found else "" for x in prompts)] for key, found in lines.items()]
-    return table(["format", "keys", *(f"a prompt of {x}" for x in prompts)], body)
+        lines.setdefault((NAMES[row["format"]], row["keys"]), {})[tokens(row)] = row
+    columns = dict.fromkeys(map(tokens, rows))
+    body = [[*key, *(spread(found[x]) if x in found else "" for x in columns)] for key, found in lines.items()]
+    return table(["format", "keys", *columns], body)
+
+
+def tokens(row: Row) -> str:
+    return f"{row['prompt']}, decoded" if row["protocol"] == "window" else f"a prompt of {row['prompt']}"
 
 
 def spread(row: Row) -> str:
@@ -184,7 +189,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "behind a prompt, second model, former centre": (FORMER_CENTRE, partial(frontier, FORMER_CENTRE, ())),
         "window rule, second model": (SECOND_WINDOW, partial(both, SECOND_WINDOW)),
         "facts": (FACTS, facts),
-        "keys with a bias": (CENTRE, centres),
+        "keys with a bias": (CENTRE, partial(centres, CENTRE)),
+        "longer contexts": (LONG, partial(centres, LONG)),
         "auto": (CHOICE, choice),
     }
     return {name: made for name, (file, made) in known.items() if (RESULTS / file).exists()}
