@@ -49,6 +49,7 @@ def shares(formats, file, policy, own, compared=("int4",)):
         ("PROMPT", "expected_attention", "int4", [0.36, 0.28, 0.3]),
         ("WINDOW", "streaming", "int4", [0.32, 0.28, 0.29]),
         ("SECOND_PROMPT", "snapkv", "int8", [0.34, 0.4, 0.49]),
+        ("SECOND_WINDOW", "streaming", "int8", [0.51, 0.55, 0.6]),
     ],
 )
 def test_what_the_text_says_of_the_goals_is_in_the_tables(formats, file, policy, own, expected):
