@@ -2,6 +2,7 @@
 
     python kernels/benchmarks/bench_encoded_attention.py --out kernels/benchmarks/results/encoded_attention_h200.csv
     python kernels/benchmarks/bench_encoded_attention.py --launches --out kernels/benchmarks/results/launches_h200.csv
+    python kernels/benchmarks/bench_encoded_attention.py --centres --out kernels/benchmarks/results/key_centres_h200.csv
 
 Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
 the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens
@@ -9,13 +10,14 @@ besides, whose codes are hidden. "encode" rows are one token of a layer, keys an
 
 `--launches` times tile sizes and numbers of programs instead, fastest first at the end, in about a minute and a half:
 what `launch_config` and `encoded_programs` say is decided by its "entries and block" rows. "no entries" is what a call
-takes whatever the size.
+takes whatever the size. `--centres` times what a centre of the keys adds to int4, by the pairs that turn.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -29,6 +31,7 @@ from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.encoded_attention import encoded_attention, encoded_programs
 from kvpolicy_kernels.encoded_attention import kernel as encoded_kernel
 from kvpolicy_kernels.formats import FORMATS, EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, Segments
 from torch import Tensor
 
@@ -46,6 +49,8 @@ LAUNCHES = (  # BLOCK_N, STAGES, maxnreg
 )  # fmt: skip
 LAUNCH_CELLS = CELLS[1], CELLS[3]
 PER_SM, UNITS = (4, 6, 8, 11, 16), (64, 128)  # programs of a multiprocessor;  entries of a unit
+CENTRE_CELLS = CELLS[1], CELLS[3], (32, 8192, 2, 7, 64, "uniform")
+PAIRS = 0, 2, 4, 8, 16
 Calls = list[Callable[[], object]]
 
 
@@ -67,18 +72,19 @@ class Case:
         first = self.lengths.cumsum(0) - self.lengths
         self.starts = [first + i * self.total for i in range(self.rows // self.total)]
 
-    def exact_copies(self, starts: Tensor) -> ExactCopies:
-        """Of the first and the last entries of every segment, whose tokens lie in their order."""
+    def copied(self, segments: EncodedSegments) -> tuple[EncodedSegments, ExactCopies]:
+        """With copies of the first and the last entries of every segment, whose tokens lie in their order."""
         positions = torch.full((self.rows,), -1, dtype=torch.int32, device="cuda")
         last = int(self.lengths.max())  # where the last token of every segment is
-        batch = len(self.query)
+        batch, starts = len(self.query), segments.starts
         for start, length in zip(starts.tolist(), self.lengths.tolist(), strict=True):
             own = torch.arange(last - length, last, device="cuda", dtype=torch.int32)
             own[:SINKS] = torch.arange(SINKS, device="cuda")[:length]
             positions[start : start + length] = own
         ring = torch.arange(last - BLOCK + SINKS, last, device="cuda", dtype=torch.int32)
         slots = torch.cat([torch.arange(SINKS, device="cuda", dtype=torch.int32), ring.roll(last % (BLOCK - SINKS))])
-        return ExactCopies(self.block.key, self.block.value, slots.expand(batch, -1).contiguous(), positions, SINKS)
+        copies = ExactCopies(self.block.key, self.block.value, slots.expand(batch, -1).contiguous(), SINKS)
+        return replace(segments, positions=positions), copies
 
     def encoded(self, entry_format: EntryFormat) -> list[EncodedSegments]:
         columns = []
@@ -93,8 +99,8 @@ class Case:
 
     def ours(self, segments: list[EncodedSegments], *, with_block: bool, plan: WorkPlan | None = None) -> Calls:
         run = functools.partial(encoded_attention, plan=plan or self.encoded_plan, backend="triton")
-        copies = [self.exact_copies(x.starts) if with_block else None for x in segments]
-        return [functools.partial(run, self.query, x, copies=own) for x, own in zip(segments, copies, strict=True)]
+        pairs = [self.copied(x) if with_block else (x, None) for x in segments]
+        return [functools.partial(run, self.query, x, copies=own) for x, own in pairs]
 
     def check(self, segments: EncodedSegments, chunk: Chunk | None) -> float:
         """The error over the torch path's, of the longest segment's sequence, with a chunk instead of a block.
@@ -200,6 +206,30 @@ def launch_lines() -> list[dict[str, object]]:
     return lines
 
 
+def centre_lines() -> list[dict[str, object]]:
+    lines: list[dict[str, object]] = []
+    for cell in CENTRE_CELLS:
+        case, (_, _, heads, _, dim, _) = Case(*cell), cell
+        plain = case.encoded(FORMATS["int4"])
+        base, noise = cold_time(case.ours(plain, with_block=True))
+        timed: dict[object, tuple[float, float]] = {"no centre": (base, noise)}
+        for count in PAIRS:
+            centre = KeyCentre(
+                torch.randn(1 + 2 * count, heads, dim, device="cuda"),
+                torch.randint(1, 2**29, (heads, count), device="cuda", dtype=torch.int32),
+            )
+            timed[count] = cold_time(case.ours([replace(x, key_centre=centre) for x in plain], with_block=True))
+        for name, (seconds, noise) in timed.items():
+            lines.append(
+                {"batch": cell[0], "mean_length": cell[1], "kv_heads": heads, "group": cell[3], "dim": dim,
+                 "megabytes": round(case.nbytes / 1e6), "pairs": name, "microseconds": round(seconds * 1e6, 2),
+                 "spread": round(noise, 3), "of_no_centre": round(seconds / base, 3), **machine()}
+            )  # fmt: skip
+            print(*list(lines[-1].values())[:10], sep="\t", flush=True)
+        del case, plain
+    return lines
+
+
 def timed_launch(calls: Calls, tile: tuple[int, int, int | None], default: dict[str, int]) -> dict[str, object]:
     """Microseconds under a tile size, or what went wrong."""
     config = {name: x for name, x in default.items() if name != "maxnreg"} | {"BLOCK_N": tile[0], "STAGES": tile[1]}
@@ -251,11 +281,12 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--launches", action="store_true", help="tile sizes and numbers of programs instead")
+    parser.add_argument("--centres", action="store_true", help="key centres instead")
     options = parser.parse_args()
     out = options.out
     torch.manual_seed(0)
-    if options.launches:
-        write_csv(out, launch_lines())
+    if options.launches or options.centres:
+        write_csv(out, launch_lines() if options.launches else centre_lines())
         return
     lines = attention_lines(read_limit())
     write_csv(out, [*lines, *encode_lines()])

@@ -46,7 +46,7 @@ class EntryFormat:
 
     bits:         of a code, 8 or 4; 16 leaves the model's own bf16 or fp16
     rotated:      rows are rotated before they are encoded
-    centred:      keys are encoded less the centre of their head, where the model has one
+    centred:      keys are encoded less the `KeyCentre` of their layer, where the model has one
     exact_recent: the last tokens, and the sink tokens, that stay as they are in a block of their own
     key_channels: the part of a key's channels that is kept, in (0, 1]; which ones is chosen per KV head (ThinK)
 

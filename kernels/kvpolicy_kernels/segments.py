@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +96,8 @@ class EncodedSegments:
 
     keys, values: of `entry_format`, whose bits are 8 or 4, with contiguous rows of codes and scales
     starts, lengths: as in `Segments`
-    key_centre: float32 [num_kv_heads, D], contiguous: what the keys of each head were encoded less of
+    positions: int32 [R], of the entries' tokens; needed by a key centre, and beside exact copies
+    key_centre: what the keys were encoded less of
     """
 
     keys: Encoded
@@ -103,7 +105,8 @@ class EncodedSegments:
     starts: Tensor
     lengths: Tensor
     entry_format: EntryFormat
-    key_centre: Tensor | None = None
+    positions: Tensor | None = None
+    key_centre: KeyCentre | None = None
 
     def __len__(self) -> int:
         return self.starts.shape[0]
@@ -112,9 +115,11 @@ class EncodedSegments:
         """The same entries as rows. Decodes the whole arena."""
         keys = self.entry_format.decode(self.keys, torch.float32)
         if (centre := self.key_centre) is not None:
+            assert self.positions is not None  # has been checked
             bounds = Segments(self.keys.codes, self.values.codes, self.starts, self.lengths).bounds()
             for i, (start, length) in enumerate(bounds):
-                keys[start : start + length] += centre[i % len(centre)]
+                own = self.positions[start : start + length]
+                keys[start : start + length] += centre.of(torch.full_like(own, i % centre.shape[0]), own)
         values = self.entry_format.decode(self.values, dtype)
         return Segments(keys.to(dtype), values, self.starts, self.lengths)
 
@@ -162,21 +167,20 @@ class ExactCopies:
 
     key: [B, num_kv_heads, N, D];  value: [B, num_kv_heads, N, Dv]; N is `num_sinks` and a ring: token p has slot p, or
         `num_sinks + p % (N - num_sinks)`
-    positions: int32 [B, N], of the copies, -1 for an empty slot; the ring has those from some token on
-    of_rows:   int32 [R], of the entries;  a copy belongs to an entry of every KV head
+    positions: int32 [B, N], of the copies, -1 for an empty slot; the ring has those from some token on, and a copy
+        belongs to an entry of every KV head
     """
 
     key: Tensor
     value: Tensor
     positions: Tensor
-    of_rows: Tensor
     num_sinks: int
 
-    def hidden(self, rows: Tensor, b: int) -> Tensor:
-        """Which of these rows of sequence b have copies that count. rows: int64 [N]; returns bool [N]"""
+    def hidden(self, positions: Tensor, b: int) -> Tensor:
+        """Which of the entries of sequence b at these positions have copies that count. Returns bool [N]"""
         ring = self.positions[b, self.num_sinks :]
         since = torch.where(ring < 0, torch.iinfo(torch.int32).max, ring).min()
-        return (self.of_rows[rows] < self.num_sinks) | (self.of_rows[rows] >= since)
+        return (positions < self.num_sinks) | (positions >= since)
 
     def slots(self, positions: Tensor) -> Tensor:
         """Of each position, its slot."""

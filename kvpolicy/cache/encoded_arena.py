@@ -15,6 +15,7 @@ from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.encoded_attention import encoded_attention, encoded_programs
 from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.rebuild import rebuild
 from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
@@ -32,7 +33,7 @@ class EncodedArena(LayerArena):
     """A `LayerArena` of codes.
 
     keys, values: int16 codes;  key_scales, value_scales: float16 [R, 2]; both as in `Encoded`
-    key_centre: float32 [H, D], what keys are encoded less of, None for nothing
+    key_centre: what keys are encoded less of, None for nothing
     exact: copies of the tokens that stay exact, None for a format without
     """
 
@@ -52,7 +53,7 @@ class EncodedArena(LayerArena):
         num_sinks: int,
         num_pinned: int,
         scored: bool,
-        key_centre: Tensor | None = None,
+        key_centre: KeyCentre | None = None,
     ) -> None:
         """segments: (B, H)"""
         count, dims = segments[0] * segments[1], (shape.key_dim, shape.value_dim)
@@ -87,7 +88,7 @@ class EncodedArena(LayerArena):
         (keys, values), dtype, centre = self._pairs(), self._like.dtype, self.key_centre
         decoded = self.entry_format.decode(keys, dtype if centre is None else torch.float32)
         if centre is not None and len(decoded):
-            decoded = (decoded + centre[self.owners() % self.num_heads]).to(dtype)
+            decoded = (decoded + centre.of(self.owners() % self.num_heads, self.positions)).to(dtype)
         pair = decoded.to(dtype), self.entry_format.decode(values, dtype)
         if self.exact is None or not len(decoded):
             return pair
@@ -119,13 +120,13 @@ class EncodedArena(LayerArena):
     @property
     def _coded(self) -> EncodedSegments:
         tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
-        return EncodedSegments(*self._pairs(), *tables, self.entry_format, self.key_centre)
+        return EncodedSegments(*self._pairs(), *tables, self.entry_format, self.positions, self.key_centre)
 
     @property
     def _copies(self) -> ExactCopies | None:
         if (exact := self.exact) is None:
             return None
-        return ExactCopies(exact.keys, exact.values, exact.positions, self.positions, exact.num_sinks)
+        return ExactCopies(exact.keys, exact.values, exact.positions, exact.num_sinks)
 
     def replace(
         self,
@@ -183,8 +184,10 @@ class EncodedArena(LayerArena):
         if chunk is not None:  # only what is kept is encoded
             tokens = chunk.key.detach(), chunk.value.detach()
             kept = [x.new_zeros(len(new["positions"]), x.shape[-1]) for x in tokens]
-            rebuild(kept, chosen, None, tokens)
+            rebuild(kept, chosen, None, tokens, numbers)
             if self.key_centre is not None:
-                kept[0] = kept[0].float() - self.key_centre[owners_of(chosen.starts, len(kept[0])) % self.num_heads]
+                heads = owners_of(chosen.starts, len(kept[0])) % self.num_heads
+                kept[0] = kept[0].float() - self.key_centre.of(heads, new["positions"])
             new |= zip(self.columns, self._laid(*kept), strict=True)
+            numbers = ()
         rebuild([new[name] for name in self.columns], chosen, self._columns() if chosen.width else None, None, numbers)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
 from kvpolicy.cache.scoring import Scoring
@@ -128,17 +129,17 @@ def check_query(query: Tensor, like: Tensor, batch: int, num_q_heads: int, count
 
 
 def key_centres(
-    centres: Sequence[Tensor | None] | None, num_layers: int, num_heads: int, key_dim: int
-) -> list[Tensor | None]:
-    """Of each layer what its keys lie around, float32 [H, D], or None. Raises `BudgetError` for other shapes."""
-    found = [None] * num_layers if centres is None else list(centres)
-    shapes = {(num_heads, key_dim)} | {tuple(centre.shape) for centre in found if centre is not None}
-    if len(found) != num_layers or len(shapes) > 1:
+    centres: Sequence[KeyCentre | None] | None, num_layers: int, num_heads: int, key_dim: int
+) -> list[KeyCentre | None]:
+    """Of each layer what its keys lie around, or None. Raises `BudgetError` for other shapes."""
+    found: list[KeyCentre | None] = [None] * num_layers if centres is None else list(centres)
+    shapes = [None if centre is None else centre.shape for centre in found]
+    if len(found) != num_layers or not {*shapes} <= {None, (num_heads, key_dim)}:
         raise BudgetError(
-            f"key_centres must be one of shape {[num_heads, key_dim]} or None for each of {num_layers} layers, got "
-            f"{[None if centre is None else list(centre.shape) for centre in found]}"
+            f"key_centres must be one of shape {(num_heads, key_dim)} or None for each of {num_layers} layers, got "
+            f"{shapes}"
         )
-    return [None if centre is None else centre.float().contiguous() for centre in found]
+    return found
 
 
 def scoring_of(

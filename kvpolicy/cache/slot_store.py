@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
 from kvpolicy.budget.entry_format import Format
@@ -48,7 +49,7 @@ class SlotStore(RaggedStore):
         dtype: torch.dtype,
         supplied: frozenset[str] = frozenset(),
         entry_format: Format = None,
-        key_centres: Sequence[Tensor | None] | None = None,
+        key_centres: Sequence[KeyCentre | None] | None = None,
     ) -> None:
         if not scores_stay(policy):
             raise BudgetError(

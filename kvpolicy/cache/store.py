@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from kvpolicy_kernels.attention import ragged_attention
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
 from kvpolicy.budget.ask import Ask
@@ -55,8 +56,8 @@ class RaggedStore(Decoding):
     supplied:   sources that a store has not by itself and the caller hands in with each forward
     entry_format: in which keys and values are kept, one for all layers or one for each; None for the dtype in which
         they come
-    key_centres: of each budgeted layer what the keys of its heads lie around, float32 [H, D] of the KV heads held here,
-        or None; a format that is centred encodes keys less of it. None for a model without
+    key_centres: of each budgeted layer what the keys of the KV heads held here lie around, or None; a format that is
+        centred encodes keys less of it. None for a model without
 
     Raises `PluginError` when the policy requires a source that it cannot be given, `BudgetError` for a schedule of
     another model.
@@ -75,7 +76,7 @@ class RaggedStore(Decoding):
         heads: tuple[int, int] | None = None,
         supplied: frozenset[str] = frozenset(),
         entry_format: Format = None,
-        key_centres: Sequence[Tensor | None] | None = None,
+        key_centres: Sequence[KeyCentre | None] | None = None,
     ) -> None:
         check_sources(policy, supplied, None if split is None else split.allocator)
         if schedule.shape != spec.table_shape:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
 from kvpolicy.budget.entry_format import Format, least_entries, of_layer
@@ -30,7 +31,7 @@ class Layers(Accounts):
     """The layers of a `RaggedStore`, and what is checked before one of them is used.
 
     first_head: the first of the KV heads held here
-    key_centres: of each layer float32 [H, D] of the KV heads held here, or None
+    key_centres: of each layer that of the KV heads held here, or None
     """
 
     policy: EvictionPolicy
@@ -38,7 +39,7 @@ class Layers(Accounts):
     entry_format: Format
     protection: Protection
     first_head: int
-    key_centres: Sequence[Tensor | None]
+    key_centres: Sequence[KeyCentre | None]
     _shape: LayerSpec
     _num_q_heads: int
     _finite: Finiteness

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +29,13 @@ def arena(lengths, dim, value_dim, dtype=torch.float32, gap=2, backwards=True):
         values[row : row + lengths[i]] = torch.randn(lengths[i], value_dim)
         row += lengths[i] + gap
     return Segments(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.tensor(starts), torch.tensor(lengths))
+
+
+def key_centre(heads, dim, pairs=3, size=20.0):
+    """Some of it turns, from slow to as fast as an angle of 32 bits can."""
+    coefficients = size * torch.randn(1 + 2 * pairs, heads, dim)
+    frequencies = (2.0 ** (31 * torch.rand(heads, pairs))).clamp(max=2**31 - 200).to(torch.int32)
+    return KeyCentre(coefficients.to(DEVICE), frequencies.to(DEVICE))
 
 
 def interleaved(segments):

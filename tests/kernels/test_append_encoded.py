@@ -9,11 +9,14 @@ from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.formats import INT4, INT8, Encoded, EntryFormat
 from kvpolicy_kernels.segments import ExactCopies
 
+from tests.kernels.segments import key_centre
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
 backends = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 BATCH, HEADS, SLOTS, SINKS, ROWS = 3, 2, 9, 4, 40
+HEAD_OF = torch.arange(BATCH * HEADS, device=DEVICE) % HEADS
 
 
 def made(entry_format, dims, dtype=torch.float32):
@@ -31,7 +34,7 @@ def made(entry_format, dims, dtype=torch.float32):
     ]
     key, value = (torch.full((BATCH, HEADS, SLOTS, dim), 5.0, dtype=dtype, device=DEVICE) for dim in dims)
     slots = torch.full((BATCH, SLOTS), -1, dtype=torch.int32, device=DEVICE)
-    return columns, arenas, ExactCopies(key, value, slots, arenas[0], SINKS)
+    return columns, arenas, ExactCopies(key, value, slots, SINKS)
 
 
 @pytest.mark.parametrize("with_copies", [True, False])
@@ -41,7 +44,7 @@ def made(entry_format, dims, dtype=torch.float32):
 @backends
 def test_a_token(backend, dims, entry_format, centred, with_copies):
     """Of a sink, of a token in the ring, and of one behind its end; entries that are not contiguous."""
-    centre = 50 * torch.randn(HEADS, dims[0], device=DEVICE) if centred else None
+    centre = key_centre(HEADS, dims[0]) if centred else None
     key, value = (torch.randn(BATCH, 1, HEADS, 2 * dim, device=DEVICE)[..., :dim].transpose(1, 2) for dim in dims)
     columns, arenas, copies = made(entry_format, dims)
     rows = torch.tensor([3, 30, 9, 0, 17, 39], device=DEVICE)
@@ -53,7 +56,7 @@ def test_a_token(backend, dims, entry_format, centred, with_copies):
     )  # fmt: skip
     others = torch.ones(ROWS, dtype=torch.bool, device=DEVICE)
     others[rows] = False
-    encoded_key = key if centre is None else key - centre[:, None]
+    encoded_key = key if centre is None else key - centre.of(HEAD_OF, positions).view(BATCH, HEADS, 1, -1)
     for column, expected in zip(columns, encode([encoded_key, value], entry_format, backend=backend), strict=True):
         assert torch.equal(column.codes[rows], expected.codes.flatten(0, 2))
         assert torch.equal(column.scales[rows], expected.scales.flatten(0, 2))
@@ -95,5 +98,5 @@ def test_what_does_not_fit_is_refused():
         append_encoded(columns, rows, entries, INT4, positions=rows, arenas=arenas[:1])
     with pytest.raises(ValueError, match=r"2 rows of 8 words need an entry of 2 rows, got \[1, 2, 1, 16\]"):
         append_encoded(columns, rows, entries, INT8, positions=rows)
-    with pytest.raises(ValueError, match=r"expected a key_centre \[num_kv_heads, 16\] for 2 segments, got \[3, 16\]"):
-        append_encoded(columns, rows, entries, INT4, positions=rows, key_centre=torch.zeros(3, 16, device=DEVICE))
+    with pytest.raises(ValueError, match=r"a key_centre of shape \[num_kv_heads, 16\] for 2 segments, got \(3, 16\)"):
+        append_encoded(columns, rows, entries, INT4, positions=rows, key_centre=key_centre(3, 16))

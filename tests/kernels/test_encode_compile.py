@@ -46,11 +46,12 @@ def test_append_encoded_compiles(dim, arch):
     config = kernel.launch_config()
     warps = config.pop("num_warps")
     constants = {
-        "DIMS": (dim, dim), "TURN_SCALES": (0.125, 0.125), "PLANES": 4, "ROTATED": True, "CENTRED": True,
-        "HAS_COPIES": True, "PRECISION": "tf32", **config,
+        "DIMS": (dim, dim), "TURN_SCALES": (0.125, 0.125), "PLANES": 4, "ROTATED": True, "COEFFICIENTS": 17,
+        "HAS_COPIES": True, "FAST": True, "PRECISION": "tf32", **config,
     }  # fmt: skip
     types = {"rows_ptr": "*i64", "positions_ptr": "*i64", "entry_ptrs": ("*bf16",) * 2, "turn_ptrs": ("*i8",) * 2}
     types |= {"word_ptrs": ("*i16",) * 2, "scale_ptrs": ("*fp16",) * 2, "arena_ptrs": ("*i32", "*fp32")}
     types |= {"number_ptrs": ("*i64", "*fp32"), "copy_ptrs": ("*bf16",) * 2, "copied_ptr": "*i32"}
-    types |= dict.fromkeys(("count", "heads", "centres", "slots", "num_sinks"), "i32") | {"centre_ptr": "*fp32"}
+    types |= dict.fromkeys(("count", "heads", "centres", "slots", "num_sinks"), "i32")
+    types |= {"centre_ptr": "*fp32", "frequency_ptr": "*i32"}
     assert compiled(_append_encoded_kernel, arch, constants, types, [], warps, 3).spilled == 0

@@ -10,7 +10,7 @@ from kvpolicy_kernels.encoded_attention import encoded_attention
 from kvpolicy_kernels.formats import INT4, INT8, Encoded, EntryFormat
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 
-from tests.kernels.segments import DEVICE, VARIANTS, arena, options, oracle
+from tests.kernels.segments import DEVICE, VARIANTS, arena, key_centre, options, oracle
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="needs a GPU or TRITON_INTERPRET=1")
@@ -104,14 +104,14 @@ def test_chunk(backend, lengths, n, m, masked, entry_format, poisoned):
 
 
 def copies_of(segments, batch, num_sinks, recent, seen, dims):
-    """Exact copies of the sinks and of the last tokens, whose codes are nonsense, and the entries as they count.
+    """Segments with positions, exact copies of the sinks and of the last tokens, whose codes are nonsense, and the
+    entries as they count.
 
     seen: tokens of each sequence. Segments hold the sinks, as many of the last tokens as there are, and any others.
     """
     heads, rows = len(segments) // batch, len(segments.keys.codes)
     positions = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
-    slots = torch.full((batch, num_sinks + recent), -1, dtype=torch.int32, device=DEVICE)
-    counted = segments.decoded(torch.float32)
+    slots, copied = torch.full((batch, num_sinks + recent), -1, dtype=torch.int32, device=DEVICE), []
     key, value = (torch.randn(batch, heads, num_sinks + recent, dim, device=DEVICE) for dim in dims)
     for i, (start, length) in enumerate(zip(segments.starts.tolist(), segments.lengths.tolist(), strict=True)):
         b, h = divmod(i, heads)
@@ -125,9 +125,12 @@ def copies_of(segments, batch, num_sinks, recent, seen, dims):
         for p in (*first, *last):
             slot = p if p < num_sinks else num_sinks + p % recent
             slots[b, slot] = p
-            row = start + int((own == p).nonzero())
-            counted.keys[row], counted.values[row] = key[b, h, slot], value[b, h, slot]
-    return ExactCopies(key, value, slots, positions, num_sinks), counted
+            copied.append((start + int((own == p).nonzero()), (b, h, slot)))
+    segments = replace(segments, positions=positions)
+    counted = segments.decoded(torch.float32)
+    for row, place in copied:
+        counted.keys[row], counted.values[row] = key[place], value[place]
+    return segments, ExactCopies(key, value, slots, num_sinks), counted
 
 
 @pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
@@ -147,21 +150,23 @@ def test_exact_copies(backend, lengths, seen, num_sinks, n, dims, entry_format, 
     recent = 9
     lengths = [max(x, min(seen[i // 2], num_sinks + recent)) for i, x in enumerate(lengths)]
     segments = encoded(lengths, *dims, entry_format)
-    copies, counted = copies_of(segments, 2, num_sinks, recent, seen, dims)
+    segments, copies, counted = copies_of(segments, 2, num_sinks, recent, seen, dims)
     query = torch.randn(2, 6, n, dims[0], device=DEVICE)
     extra = {"softcap": 3.0, "sink_logits": torch.zeros(6, device=DEVICE)} if n == 3 else {}
     check(backend, query, segments, copies=copies, counted=counted, **extra)
 
 
 @pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
-@pytest.mark.parametrize("beside", ["nothing", "copies", "chunk"])
+@pytest.mark.parametrize(("beside", "pairs"), [("nothing", 3), ("copies", 4), ("chunk", 1), ("nothing", 0)])
 @backends
-def test_key_centre(backend, beside, entry_format, poisoned):
-    """Scores are those of whole keys: beside exact ones, under a softcap, beside a sink."""
-    segments = replace(encoded([150, 13, 40, 90], 32, 16, entry_format), key_centre=3 * torch.randn(2, 32).to(DEVICE))
+def test_key_centre(backend, beside, entry_format, pairs, poisoned):
+    """Scores are those of whole keys: beside exact ones, under a softcap, beside a sink; tokens of any position."""
+    segments = encoded([150, 13, 40, 90], 32, 16, entry_format)
+    positions = torch.randint(2**20, (len(segments.keys.codes),), dtype=torch.int32, device=DEVICE)
+    segments = replace(segments, positions=positions, key_centre=key_centre(2, 32, pairs=pairs))
     query, extra, counted = torch.randn(2, 6, 1, 32, device=DEVICE), {}, None
     if beside == "copies":
-        extra["copies"], counted = copies_of(segments, 2, 4, 9, [300, 200], (32, 16))
+        segments, extra["copies"], counted = copies_of(segments, 2, 4, 9, [300, 200], (32, 16))
     if beside == "chunk":
         extra["chunk"] = Chunk(*(torch.randn(2, 2, 5, dim, device=DEVICE) for dim in (32, 16)))
     check(backend, query, segments, counted=counted, **extra)
@@ -171,7 +176,7 @@ def test_key_centre(backend, beside, entry_format, poisoned):
 @backends
 def test_mass_of_a_power_of_copies(backend):
     segments = encoded([40, 13], 16, 16, INT4)
-    copies, _ = copies_of(segments, 1, 2, 5, [60], (16, 16))
+    segments, copies, _ = copies_of(segments, 1, 2, 5, [60], (16, 16))
     query = torch.randn(1, 2, 1, 16, device=DEVICE)
     plain, squares = (
         encoded_attention(query, segments, copies=copies, with_mass=True, mass_power=x, backend=backend).mass
@@ -268,11 +273,11 @@ def test_what_does_not_fit_is_refused():
         encoded_attention(query, replace(segments, starts=segments.starts + 20))
     with pytest.raises(ValueError, match=r"need a plan whose pieces are \[2, 2\], got \[3, 2\]"):
         encoded_attention(query, segments, plan=plan_work(torch.tensor([1, 2, 3])))
-    with pytest.raises(
-        ValueError, match=r"a contiguous key_centre \[2, 32\] of torch.float32, got \[2, 16\] of torch.f"
-    ):
-        encoded_attention(query, replace(segments, key_centre=torch.zeros(2, 16, device=DEVICE)))
-    copies, _ = copies_of(segments, 1, 1, 2, [9], (32, 16))
+    with pytest.raises(ValueError, match=r"expected a key_centre of shape \(2, 32\), got \(2, 16\)"):
+        encoded_attention(query, replace(segments, key_centre=key_centre(2, 16)))
+    with pytest.raises(ValueError, match=r"need the positions of the entries, int32 \[15\], got none"):
+        encoded_attention(query, replace(segments, key_centre=key_centre(2, 32)))
+    segments, copies, _ = copies_of(segments, 1, 1, 2, [9], (32, 16))
     with pytest.raises(ValueError, match=r"expected copies .* with less than 3 sinks, got .* with 3"):
         encoded_attention(query, segments, copies=replace(copies, num_sinks=3))
     with pytest.raises(ValueError, match="copies and a chunk exclude each other"):

@@ -23,25 +23,25 @@ FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
 def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
     """variants: names of what the launch has besides, such as "SOFTCAP";  ones: arguments that are 1, a constant."""
     planes = FORMATS[name].codes_in_word
-    config = kernels.launch_config(dtype, dim, planes, rows)
+    config = kernels.launch_config(dtype, dim, planes, rows, "CENTRED" in variants)
     warps = config.pop("num_warps")
     constants = {
         "D": dim, "DV": dim, "KW_ROW": dim // planes, "VW_ROW": dim // planes, "KS_ROW": 1, "VS_ROW": 1,
         "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
         "BLOCK_W": kernels.plane_block(dim, planes), "BLOCK_WV": kernels.plane_block(dim, planes), "EARLY": arch >= 90,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "ROOMY": True,
-        "HIDES": "HIDES" in variants, "CENTRED": "CENTRED" in variants, **config,
+        "HIDES": "HIDES" in variants, "COEFFICIENTS": 17 * ("CENTRED" in variants), **config,
         **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
     belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
+    belongs |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"), "CENTRED")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
     constants |= dict.fromkeys(ones, 1)
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
     types |= {"q_ptr": "*fp32" if dtype == torch.float32 else "*fp16", "kw_ptr": "*i16", "vw_ptr": "*i16"}
-    types |= dict.fromkeys(
-        ("sums_ptr", "out_ptr", "lse_ptr", "part_ptr", "part_lse_ptr", "logits_ptr", "sink_ptr"), "*fp32"
-    )
+    types |= dict.fromkeys(("sums_ptr", "of_centre_ptr", "out_ptr", "lse_ptr", "part_ptr"), "*fp32")
+    types |= dict.fromkeys(("part_lse_ptr", "logits_ptr", "sink_ptr"), "*fp32")
     types |= dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i64") | dict.fromkeys(FLOATS, "fp32")
     aligned = [x for x in types if x.endswith("_ptr") and x != "quantum_ptr" and x not in constants]
     return compiled(kernels._attend_kernel, arch, constants, types, aligned, warps, 3)
@@ -101,12 +101,12 @@ def test_turn_compiles(dim, arch):
     config = turn_config(torch.bfloat16, dim)
     warps = config.pop("num_warps")
     constants = {
-        "D": dim, "PLANES": 4, "TURN_SCALE": 0.125, "BLOCK_C": 64, "ROTATED": True, "CENTRED": True, "PACKED": True,
+        "D": dim, "PLANES": 4, "TURN_SCALE": 0.125, "BLOCK_C": 64, "ROTATED": True, "COEFFICIENTS": 17, "PACKED": True,
         "HIDES": True, "EARLY": arch >= 90, "PRECISION": "tf32", **config,
     }  # fmt: skip
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in _turn_kernel.arg_names}
     types |= {"q_ptr": "*bf16", "turn_ptr": "*i8", "out_ptr": "*fp16", "scale_log2": "fp32"}
-    types |= dict.fromkeys(("centre_ptr", "sums_ptr"), "*fp32")
+    types |= dict.fromkeys(("centre_ptr", "sums_ptr", "of_centre_ptr"), "*fp32")
     aligned = [x for x in types if (x.startswith("stride_") or x.endswith("_ptr")) and x not in constants]
     assert compiled(_turn_kernel, arch, constants, types, aligned, warps, 3).spilled == 0
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpolicy_kernels.append_encoded.reference import reference_append_encoded
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.formats import Encoded, EntryFormat, check_dim
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
 
 
@@ -22,7 +23,7 @@ def append_encoded(
     arenas: Sequence[Tensor] = (),
     numbers: Sequence[Tensor] = (),
     copies: ExactCopies | None = None,
-    key_centre: Tensor | None = None,
+    key_centre: KeyCentre | None = None,
     backend: Backend = "auto",
 ) -> None:
     """`encode` and `append` of a token in one launch, with what is known of it besides, and its exact copy.
@@ -32,8 +33,8 @@ def append_encoded(
     entries: key and value, [B, num_kv_heads, 1, D]
     arenas, numbers: each [R], and [S] what is written into it
     positions: int64 [S], of the token in each sequence, which says where its copy goes
-    copies:  get the entry as it is; their `of_rows` is not looked at
-    key_centre: float32 [num_kv_heads, D], what keys are encoded less of
+    copies:  get the entry as it is
+    key_centre: what keys are encoded less of
     backend: "auto" is Triton on CUDA and torch elsewhere
 
     Raises `ValueError` for shapes and counts that do not fit, and for a backend that cannot run here.
@@ -52,12 +53,11 @@ def append_encoded(
                 f"append_encoded: {count} rows of {width} words need an entry of {count} rows, got {list(entry.shape)} "
                 f"for codes {list(column.codes.shape)}"
             )
-    if key_centre is not None and (
-        key_centre.dim() != 2 or count % len(key_centre) or key_centre.shape[1] != entries[0].shape[-1]
-    ):
+    dim = entries[0].shape[-1]
+    if key_centre is not None and (count % key_centre.shape[0] or key_centre.shape[1] != dim):
         raise ValueError(
-            f"append_encoded: expected a key_centre [num_kv_heads, {entries[0].shape[-1]}] for {count} segments, got "
-            f"{list(key_centre.shape)}"
+            f"append_encoded: expected a key_centre of shape [num_kv_heads, {dim}] for {count} segments, got "
+            f"{key_centre.shape}"
         )
     beyond = "rows of 16 bits are not encoded" if entry_format.bits == 16 else None
     arguments = (columns, rows, entries, entry_format, arenas, numbers, positions, copies, key_centre)

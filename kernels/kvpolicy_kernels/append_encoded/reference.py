@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.encode import encode
 from kvpolicy_kernels.formats import Encoded, EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
 
 
@@ -21,12 +23,13 @@ def reference_append_encoded(
     numbers: Sequence[Tensor],
     positions: Tensor,
     copies: ExactCopies | None,
-    key_centre: Tensor | None,
+    key_centre: KeyCentre | None,
 ) -> None:
     """Arguments as in `append_encoded`."""
     key, value = entries
     if key_centre is not None:
-        key = key.float().view(-1, *key_centre.shape) - key_centre
+        own = torch.arange(len(rows), device=rows.device) % key_centre.shape[0]
+        key = key.float().reshape(len(rows), -1) - key_centre.of(own, positions)
     codes = [part for pair in encode([key, value], entry_format) for part in pair]
     append([*(part for pair in columns for part in pair), *arenas], rows, [*codes, *numbers])
     if copies is None:

@@ -11,44 +11,59 @@ from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.formats import Encoded, EntryFormat, block_of, signed_hadamard
+from kvpolicy_kernels.key_centre.kernel import cos_and_sin
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
 TO_NEAREST = tl.constexpr(1.5 * 2.0**23)  # what is added to it loses its fraction, as torch rounds
 
 
 @triton.jit
+def _centre_of(centre, o_d, m_m, mask, COEFFICIENTS: tl.constexpr, FAST: tl.constexpr):
+    """float32 [BLOCK_M, any], the channels o_d of `KeyCentre.of`. centre: as in `plane_of_rows`;  mask: of o_d, too"""
+    ptrs, stride, frequency_ptrs, b_position = centre
+    ptrs = ptrs[:, None] + o_d[None, :]
+    b_centre = tl.load(ptrs, mask=mask, other=0.0)
+    for i in range(COEFFICIENTS // 2):  # side by side they would take too many registers
+        b_cos, b_sin = cos_and_sin(b_position, tl.load(frequency_ptrs + i, mask=m_m, other=0), FAST)
+        b_centre += b_cos[:, None] * tl.load(ptrs + (1 + 2 * i) * stride, mask=mask, other=0.0)
+        b_centre += b_sin[:, None] * tl.load(ptrs + (2 + 2 * i) * stride, mask=mask, other=0.0)
+    return b_centre
+
+
+@triton.jit
 def plane_of_rows(
-    row_ptrs, centre_ptrs, turn_ptr, m_m, PLANE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    row_ptrs, centre, turn_ptr, m_m, PLANE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TURN_SCALE: tl.constexpr, ROTATED: tl.constexpr,
-    CENTRED: tl.constexpr, PRECISION: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, BLOCK_W], the channels of a plane, rotated or not. row_ptrs: [BLOCK_M], of contiguous rows
 
-    centre: likewise, float32, of what rows are taken less of where they are CENTRED
+    centre: where there are COEFFICIENTS, what rows are taken less of: pointers [BLOCK_M] to the first ones of a head,
+        how far it is to the next ones, pointers [BLOCK_M] to its frequencies, and positions int32 [BLOCK_M]
     turn: int8 [D, D], `signed_hadamard`, which TURN_SCALE makes a rotation
     """
     o_w = tl.arange(0, BLOCK_W)
     m_w = (o_w < W)[None, :]
     if ROTATED:
         b_sum = tl.zeros([row_ptrs.shape[0], BLOCK_W], dtype=tl.float32)
-        STEP: tl.constexpr = min(BLOCK_D, 64)  # more at once would take too many registers
+        STEP: tl.constexpr = min(BLOCK_D, 32 if COEFFICIENTS else 64)  # more at once would take too many registers
         for first in tl.static_range(0, BLOCK_D, STEP):
             o_d = first + tl.arange(0, STEP)
             m_d = o_d < D
             # [BLOCK_M, STEP] and [STEP, BLOCK_W]
             m_row = m_m[:, None] & m_d[None, :]
             b_row = tl.load(row_ptrs[:, None] + o_d[None, :], mask=m_row, other=0.0)
-            if CENTRED:
-                b_row = b_row.to(tl.float32) - tl.load(centre_ptrs[:, None] + o_d[None, :], mask=m_row, other=0.0)
+            if COEFFICIENTS:
+                b_row = b_row.to(tl.float32) - _centre_of(centre, o_d, m_m, m_row, COEFFICIENTS, FAST)
             b_turn = tl.load(turn_ptr + o_d[:, None] * D + (PLANE * W + o_w)[None, :], mask=m_d[:, None] & m_w, other=0)
             b_sum = tl.dot(b_row, b_turn.to(b_row.dtype), b_sum, input_precision=PRECISION)
         b_plane = b_sum * TURN_SCALE
     else:
         # [BLOCK_M, BLOCK_W]
-        o_c = (PLANE * W + o_w)[None, :]
-        b_plane = tl.load(row_ptrs[:, None] + o_c, mask=m_m[:, None] & m_w, other=0.0).to(tl.float32)
-        if CENTRED:
-            b_plane -= tl.load(centre_ptrs[:, None] + o_c, mask=m_m[:, None] & m_w, other=0.0)
+        o_c = PLANE * W + o_w
+        b_plane = tl.load(row_ptrs[:, None] + o_c[None, :], mask=m_m[:, None] & m_w, other=0.0).to(tl.float32)
+        if COEFFICIENTS:
+            b_plane -= _centre_of(centre, o_c, m_m, m_m[:, None] & m_w, COEFFICIENTS, FAST)
     return b_plane
 
 
@@ -71,8 +86,8 @@ def _codes(b_row, step, zero, LEVELS: tl.constexpr):
 
 @triton.jit
 def encoded_rows(
-    row_ptrs, centre_ptrs, turn_ptr, m_r, D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr,
-    ROTATED: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
+    row_ptrs, centre, turn_ptr, m_r, D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr,
+    ROTATED: tl.constexpr, COEFFICIENTS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Words int32 [BLOCK_R, BLOCK_W], steps and zeros. Pointers as in `plane_of_rows`"""
     W: tl.constexpr = D // PLANES
@@ -81,8 +96,8 @@ def encoded_rows(
     LEVELS: tl.constexpr = 2**BITS - 1
     if D == BLOCK_D:  # planes are parts of one tile
         b_row = plane_of_rows(
-            row_ptrs, centre_ptrs, turn_ptr, m_r, 0, D, D, D, D, TURN_SCALE, ROTATED, CENTRED, PRECISION
-        )
+            row_ptrs, centre, turn_ptr, m_r, 0, D, D, D, D, TURN_SCALE, ROTATED, COEFFICIENTS, FAST, PRECISION
+        )  # fmt: skip
         step, zero = _scales(tl.min(b_row, 1), tl.max(b_row, 1), LEVELS)
         code = _codes(b_row, step, zero, LEVELS) << (tl.arange(0, D) // W * BITS)[None, :]
         word = tl.sum(tl.reshape(code, [row_ptrs.shape[0], PLANES, W]), 1)
@@ -93,16 +108,18 @@ def encoded_rows(
         high = tl.full(row_ptrs.shape, float("-inf"), dtype=tl.float32)
         for j in tl.static_range(PLANES):
             b_plane = plane_of_rows(
-                row_ptrs, centre_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, CENTRED, PRECISION
-            )
+                row_ptrs, centre, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, COEFFICIENTS, FAST,
+                PRECISION,
+            )  # fmt: skip
             low = tl.minimum(low, tl.min(tl.where(m_w, b_plane, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(m_w, b_plane, float("-inf")), 1))
         step, zero = _scales(low, high, LEVELS)
         word = tl.zeros([row_ptrs.shape[0], BLOCK_W], dtype=tl.int32)
         for j in tl.static_range(PLANES):  # once more: they are in the L1 cache, and would be many registers
             b_plane = plane_of_rows(
-                row_ptrs, centre_ptrs, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, CENTRED, PRECISION
-            )
+                row_ptrs, centre, turn_ptr, m_r, j, D, W, BLOCK_D, BLOCK_W, TURN_SCALE, ROTATED, COEFFICIENTS, FAST,
+                PRECISION,
+            )  # fmt: skip
             word = word | (_codes(b_plane, step, zero, LEVELS) << (BITS * j))
     return word, step, zero
 
@@ -133,7 +150,7 @@ def _encode_kernel(
         if tl.program_id(1) == i:
             m_r = o_r < counts[i]
             word, step, zero = encoded_rows(
-                row_ptrs[i] + o_r * DIMS[i], o_r, turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED, False,
+                row_ptrs[i] + o_r * DIMS[i], (), turn_ptrs[i], m_r, DIMS[i], PLANES, TURN_SCALES[i], ROTATED, 0, False,
                 "tf32x3" if SINGLES[i] else "tf32",  # 16 bits and signs are exact in tf32
             )  # fmt: skip
             store_encoded(word_ptrs[i], scale_ptrs[i], o_r, m_r, word, step, zero, DIMS[i] // PLANES)

@@ -10,7 +10,7 @@ one instruction; `turn` works out what the offsets add up to. That of a value do
 many entries would lose digits beside an offset; zeros move by as much. So a score is `step * (q . number - offsets) +
 zero * sum(q)`, and the result is the sum of `weight . number` and of `p * zero`, with `weight = p * step`. fp16 has a
 short range: rows of queries are divided by their largest number, and exponents are counted from the largest weight.
-Where keys were encoded less a centre, a score besides has `q . centre`, which `turn` works out, too.
+Where keys were encoded less a centre, a score besides has `q . centre`, whose coefficients `turn` works out.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from kvpolicy_kernels.encoded_attention.numbers.kernel import (
 )
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
 from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
+from kvpolicy_kernels.key_centre.kernel import cos_and_sin
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.softcap.kernel import capped
 
@@ -46,13 +47,14 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 @triton.jit
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-    q_centre, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs, m_logits,
-    CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
+    of_centre_ptrs, frequency_ptrs, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs,
+    m_logits, COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q_offset, q_sum, row_scale, q_centre: [BLOCK_M], see `turn`
+    """q_offset, q_sum, row_scale, and what of_centre points to: [BLOCK_M], see `turn`
 
-    seen: bool [BLOCK_N]; scales of what is not may be NaN
+    seen: bool [BLOCK_N]; scales of what is not may be NaN;  position: int32 [BLOCK_N]
+    frequency: the head's first, int32
     """
     MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
     dtype: tl.constexpr = q0.dtype
@@ -68,8 +70,12 @@ def _attend_codes(
         scores = tl.dot(key_numbers(b_kw, 2, PLANES, PACKED, dtype), q2, scores, input_precision=PRECISION)
         scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
     scores = (scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]) * row_scale[None, :]
-    if CENTRED:
-        scores += q_centre[None, :]
+    if COEFFICIENTS:
+        scores += tl.load(of_centre_ptrs)[None, :]
+        for i in tl.static_range(COEFFICIENTS // 2):
+            b_cos, b_sin = cos_and_sin(b_position, tl.load(frequency_ptrs + i), PACKED)
+            scores += b_cos[:, None] * tl.load(of_centre_ptrs + 1 + 2 * i)[None, :]
+            scores += b_sin[:, None] * tl.load(of_centre_ptrs + 2 + 2 * i)[None, :]
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32)
     scores += bias
@@ -124,13 +130,13 @@ def _loaded(ptrs, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, sums_ptr, kw_ptr, ks_ptr, vw_ptr, vs_ptr, positions_ptr, since_ptr, out_ptr, lse_ptr, part_ptr,
-    part_lse_ptr, logits_ptr, sink_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr, programs_ptr,
-    num_segments, num_kv_heads, group, n, num_entries, num_sinks, softcap_log2, tanh_scale,
+    q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, kw_ptr, ks_ptr, vw_ptr, vs_ptr, positions_ptr, since_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr,
+    programs_ptr, num_segments, num_kv_heads, group, n, num_entries, num_sinks, softcap_log2, tanh_scale,
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
     HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,12 +181,13 @@ def _attend_kernel(
         if PLANES == 4:
             q2 = tl.load(q_ptrs + 2 * W, mask=m_q, other=0.0)
             q3 = tl.load(q_ptrs + 3 * W, mask=m_q, other=0.0)
-        q_offset = tl.load(sums_ptr + q_rows * 4, mask=m_m, other=0.0)
-        q_sum = tl.load(sums_ptr + q_rows * 4 + 1, mask=m_m, other=0.0)
-        row_scale = tl.load(sums_ptr + q_rows * 4 + 2, mask=m_m, other=1.0)
-        q_centre = q_sum
-        if CENTRED:
-            q_centre = tl.load(sums_ptr + q_rows * 4 + 3, mask=m_m, other=0.0)
+        q_offset = tl.load(sums_ptr + q_rows * 3, mask=m_m, other=0.0)
+        q_sum = tl.load(sums_ptr + q_rows * 3 + 1, mask=m_m, other=0.0)
+        row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
+        of_centre_ptrs, frequency_ptrs = of_centre_ptr, frequency_ptr
+        if COEFFICIENTS:
+            of_centre_ptrs += tl.where(m_m, q_rows, 0) * COEFFICIENTS
+            frequency_ptrs += i_s % num_kv_heads * (COEFFICIENTS // 2)
         span = 0
         if HIDES:  # positions between the sinks and the last ones
             span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)
@@ -216,17 +223,19 @@ def _attend_kernel(
             b_vs = _loaded(vs_ptr + row * VS_ROW + o_n * VS_ROW, m_n, ROOMY)
             m_own = (o_n - others).to(tl.uint32) < (end - place).to(tl.uint32)
             seen = m_own
-            if HIDES:
+            b_position = o_n  # not used
+            if HIDES or COEFFICIENTS:
                 b_position = _loaded(positions_ptr + row + o_n, m_n, ROOMY)  # [BLOCK_N]
-                b_position = tl.where(m_own, b_position, NEVER) - num_sinks
-                seen = b_position.to(tl.uint32) < span
+                if HIDES:
+                    seen = (tl.where(m_own, b_position, NEVER) - num_sinks).to(tl.uint32) < span
             logits_ptrs = o_k  # not used
             if HAS_LOGITS:
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                q_centre, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs,
-                m_own[:, None] & m_m[None, :], CENTRED, HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED, PRECISION,
+                of_centre_ptrs, frequency_ptrs, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+                logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS, HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED,
+                PRECISION,
             )  # fmt: skip
         # a query that has seen nothing gets zeros, and -inf
         safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -296,7 +305,7 @@ def _mass_kernel(
         tl.store(mass_ptr + start + o_n, b_mass, mask=m_n)
 
 
-def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int) -> dict[str, int]:
+def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred: bool = False) -> dict[str, int]:
     """Tile sizes and launch options of the kernel over codes.
 
     dim: the larger of D and Dv;  rows: queries times query heads of a group
@@ -307,7 +316,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int) -> dict[
     """
     words = triton.next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
-    halved = (words > 32) + (words > 64) + (block_m > 8) + (words * planes > dim or dtype == torch.float32)
+    halved = (words > 32) + (words > 64) + (block_m > 8) * (1 + centred) + (words * planes > dim or dtype == torch.float32)
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
@@ -348,17 +357,17 @@ def triton_encoded_attention(
     logits = query.new_empty(len(key_words), rows, dtype=single) if with_mass else None
     parts = query.new_empty(num_programs + num_segments, rows, value_dim, dtype=single)
     part_lse = query.new_empty(num_programs + num_segments, rows, dtype=single)
-    config = launch_config(query.dtype, widest, planes, rows)
+    config = launch_config(query.dtype, widest, planes, rows, segments.key_centre is not None)
     early, packed = at_least_hopper(query.device), query.dtype != single and not interpreted()
-    turned_query, sums, since = turned(
+    centre, positions = segments.key_centre, segments.positions
+    turned_query, sums, of_centre, since = turned(
         query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed,
-        centre=segments.key_centre, copies=copies, early=early,
+        centre=centre, copies=copies, early=early,
     )  # fmt: skip
-    positions = None if copies is None else copies.of_rows
     num_sinks = 0 if copies is None else copies.num_sinks
     _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
-        turned_query, sums, key_words, halves(key_scales), value_words, halves(value_scales), positions, since,
-        mid, lse, parts, part_lse, logits, sink_logits,
+        turned_query, sums, of_centre, None if centre is None else centre.frequencies, key_words, halves(key_scales),
+        value_words, halves(value_scales), positions, since, mid, lse, parts, part_lse, logits, sink_logits,
         segments.starts, lengths, plan.units, plan.quantum, plan.programs,
         num_segments, num_kv_heads, group, n, len(key_words), num_sinks,
         (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
@@ -366,9 +375,9 @@ def triton_encoded_attention(
         VW_ROW=value_words.stride(0), VS_ROW=value_scales.stride(0) // 2,
         UNIT=plan.unit, PLANES=planes, PACKED=packed,
         BLOCK_W=plane_block(dim, planes), BLOCK_WV=plane_block(value_dim, planes),
-        CENTRED=segments.key_centre is not None, HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None,
-        HAS_LOGITS=with_mass, HAS_LSE=lse is not None, ROOMY=len(key_words) >= config["BLOCK_N"],
-        HIDES=copies is not None, EARLY=early,
+        COEFFICIENTS=0 if centre is None else len(centre.coefficients), HAS_SOFTCAP=softcap is not None,
+        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
+        ROOMY=len(key_words) >= config["BLOCK_N"], HIDES=copies is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),

@@ -44,19 +44,14 @@ def encoded_attention(
     num_kv_heads = check_tables(
         "encoded_attention", query, value_dim, segments.starts, segments.lengths, chunk, sink_logits
     )
-    centre, expected = segments.key_centre, (num_kv_heads, query.shape[-1])
-    if centre is not None and (centre.shape != expected or centre.dtype != torch.float32 or not centre.is_contiguous()):
-        raise ValueError(
-            f"encoded_attention: expected a contiguous key_centre {list(expected)} of torch.float32, got "
-            f"{list(centre.shape)} of {centre.dtype}"
-        )
+    _check_positions(segments, copies, (num_kv_heads, query.shape[-1]))
     if plan is not None and plan.pieces.shape != (len(segments), 2):
         raise ValueError(
             f"encoded_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
             f"{list(plan.pieces.shape)}"
         )
     if copies is not None:
-        _check_copies(copies, query, segments, num_kv_heads, value_dim)
+        _check_copies(copies, query, num_kv_heads, value_dim)
         if chunk is not None:
             raise ValueError("encoded_attention: copies and a chunk exclude each other: give the copies alone")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -75,16 +70,28 @@ def encoded_attention(
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 
-def _check_copies(
-    copies: ExactCopies, query: Tensor, segments: EncodedSegments, num_kv_heads: int, value_dim: int
-) -> None:
-    batch, rows, (key, value) = query.shape[0], len(segments.keys.codes), (copies.key, copies.value)
+def _check_positions(segments: EncodedSegments, copies: ExactCopies | None, shape: tuple[int, int]) -> None:
+    """And the key centre, of this shape."""
+    centre, positions, rows = segments.key_centre, segments.positions, len(segments.keys.codes)
+    if centre is not None and centre.shape != shape:
+        raise ValueError(f"encoded_attention: expected a key_centre of shape {shape}, got {centre.shape}")
+    if centre is None and copies is None:
+        return
+    if positions is None or positions.shape != (rows,) or positions.dtype != torch.int32:
+        raise ValueError(
+            f"encoded_attention: copies and a key_centre need the positions of the entries, int32 [{rows}], got "
+            + ("none" if positions is None else f"{list(positions.shape)} of {positions.dtype}")
+        )
+
+
+def _check_copies(copies: ExactCopies, query: Tensor, num_kv_heads: int, value_dim: int) -> None:
+    batch, key, value = query.shape[0], copies.key, copies.value
     slots = copies.positions.shape[-1]
     shapes = ((batch, num_kv_heads, slots, query.shape[3]), (batch, num_kv_heads, slots, value_dim), (batch, slots))
-    parts = (key, value, copies.positions, copies.of_rows)
-    if tuple(x.shape for x in parts) != (*shapes, (rows,)) or not 0 <= copies.num_sinks < slots:
+    parts = (key, value, copies.positions)
+    if tuple(x.shape for x in parts) != shapes or not 0 <= copies.num_sinks < slots:
         raise ValueError(
-            f"encoded_attention: expected copies {[list(x) for x in (*shapes, (rows,))]} with less than {slots} sinks, "
+            f"encoded_attention: expected copies {[list(x) for x in shapes]} with less than {slots} sinks, "
             f"got {[list(x.shape) for x in parts]} with {copies.num_sinks}"
         )
 

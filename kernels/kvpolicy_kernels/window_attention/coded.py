@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy_kernels.formats import EntryFormat, rounded
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.window_attention.cpu import BLOCK, Attend
 
 _BLOCKS = {"cpu": BLOCK, "cuda": 1024}
@@ -26,7 +27,7 @@ def coded_window_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     prefill_length: int = 0,
-    key_centre: Tensor | None = None,
+    key_centre: KeyCentre | None = None,
 ) -> Tensor:
     """What each token would see if it were decoded with a cache of `capacities[h]` entries in this format.
 
@@ -35,11 +36,11 @@ def coded_window_attention(
     Queries before `prefill_length` attend densely, to what is not encoded yet.
 
     capacities: each at least `num_sink_tokens + exact_recent`
-    key_centre: float32 [num_kv_heads, D], what a format that is centred encodes keys less of
+    key_centre: what a format that is centred encodes keys less of
     """
     group = query.shape[1] // key.shape[1]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    centre = None if key_centre is None else key_centre[:, None]
+    centre = None if key_centre is None else key_centre.along(key.shape[2])
     exact, coded = (key, value), (rounded(key, entry_format, centre), rounded(value, entry_format))
     for head, capacity in enumerate(capacities):
         heads, own = slice(head * group, (head + 1) * group), slice(head, head + 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import LAUNCH
 from kvpolicy_kernels.encoded_attention.numbers.kernel import key_offset
 from kvpolicy_kernels.formats import block_of, signed_hadamard
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
 
 NEVER = tl.constexpr(2**31 - 1)  # a position behind all others
@@ -22,18 +23,19 @@ NEVER = tl.constexpr(2**31 - 1)  # a position behind all others
 
 @triton.jit
 def _turn_kernel(
-    q_ptr, turn_ptr, centre_ptr, out_ptr, sums_ptr, copies_ptr, since_ptr,
+    q_ptr, turn_ptr, centre_ptr, out_ptr, sums_ptr, of_centre_ptr, copies_ptr, since_ptr,
     stride_qb, stride_qh, stride_qn, num_kv_heads, group, n, slots, num_sinks, scale_log2,
     D: tl.constexpr, PLANES: tl.constexpr, TURN_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr, BLOCK_C: tl.constexpr, ROTATED: tl.constexpr, CENTRED: tl.constexpr, PACKED: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_C: tl.constexpr, ROTATED: tl.constexpr, COEFFICIENTS: tl.constexpr, PACKED: tl.constexpr,
     HIDES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i_s, i_m) takes BLOCK_M of a segment's rows: row r is query r % n of the group's head r // n.
 
     out:  [S, rows, D], each row divided by a power of two, so that it is within -1 and 1
-    sums: float32 [S, rows, 4]: what offsets of the keys' numbers add to a product, the row's sum, the factor that
-        makes a product a score in base 2, and what the keys' centre adds to a score
-    centre: float32 [num_kv_heads, D]
+    sums: float32 [S, rows, 3]: what offsets of the keys' numbers add to a product, the row's sum, and the factor that
+        makes a product a score in base 2
+    of_centre: float32 [S, rows, COEFFICIENTS], the coefficients of what the keys' centre adds to a score in base 2
+    centre: float32 [COEFFICIENTS, num_kv_heads, D], `KeyCentre.coefficients`
     copies: int32 [B, slots], positions of the exact block;  since: int32 [S], its first position behind the sinks
     """
     if EARLY:
@@ -72,14 +74,16 @@ def _turn_kernel(
         offset += key_offset(o_d // (D // PLANES), PLANES)
     rows = i_s * num_rows + o_m
     tl.store(out_ptr + rows[:, None] * D + o_d[None, :], b_q, mask=m_q)
-    tl.store(sums_ptr + rows * 4, tl.sum(number * offset[None, :], 1), mask=m_m)
-    tl.store(sums_ptr + rows * 4 + 1, tl.sum(number, 1), mask=m_m)
-    tl.store(sums_ptr + rows * 4 + 2, top * scale_log2, mask=m_m)
-    if CENTRED:
+    tl.store(sums_ptr + rows * 3, tl.sum(number * offset[None, :], 1), mask=m_m)
+    tl.store(sums_ptr + rows * 3 + 1, tl.sum(number, 1), mask=m_m)
+    tl.store(sums_ptr + rows * 3 + 2, top * scale_log2, mask=m_m)
+    if COEFFICIENTS:
         # [BLOCK_M, BLOCK_D] and [BLOCK_D], before any rotation
         b_plain = tl.load(q_ptrs + o_d[None, :], mask=m_q, other=0.0).to(tl.float32)
-        b_centre = tl.load(centre_ptr + i_h * D + o_d, mask=o_d < D, other=0.0)
-        tl.store(sums_ptr + rows * 4 + 3, tl.sum(b_plain * b_centre[None, :], 1) * scale_log2, mask=m_m)
+        for i in tl.static_range(COEFFICIENTS):
+            b_centre = tl.load(centre_ptr + (i * num_kv_heads + i_h) * D + o_d, mask=o_d < D, other=0.0)
+            b_sum = tl.sum(b_plain * b_centre[None, :], 1) * scale_log2
+            tl.store(of_centre_ptr + rows * COEFFICIENTS + i, b_sum, mask=m_m)
     if HIDES:
         o_c = num_sinks + tl.arange(0, BLOCK_C)
         # [BLOCK_C]
@@ -88,10 +92,11 @@ def _turn_kernel(
 
 
 class Turned(NamedTuple):
-    """What `_turn_kernel` makes; since is None where nothing has an exact copy."""
+    """What `_turn_kernel` makes; None without a centre, and where nothing has an exact copy."""
 
     query: Tensor
     sums: Tensor
+    of_centre: Tensor | None
     since: Tensor | None
 
 
@@ -110,7 +115,7 @@ def turned(
     *,
     rotated: bool,
     packed: bool,
-    centre: Tensor | None,
+    centre: KeyCentre | None,
     copies: ExactCopies | None,
     early: bool,
 ) -> Turned:
@@ -119,16 +124,19 @@ def turned(
     group, single = num_q_heads // num_kv_heads, torch.float32
     count, rows = batch * num_kv_heads, group * n
     out = query.new_empty(count, rows, dim, dtype=single if query.dtype == single else torch.float16)
-    sums = query.new_empty(count, rows, 4, dtype=single)
+    sums = query.new_empty(count, rows, 3, dtype=single)
+    coefficients = 0 if centre is None else len(centre.coefficients)
+    of_centre = query.new_empty(count, rows, coefficients, dtype=single) if coefficients else None
     since = None if copies is None else query.new_empty(count, dtype=torch.int32)
     slots = 0 if copies is None else copies.positions.shape[1]
     config = turn_config(query.dtype, dim)
     _turn_kernel[(count, triton.cdiv(rows, config["BLOCK_M"]))](
-        query, signed_hadamard(dim, query.device) if rotated else None, centre, out, sums,
+        query, signed_hadamard(dim, query.device) if rotated else None,
+        None if centre is None else centre.coefficients, out, sums, of_centre,
         None if copies is None else copies.positions, since, *query.stride()[:3], num_kv_heads, group, n, slots,
         0 if copies is None else copies.num_sinks, scale_log2, D=dim, PLANES=planes,
         TURN_SCALE=block_of(dim) ** -0.5, BLOCK_C=triton.next_power_of_2(max(slots, 1)), ROTATED=rotated,
-        CENTRED=centre is not None, PACKED=packed, HIDES=copies is not None, EARLY=early,
+        COEFFICIENTS=coefficients, PACKED=packed, HIDES=copies is not None, EARLY=early,
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
     )  # fmt: skip
-    return Turned(out, sums, since)
+    return Turned(out, sums, of_centre, since)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from kvpolicy_kernels.formats import EntryFormat
 from kvpolicy_kernels.formats import rounded as rounded_rows
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,7 @@ class BiasedAttention:
     prefill_length: queries at the start that attend densely, through the model's own attention
     entry_format:   of the entries; None leaves keys and values as they are. Gradients pass by the rounding
     is_exact:       what a query sees as it came under a format
-    key_centre:     [H, D], of its keys
+    key_centre:     of its keys
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class BiasedAttention:
         prefill_length: int,
         entry_format: EntryFormat | None = None,
         is_exact: IsExact | None = None,
-        key_centre: Tensor | None = None,
+        key_centre: KeyCentre | None = None,
     ) -> None:
         self.module, self.spec, self.layer, self.bias = module, spec, layer, bias
         self.prefill_length, self.entry_format, self.is_exact = prefill_length, entry_format, is_exact
@@ -152,13 +153,13 @@ def _attention(
     return weights @ value
 
 
-def rounded(rows: Tensor, entry_format: EntryFormat, centre: Tensor | None = None) -> Tensor:
+def rounded(rows: Tensor, entry_format: EntryFormat, centre: KeyCentre | None = None) -> Tensor:
     """Rows as their codes say them; the gradient is that of the rows.
 
-    rows: [..., H, n, D];  centre: [H, D], of keys
+    rows: [..., H, n, D], of the first n positions;  centre: of keys
     """
     with torch.no_grad():
-        error = rounded_rows(rows, entry_format, None if centre is None else centre[:, None]) - rows
+        error = rounded_rows(rows, entry_format, None if centre is None else centre.along(rows.shape[-2])) - rows
     return rows + error
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -275,7 +276,7 @@ class SequenceProbe(ModelProbe):
         self._check_reached([handler.calls for handler in handlers], 1)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _key_centres(self) -> list[Tensor | None]:
+    def _key_centres(self) -> list[KeyCentre | None]:
         """As `key_centres`, of today's weights, where the entries' format wants them."""
         wanted = is_centred(self.entry_format)
         return key_centres(self.model, self._spec) if wanted else [None] * self._spec.num_budgeted_layers

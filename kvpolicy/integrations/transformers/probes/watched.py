@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor, nn
 
 from kvpolicy.budget.entry_format import named
@@ -25,7 +26,7 @@ class WatchedAttention:
 
     ranks: by the positions of queries and keys;  first: the first query that a budget concerns
     is_exact: what a query sees as it came, of a format that leaves so many last tokens so
-    key_centre: [H, D], of its keys
+    key_centre: of its keys
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class WatchedAttention:
         first: int,
         visit: Visit,
         is_exact: Callable[[Tensor, Tensor, int], Tensor],
-        key_centre: Tensor | None,
+        key_centre: KeyCentre | None,
     ) -> None:
         self.module, self.spec, self.layer, self.ranks = module, spec, layer, ranks
         self.first, self.visit, self.is_exact = first, visit, is_exact

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.window_attention import coded_window_attention, window_attention
 from torch import Tensor, nn
 
@@ -125,7 +126,7 @@ class _WindowAttention:
         num_sink_tokens: int,
         prefill_length: int,
         entry_format: EntryFormat | None,
-        key_centre: Tensor | None,
+        key_centre: KeyCentre | None,
     ) -> None:
         self.module, self.spec, self.capacities = module, spec, capacities
         self.num_sink_tokens, self.prefill_length, self.entry_format = num_sink_tokens, prefill_length, entry_format

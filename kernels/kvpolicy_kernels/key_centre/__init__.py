@@ -1,0 +1,3 @@
+from kvpolicy_kernels.key_centre.centre import CIRCLE, KeyCentre
+
+__all__ = ["CIRCLE", "KeyCentre"]
