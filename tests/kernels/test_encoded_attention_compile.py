@@ -30,7 +30,7 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
         "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
         "BLOCK_W": kernels.plane_block(dim, planes), "BLOCK_WV": kernels.plane_block(dim, planes), "EARLY": arch >= 90,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "ROOMY": True,
-        "HIDES": "HIDES" in variants, "COEFFICIENTS": 17 * ("CENTRED" in variants), **config,
+        "HIDES": "HIDES" in variants, "COEFFICIENTS": 17 * ("CENTRED" in variants), "BLOCK_C": 16, **config,
         **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.formats import Encoded, EntryFormat, block_of, signed_hadamard
-from kvpolicy_kernels.key_centre.kernel import cos_and_sin
+from kvpolicy_kernels.key_centre.kernel import wave
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
 TO_NEAREST = tl.constexpr(1.5 * 2.0**23)  # what is added to it loses its fraction, as torch rounds
@@ -23,10 +23,9 @@ def _centre_of(centre, o_d, m_m, mask, COEFFICIENTS: tl.constexpr, FAST: tl.cons
     ptrs, stride, frequency_ptrs, b_position = centre
     ptrs = ptrs[:, None] + o_d[None, :]
     b_centre = tl.load(ptrs, mask=mask, other=0.0)
-    for i in range(COEFFICIENTS // 2):  # side by side they would take too many registers
-        b_cos, b_sin = cos_and_sin(b_position, tl.load(frequency_ptrs + i, mask=m_m, other=0), FAST)
-        b_centre += b_cos[:, None] * tl.load(ptrs + (1 + 2 * i) * stride, mask=mask, other=0.0)
-        b_centre += b_sin[:, None] * tl.load(ptrs + (2 + 2 * i) * stride, mask=mask, other=0.0)
+    for i in range(COEFFICIENTS - 1):  # side by side they would take too many registers
+        b_wave = wave(b_position, tl.load(frequency_ptrs + i // 2, mask=m_m, other=0), i, FAST)
+        b_centre += b_wave[:, None] * tl.load(ptrs + (1 + i) * stride, mask=mask, other=0.0)
     return b_centre
 
 

@@ -35,7 +35,7 @@ from kvpolicy_kernels.encoded_attention.numbers.kernel import (
 )
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
 from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
-from kvpolicy_kernels.key_centre.kernel import cos_and_sin
+from kvpolicy_kernels.key_centre.kernel import wave
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.softcap.kernel import capped
 
@@ -47,14 +47,14 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 @triton.jit
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-    of_centre_ptrs, frequency_ptrs, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale, logits_ptrs,
-    m_logits, COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
+    q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+    logits_ptrs, m_logits, COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q_offset, q_sum, row_scale, and what of_centre points to: [BLOCK_M], see `turn`
+    """q_offset, q_sum, row_scale, and q_centre of what does not turn: [BLOCK_M], see `turn`
 
+    centre: float32 [BLOCK_C, BLOCK_M], of what turns;  frequency: int32 [BLOCK_C], of each coefficient
     seen: bool [BLOCK_N]; scales of what is not may be NaN;  position: int32 [BLOCK_N]
-    frequency: the head's first, int32
     """
     MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
     dtype: tl.constexpr = q0.dtype
@@ -71,11 +71,9 @@ def _attend_codes(
         scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
     scores = (scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]) * row_scale[None, :]
     if COEFFICIENTS:
-        scores += tl.load(of_centre_ptrs)[None, :]
-        for i in tl.static_range(COEFFICIENTS // 2):
-            b_cos, b_sin = cos_and_sin(b_position, tl.load(frequency_ptrs + i), PACKED)
-            scores += b_cos[:, None] * tl.load(of_centre_ptrs + 1 + 2 * i)[None, :]
-            scores += b_sin[:, None] * tl.load(of_centre_ptrs + 2 + 2 * i)[None, :]
+        # [BLOCK_N, BLOCK_C], a product, so that no wave is worked out in two threads
+        b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED)
+        scores = tl.dot(b_wave, b_centre, scores + q_centre[None, :], input_precision="tf32x3")
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32)
     scores += bias
@@ -136,7 +134,7 @@ def _attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
     HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -184,10 +182,15 @@ def _attend_kernel(
         q_offset = tl.load(sums_ptr + q_rows * 3, mask=m_m, other=0.0)
         q_sum = tl.load(sums_ptr + q_rows * 3 + 1, mask=m_m, other=0.0)
         row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
-        of_centre_ptrs, frequency_ptrs = of_centre_ptr, frequency_ptr
+        o_c = tl.arange(0, BLOCK_C)
+        q_centre, b_centre, b_frequency = q_sum, o_c, o_c  # not used
         if COEFFICIENTS:
-            of_centre_ptrs += tl.where(m_m, q_rows, 0) * COEFFICIENTS
-            frequency_ptrs += i_s % num_kv_heads * (COEFFICIENTS // 2)
+            centre_ptrs, m_c = of_centre_ptr + q_rows * COEFFICIENTS, o_c < COEFFICIENTS - 1
+            q_centre = tl.load(centre_ptrs, mask=m_m, other=0.0)
+            # [BLOCK_C, BLOCK_M] and [BLOCK_C]
+            b_centre = tl.load(centre_ptrs[None, :] + 1 + o_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
+            frequency_ptrs = frequency_ptr + i_s % num_kv_heads * (COEFFICIENTS // 2)
+            b_frequency = tl.load(frequency_ptrs + o_c // 2, mask=m_c, other=0)
         span = 0
         if HIDES:  # positions between the sinks and the last ones
             span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)
@@ -233,7 +236,7 @@ def _attend_kernel(
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                of_centre_ptrs, frequency_ptrs, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+                q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
                 logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS, HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED,
                 PRECISION,
             )  # fmt: skip
@@ -316,7 +319,9 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred:
     """
     words = triton.next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
-    halved = (words > 32) + (words > 64) + (block_m > 8) * (1 + centred) + (words * planes > dim or dtype == torch.float32)
+    halved = (
+        (words > 32) + (words > 64) + (block_m > 8) * (1 + centred) + (words * planes > dim or dtype == torch.float32)
+    )
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
@@ -360,6 +365,7 @@ def triton_encoded_attention(
     config = launch_config(query.dtype, widest, planes, rows, segments.key_centre is not None)
     early, packed = at_least_hopper(query.device), query.dtype != single and not interpreted()
     centre, positions = segments.key_centre, segments.positions
+    coefficients = 0 if centre is None else len(centre.coefficients)
     turned_query, sums, of_centre, since = turned(
         query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed,
         centre=centre, copies=copies, early=early,
@@ -375,7 +381,8 @@ def triton_encoded_attention(
         VW_ROW=value_words.stride(0), VS_ROW=value_scales.stride(0) // 2,
         UNIT=plan.unit, PLANES=planes, PACKED=packed,
         BLOCK_W=plane_block(dim, planes), BLOCK_WV=plane_block(value_dim, planes),
-        COEFFICIENTS=0 if centre is None else len(centre.coefficients), HAS_SOFTCAP=softcap is not None,
+        COEFFICIENTS=coefficients, BLOCK_C=max(16, triton.next_power_of_2(coefficients - 1)),
+        HAS_SOFTCAP=softcap is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
         ROOMY=len(key_words) >= config["BLOCK_N"], HIDES=copies is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
