@@ -48,8 +48,8 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
     q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
-    logits_ptrs, m_logits, COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PLANES: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    logits_ptrs, m_logits, CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q_offset, q_sum, row_scale, and q_centre of what does not turn: [BLOCK_M], see `turn`
 
@@ -70,7 +70,7 @@ def _attend_codes(
         scores = tl.dot(key_numbers(b_kw, 2, PLANES, PACKED, dtype), q2, scores, input_precision=PRECISION)
         scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
     scores = (scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]) * row_scale[None, :]
-    if COEFFICIENTS:
+    if CENTRED:
         # [BLOCK_N, BLOCK_C], a product, so that no wave is worked out in two threads
         b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED)
         scores = tl.dot(b_wave, b_centre, scores + q_centre[None, :], input_precision="tf32x3")
@@ -134,8 +134,8 @@ def _attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr,
-    HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_kernel` of `attention`, without a chunk; what it finds is in the basis in which values are encoded.
@@ -236,9 +236,9 @@ def _attend_kernel(
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
-                logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS, HAS_SOFTCAP, HAS_LOGITS, PLANES, PACKED,
-                PRECISION,
+                q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
+                tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS > 0, HAS_SOFTCAP, HAS_LOGITS,
+                PLANES, PACKED, PRECISION,
             )  # fmt: skip
         # a query that has seen nothing gets zeros, and -inf
         safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -311,7 +311,7 @@ def _mass_kernel(
 def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred: bool = False) -> dict[str, int]:
     """Tile sizes and launch options of the kernel over codes.
 
-    dim: the larger of D and Dv;  rows: queries times query heads of a group
+    dim: the larger of D and Dv;  rows: queries times query heads of a group;  centred: whether keys have a centre
 
     Measured on an H200 at head dim 128 among tiles of 32 and 64 entries, 2 to 4 stages, and fewer registers; the others
     are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
@@ -319,9 +319,8 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred:
     """
     words = triton.next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
-    halved = (
-        (words > 32) + (words > 64) + (block_m > 8) * (1 + centred) + (words * planes > dim or dtype == torch.float32)
-    )
+    halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
+    halved += (block_m > 8) * (1 + centred)
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
