@@ -14,6 +14,7 @@ import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import WorkPlan, decode_attention, ragged_attention
 from kvpolicy_kernels.compact import compact
+from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.rebuild import rebuild
 from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
@@ -63,6 +64,7 @@ class LayerArena:
     columns: ClassVar[tuple[str, ...]] = ("keys", "values")
     attends_beside: ClassVar[bool] = True
     num_programs: int | None = None  # that share the attention of a token on a GPU; None for as many as usual
+    key_centre: KeyCentre | None = None  # what codes of keys are less of
     start: Tensor
     length: Tensor
     allocated: Tensor

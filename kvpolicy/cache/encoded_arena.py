@@ -33,7 +33,6 @@ class EncodedArena(LayerArena):
     """A `LayerArena` of codes.
 
     keys, values: int16 codes;  key_scales, value_scales: float16 [R, 2]; both as in `Encoded`
-    key_centre: what keys are encoded less of, None for nothing
     exact: copies of the tokens that stay exact, None for a format without
     """
 

@@ -7,11 +7,14 @@ get room again as behind a prompt, and the order in which they will leave follow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as parts_of
 from typing import Any
 
 import torch
+from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
+from kvpolicy.budget.entry_format import of_layer
 from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.layer import StoreLayer
 from kvpolicy.cache.schedule import UNLIMITED
@@ -84,8 +87,9 @@ def unpack(
     for index, (value, device) in enumerate(zip(layers, devices, strict=True)):
         if value is None:
             continue
-        own = Fields(value, fields.path(f"layers[{index}]"))
-        _fill(store, store.open(index, dtype, device), tensors, own, f"layers.{index}")
+        own, prefix = Fields(value, fields.path(f"layers[{index}]")), f"layers.{index}"
+        store.set_key_centre(index, _read_centre(store, index, tensors, prefix))
+        _fill(store, store.open(index, dtype, device), tensors, own, prefix)
     counts = [layer.seen for layer in store.layers if layer is not None]
     if any(not torch.equal(counts[0], count) for count in counts[1:]):
         raise KVPolicyError("its layers have seen different numbers of tokens")
@@ -117,12 +121,37 @@ def _packed(layer: StoreLayer) -> dict[str, Tensor]:
     rows = arena.padded_rows().gather(1, arena.padded_positions().argsort(1))
     rows = rows[rows >= 0]
     packed = {name: tensor[rows] for name, tensor in arena.entries.items()} | arena.beside
+    if (centre := arena.key_centre) is not None:  # whoever reads the file may know another one
+        packed |= {f"key_centre.{part.name}": getattr(centre, part.name) for part in parts_of(centre)}
     packed |= {"length": arena.length} | {name: getattr(layer, name) for name in _COUNTS}
     if not all(bool(torch.isfinite(packed[name]).all()) for name in arena.columns):
         raise KVPolicyError("it holds keys or values that are not finite")
     if (pending := layer.pending) is not None:
         packed |= {f"pending.{name}": getattr(pending, name) for name in _CHUNK}
     return packed
+
+
+def _read_centre(store: RaggedStore, layer: int, tensors: Tensors, prefix: str) -> KeyCentre | None:
+    """What the keys of a layer were encoded less of."""
+    own, prefix = of_layer(store.entry_format, layer), f"{prefix}.key_centre"
+    if own is None or not own.centred:
+        return None
+    if f"{prefix}.coefficients" not in tensors:
+        if store.key_centres[layer] is not None:
+            raise KVPolicyError(
+                f"'{prefix}' is missing, as in files of before centres were kept in them: read the text again into a "
+                "new cache and save that"
+            )
+        return None
+    heads, dim = store.num_heads, store.spec.attention.key_dim
+    coefficients = tensors.take(f"{prefix}.coefficients", torch.float32, (None, heads, dim))
+    frequencies = tensors.take(f"{prefix}.frequencies", torch.int32, (heads, (len(coefficients) - 1) // 2))
+    if not bool(torch.isfinite(coefficients).all()):
+        raise KVPolicyError(f"'{prefix}.coefficients' holds numbers that are not finite")
+    try:
+        return KeyCentre(coefficients.clone(), frequencies.clone())
+    except ValueError as error:
+        raise KVPolicyError(f"'{prefix}' does not fit: {error}") from None
 
 
 def _fill_rows(store: RaggedStore, tensors: Tensors, fields: Fields) -> None:

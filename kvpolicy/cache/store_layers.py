@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,10 +38,14 @@ class Layers(Accounts):
     entry_format: Format
     protection: Protection
     first_head: int
-    key_centres: Sequence[KeyCentre | None]
+    key_centres: list[KeyCentre | None]
     _shape: LayerSpec
     _num_q_heads: int
     _finite: Finiteness
+
+    def set_key_centre(self, layer: int, key_centre: KeyCentre | None) -> None:
+        """What the keys of a layer that is not open yet are less of, in place of what the store was made with."""
+        self.key_centres[layer] = key_centre
 
     def open(self, layer: int, dtype: torch.dtype, device: torch.device) -> StoreLayer:
         """A layer that holds nothing yet."""

@@ -79,12 +79,12 @@ class CodedAttention:
     """Attention under a mask per KV head, over keys and values that a query sees exactly or as their codes say."""
 
     def __init__(self, visible, exact, entry_format, centre=None):
-        self.visible, self.exact, self.format = visible, exact, entry_format
-        self.centre = None if centre is None else centre[:, None]
+        self.visible, self.exact, self.format, self.centre = visible, exact, entry_format, centre
 
     def __call__(self, call):
         group = call.query.shape[1] // call.key.shape[1]
-        coded = rounded(call.key, self.format, self.centre), rounded(call.value, self.format)
+        centre = None if self.centre is None else self.centre.along(call.key.shape[2])
+        coded = rounded(call.key, self.format, centre), rounded(call.value, self.format)
         visible = self.visible.repeat_interleave(group, 0)
         scores = [call.query @ k.repeat_interleave(group, 1).transpose(-1, -2) for k in (call.key, coded[0])]
         logits = torch.where(self.exact, *scores) * call.options["scaling"]

@@ -1,18 +1,23 @@
 """What the keys of a head have in common, which codes of few bits are not spent on."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from kvpolicy_kernels.formats import INT4, EntryFormat
+from kvpolicy_kernels.key_centre import KeyCentre
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import kvpolicy
-from kvpolicy import BudgetError, ModelSpec
+from kvpolicy import BudgetError, KVPolicyError, ModelSpec
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.integrations.transformers.attention import key_centre
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.cache.save import file_bytes
 from kvpolicy.plugins.registry import registry
 from tests.integrations.ragged_oracle import stepped_logits
 from tests.tiny import tiny_ids, tiny_model
@@ -25,20 +30,33 @@ def biased(name="Qwen2", factor=200):
     return model
 
 
-@torch.no_grad()
-def test_it_is_the_mean_of_the_turned_bias(monkeypatch):
-    monkeypatch.setattr(key_centre, "POSITIONS", 500)
-    model = biased()
-    spec = ModelSpec.from_config(model.config)
-    angles = torch.arange(500)[:, None] * model.model.rotary_emb.inv_freq
+def turned_biases(model, count):
+    """Of each layer [H, count, D], at the positions below `count`."""
+    angles = torch.arange(count)[:, None] * model.model.rotary_emb.inv_freq
     cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
-    for (attention, _), found in zip(
-        attention_modules(model, range(3)), key_centre.key_centres(model, spec), strict=True
-    ):
+    for attention, _ in attention_modules(model, range(3)):
         bias = attention.k_proj.bias.view(2, 1, 16)
-        turned = bias * cos + torch.cat([-bias[..., 8:], bias[..., :8]], -1) * sin
-        torch.testing.assert_close(found, turned.mean(1), rtol=0, atol=1e-3)
-        assert found.abs().max() > 5
+        yield bias * cos + torch.cat([-bias[..., 8:], bias[..., :8]], -1) * sin
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pairs", [0, 3, 8])
+def test_pairs_turn_and_the_rest_is_the_mean_of_the_turned_bias(monkeypatch, pairs):
+    monkeypatch.setattr(key_centre, "POSITIONS", 500)
+    monkeypatch.setattr(key_centre, "REACH", 500)
+    monkeypatch.setattr(key_centre, "PAIRS", pairs)
+    model = biased()
+    found = key_centre.key_centres(model, ModelSpec.from_config(model.config))
+    for centre, turned in zip(found, turned_biases(model, 500), strict=True):
+        whole, mean = centre.along(500), turned.mean(1, keepdim=True)
+        follows, rests = ((whole - x).abs().amax(1) < 1e-2 for x in (turned, mean))
+        assert (follows | rests).all() and turned.abs().max() > 5
+        assert follows.sum(1).tolist() == [2 * pairs] * 2 and (follows[:, :8] == follows[:, 8:]).all()
+        # those that are left lie nearer to their mean
+        far = (turned - mean).square().mean(1)
+        far = far[:, :8] + far[:, 8:]
+        for own, chosen in zip(far, follows[:, :8], strict=True):
+            assert chosen.all() or not chosen.any() or own[chosen].min() >= own[~chosen].max()
 
 
 @torch.no_grad()
@@ -48,7 +66,7 @@ def test_it_is_the_same_where_weights_are_elsewhere():
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
     assert offloaded.model.layers[0].self_attn.k_proj.bias.is_meta
     for found, own in zip(key_centre.key_centres(offloaded, spec), expected, strict=True):
-        assert torch.equal(found, own)
+        assert torch.equal(found.coefficients, own.coefficients) and torch.equal(found.frequencies, own.frequencies)
     cache = kvpolicy.new_cache(offloaded, retention=0.5, min_tokens=8, format="int4")
     assert stepped_logits(offloaded, tiny_ids(90), cache, [80, *[1] * 10]).isfinite().all()
 
@@ -88,11 +106,41 @@ def test_a_file_from_before_keys_had_a_centre_is_read_as_it_was_written(tmp_path
     torch.testing.assert_close(*parts, rtol=0, atol=1e-5)
 
 
+def saved(tmp_path, model):
+    cache, path = kvpolicy.new_cache(model, retention=0.5, min_tokens=8, format="int4"), tmp_path / "cache.kv"
+    stepped_logits(model, tiny_ids(80), cache, [80])
+    cache.save(path)
+    return cache, path
+
+
+def test_a_file_says_what_its_keys_were_encoded_less_of(tmp_path, monkeypatch):
+    """Whoever reads it may work out another centre."""
+    model = biased()
+    cache, path = saved(tmp_path, model)
+    monkeypatch.setattr(key_centre, "POSITIONS", 50)
+    monkeypatch.setattr(key_centre, "PAIRS", 1)
+    parts = [stepped_logits(model, tiny_ids(10), x, [10]) for x in (cache, kvpolicy.load_cache(model, path))]
+    torch.testing.assert_close(*parts, rtol=0, atol=1e-5)
+
+
+def test_a_file_without_a_centre_is_refused(tmp_path):
+    """As those of before, whose keys were encoded less another one."""
+    _, path = saved(tmp_path, biased(factor=1))
+    tensors = {name: x for name, x in load_file(path).items() if "key_centre" not in name}
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["kvpolicy"])
+    document.pop("crc32")
+    path.write_bytes(file_bytes(document, tensors))
+    with pytest.raises(KVPolicyError, match=r"'layers.0.key_centre' is missing, as in files of before .* read the"):
+        kvpolicy.load_cache(biased(factor=1), path)
+
+
 def test_centres_that_do_not_fit_are_refused():
     spec = ModelSpec.from_config(tiny_model("Llama").config)
     policy = registry.create("policy", "streaming")
-    for centres in ([torch.zeros(2, 16)] * 2, [torch.zeros(2, 8), None, None]):
+    right, other = (KeyCentre(torch.zeros(3, 2, dim), torch.zeros(2, 1, dtype=torch.int32)) for dim in (16, 8))
+    for centres in ([right] * 2, [other, None, None]):
         with pytest.raises(
-            BudgetError, match=r"key_centres must be one of shape \[2, 16\] or None for each of 3 layers"
+            BudgetError, match=r"key_centres must be one of shape \(2, 16\) or None for each of 3 layers"
         ):
             RaggedStore(spec, Fixed(torch.full((3, 2), 50)), policy, entry_format=INT4, key_centres=centres)
