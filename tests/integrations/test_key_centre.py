@@ -115,12 +115,26 @@ def saved(tmp_path, model):
 
 def test_a_file_says_what_its_keys_were_encoded_less_of(tmp_path, monkeypatch):
     """Whoever reads it may work out another centre."""
-    model = biased()
+    model, other = biased(), biased()
     cache, path = saved(tmp_path, model)
     monkeypatch.setattr(key_centre, "POSITIONS", 50)
     monkeypatch.setattr(key_centre, "PAIRS", 1)
-    parts = [stepped_logits(model, tiny_ids(10), x, [10]) for x in (cache, kvpolicy.load_cache(model, path))]
+    parts = [
+        stepped_logits(own, tiny_ids(10), x, [10])
+        for own, x in ((model, cache), (other, kvpolicy.load_cache(other, path)))
+    ]
     torch.testing.assert_close(*parts, rtol=0, atol=1e-5)
+
+
+def test_caches_of_a_model_share_its_centres():
+    """Until its bias is another."""
+    model, spec = biased(), ModelSpec.from_config(biased().config)
+    first, second = (key_centre.key_centres(model, spec) for _ in range(2))
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias.mul_(2)
+    third = key_centre.key_centres(model, spec)
+    assert [a is b for a, b in zip(first, third, strict=True)] == [True, False, True]
 
 
 def test_a_file_without_a_centre_is_refused(tmp_path):

@@ -8,6 +8,8 @@ take the mean.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from kvpolicy_kernels.key_centre import CIRCLE, KeyCentre
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ POSITIONS = 4096
 """Over so many the mean is taken."""
 REACH = 32768
 """Over so many a pair is far from its mean or not."""
+_CENTRES: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], KeyCentre]] = WeakKeyDictionary()
 
 
 def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | None]:
@@ -38,7 +41,7 @@ def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | Non
     except ModelError:
         return [None] * len(attentions)
     return [
-        None if bias is None else _centre(bias, attention) for attention, bias in zip(attentions, biases, strict=True)
+        None if bias is None else _kept(bias, attention) for attention, bias in zip(attentions, biases, strict=True)
     ]
 
 
@@ -55,12 +58,20 @@ def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
         bias = weights["bias"]
     if hasattr(bias, "to_local"):  # under tensor parallelism
         bias = bias.to_local()
-    return bias.detach().float().view(-1, key_dim)
+    return bias.detach().view(-1, key_dim)
+
+
+def _kept(bias: Tensor, attention: nn.Module) -> KeyCentre:
+    """The centre, which all caches of a model share, as they do its weights."""
+    weights = bias.data_ptr(), bias._version
+    if attention not in _CENTRES or _CENTRES[attention][0] != weights:
+        _CENTRES[attention] = weights, _centre(bias, attention)
+    return _CENTRES[attention][1]
 
 
 def _centre(bias: Tensor, attention: nn.Module) -> KeyCentre:
     """bias: [H, D]"""
-    rotary = rotary_of(attention)
+    bias, rotary = bias.float(), rotary_of(attention)
     frequencies = rotary.frequencies.double()
     size = bias[:, rotary.first].square() + bias[:, rotary.second].square()
     far = size * (1 - _mean_turn(frequencies, REACH).abs().square())
