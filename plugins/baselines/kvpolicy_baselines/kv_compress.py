@@ -64,7 +64,7 @@ class KVCompressPolicy(EvictionPolicy):
             raise PluginError(f"kv_compress: observation_window must be at least 1, got {self.observation_window}")
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
-        return pooled(activations.window_attention.float(), activations.positions.long(), self.kernel_size, "max")
+        return pooled(activations.window_attention.float(), activations.positions, self.kernel_size, "max")
 
     def score_step(self, step: DecodeStep) -> Tensor:
         return step.scores + step.attention

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Pooling = Literal["avg", "max"]
 
@@ -15,24 +16,14 @@ def pooled(mass: Tensor, positions: Tensor, kernel_size: int, pooling: Pooling) 
 
     mass, positions: `[B, H, n]`, absent entries at -1;  kernel_size: odd. Absent entries give a number too.
     """
+    half = kernel_size // 2
     # of 32 bits: a sort on a GPU goes over the numbers once for every 8
-    half, order = kernel_size // 2, positions.int().argsort(2)
-    place, sorted_mass = positions.gather(2, order), mass.gather(2, order)
-    # neighbours by position are neighbours in this order, at most as many steps away
-    result = sorted_mass.clone()
-    for step in range(1, min(half, place.shape[2] - 1) + 1):
-        before, behind = slice(None, -step), slice(step, None)
-        is_far = (place[..., behind] - place[..., before] > half) | (place[..., before] < 0)
-        for at, other in ((before, behind), (behind, before)):
-            _combine(result[..., at], sorted_mass[..., other].masked_fill(is_far, 0.0), pooling)
-    if pooling == "avg":
-        result = result / kernel_size
+    place, order = positions.int().sort(2)
+    # neighbours by position are neighbours in this order, at most `half` steps away: [B, H, n, kernel_size]
+    near, values = (
+        pad(x, (half, half), value=fill).unfold(2, kernel_size, 1)
+        for x, fill in ((place, -1), (mass.gather(2, order), 0))
+    )
+    values = values.masked_fill(((near - place[..., None]).abs() > half) | (near < 0), 0.0)
+    result = values.sum(3) / kernel_size if pooling == "avg" else values.amax(3)
     return torch.empty_like(result).scatter_(2, order, result)
-
-
-def _combine(result: Tensor, other: Tensor, pooling: Pooling) -> None:
-    """In place."""
-    if pooling == "avg":
-        result.add_(other)
-    else:
-        torch.maximum(result, other, out=result)

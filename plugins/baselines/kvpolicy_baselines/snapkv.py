@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvpolicy import EvictionPolicy, LayerActivations, PluginError
@@ -54,8 +55,7 @@ class SnapKVPolicy(EvictionPolicy):
 
     def score_prompt(self, activations: LayerActivations) -> Tensor:
         mass, positions = activations.window_attention, activations.positions
-        seen = positions.amax((1, 2), keepdim=True) + 1  # [B, 1, 1]
-        window = positions >= seen - self.observation_window
-        scores = pooled(mass.float().masked_fill(window, 0.0), positions.long(), self.kernel_size, self.pooling)
+        window = positions > positions.amax((1, 2), keepdim=True) - self.observation_window
+        scores = pooled(mass.float().masked_fill(window, 0.0), positions, self.kernel_size, self.pooling)
         best = scores.masked_fill(window, 0.0).amax(2, keepdim=True)
-        return scores.where(~window, best)  # the last of the prompt to go in decoding: ties keep the more recent
+        return torch.where(window, best, scores)  # the last of the prompt to go in decoding: ties keep the more recent
