@@ -51,7 +51,13 @@ def spec_fields(config: Any) -> dict[str, Any]:
     _refuse(config, text, model_type)
     types = _layer_types(text, model_type)
     shared = _shared_with(text, types, model_type)
-    layers = tuple(_layer(text, index, types[index], shared[index], model_type) for index in range(len(types)))
+    configs = getattr(text, "per_layer_config", None)
+    configs = [text if configs is None else configs[index] for index in range(len(types))]
+    made: dict[tuple[Any, ...], LayerSpec] = {}  # a configuration takes its time to answer, and most layers are alike
+    for index, kind in enumerate(zip(map(id, configs), types, shared, strict=True)):
+        if kind not in made:
+            made[kind] = _layer(text, configs[index], index, types[index], shared[index], model_type)
+    layers = tuple(made[kind] for kind in zip(map(id, configs), types, shared, strict=True))
     return {
         "model_type": model_type,
         "hidden_size": _whole(text, "hidden_size", model_type),
@@ -152,14 +158,14 @@ def _shared_with(text: Any, types: Sequence[str], model_type: str) -> list[int |
     return shared
 
 
-def _layer(text: Any, index: int, layer_type: str, shared: int | None, model_type: str) -> LayerSpec:
+def _layer(text: Any, layer: Any, index: int, layer_type: str, shared: int | None, model_type: str) -> LayerSpec:
+    """layer: the configuration as this layer sees it; the same for every layer in most models"""
     kind = _KINDS.get(layer_type)
     if kind is None:
         raise ModelError(
             f"layer {index} of model type '{model_type}' is of type '{layer_type}', which kvpolicy does not know; "
             f"it knows {', '.join(sorted(_KINDS))}"
         )
-    layer = _layer_config(text, index)
     window = _window(layer, layer_type)
     if window is None and layer_type in _WINDOWS:
         name = _WINDOWS[layer_type]
@@ -195,12 +201,6 @@ def _scale(layer: Any, model_type: str) -> float | None:
         return 1 / math.sqrt(layer.query_pre_attn_scalar)
     multiplier: float | None = getattr(layer, "attention_multiplier", None)
     return float(multiplier) if multiplier else None
-
-
-def _layer_config(text: Any, index: int) -> Any:
-    """The configuration as layer `index` sees it; the same for every layer in most models."""
-    configs = getattr(text, "per_layer_config", None)
-    return text if configs is None else configs[index]
 
 
 def _key_shape(text: Any, layer: Any, kind: LayerKind, num_q_heads: int, model_type: str) -> tuple[int, int]:

@@ -165,7 +165,7 @@ def build(role: Role, cls: type, params: Mapping[str, Any], owner: str) -> Any:
     Raises `PluginError` for a parameter that is unknown, of the wrong type, or that the class refuses.
     """
     with contained(owner):
-        defaults, hints = dataclasses.asdict(cls()), _hints(cls)
+        defaults, hints = dataclasses.asdict(cls()), _hints(cls) if params else {}
     problems = [_unknown(name, defaults) for name in params if name not in defaults]
     values: dict[str, Any] = {}
     cause: BaseException | None = None
