@@ -6,7 +6,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from kvpolicy_kernels.key_centre import KeyCentre
@@ -206,10 +206,10 @@ class Finiteness:
     """Whether keys, values and queries are numbers.
 
     Those on the CPU are looked at at once. A device is not waited for: what is found there is gathered, and asked for
-    with `check`. largest: [], of all numbers since the last check, whatever their sign; None where nothing has come
+    with `check`. largest: [] of each state since the last check, the largest of its numbers, whatever their sign
     """
 
-    largest: Tensor | None = None
+    largest: list[Tensor] = field(default_factory=list)
 
     def add(self, layer: int, **states: Tensor) -> None:
         """states: by name; of padding too, as it takes part in sums, with a factor of 0.
@@ -221,15 +221,17 @@ class Finiteness:
                 if not math.isfinite(state.sum().item()) and not bool(state.isfinite().all()):  # a sum is quicker
                     raise BudgetError(f"layer {layer}: {name} hold NaN or infinite numbers")
             else:
-                largest = torch.linalg.vector_norm(state, math.inf)  # hides neither NaN nor infinity, in one launch
-                before = self.largest
-                self.largest = largest if before is None else torch.maximum(largest, before.to(largest.device))
+                # in one launch, and neither NaN nor infinity is hidden
+                self.largest.append(torch.linalg.vector_norm(state.detach(), math.inf))
 
     def check(self) -> None:
         """Waits for the device. Raises where anything since the last check was no number."""
-        largest, self.largest = self.largest, None
-        if largest is not None and not math.isfinite(largest.item()):
+        largest, self.largest = self.largest, []
+        if largest and not bool(torch.stack([each.to(largest[0].device) for each in largest]).isfinite().all()):
             raise BudgetError("keys or values of these tokens hold NaN or infinite numbers: this store is spoiled")
+
+    def fork(self) -> Finiteness:
+        return Finiteness([*self.largest])
 
 
 def _check_tensors(**states: object) -> None:

@@ -354,7 +354,7 @@ class RaggedStore(Decoding):
             rows=self.rows.fork(),
             layers=[None if layer is None else layer.fork() for layer in self.layers],
             _wrong=self._wrong.fork(),
-            _finite=copy.copy(self._finite),
+            _finite=self._finite.fork(),
             _planned=PlannedStep(),
             _tables=StepTables(),
             first_token=copy.copy(self.first_token),
