@@ -7,7 +7,7 @@ is a Hadamard transform with random signs. Keys are rotated after RoPE, and atte
 instead of the entries, since (R q) . (R k) = q . k.
 
 What all keys of a head have in common needs no codes either. Where it is known, as of keys with a bias, keys are
-encoded less this centre, and attention adds q . centre to their scores. 255 steps reach without.
+encoded less this centre, and attention adds q . centre to their scores.
 
 Every row is encoded on its own, so a ring can overwrite one entry, and rows can be moved without touching a bit.
 """
@@ -116,7 +116,7 @@ class EntryFormat:
         return x.to(dtype)
 
 
-INT8 = EntryFormat(8)
+INT8 = EntryFormat(8, centred=True)
 INT4 = EntryFormat(4, rotated=True, centred=True, exact_recent=32)
 THINK = EntryFormat(16, exact_recent=32, key_channels=0.6)
 FORMATS = {"int8": INT8, "int4": INT4}

@@ -94,7 +94,7 @@ class CodedAttention:
         return sum(w @ v for w, v in zip(parts, values, strict=True)).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK, EntryFormat(4), EntryFormat(8, centred=True)])
+@pytest.mark.parametrize("entry_format", [INT8, INT4, SMALL_BLOCK, EntryFormat(4), EntryFormat(8)])
 @torch.no_grad()
 def test_a_cache_equals_a_dense_forward_over_decoded_keys_and_values(any_model, entry_format):
     model = copy.deepcopy(any_model).double()  # else a last bit of a key changes its code
@@ -238,7 +238,7 @@ def test_a_token_may_attend_to_the_codes(any_model, policy, monkeypatch):
     ids, logits = tiny_ids(110), []
     for reads in (False, True):
         monkeypatch.setattr(EncodedArena, "reads_codes", reads)
-        cache = cache_over(any_model, policy, format=EntryFormat(8, centred=True))
+        cache = cache_over(any_model, policy, format="int8")
         logits.append(stepped_logits(any_model, ids, cache, [60, *[1] * 50]))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 

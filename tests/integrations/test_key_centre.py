@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import cpu_offload
-from kvpolicy_kernels.formats import INT4, EntryFormat
+from kvpolicy_kernels.formats import INT4, INT8
 from kvpolicy_kernels.key_centre import KeyCentre
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -78,7 +78,7 @@ def test_keys_without_a_bias_have_none(name):
     assert key_centre.key_centres(model, ModelSpec.from_config(model.config)) == [None] * 3
 
 
-@pytest.mark.parametrize("entry_format", [INT4, EntryFormat(8)], ids=str)
+@pytest.mark.parametrize("entry_format", [INT4, INT8], ids=str)
 def test_codes_are_not_spent_on_a_bias(entry_format):
     """Where it lies in channels that turn slowly, as Qwen2.5's does."""
     model, ids = tiny_model("Qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e12}), tiny_ids(120)
