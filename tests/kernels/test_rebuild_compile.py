@@ -25,8 +25,11 @@ def test_rebuild_compiles(has_held, has_fresh, dims, arch):
     constants |= {(place["fresh_strides"], i, 3): 1 for i in range(2)} if has_fresh else {}
     types = dict.fromkeys(("stride_cs", "width", "num_heads"), "i32")
     types |= {"out_ptrs": ("*bf16",) * 2, "out_strides": ("i32",) * 2}
-    types |= {"held_ptrs": ("*bf16",) * 2 * has_held, "held_strides": ("i32",) * 2 * has_held}
-    types |= {"fresh_ptrs": ("*bf16",) * 2 * has_fresh, "fresh_strides": (strides,) * 2 * has_fresh}
+    for name, there, kinds in (("held", has_held, ("i32",) * 2), ("fresh", has_fresh, (strides,) * 2)):
+        if there:
+            types |= {f"{name}_ptrs": ("*bf16",) * 2, f"{name}_strides": kinds}
+        else:
+            constants |= {f"{name}_ptrs": None, f"{name}_strides": None}
     types |= {"number_ptrs": ("*i32", "*fp32"), "table_ptrs": ("*i64", "*fp32"), "table_strides": ("i32",) * 2}
     signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in place}
     attributes = {(place["out_ptrs"], i): ALIGNED for i in range(2)}

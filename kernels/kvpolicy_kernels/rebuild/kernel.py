@@ -5,7 +5,7 @@ A candidate is an entry or a token, so each row is read from one of two places u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import triton
@@ -82,11 +82,15 @@ def triton_rebuild(
         return
     config = launch_config([out.shape[1] for out in outs], max((out.itemsize for out in outs), default=1))
     own, tables = tuple(out for out, _ in numbers), tuple(table for _, table in numbers)
-    held, tokens = tuple(held or ()), tuple(fresh or ())
     _rebuild_kernel[(triton.cdiv(most, config["BLOCK_N"]), count)](
-        columns, starts, counts, former, columns.stride(0), width, count // len(tokens[0]) if tokens else 1,
-        tuple(outs), tuple(out.stride(0) for out in outs), held, tuple(entries.stride(0) for entries in held),
-        tokens, tuple(x.stride() for x in tokens), own, tables, tuple(table.stride(0) for table in tables),
-        DIMS=tuple(out.shape[1] for out in outs), NUMBERS=len(own), HAS_HELD=bool(held), HAS_FRESH=bool(tokens),
+        columns, starts, counts, former, columns.stride(0), width, count // len(fresh[0]) if fresh else 1,
+        tuple(outs), tuple(out.stride(0) for out in outs), *_all(held, lambda entries: entries.stride(0)),
+        *_all(fresh, lambda tokens: tokens.stride()), own or None, *_all(tables, lambda table: table.stride(0)),
+        DIMS=tuple(out.shape[1] for out in outs), NUMBERS=len(own), HAS_HELD=bool(held), HAS_FRESH=bool(fresh),
         **config, **LAUNCH,
     )  # fmt: skip
+
+
+def _all(tensors: Sequence[Tensor] | None, stride: Callable[[Tensor], object]) -> tuple[object, object]:
+    """Tensors and their strides as a kernel takes them, None for none."""
+    return (tuple(tensors), tuple(map(stride, tensors))) if tensors else (None, None)
