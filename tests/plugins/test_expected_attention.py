@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from kvpolicy_baselines import expected_attention
 from kvpolicy_baselines.expected_attention import ExpectedAttentionPolicy
 from transformers import DynamicCache
 
@@ -140,6 +141,17 @@ def test_only_differences_of_positions_matter(given):
     moved = {name: given["rotary"].turned(given[name], by.cos(), by.sin()) for name in ("queries", "keys")}
     there = policy.score_prompt(LayerActivations(**given | moved | {"positions": given["positions"] + 5}))
     torch.testing.assert_close(scores, there)
+
+
+def test_heads_at_a_time_make_no_difference(given, monkeypatch):
+    """Three KV heads with two query heads each: all at once, two and one, one by one."""
+    policy, wide = ExpectedAttentionPolicy(num_sink_tokens=1), given | {"queries": torch.randn(2, 6, 12, 4)}
+    wide |= {name: torch.randn(2, 3, 12, 4) for name in ("keys", "values")}
+    wide["positions"] = given["positions"].expand(-1, 3, -1)
+    scores = policy.score_prompt(LayerActivations(**wide))
+    for numbers in (2 * 192, 1):
+        monkeypatch.setattr(expected_attention, "_NUMBERS", numbers)
+        torch.testing.assert_close(policy.score_prompt(LayerActivations(**wide)), scores)
 
 
 def test_padding_has_no_part_in_the_statistics(given):
