@@ -1,7 +1,8 @@
 """The random game with entries of 8 or 4 bits: what is held is codes, bit by bit, and what is read is decoded."""
 
 import torch
-from kvpolicy_kernels.formats import EntryFormat
+from kvpolicy_kernels.formats import EntryFormat, rounded
+from kvpolicy_kernels.key_centre import KeyCentre
 
 from tests.cache.game import Game
 from tests.cache.game_policies import Window
@@ -14,23 +15,21 @@ class NaiveEncoded(Naive):
     exact: of each row, what is read as it came
     """
 
-    def __init__(self, entry_format, *arguments, **options):
+    def __init__(self, entry_format, key_centres, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.format = entry_format
+        self.format, self.centres = entry_format, key_centres
         self.recent_window = max(self.recent_window, entry_format.exact_recent)
         for row in self.rows:
             row.exact = {}
-        self.decoded_states = [entry_format.decode(entry_format.encode(x), x.dtype) for x in (self.key, self.value)]
+        self.decoded_values = rounded(self.value, entry_format)
 
     def entries(self, row, layer, head, positions):
         exact = super().entries(row, layer, head, positions)
         tokens = [row.tokens[p] for p in positions]
-        states = []
-        for own, decoded in zip(exact, self.decoded_states, strict=True):
-            coded = decoded[layer, tokens, head]
-            is_exact = torch.tensor([self.is_exact(row, p) for p in positions], dtype=torch.bool)
-            states.append(torch.where(is_exact[:, None], own, coded))
-        return states
+        centre = self.centres and self.centres[layer].of(torch.tensor(head), torch.tensor(positions, dtype=int))
+        coded = rounded(self.key[layer, tokens, head], self.format, centre), self.decoded_values[layer, tokens, head]
+        is_exact = torch.tensor([self.is_exact(row, p) for p in positions], dtype=torch.bool)
+        return [torch.where(is_exact[:, None], *pair) for pair in zip(exact, coded, strict=True)]
 
     def is_exact(self, row, position):
         return position in row.exact.values()
@@ -76,16 +75,35 @@ class EncodedGame(Game):
         # what a policy reads of rotated rows is a sum, whose last bits depend on how many rows there are
         rotated = isinstance(policy, Window) and self.random.random() < 0.8
         bits, recent = self.random.choice((4, 4, 8)), self.random.choice((0, 2, 5))
-        self.own_format = EntryFormat(bits, rotated=rotated, exact_recent=recent)
+        self.own_format = EntryFormat(bits, rotated=rotated, centred=self.random.random() < 0.7, exact_recent=recent)
+        self.centres = None
         return policy
+
+    @property
+    def key_centres(self):
+        """Waves of quarter turns, 0, 1 and -1: beside so large a constant their sums are exact numbers of eighths."""
+        if self.centres is None and self.own_format.centred:
+            heads, dim = self.all_heads if self.heads is None else self.heads[1], self.spec.attention.key_dim
+            self.centres = []
+            for _ in range(self.layers):
+                own = torch.randint(-32, 33, (5, heads, dim), generator=self.torch) / 8
+                own[0] += 64 * own[0].sign() + 64 * (own[0] == 0)
+                turns = torch.tensor([2**30, -(2**30), -(2**31)], dtype=torch.int32)
+                chosen = torch.randint(0, 3, (heads, 2), generator=self.torch)
+                self.centres.append(KeyCentre(own.float(), turns[chosen]))
+        return self.centres
 
     def beside(self, **options):
         for x in self.data[1:]:
             x[..., 3] *= 6  # a channel that stands out
             x.mul_(8).round_().div_(8)  # whose rotations are exact, however many rows are rotated at once
-        return NaiveEncoded(self.own_format, self.policy, self._schedule(), self.data, self.batch, **options)
+        return NaiveEncoded(
+            self.own_format, self.key_centres, self.policy, self._schedule(), self.data, self.batch, **options
+        )
 
-    def check_entries(self, arena, rows, keys, values):
+    def check_entries(self, layer, arena, rows, keys, values, heads, positions):
+        if self.key_centres is not None:
+            keys = keys - self.key_centres[layer].of(heads, positions)
         for name, expected in (("key", keys), ("value", values)):
             once = self.own_format.encode(expected)
             assert torch.equal(getattr(arena, f"{name}s")[rows], once.codes)

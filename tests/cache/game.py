@@ -98,6 +98,10 @@ class Game:
     def entry_format(self):
         return None
 
+    @property
+    def key_centres(self):
+        return None
+
     def _policy(self):
         sinks, recent = self.random.randint(0, 4), self.random.choice((0, 0, self.random.randint(1, 6)))
         kind = self.random.choice((Window, Digest, Keyed, Fading))
@@ -144,6 +148,7 @@ class Game:
             decode="append" if self.append else "evict",
             heads=self.heads,
             entry_format=self.entry_format,
+            key_centres=self.key_centres,
         )
 
     # --- playing
@@ -276,7 +281,7 @@ class Game:
         lengths, capacities = store.lengths.tolist(), store.capacities.tolist()
         for layer in range(self.layers):
             arena, positions = store.layers[layer].arena, [held.tolist() for held in store.positions(layer)]
-            places, tokens, heads, scores = [], [], [], []
+            places, tokens, heads, scores, at = [], [], [], [], []
             for segment, (held, start) in enumerate(zip(positions, arena.start.tolist(), strict=True)):
                 index, head = divmod(segment, self.naive.num_heads)
                 row, capacity = rows[index], self.naive.capacity(rows[index], layer, head)
@@ -288,12 +293,16 @@ class Game:
                 places += range(start, start + len(held))
                 tokens += [row.tokens[p] for p in held]
                 heads += [head] * len(held)
+                at += held
                 scores += [kept[p] for p in held]
-            self.check_entries(arena, places, *(x[layer, tokens, heads] for x in self.data[1:]))
+            states = [x[layer, tokens, heads] for x in self.data[1:]]
+            self.check_entries(
+                layer, arena, places, *states, torch.tensor(heads, dtype=int), torch.tensor(at, dtype=int)
+            )
             assert arena.scores is None or arena.scores[places].tolist() == scores
         self.check_bytes()
 
-    def check_entries(self, arena, rows, keys, values):
+    def check_entries(self, layer, arena, rows, keys, values, heads, positions):
         assert torch.equal(arena.keys[rows], keys)
         assert torch.equal(arena.values[rows], values)
 
