@@ -34,7 +34,7 @@ from kvpolicy_kernels.encoded_attention.numbers.kernel import (
     value_numbers,
 )
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
-from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
+from kvpolicy_kernels.encoded_attention.turn.kernel import CENTRE_SCALE, NEVER, turned
 from kvpolicy_kernels.key_centre.kernel import wave
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.softcap.kernel import capped
@@ -47,13 +47,13 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 @triton.jit
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-    q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+    q_centre, b_high, b_low, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
     logits_ptrs, m_logits, CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q_offset, q_sum, row_scale, and q_centre of what does not turn: [BLOCK_M], see `turn`
 
-    centre: float32 [BLOCK_C, BLOCK_M], of what turns;  frequency: int32 [BLOCK_C], of each coefficient
+    high, low: [BLOCK_C, BLOCK_M], that add up to what turns;  frequency: int32 [BLOCK_C], of each coefficient
     seen: bool [BLOCK_N]; scales of what is not may be NaN;  position: int32 [BLOCK_N]
     """
     MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
@@ -69,11 +69,15 @@ def _attend_codes(
     if PLANES == 4:
         scores = tl.dot(key_numbers(b_kw, 2, PLANES, PACKED, dtype), q2, scores, input_precision=PRECISION)
         scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
-    scores = (scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]) * row_scale[None, :]
+    scores = scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]
     if CENTRED:
-        # [BLOCK_N, BLOCK_C], a product, so that no wave is worked out in two threads
-        b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED)
-        scores = tl.dot(b_wave, b_centre, scores + q_centre[None, :], input_precision="tf32x3")
+        # [BLOCK_N, BLOCK_C], for a product, so that no wave is worked out in two threads
+        b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED).to(dtype)
+        turning = tl.dot(b_wave, b_low, tl.zeros_like(scores), input_precision=PRECISION)
+        scores += tl.dot(b_wave, b_high, turning, input_precision=PRECISION) * CENTRE_SCALE
+    scores *= row_scale[None, :]
+    if CENTRED:
+        scores += q_centre[None, :]
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32)
     scores += bias
@@ -183,12 +187,14 @@ def _attend_kernel(
         q_sum = tl.load(sums_ptr + q_rows * 3 + 1, mask=m_m, other=0.0)
         row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
         o_c = tl.arange(0, BLOCK_C)
-        q_centre, b_centre, b_frequency = q_sum, o_c, o_c  # not used
+        q_centre, b_high, b_low, b_frequency = q_sum, o_c, o_c, o_c  # not used
         if COEFFICIENTS:
             centre_ptrs, m_c = of_centre_ptr + q_rows * COEFFICIENTS, o_c < COEFFICIENTS - 1
             q_centre = tl.load(centre_ptrs, mask=m_m, other=0.0)
             # [BLOCK_C, BLOCK_M] and [BLOCK_C]
-            b_centre = tl.load(centre_ptrs[None, :] + 1 + o_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
+            b_turning = tl.load(centre_ptrs[None, :] + 1 + o_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
+            b_high = b_turning.to(q0.dtype)
+            b_low = (b_turning - b_high.to(tl.float32)).to(q0.dtype)
             frequency_ptrs = frequency_ptr + i_s % num_kv_heads * (COEFFICIENTS // 2)
             b_frequency = tl.load(frequency_ptrs + o_c // 2, mask=m_c, other=0)
         span = 0
@@ -236,7 +242,7 @@ def _attend_kernel(
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                q_centre, b_centre, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
+                q_centre, b_high, b_low, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
                 tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS > 0, HAS_SOFTCAP, HAS_LOGITS,
                 PLANES, PACKED, PRECISION,
             )  # fmt: skip

@@ -19,6 +19,7 @@ from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
 
 NEVER = tl.constexpr(2**31 - 1)  # a position behind all others
+CENTRE_SCALE = tl.constexpr(16.0)  # of biases below 30000, what is divided by it lies in the range of fp16
 
 
 @triton.jit
@@ -34,7 +35,8 @@ def _turn_kernel(
     out:  [S, rows, D], each row divided by a power of two, so that it is within -1 and 1
     sums: float32 [S, rows, 3]: what offsets of the keys' numbers add to a product, the row's sum, and the factor that
         makes a product a score in base 2
-    of_centre: float32 [S, rows, COEFFICIENTS], the coefficients of what the keys' centre adds to a score in base 2
+    of_centre: float32 [S, rows, COEFFICIENTS], the coefficients of what the keys' centre adds to a score in base 2: of
+        what turns, divided by CENTRE_SCALE and by what makes a product a score
     centre: float32 [COEFFICIENTS, num_kv_heads, D], `KeyCentre.coefficients`
     copies: int32 [B, slots], positions of the exact block;  since: int32 [S], its first position behind the sinks
     """
@@ -82,7 +84,8 @@ def _turn_kernel(
         b_plain = tl.load(q_ptrs + o_d[None, :], mask=m_q, other=0.0).to(tl.float32)
         for i in tl.static_range(COEFFICIENTS):
             b_centre = tl.load(centre_ptr + (i * num_kv_heads + i_h) * D + o_d, mask=o_d < D, other=0.0)
-            b_sum = tl.sum(b_plain * b_centre[None, :], 1) * scale_log2
+            b_sum = tl.sum(b_plain * b_centre[None, :], 1)
+            b_sum = b_sum * scale_log2 if i == 0 else b_sum / (top * CENTRE_SCALE)
             tl.store(of_centre_ptr + rows * COEFFICIENTS + i, b_sum, mask=m_m)
     if HIDES:
         o_c = num_sinks + tl.arange(0, BLOCK_C)
