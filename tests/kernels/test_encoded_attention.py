@@ -221,12 +221,16 @@ def test_triton_columns_of_one_arena(entry_format, poisoned):
 @needs_triton
 @pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_triton_16_bit(dtype, entry_format, poisoned):
+@pytest.mark.parametrize("centred", [False, True])
+def test_triton_16_bit(centred, dtype, entry_format, poisoned):
     """At most twice the error of the torch path against fp64 over the decoded entries."""
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 as integers")
     for dim, group, n in ((64, 3, 1),) if INTERPRET else ((64, 3, 1), (80, 7, 1), (128, 4, 2), (256, 8, 1)):
         segments = encoded([300 if INTERPRET else 1500, 130, 0, 128], dim, dim, entry_format)
+        if centred:
+            positions = torch.randint(2**17, (len(segments.keys.codes),), dtype=torch.int32, device=DEVICE)
+            segments = replace(segments, positions=positions, key_centre=key_centre(2, dim, pairs=8, size=1.0))
         query = torch.randn(2, 2 * group, n, dim, device=DEVICE).to(dtype)
         chunk = Chunk(*(torch.randn(2, 2, 5, dim, device=DEVICE).to(dtype) for _ in range(2)))
         for arriving in (None, chunk):
