@@ -67,7 +67,7 @@ def _flat(table: Tensor | None, default: Counts) -> Counts:
 def _check_shares(shares: Tensor, budget: Budget) -> None:
     if tuple(shares.shape) != budget.shape:
         raise BudgetError(f"shares have shape {tuple(shares.shape)}, expected (layers, KV heads) = {budget.shape}")
-    bad = ~(torch.isfinite(shares) & (shares >= 0))
+    bad = ~((shares >= 0) & (shares < torch.inf))  # of NaN neither holds
     if bool(bad.any()):
         index = bad.nonzero()[0].tolist()
         raise BudgetError(

@@ -158,7 +158,7 @@ def _proportions(
     if not isinstance(result, Tensor) or not _is_real(result, shape):
         _refuse(allocator, method, result, f"numbers of shape {shape}")
     numbers = result.detach().cpu()
-    bad = ~(torch.isfinite(numbers) & (numbers >= 0))
+    bad = ~((numbers >= 0) & (numbers < torch.inf))  # of NaN neither holds
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
         description = f"{float(numbers[tuple(at)])} at {at}"
