@@ -39,9 +39,12 @@ class Candidates:
         return self.layer.arena
 
     @cached_property
-    def rows(self) -> Tensor:
-        """int64 [S, width]: the row of each entry, -1 where there is none."""
-        return self.arena.padded_rows()
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The row of each entry, int64 [S, width], any where there is none, and where that is, bool [S, width]."""
+        arena, device = self.arena, self.arena.device
+        column = torch.arange(arena.width, device=device)
+        start, length = on_device(torch.stack([arena.start, arena.length])[..., None], device)
+        return (start + column).clamp(max=len(arena.positions) - 1), column >= length
 
     @property
     def last_queries(self) -> Tensor:
@@ -58,11 +61,12 @@ class Candidates:
         """What the policy requires of a store, by name."""
         return {name: SUPPLIERS[name](self) for name in self.policy.requires & SUPPLIERS.keys()}
 
-    def with_chunk(self, entries: Tensor, fresh: Tensor) -> Tensor:
-        """A copy, [B, H, width + n, dim]; zeros where an entry is absent."""
-        if not self.rows.shape[1]:
+    def with_chunk(self, column: Tensor, fresh: Tensor) -> Tensor:
+        """A copy of an arena's column and of tokens, [B, H, width + n, dim]; zeros where an entry is absent."""
+        if not self.arena.width:
             return fresh.detach().clone()
-        own = entries[self.rows.clamp(min=0)].masked_fill((self.rows < 0)[..., None], 0)
+        rows, absent = self.entries
+        own = column[rows].masked_fill(absent[..., None], 0)
         return torch.cat([own.view(*fresh.shape[:2], *own.shape[1:]), fresh], 2)
 
 
