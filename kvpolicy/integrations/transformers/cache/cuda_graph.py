@@ -9,6 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+_FAILED: list[Any] = []
+"""Graphs that live on: where ending a recording fails, torch's allocators go on asking its graph, by its address, whether
+a stream records for it, and another graph could get that address."""
+
 
 class Recording(Protocol):
     """Work that can be done again."""
@@ -57,8 +61,10 @@ def _no_garbage_collected() -> Iterator[None]:
 
 def _give_up(graph: torch.cuda.CUDAGraph) -> None:
     """Ends a recording that failed; torch complains again, about what has been raised already."""
-    with contextlib.suppress(RuntimeError):
+    try:
         graph.capture_end()
+    except RuntimeError:
+        _FAILED.append(graph)
     # Where it complains it leaves the random numbers of the device waiting for a recording that has ended. The same
     # numbers, not waiting:
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
