@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 _FAILED: list[Any] = []
-"""Graphs that live on: where ending a recording fails, torch's allocators go on asking its graph, by its address, whether
-a stream records for it, and another graph could get that address."""
+"""Graphs that live on: where ending a recording fails, torch's allocators go on asking its graph, by its address,
+whether a stream records for it, and another graph could get that address."""
 
 
 class Recording(Protocol):
