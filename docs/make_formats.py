@@ -24,8 +24,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PROMPT, WINDOW = "formats_prompt_h200.csv", "formats_window_h200.csv"
 SECOND_PROMPT, SECOND_WINDOW = "formats_prompt_qwen_h200.csv", "formats_window_qwen_h200.csv"
-FORMER_CENTRE, CENTRE = "formats_prompt_qwen_former_centre_h200.csv", "key_centre_h200.csv"
-LONG = "key_centre_long_h200.csv"
+CENTRE, LONG = "key_centre_h200.csv", "key_centre_long_h200.csv"
 FACTS, CHOICE = "format_facts_h200/facts.csv", "format_choice_cpu.csv"
 PAGES = [DOCS / "methods" / "formats.md", DOCS / "methods" / "fisher.md"]
 PLACE = re.compile(r"(<!-- formats: ([a-z, ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
@@ -186,7 +185,6 @@ def tables() -> dict[str, Callable[[], str]]:
         "behind a prompt": (PROMPT, partial(frontier, PROMPT)),
         "window rule": (WINDOW, partial(frontier, WINDOW)),
         "behind a prompt, second model": (SECOND_PROMPT, partial(both, SECOND_PROMPT)),
-        "behind a prompt, second model, former centre": (FORMER_CENTRE, partial(frontier, FORMER_CENTRE, ())),
         "window rule, second model": (SECOND_WINDOW, partial(both, SECOND_WINDOW)),
         "facts": (FACTS, facts),
         "keys with a bias": (CENTRE, partial(centres, CENTRE)),

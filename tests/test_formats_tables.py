@@ -48,8 +48,9 @@ def shares(formats, file, policy, own, compared=("int4",)):
         ("PROMPT", "snapkv", "int4", [0.36, 0.31, 0.35]),
         ("PROMPT", "expected_attention", "int4", [0.36, 0.28, 0.3]),
         ("WINDOW", "streaming", "int4", [0.32, 0.28, 0.29]),
-        ("SECOND_PROMPT", "snapkv", "int8", [0.34, 0.4, 0.49]),
-        ("SECOND_WINDOW", "streaming", "int8", [0.51, 0.55, 0.6]),
+        ("SECOND_PROMPT", "snapkv", "int4", [0.24, 0.25, 0.29]),
+        ("SECOND_PROMPT", "snapkv", "int8", [0.33, 0.39, 0.48]),
+        ("SECOND_WINDOW", "streaming", "int8", [0.28, 0.41, 0.49]),
     ],
 )
 def test_what_the_text_says_of_the_goals_is_in_the_tables(formats, file, policy, own, expected):
@@ -63,7 +64,8 @@ def test_what_the_text_says_of_divergences_at_25_percent_is_in_the_tables(format
     first, second = formats.frontier(formats.PROMPT), formats.frontier(formats.SECOND_PROMPT)
     assert "| `snapkv` | `int4` | learned | .0057 (19.37) |" in first
     assert "| `expected_attention` | `int4` | learned | .0059 (19.35) |" in first
-    assert "| `snapkv` | `int8` | learned | .0079 (23.06) |" in second
+    assert "| `snapkv` | `int8` | learned | .0069 (23.07) |" in second
+    assert "| `snapkv` | `int4` | learned | .017 (23.20) |" in second
 
 
 def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
@@ -73,21 +75,24 @@ def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
     goals = {"passkey": 5, "key-value": 10}
     met = {key: points for key, points in lost.items() if points <= goals[key[1]]}
     assert {key: points for key, points in met.items() if key[:2] != ("aware", "passkey")} == {
-        ("agnostic", "passkey", "snapkv/novels.json@int4"): 3.2,
+        ("agnostic", "passkey", "snapkv/novels.json@int4"): 3.8,
         ("agnostic", "key-value", "snapkv/novels.json@int8"): 9.5,
-        ("aware", "key-value", "snapkv/novels.json@int8"): 0.8,
-        ("aware", "key-value", "snapkv/answers.json@int8"): 8.8,
+        ("aware", "key-value", "snapkv/novels.json@int8"): 1.8,
+        ("aware", "key-value", "snapkv/novels.json@int4"): 5.5,
+        ("aware", "key-value", "snapkv/answers.json@int8"): 9.8,
     }
     aware = [key for key in lost if key[:2] == ("aware", "passkey")]
     assert len(aware) == 9 and all(key in met for key in aware)
 
 
 def test_what_is_said_of_the_centre_of_keys_was_measured(formats):
-    rows = [row for row in formats.read_csv(formats.RESULTS / formats.CENTRE) if row["prompt"] == "4096"]
+    rows = [
+        row for row in formats.read_csv(formats.RESULTS / formats.CENTRE) if formats.tokens(row) == "a prompt of 4096"
+    ]
     least = min((row for row in rows if row["format"] == "int4"), key=lambda row: float(row["kl"]))
-    assert least["keys"] == "less their mean over 4096 positions"
+    assert least["keys"] == "less their centre"
     text = (DOCS / "how-to" / "choose-a-format.md").read_text(encoding="utf-8")
-    full, int8 = (float(row["perplexity"]) for row in rows[:2])
+    full, _, int8 = (float(row["perplexity"]) for row in rows if row["format"] != "int4")
     assert f"{float(least['perplexity']):.2f} and {int8:.2f}, where\n  the full cache has {full:.2f}" in text
 
 
