@@ -42,8 +42,8 @@ def test_every_part_by_hand() -> None:
     assert got.dense_bytes == 5 * 4000 * 48
     assert got.layer_bytes == 5 * 2000 * 48
     assert got.other_bytes == 5 * 31 * 2 * 48  # a window of 32 without the token that comes
-    # positions; 5 int64 of each sequence and KV head, 3 of each sequence, in 2 layers; one table of capacities
-    assert got.table_bytes == 6000 * 4 + 2 * 5 * (2 * 5 + 3) * 8 + 4 * 8
+    # positions; 5 int64 of each sequence and KV head, 2 of each sequence, in 2 layers; 1 of each sequence; capacities
+    assert got.table_bytes == 6000 * 4 + 2 * 5 * (2 * 5 + 2) * 8 + 5 * 8 + 4 * 8
     assert got.cache_bytes == got.kept_bytes + got.table_bytes + got.other_bytes
     assert got.prefill_peak_bytes == got.cache_bytes + got.layer_bytes
     assert got.dynamic_cache_bytes == got.dense_bytes + got.other_bytes
