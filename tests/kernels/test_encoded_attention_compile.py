@@ -37,6 +37,8 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
     belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
     belongs |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"), "CENTRED")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    if "CENTRED" in variants:
+        constants.pop("positions_ptr", None)
     constants |= dict.fromkeys(ones, 1)
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernels._attend_kernel.arg_names}
     types |= {"q_ptr": "*fp32" if dtype == torch.float32 else "*fp16", "kw_ptr": "*i16", "vw_ptr": "*i16"}

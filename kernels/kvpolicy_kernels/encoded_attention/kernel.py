@@ -73,8 +73,8 @@ def _attend_codes(
     if CENTRED:
         # [BLOCK_N, BLOCK_C], for a product, so that no wave is worked out in two threads
         b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED).to(dtype)
-        turning = tl.dot(b_wave, b_low, tl.zeros_like(scores), input_precision=PRECISION)
-        scores += tl.dot(b_wave, b_high, turning, input_precision=PRECISION) * CENTRE_SCALE
+        scores = tl.dot(b_wave, b_low, scores * (1.0 / CENTRE_SCALE), input_precision=PRECISION)
+        scores = tl.dot(b_wave, b_high, scores, input_precision=PRECISION) * CENTRE_SCALE
     scores *= row_scale[None, :]
     if CENTRED:
         scores += q_centre[None, :]
@@ -326,7 +326,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred:
     words = triton.next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
-    halved += (block_m > 8) * (1 + centred)
+    halved += (block_m > 8) + centred * ((block_m > 8) + (dim > 128))
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
