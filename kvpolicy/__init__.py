@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvpolicy.cache import RaggedStore
     from kvpolicy.errors import (
         BudgetError,
+        FormatWarning,
         GraphWarning,
         KVPolicyError,
         ModelError,
@@ -67,6 +68,7 @@ _LAZY = {
     "DecodeRunner": "kvpolicy.integrations.transformers",
     "DecodeStep": "kvpolicy.plugins.decode_step",
     "EvictionPolicy": "kvpolicy.plugins.roles",
+    "FormatWarning": "kvpolicy.errors",
     "GraphWarning": "kvpolicy.errors",
     "Importance": "kvpolicy.model.spec",
     "ImportanceEstimator": "kvpolicy.plugins.roles",
@@ -143,6 +145,7 @@ __all__ = [
     "DecodeRunner",
     "DecodeStep",
     "EvictionPolicy",
+    "FormatWarning",
     "GraphWarning",
     "Importance",
     "ImportanceEstimator",

@@ -72,6 +72,10 @@ class VersionWarning(UserWarning):
     """A release of transformers that is newer than those kvpolicy was tested with."""
 
 
+class FormatWarning(UserWarning):
+    """Entries in a format of few bits lose more than it is known to lose."""
+
+
 class GraphWarning(UserWarning):
     """Decoding is slower than it could be: a token cannot be a replay of a CUDA graph."""
 

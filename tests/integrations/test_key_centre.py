@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import kvpolicy
-from kvpolicy import BudgetError, KVPolicyError, ModelSpec
+from kvpolicy import BudgetError, FormatWarning, KVPolicyError, ModelSpec
 from kvpolicy.cache.schedule import Fixed
 from kvpolicy.cache.store import RaggedStore
 from kvpolicy.integrations.transformers.attention import key_centre
@@ -76,6 +76,57 @@ def test_keys_without_a_bias_have_none(name):
     """Or with a norm behind it."""
     model = tiny_model(name)
     assert key_centre.key_centres(model, ModelSpec.from_config(model.config)) == [None] * 3
+
+
+def moved_to_meta(model):
+    for attention, _ in attention_modules(model, range(3)):
+        attention.k_proj.to("meta")
+
+
+def turned_unknown(model):
+    model.model.rotary_emb.rename = model.model.rotary_emb.inv_freq
+    del model.model.rotary_emb.inv_freq
+
+
+def fused(model):
+    for attention, _ in attention_modules(model, range(3)):
+        attention.qkv_proj = attention.k_proj
+        del attention.k_proj
+
+
+def partly_here(model):
+    """As under ZeRO-3, which leaves empty tensors."""
+    for attention, _ in attention_modules(model, range(3)):
+        attention.k_proj.bias.data = torch.empty(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (moved_to_meta, "it is on the meta device"),
+        (turned_unknown, "Qwen2Attention has no rotary embedding that kvpolicy recognises"),
+        (fused, "it is a part of Qwen2Attention.qkv_proj's"),
+        (partly_here, "it has 0 numbers"),
+    ],
+)
+def test_a_bias_that_is_not_known_is_told_once(change, why):
+    """Keys are encoded whole then, which under int4 may lose most of the quality."""
+    model = tiny_model("Qwen2")
+    change(model)
+    with pytest.warns(
+        FormatWarning, match=rf"^Qwen2ForCausalLM: keys have a bias that cannot be taken off .* \({why}.*use format"
+    ):
+        kvpolicy.new_cache(model, retention=0.5, min_tokens=8, format="int4")
+    assert key_centre.key_centres(model, ModelSpec.from_config(model.config)) == [None] * 3
+    for own in ("int4", "int8"):
+        kvpolicy.new_cache(model, retention=0.5, min_tokens=8, format=own)  # a warning is an error here
+
+
+@pytest.mark.parametrize("change", [turned_unknown, moved_to_meta])
+def test_nothing_is_told_where_keys_have_no_bias(change):
+    model = tiny_model("Llama")
+    change(model)
+    kvpolicy.new_cache(model, retention=0.5, min_tokens=8, format="int4")
 
 
 @pytest.mark.parametrize("entry_format", [INT4, INT8], ids=str)

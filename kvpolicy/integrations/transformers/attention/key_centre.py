@@ -8,14 +8,15 @@ take the mean.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+import warnings
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from kvpolicy_kernels.key_centre import CIRCLE, KeyCentre
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvpolicy.errors import ModelError
+from kvpolicy.errors import FormatWarning, ModelError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from kvpolicy.model.spec import ModelSpec
@@ -26,38 +27,66 @@ POSITIONS = 4096
 """Over so many the mean is taken."""
 REACH = 32768
 """Over so many a pair is far from its mean or not."""
+_FUSED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn")
+_TOLD: WeakSet[nn.Module] = WeakSet()
 _CENTRES: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], KeyCentre]] = WeakKeyDictionary()
 
 
 def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | None]:
-    """Of each budgeted layer, for the KV heads held here; None where keys have no bias that is known.
+    """Of each budgeted layer, for the KV heads held here; None where keys have no bias, or one that is not known.
 
-    It is known of a projection `k_proj` with a bias and nothing behind it but a rotation that `find_rotary` knows.
+    It is known of a projection `k_proj` with nothing behind it but a rotation that `find_rotary` knows. Warns, with
+    `FormatWarning` and once for a model, of a bias that is not known.
     """
     attentions = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
-    biases = [_bias(attention, spec.attention.key_dim) for attention in attentions]
+    biases: list[Tensor | None] = []
+    unknown = None
+    for attention in attentions:
+        try:
+            biases.append(_bias(attention, spec.attention.key_dim))
+        except ModelError as error:
+            biases.append(None)
+            unknown = error
     try:
         find_rotary(model, [attention for attention, bias in zip(attentions, biases, strict=True) if bias is not None])
-    except ModelError:
-        return [None] * len(attentions)
+    except ModelError as error:
+        biases, unknown = [None] * len(attentions), error
+    if unknown is not None and model not in _TOLD:
+        _TOLD.add(model)
+        warnings.warn(_encoded_whole(model, unknown), FormatWarning, stacklevel=2)
     return [
         None if bias is None else _kept(bias, attention) for attention, bias in zip(attentions, biases, strict=True)
     ]
 
 
+def _encoded_whole(model: PreTrainedModel, why: ModelError) -> str:
+    return (
+        f"{type(model).__name__}: keys have a bias that cannot be taken off before they are encoded "
+        f"({str(why).partition(':')[0]}). Where it is large, as Qwen2.5's is, 'int4' loses most of the quality, and "
+        "'int8' some: use format='model', or measure the loss, as `kvpolicy compare full full@int8 full@int4` does"
+    )
+
+
 def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
-    """[H, D], of the KV heads held here."""
+    """[H, D], of the KV heads held here; None without a bias. Raises `ModelError` for one that cannot be read."""
+    if getattr(attention, "k_norm", None) is not None:
+        return None
+    for name in _FUSED:
+        if isinstance(getattr(getattr(attention, name, None), "bias", None), Tensor):
+            raise ModelError(f"it is a part of {type(attention).__name__}.{name}'s")
     projection = getattr(attention, "k_proj", None)
     bias = getattr(projection, "bias", None)
-    if not isinstance(bias, Tensor) or bias.numel() % key_dim or getattr(attention, "k_norm", None) is not None:
+    if not isinstance(bias, Tensor):
         return None
     if bias.is_meta:  # offloaded: accelerate brings it for the forward, from where it is
         weights = getattr(getattr(projection, "_hf_hook", None), "weights_map", None)
         if weights is None:
-            return None
+            raise ModelError("it is on the meta device, and accelerate does not know where else")
         bias = weights["bias"]
     if hasattr(bias, "to_local"):  # under tensor parallelism
         bias = bias.to_local()
+    if not bias.numel() or bias.numel() % key_dim:
+        raise ModelError(f"it has {bias.numel()} numbers, no multiple of the head dim {key_dim}")
     return bias.detach().view(-1, key_dim)
 
 
