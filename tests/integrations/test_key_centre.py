@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from kvpolicy_kernels.formats import INT4, INT8
-from kvpolicy_kernels.key_centre import KeyCentre
+from kvpolicy_kernels.key_centre import CIRCLE, KeyCentre
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -40,23 +40,42 @@ def turned_biases(model, count):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pairs", [0, 3, 8])
-def test_pairs_turn_and_the_rest_is_the_mean_of_the_turned_bias(monkeypatch, pairs):
-    monkeypatch.setattr(key_centre, "POSITIONS", 500)
-    monkeypatch.setattr(key_centre, "REACH", 500)
-    monkeypatch.setattr(key_centre, "PAIRS", pairs)
+@pytest.mark.parametrize("waves", [0, 1, 3, 8])
+def test_few_waves_come_nearest_to_the_turned_bias(monkeypatch, waves):
+    """By least squares over the positions that the model was made for; all waves are the bias itself."""
+    monkeypatch.setattr(key_centre, "WAVES", waves)
     model = biased()
+    length, frequencies = model.config.max_position_embeddings, model.model.rotary_emb.inv_freq.double()
+    angles = torch.arange(length)[:, None] * frequencies
+
+    def left(heads, chosen):
+        """The mean square that is left of each [N, D], under the best coefficients of these waves."""
+        own = torch.cat([torch.ones(length, 1), angles[:, chosen].cos(), angles[:, chosen].sin()], 1).double()
+        return (heads - own @ torch.linalg.lstsq(own, heads, driver="gelsd").solution).square().mean()
+
     found = key_centre.key_centres(model, ModelSpec.from_config(model.config))
-    for centre, turned in zip(found, turned_biases(model, 500), strict=True):
-        whole, mean = centre.along(500), turned.mean(1, keepdim=True)
-        follows, rests = ((whole - x).abs().amax(1) < 1e-2 for x in (turned, mean))
-        assert (follows | rests).all() and turned.abs().max() > 5
-        assert follows.sum(1).tolist() == [2 * pairs] * 2 and (follows[:, :8] == follows[:, 8:]).all()
-        # those that are left lie nearer to their mean
-        far = (turned - mean).square().mean(1)
-        far = far[:, :8] + far[:, 8:]
-        for own, chosen in zip(far, follows[:, :8], strict=True):
-            assert chosen.all() or not chosen.any() or own[chosen].min() >= own[~chosen].max()
+    for centre, turned in zip(found, turned_biases(model, length), strict=True):
+        assert centre.coefficients.shape == (1 + 2 * waves, 2, 16) and turned.abs().max() > 5
+        for head, own in enumerate(turned.double()):
+            turns = centre.frequencies[head].double() * (2 * torch.pi / CIRCLE)
+            chosen = (turns[:, None] - frequencies).abs().argmin(1).tolist()
+            assert len({*chosen}) == waves
+            rest = (centre.along(length)[head] - own).square().mean()
+            assert rest < 1e-4 if waves == 8 else rest <= left(own, chosen) * 1.001 + 1e-4
+            if 0 < waves < 8:  # the last one is the best beside the others
+                assert left(own, chosen) <= min(left(own, [*chosen[:-1], i]) for i in range(8)) * 1.001 + 1e-4
+
+
+@torch.no_grad()
+def test_positions_count_up_to_the_length_that_a_model_was_made_for():
+    """Before, slow pairs had their mean over 4096, and lay far from it further on."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    model = tiny_model("Qwen2", max_position_embeddings=32768, rope_parameters=rope)
+    for centre, turned in zip(
+        key_centre.key_centres(model, ModelSpec.from_config(model.config)), turned_biases(model, 32768), strict=True
+    ):
+        rest = (centre.along(32768) - turned).square().mean(-1)
+        assert rest[:, 16384:].mean() < 2 * rest[:, :4096].mean() + 1e-4
 
 
 @torch.no_grad()
@@ -168,8 +187,7 @@ def test_a_file_says_what_its_keys_were_encoded_less_of(tmp_path, monkeypatch):
     """Whoever reads it may work out another centre."""
     model, other = biased(), biased()
     cache, path = saved(tmp_path, model)
-    monkeypatch.setattr(key_centre, "POSITIONS", 50)
-    monkeypatch.setattr(key_centre, "PAIRS", 1)
+    monkeypatch.setattr(key_centre, "WAVES", 1)
     parts = [
         stepped_logits(own, tiny_ids(10), x, [10])
         for own, x in ((model, cache), (other, kvpolicy.load_cache(other, path)))

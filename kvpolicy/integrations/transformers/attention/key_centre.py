@@ -1,9 +1,10 @@
 """What the keys of a head have in common: their bias, turned by position.
 
 Keys are `RoPE(W x + b)`. Some models' biases are many times as large as what tells keys apart (Qwen2.5's are), and
-codes of few bits would be spent on them. Pairs of channels that turn slowly keep their bias about where it is, and
-those that turn fast have little. So the few pairs that are far from their mean turn with the position, and the others
-take the mean.
+codes of few bits would be spent on them. At a position p the turned bias is a sum of one wave for each pair of
+channels. Few waves are enough for all of them: pairs that turn fast have little, and those that turn slowly look alike
+over the positions there are. So each head has the few frequencies, of its own, whose waves and a constant come nearest
+to its turned bias, by least squares.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from transformers import PreTrainedModel
 
 from kvpolicy.errors import FormatWarning, ModelError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.exchange import text_config
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from kvpolicy.model.spec import ModelSpec
 
-PAIRS = 8
-"""Pairs of channels of each head that turn."""
-POSITIONS = 4096
-"""Over so many the mean is taken."""
-REACH = 32768
-"""Over so many a pair is far from its mean or not."""
+WAVES = 8
+"""Frequencies of each head."""
+NEAR, REACH = 4096, 32768
+"""Positions that count: each doubling from `NEAR` on to what the model was made for, or to `REACH`, as much."""
+_RIDGE = 1e-6  # so that waves which are all but the same do not take each other off
 _FUSED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn")
 _TOLD: WeakSet[nn.Module] = WeakSet()
 _CENTRES: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], KeyCentre]] = WeakKeyDictionary()
@@ -54,8 +55,10 @@ def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | Non
     if unknown is not None and model not in _TOLD:
         _TOLD.add(model)
         warnings.warn(_encoded_whole(model, unknown), FormatWarning, stacklevel=2)
+    reach = getattr(text_config(model), "max_position_embeddings", None) or REACH
     return [
-        None if bias is None else _kept(bias, attention) for attention, bias in zip(attentions, biases, strict=True)
+        None if bias is None else _kept(bias, attention, reach)
+        for attention, bias in zip(attentions, biases, strict=True)
     ]
 
 
@@ -90,36 +93,86 @@ def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
     return bias.detach().view(-1, key_dim)
 
 
-def _kept(bias: Tensor, attention: nn.Module) -> KeyCentre:
+def _kept(bias: Tensor, attention: nn.Module, reach: int) -> KeyCentre:
     """The centre, which all caches of a model share, as they do its weights."""
     weights = bias.data_ptr(), bias._version
     if attention not in _CENTRES or _CENTRES[attention][0] != weights:
-        _CENTRES[attention] = weights, _centre(bias, attention)
+        _CENTRES[attention] = weights, _centre(bias, attention, reach)
     return _CENTRES[attention][1]
 
 
-def _centre(bias: Tensor, attention: nn.Module) -> KeyCentre:
-    """bias: [H, D]"""
-    bias, rotary = bias.float(), rotary_of(attention)
-    frequencies = rotary.frequencies.double()
-    size = bias[:, rotary.first].square() + bias[:, rotary.second].square()
-    far = size * (1 - _mean_turn(frequencies, REACH).abs().square())
-    pairs = far.topk(min(PAIRS, len(frequencies)), -1).indices  # [H, J]
-    channels = torch.stack([rotary.first, rotary.second], -1)[pairs]
-    # [H, J, D], each pair alone, and a quarter of a circle further
-    turning = torch.zeros(*pairs.shape, bias.shape[1], device=bias.device).scatter(-1, channels, 1.0) * bias[:, None]
-    quarter = rotary.turned(turning, torch.zeros_like(rotary.frequencies), torch.ones_like(rotary.frequencies))
-    mean = _mean_turn(frequencies, POSITIONS)
-    still = rotary.turned(bias - turning.sum(1), mean.real.float(), mean.imag.float())
-    waves = torch.stack([turning, quarter], 2).flatten(1, 2)
+def _centre(bias: Tensor, attention: nn.Module, reach: int) -> KeyCentre:
+    """bias: [H, D]. Worked out on the CPU, where the same model gives the same everywhere."""
+    rotary = rotary_of(attention)
+    own, frequencies = bias.double().cpu(), rotary.frequencies.double().cpu()
+    first, second = rotary.first.cpu(), rotary.second.cpu()
+    count = len(frequencies)
+    # functions of the position, M of them: 1, the cosines, the sines
+    cosines, sines = torch.arange(1, count + 1), torch.arange(count + 1, 2 * count + 1)
+    turned = own.new_zeros(*own.shape, 1 + 2 * count)  # [H, D, M], the turned bias as a sum of them
+    turned[..., 0] = own
+    turned[:, torch.cat([first, second]), 0] = 0
+    turned[:, first, cosines], turned[:, first, sines] = own[:, first], -own[:, second]
+    turned[:, second, cosines], turned[:, second, sines] = own[:, second], own[:, first]
+    products = _products(frequencies, reach)
+    waves = _nearest(turned, products)
+    used = torch.stack([cosines[waves], sines[waves]], -1).flatten(1)
+    used = torch.cat([used.new_zeros(len(used), 1), used], 1)  # [H, 1 + 2 J]
+    among = products[used]
+    coefficients = torch.linalg.solve(_columns(among, used), among @ turned.mT)
     return KeyCentre(
-        torch.cat([still[:, None], waves], 1).transpose(0, 1).contiguous(),
-        (frequencies * (CIRCLE / (2 * torch.pi))).round().to(torch.int32)[pairs],
+        coefficients.transpose(0, 1).float().contiguous().to(bias.device),
+        (frequencies * (CIRCLE / (2 * torch.pi))).round().to(torch.int32)[waves].to(bias.device),
     )
 
 
+def _nearest(turned: Tensor, products: Tensor) -> Tensor:
+    """The frequencies of each head, int64 [H, J], chosen one by one: the one that leaves least.
+
+    turned: [H, D, M];  products: [M, M], of the functions with each other
+    """
+    count = len(products) // 2
+    # of what is not in the span of those that are chosen: products of channels with functions, and of functions
+    left, others = turned @ products, products.expand(len(turned), -1, -1)
+    taken, chosen = torch.zeros(len(turned), 1, dtype=torch.int64), turned.new_zeros(len(turned), 0, dtype=torch.int64)
+    for _ in range(min(WAVES, count) + 1):
+        columns = _columns(others, taken)
+        shares = torch.linalg.solve(_columns(columns.mT, taken), columns.mT)
+        left, others = left - _columns(left, taken) @ shares, others - columns @ shares
+        if chosen.shape[1] == min(WAVES, count):
+            break
+        of_cosine, of_sine = left[..., 1 : count + 1], left[..., count + 1 :]
+        cosine, sine = others.diagonal(dim1=1, dim2=2)[:, 1:].unflatten(1, (2, count)).unbind(1)
+        both = others.diagonal(count, dim1=1, dim2=2)[:, 1:]
+        gained = of_cosine.square().sum(1) * sine + of_sine.square().sum(1) * cosine
+        gained = (gained - 2 * (of_cosine * of_sine).sum(1) * both) / (cosine * sine - both.square())
+        best = gained.scatter(1, chosen, -1.0).argmax(1, keepdim=True)
+        chosen, taken = torch.cat([chosen, best], 1), torch.cat([1 + best, 1 + count + best], 1)
+    return chosen
+
+
+def _columns(matrices: Tensor, which: Tensor) -> Tensor:
+    """[H, N, I] of [H, N, M]. which: int64 [H, I]"""
+    return matrices.gather(2, which[:, None].expand(-1, matrices.shape[1], -1))
+
+
+def _products(frequencies: Tensor, reach: int) -> Tensor:
+    """float64 [M, M]: the mean of the product of two of the functions 1, cos(p f), sin(p f) over the positions p."""
+    waves = torch.cat([frequencies.new_zeros(1), frequencies])
+    counts = [reach]
+    while counts[-1] >= 2 * NEAR:
+        counts.append(counts[-1] // 2)
+    less, more = (
+        torch.stack([_mean_turn(waves[:, None] + sign * waves, count) for count in counts]).mean(0) for sign in (-1, 1)
+    )
+    cosines, sines, mixed = (less.real + more.real) / 2, (less.real - more.real) / 2, (more.imag - less.imag) / 2
+    whole = torch.cat([torch.cat([cosines, mixed], 1), torch.cat([mixed.T, sines], 1)])
+    used = torch.arange(len(whole)) != len(waves)  # the sine of 0
+    return whole[used][:, used] + _RIDGE * torch.eye(len(whole) - 1, dtype=whole.dtype)
+
+
 def _mean_turn(frequencies: Tensor, count: int) -> Tensor:
-    """The mean of exp(i p f) over the positions p below `count`, in closed form. frequencies: float64 [P]"""
+    """The mean of exp(i p f) over the positions p below `count`, in closed form. frequencies: float64"""
     half = frequencies / 2
     size = torch.where(half == 0, 1.0, (count * half).sin() / (count * half.sin()))
     return size * torch.exp(1j * (count - 1) * half)
