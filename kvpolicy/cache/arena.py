@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from kvpolicy_kernels.append import append
 from kvpolicy_kernels.attention import WorkPlan, decode_attention, ragged_attention
@@ -87,6 +88,7 @@ class LayerArena:
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
         self.num_pinned, self.layout, self.moves, self.is_shuffled = num_pinned, object(), 0, False
         self._placed: Placed | None = None
+        self._brought: tuple[Tensor, Tensor, Tensor] | None = None
         self._new_scores: Tensor | None = None  # float32 [S], of decoded tokens: always the same
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
@@ -96,6 +98,7 @@ class LayerArena:
         """Every tensor held, by name."""
         tensors = self.entries | {name: getattr(self, name) for name in _TABLES}
         tensors |= {} if self._new_scores is None else {"new_scores": self._new_scores}
+        tensors |= {} if self._brought is None else {"brought": self._brought[2]}
         if (placed := self._placed) is not None:
             tensors |= {f"placed.{name}": getattr(placed, name) for name in ("starts", "lengths", "seen")}
             tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
@@ -137,8 +140,24 @@ class LayerArena:
 
     @property
     def counted_segments(self) -> Segments:
-        """As ops take them that need the longest length: with tables of the host, so that nobody waits for a device."""
+        """With tables of the host: an op may ask for lengths without waiting for a device."""
         return Segments(*self.vectors, self.start, self.length)
+
+    @property
+    def brought_segments(self) -> Segments:
+        """With tables on the device, for several ops before the entries change."""
+        return Segments(*self.vectors, *self.brought)
+
+    @property
+    def brought(self) -> tuple[Tensor, Tensor]:
+        """Starts and lengths on the device, int64 [S] each, which go there once until the entries change."""
+        if (placed := self.placed) is not None:
+            return placed.starts, placed.lengths
+        if (brought := self._brought) is None or brought[0] is not self.start or brought[1] is not self.length:
+            tables = on_device(torch.stack([self.start, self.length]), self.device)
+            brought = self._brought = self.start, self.length, tables
+        starts, lengths = brought[2]
+        return starts, lengths
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
@@ -166,7 +185,7 @@ class LayerArena:
     @property
     def width(self) -> int:
         """Entries of the longest segment."""
-        return int(self.length.numpy().max())
+        return max(self.length.tolist(), default=0)  # of a few numbers sooner than anything else
 
     @property
     def device(self) -> torch.device:
@@ -272,12 +291,13 @@ class LayerArena:
     @staticmethod
     def slack(length: Tensor) -> Tensor:
         """Rows that a segment of this length gets besides. length: int64 [S]."""
-        return (length // 32).clamp(min=LEAST_GROWTH)
+        return torch.from_numpy(np.maximum(length.numpy() // 32, LEAST_GROWTH))
 
     @classmethod
     def room(cls, length: Tensor, capacity: Tensor) -> Tensor:
         """Rows that segments of these lengths get in all, as far as they may grow. All int64 [S]."""
-        return torch.maximum(torch.minimum(length + cls.slack(length), capacity), length)
+        own = length.numpy()
+        return torch.from_numpy(np.maximum(np.minimum(own + cls.slack(length).numpy(), capacity.numpy()), own))
 
     def count(self, growing: Tensor) -> None:
         """Counts the entry that is written behind the others of these segments. growing: bool [S]."""
@@ -312,7 +332,7 @@ class LayerArena:
     def fork(self) -> LayerArena:
         """A copy: entries in memory of their own, tables shared, as nobody writes into one."""
         own = {name: tensor.clone() for name, tensor in self.entries.items()}
-        return copy_with(self, layout=object(), _placed=None, **own)
+        return copy_with(self, layout=object(), _placed=None, _brought=None, **own)
 
     def relayout(self, allocated: Tensor) -> None:
         """Moves every segment to an allocation of its own and turns the ring back. allocated: int64 [S]."""
@@ -338,17 +358,18 @@ class LayerArena:
         counts, allocated: int64 [S], entries and rows of each segment
         positions, scores: int64 and float32 [S, width + n], of all of these; no scores where nothing is scored
         """
-        start, rows = allocated.cumsum(0) - allocated, int(allocated.sum())
+        sizes = allocated.numpy()
+        start, rows = torch.from_numpy(sizes.cumsum() - sizes), int(sizes.sum())
         placed = on_device(torch.stack([start, counts, self.start]), self.device)
         chosen = Chosen(columns, placed[0], placed[1], placed[2], self.width)
         # free rows are read by policies: they hold finite keys and values, no position, and the lowest score
-        free = rows > int(counts.sum())
+        free = rows > sum(counts.tolist())
         new = {name: _rows(tensor, rows, _FREE.get(name, 0) if free else None) for name, tensor in self.entries.items()}
         numbers = [(new[name], of) for name, of in (("positions", positions), ("scores", scores)) if of is not None]
         self._fill(new, chosen, chunk, numbers)
         self._take_over(new, stays=chunk is None)
-        self.start, self.length, self.allocated = start, counts.clone(), allocated.clone()
-        self.cursor, self._placed = torch.zeros_like(counts), None
+        self.start, self.length, self.allocated = start, counts.clone(), allocated
+        self.cursor, self._placed, self._brought = torch.zeros_like(counts), None, None
 
     def _fill(
         self, new: dict[str, Tensor], chosen: Chosen, chunk: Chunk | None, numbers: Sequence[tuple[Tensor, Tensor]]

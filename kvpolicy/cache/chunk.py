@@ -18,18 +18,29 @@ class Places:
 
     on_host: int64 [B, n], -1 for padding
     count:   int64 [B], tokens without padding
+    after:   int64 [B], tokens of each sequence with these; None where nobody has said
     """
 
-    def __init__(self, on_host: Tensor) -> None:
+    def __init__(self, on_host: Tensor, before: Tensor | None = None) -> None:
+        """before: int64 [B], tokens of each sequence without these"""
         self.on_host, self.count = on_host, (on_host >= 0).sum(1)
+        self.after = None if before is None else before + self.count
         self.has_padding = int(self.count.sum()) < on_host.numel()
-        self._placed: dict[torch.device, Tensor] = {}
+        self._placed: dict[tuple[str, torch.device], Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """int64 [B, n] there, which is not waited for."""
-        if device not in self._placed:
-            self._placed[device] = on_device(self.on_host, device)
-        return self._placed[device]
+        return self._brought("positions", self.on_host, device)
+
+    def after_on(self, device: torch.device) -> Tensor:
+        """int64 [B] there, likewise."""
+        assert self.after is not None  # else it is not asked for
+        return self._brought("after", self.after, device)
+
+    def _brought(self, name: str, table: Tensor, device: torch.device) -> Tensor:
+        if (name, device) not in self._placed:
+            self._placed[name, device] = on_device(table, device)
+        return self._placed[name, device]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +61,11 @@ class Arrival:
         steps = torch.arange(count).expand(len(before), -1)
         if valid is not None:
             steps = torch.where(valid, valid.cumsum(1) - 1, -1)
-        places = Places(torch.where(steps >= 0, steps + before[:, None], -1))
-        after = before + places.count
-        if int(after.max()) > MAX_TOKENS:
+        places = Places(torch.where(steps >= 0, steps + before[:, None], -1), before)
+        assert places.after is not None  # as it has been told what came before
+        if int(places.after.max()) > MAX_TOKENS:
             raise BudgetError(f"a sequence can have {MAX_TOKENS} tokens at most")
-        return cls(before, after, valid, places)
+        return cls(before, places.after, valid, places)
 
     def is_of(self, seen: Tensor, valid: Tensor | None, count: int) -> bool:
         """Whether these tokens come to a layer that has seen so many. Arguments as in `of`"""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from kvpolicy_kernels.attention import WorkPlan
 from kvpolicy_kernels.evict import evict, evict_into, rank
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
@@ -126,12 +128,12 @@ class StoreLayer:
 
     def settle(self, chunk: Chunk, settling: int) -> Chunk:
         """Returns the first tokens of a chunk, for `fold`; the others become the pending ones."""
-        settled, pending = chunk.part(slice(0, settling)), None
+        settled, pending, after = chunk.part(slice(0, settling)), None, self.seen
         if settling < len(chunk):  # a view would keep the whole prompt
-            pending = chunk.part(slice(settling, None)).owned()
+            pending, after = chunk.part(slice(settling, None)).owned(), self.settled + settled.count
         self.pending = pending
         # until `fold` has come, so that a forward that breaks off in between is noticed
-        self.settled, self.is_unwritten = self.settled + settled.count, settling > 0
+        self.settled, self.is_unwritten = after, settling > 0
         self.decoded = 0 if settling else self.decoded  # budgets have grown now; the next time is counted from here
         return settled
 
@@ -155,7 +157,7 @@ class StoreLayer:
         arena, limit = self.arena, self.limit(evict, self.settled)
         arena.reserve(limit)
         full = arena.length >= limit
-        self._note_eviction(full)
+        self._note_eviction(full.numpy())
         position = self._per_segment(self.seen - 1)
         arena.append(key.detach(), value.detach(), position, self._next_slot(full), score)
 
@@ -181,7 +183,7 @@ class StoreLayer:
         arena, scores = self.arena, self.arena.padded_scores()
         positions, keys = self._ranked(None)
         # pinned ones, then by age: without scores that is the order already
-        columns = kept_columns(keys, arena.length)
+        columns = kept_columns(keys, arena.length, self.protection)
         before = positions, scores
         if scores is not None:
             surplus = torch.arange(arena.width, device=arena.device) >= on_device(arena.length, arena.device)[:, None]
@@ -253,7 +255,8 @@ class StoreLayer:
 
         scores: float32 [S, width + len(chunk)], or None: then the most recent are kept
         """
-        self._retain(scores, self.arena.length + self._per_segment(chunk.count), chunk)
+        came = chunk.count.numpy().repeat(self.num_heads)
+        self._retain(scores, torch.from_numpy(self.arena.length.numpy() + came), chunk)
         self.is_unwritten = False
 
     def shrink(self) -> None:
@@ -367,24 +370,30 @@ class StoreLayer:
 
     def _retain(self, scores: Tensor | None, available: Tensor, chunk: Chunk | None) -> None:
         """Keeps the best candidates of each segment. scores: [S, N];  available: int64 [S], present ones."""
-        counts = torch.minimum(available, self.capacity)
-        self._note_eviction(counts < available)
+        counts = np.minimum(available.numpy(), self.capacity.numpy())
+        self._note_eviction(counts < available.numpy())
         positions, keys = self._ranked(scores, chunk)
-        self._rebuild(keys, positions, counts, chunk, scores)
+        self._rebuild(keys, positions, torch.from_numpy(counts), chunk, scores)
 
     def _ranked(self, scores: Tensor | None, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
         """Positions and keys of [entries ; chunk], as in `rank`."""
-        arena = self.arena
-        tables = on_device(torch.stack([arena.start, arena.length, self._per_segment(self.settled)]), arena.device)
-        fresh = None if chunk is None else chunk.places.on(arena.device)
+        arena, places = self.arena, None if chunk is None else chunk.places
+        fresh = None if places is None else places.on(arena.device)
+        # the same for all layers; while the chunk is not settled positions alone are asked for
+        if places is not None and places.after is self.seen:
+            settled = places.after_on(arena.device)
+        else:
+            settled = on_device(self.settled, arena.device)
         options = self._protection_options()
-        return rank(scores, arena.positions, *tables, width=arena.width, fresh=fresh, **options)
+        return rank(scores, arena.positions, *arena.brought, settled, width=arena.width, fresh=fresh, **options)
 
     def _rebuild(
         self, keys: Tensor, positions: Tensor, counts: Tensor, chunk: Chunk | None, scores: Tensor | None
     ) -> None:
         """Keeps the `counts` candidates with the largest keys, pinned ones first, then by age."""
-        columns, room = kept_columns(keys, counts), self.arena.room(counts, self.capacity)
+        in_order = chunk is not None and not self.arena.width
+        columns = kept_columns(keys, counts, self.protection, in_order=in_order)
+        room = self.arena.room(counts, self.capacity)
         self.arena.replace(columns, counts, room, positions, scores, chunk)
         self.is_ring = self.arena.scores is None  # entries lie in the order of age
 
@@ -416,10 +425,12 @@ class StoreLayer:
     def _spanned(self, settled: Tensor) -> Tensor:
         return torch.tensor([self.protection.num_spanned(count) for count in settled.tolist()])
 
-    def _note_eviction(self, segments: Tensor) -> None:
+    def _note_eviction(self, segments: NDArray[np.bool_]) -> None:
         """segments: bool [S], those that lose an entry now."""
-        rows = segments.view(len(self.seen), -1).any(1)
-        self.evicted_at = torch.where(rows, self.settled, self.evicted_at)
+        if not segments.any():
+            return
+        rows = segments.reshape(len(self.evicted_at), -1).any(1)
+        self.evicted_at = torch.from_numpy(np.where(rows, self.settled.numpy(), self.evicted_at.numpy()))
 
     def _per_segment(self, per_row: Tensor) -> Tensor:
         """[B, ...] to [S, ...], by numpy: torch makes four operations of it."""

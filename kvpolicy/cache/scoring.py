@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -164,17 +164,19 @@ def _unasked(policy: EvictionPolicy, arena: LayerArena, chunk: Chunk) -> Tensor:
 class NotANumber:
     """In which layers a policy has returned NaN: gathered on the device, and asked for once, since asking waits for it.
 
-    faults: bool [num_layers], since the last check, at an address that stays; None where nothing has come
+    faults: bool [num_layers], of decoded tokens since the last check, at an address that stays; None where none came
+    largest: [] of each layer of a prompt since the last check, the largest of its scores, NaN where one of them is
     """
 
     num_layers: int
     faults: Tensor | None = None
+    largest: dict[int, Tensor] = field(default_factory=dict)
     _copy: LateCopy | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        own = [] if self.faults is None else [self.faults]
+        own = [*self.largest.values()] if self.faults is None else [self.faults, *self.largest.values()]
         return own if self._copy is None else [*own, self._copy.value]
 
     def flag(self, layer: int, device: torch.device) -> Tensor:
@@ -185,21 +187,24 @@ class NotANumber:
         return self.faults[layer]
 
     def add(self, layer: int, scores: Tensor) -> None:
-        fault = self.flag(layer, scores.device)
-        fault |= scores.isnan().any().to(fault.device)
+        """Scores of a prompt."""
+        self.largest[layer] = scores.amax()  # in one launch
 
     def fork(self) -> NotANumber:
-        return NotANumber(self.num_layers, None if self.faults is None else self.faults.clone())
+        return NotANumber(self.num_layers, None if self.faults is None else self.faults.clone(), dict(self.largest))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NotANumber:
         return self.fork()
 
     def check(self, policy: EvictionPolicy, method: str) -> None:
         """Raises `PluginError` where any of the scores since the last check was none."""
+        largest, self.largest = self.largest, {}
+        layers = [layer for layer, number in zip(largest, _numbers(largest.values()), strict=True) if number != number]
         if self.faults is not None and bool(self.faults.any()):
-            layers = self.faults.nonzero()[:, 0].tolist()
+            layers += self.faults.nonzero()[:, 0].tolist()
             self.faults.zero_()
             self._copy = None
+        if layers:
             plugin_call.refuse_nan(policy, method, layers)
 
     def look(self, policy: EvictionPolicy, method: str) -> None:
@@ -211,3 +216,11 @@ class NotANumber:
             self.check(policy, method)
         elif copy is None or copy.has_arrived:
             self._copy = LateCopy(self.faults)
+
+
+def _numbers(largest: Collection[Tensor]) -> list[float]:
+    """[] each, on any devices. Waits for one of them."""
+    if not largest:
+        return []
+    device = next(iter(largest)).device
+    return torch.stack([each.to(device) for each in largest]).tolist()

@@ -90,20 +90,25 @@ def comparable(scores: Tensor, positions: Tensor, keys: Tensor, protection: Prot
     return scores.masked_fill_(beside, float("-inf"))
 
 
-def kept_columns(keys: Tensor, counts: Tensor) -> Tensor:
+def kept_columns(keys: Tensor, counts: Tensor, protection: Protection, *, in_order: bool = False) -> Tensor:
     """Columns of the `counts[s]` best candidates of each segment: pinned ones first, then by position.
 
-    keys: int64 [S, N], as in `ranking`;  counts: int [S] on the CPU. Returns int64 [S, max(counts)]; behind a segment's
-    count the columns mean nothing.
+    keys: int64 [S, N], as in `ranking`;  counts: int [S] on the CPU;  in_order: whether candidates lie by position
+    Returns int64 [S, max(counts)]; behind a segment's count the columns mean nothing.
     """
-    least, most = int(counts.min()), int(counts.max())
+    numbers = counts.tolist()
+    least, most = min(numbers), max(numbers)
     kept, best = torch.topk(keys, most, dim=1, sorted=least < most)
-    # a key says where its candidate stands
-    place = (kept & MAX_TOKENS).add_(kept < order.PINNED, alpha=MAX_TOKENS)
+    if in_order := in_order and not protection.spans:  # sink tokens have the first positions
+        place, last = best, keys.shape[1] - 1
+    else:
+        place, last = kept & MAX_TOKENS, torch.iinfo(torch.int64).max  # a key says where its candidate stands
+    if protection.spans:
+        place.add_(kept < order.PINNED, alpha=MAX_TOKENS)
     if least < most:
         surplus = torch.arange(most, device=place.device)[None] >= on_device(counts[:, None], place.device)
-        place = place.masked_fill_(surplus, torch.iinfo(torch.int64).max)
-    return best.gather(1, place.argsort(dim=1))
+        place.masked_fill_(surplus, last)
+    return place.sort(dim=1).values if in_order else best.gather(1, place.argsort(dim=1))
 
 
 def _read_span(span: Sequence[int]) -> tuple[int, int]:

@@ -253,7 +253,9 @@ class RaggedStore(Decoding):
         mask:       bool [B or 1, 1, n, len(chunk)]; None means causal, padding excluded
         entry_mask: bool [n, length] for each segment; None means that every entry is visible
         """
-        segments = self._layer(layer).arena.counted_segments
+        arena = self._layer(layer).arena
+        # of a whole prompt, and under masks of entries, an op looks at the lengths
+        segments = arena.brought_segments if arena.width and entry_mask is None else arena.counted_segments
         inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
         if mask is None and chunk.places.has_padding:
             mask = chunk_mask(chunk, query.shape[2])

@@ -24,7 +24,8 @@ _STEP_NBYTES = 7 * torch.int64.itemsize + torch.float32.itemsize  # of a KV head
 
 def table_nbytes(spec: ModelSpec, capacities: Tensor, batch_size: int = 1) -> int:
     """What a store holds that is no entry: the tables of its layers, each sequence's part of them the same, and the
-    capacities, which sequences of one length share. How many tokens a sequence has seen is one number for all layers.
+    capacities, which sequences of one length share. How many tokens a sequence has seen is one number for all layers,
+    and as many of them are settled.
     """
     shape, count, layers = spec.attention, spec.num_kv_heads, spec.num_budgeted_layers
     arena = LayerArena(
@@ -32,7 +33,8 @@ def table_nbytes(spec: ModelSpec, capacities: Tensor, batch_size: int = 1) -> in
     )
     empty = StoreLayer(0, arena, 1, count, Protection(), scores_stay=True)
     of_layer = sum(tensor.nbytes for tensor in empty.tensors.values())
-    return batch_size * (layers * of_layer - (layers - 1) * empty.seen.nbytes) + capacities.nbytes
+    seen, settled = empty.seen.nbytes, empty.settled.nbytes
+    return batch_size * (layers * (of_layer - seen - settled) + seen) + capacities.nbytes
 
 
 def byte_budget(

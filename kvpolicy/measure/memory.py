@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
 from kvpolicy_kernels.formats import EntryFormat
 
 from kvpolicy.budget.ask import Ask
@@ -144,8 +143,7 @@ def estimate_memory(
     entries, rows = (batch_size * int(x.sum()) for x in (lengths, LayerArena.room(lengths, capacities)))
     scored = schedule.evicts and holds_scores(evicting, None)
     beside = beside_nbytes(scored=scored)
-    flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
-    tables = rows * beside + (rows - entries) * own_bytes + table_nbytes(spec, capacities, batch_size) + flags
+    tables = rows * beside + (rows - entries) * own_bytes + table_nbytes(spec, capacities, batch_size)
     stock = sum(_stock_numbers(layer, context_length) for layer in spec.layers if not layer.is_budgeted)
     return MemoryEstimate(
         context_length=context_length,

@@ -39,14 +39,19 @@ def on_a_device(monkeypatch):
     return look
 
 
+def told(wrong, scores):
+    """What a decoded token's scores in layer 1 say."""
+    wrong.flag(1, scores.device).logical_or_(scores.isnan().any())
+
+
 def test_what_went_wrong_is_heard_at_the_next_look(on_a_device):
     wrong = NotANumber(3)
     on_a_device(wrong)  # nothing has come
     for _ in range(3):
-        wrong.add(1, FINE)
+        told(wrong, FINE)
         on_a_device(wrong)
-    wrong.add(1, WRONG)
-    wrong.add(1, FINE)
+    told(wrong, WRONG)
+    told(wrong, FINE)
     on_a_device(wrong)
     with pytest.raises(PluginError, match=r"HeavyHitter.score_step returned NaN in layer 1: absent"):
         wrong.look(HeavyHitter(), "score_step")
@@ -56,7 +61,7 @@ def test_what_went_wrong_is_heard_at_the_next_look(on_a_device):
 
 def test_a_device_that_is_behind_is_asked_again(on_a_device):
     wrong = NotANumber(3)
-    wrong.add(1, WRONG)
+    told(wrong, WRONG)
     SlowCopy.arrived = False
     for _ in range(3):
         on_a_device(wrong)
@@ -67,7 +72,7 @@ def test_a_device_that_is_behind_is_asked_again(on_a_device):
 
 def test_a_copy_hears_of_it_too_and_by_itself(on_a_device):
     wrong = NotANumber(3)
-    wrong.add(1, WRONG)
+    told(wrong, WRONG)
     on_a_device(wrong)
     for other in (wrong.fork(), copy.deepcopy(wrong), wrong):
         with pytest.raises(PluginError, match="NaN"):
@@ -77,10 +82,22 @@ def test_a_copy_hears_of_it_too_and_by_itself(on_a_device):
 
 def test_where_nothing_waits_a_look_is_a_check():
     wrong = NotANumber(3)
-    wrong.add(1, WRONG)
+    told(wrong, WRONG)
     with pytest.raises(PluginError, match="NaN"):
         wrong.look(HeavyHitter(), "score_step")
     wrong.look(HeavyHitter(), "score_step")
+
+
+def test_layers_of_a_prompt_are_asked_once_and_copies_by_themselves():
+    wrong = NotANumber(3)
+    for layer, scores in enumerate((FINE, WRONG, torch.tensor([-torch.inf, torch.inf]))):
+        wrong.add(layer, scores)
+    for other in (wrong.fork(), copy.deepcopy(wrong), wrong):
+        assert len(other.tensors) == 3
+        with pytest.raises(PluginError, match=r"HeavyHitter.score_prompt returned NaN in layer 1: absent"):
+            other.check(HeavyHitter(), "score_prompt")
+        other.check(HeavyHitter(), "score_prompt")
+        assert other.tensors == []
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
+from kvpolicy_kernels.tiles import next_power_of_2
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _append_kernel(rows_ptr, arena_ptrs, entry_ptrs, arena_strides, entry_stride
 def launch_config(arenas: Sequence[Tensor]) -> dict[str, int]:
     """Launch options: 16 bytes a thread of the widest row."""
     width = max(arena[:1].nbytes for arena in arenas)
-    return {"num_warps": min(8, max(1, triton.next_power_of_2(width) // 512))}
+    return {"num_warps": min(8, max(1, next_power_of_2(width) // 512))}
 
 
 def _arguments(arenas: Sequence[Tensor], entries: Sequence[Tensor], num_segments: int) -> dict[str, object]:

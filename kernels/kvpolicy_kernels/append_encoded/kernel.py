@@ -14,6 +14,7 @@ from kvpolicy_kernels.encode.kernel import encoded_rows, launch_config, store_en
 from kvpolicy_kernels.formats import Encoded, EntryFormat, block_of, signed_hadamard
 from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
+from kvpolicy_kernels.tiles import cdiv
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def triton_append_encoded(
     """Arguments as in `append_encoded`."""
     flat = [entry.reshape(len(rows), -1).contiguous() for entry in entries]
     dims, config = tuple(entry.shape[1] for entry in flat), launch_config()
-    _append_encoded_kernel[(triton.cdiv(len(rows), config["BLOCK_R"]), 2)](
+    _append_encoded_kernel[(cdiv(len(rows), config["BLOCK_R"]), 2)](
         rows.contiguous(), positions.contiguous(), tuple(flat),
         *((rows, rows) if key_centre is None else (key_centre.coefficients, key_centre.frequencies)),
         tuple(signed_hadamard(dim, rows.device) for dim in dims),

@@ -16,6 +16,7 @@ from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, on_its_device
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 
@@ -78,10 +79,10 @@ def triton_plan(lengths: Tensor, num_programs: int, unit: int) -> WorkPlan:
     parts = table.split([torch.Size(size).numel() for size in sizes])
     plan = WorkPlan(*(part.view(size) for part, size in zip(parts, sizes, strict=True)), unit)
     block = 16
-    grid = (triton.cdiv(max(num_programs, num_segments), block), shape.numel())
+    grid = (cdiv(max(num_programs, num_segments), block), shape.numel())
     _plan_kernel[grid](
         lengths, plan.units, plan.quantum, plan.programs, plan.pieces, num_segments, num_programs,
-        UNIT=unit, BLOCK_S=max(16, min(1024, triton.next_power_of_2(num_segments))), BLOCK_C=block, **LAUNCH,
+        UNIT=unit, BLOCK_S=max(16, min(1024, next_power_of_2(num_segments))), BLOCK_C=block, **LAUNCH,
     )  # fmt: skip
     return plan
 
@@ -374,7 +375,7 @@ def triton_attention(
     config = launch_config(query.dtype, max(dim, value_dim), rows, plain)
     # programmatic dependent launch: the merge is set up while the pieces are still being computed
     early = at_least_hopper(query.device)
-    _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
+    _attend_kernel[(cdiv(rows, config["BLOCK_M"]), num_programs)](
         query, keys, values, out, lse, parts, part_lse, logits, sink_logits, chunk_key, chunk_value, mask,
         starts, lengths, plan.units, plan.quantum, plan.programs, blocks, offsets, sizes,
         *query.stride()[:3], *_strides(chunk_key), *_strides(chunk_value),
@@ -383,7 +384,7 @@ def triton_attention(
         num_segments, num_kv_heads, group, n, 0 if chunk is None else len(chunk),
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         D=dim, DV=value_dim, K_ROW=keys.stride(0), V_ROW=values.stride(0), UNIT=plan.unit,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_DV=max(16, next_power_of_2(value_dim)),
         HAS_SOFTCAP=softcap is not None, HAS_CHUNK=chunk is not None, HAS_MASK=mask is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
         HAS_BLOCKS=blocks is not None, EARLY=early,
@@ -394,8 +395,8 @@ def triton_attention(
     if logits is None:
         return out, lse, None
     mass = query.new_zeros(keys.shape[0], dtype=single)
-    _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
-        mass, logits, lse, starts, lengths, rows, mass_power, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, **LAUNCH
+    _mass_kernel[(num_segments, cdiv(4 * num_programs, num_segments))](
+        mass, logits, lse, starts, lengths, rows, mass_power, BLOCK_M=next_power_of_2(rows), BLOCK_N=64, **LAUNCH
     )
     return out, lse if with_lse else None, mass
 

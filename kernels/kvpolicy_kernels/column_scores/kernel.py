@@ -22,6 +22,7 @@ from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 PROGRAMS = 528  # that share the walks over the keys, where there are fewer blocks: two on each of 132 SMs, twice
@@ -244,7 +245,7 @@ def launch_config(dtype: torch.dtype, dim: int, num_rows: int) -> tuple[dict[str
         owned, walked = 128, 64
     else:
         owned, walked = (64, 32) if dim <= 64 else (32, 32) if dim <= 128 else (16, 16)
-    least = max(16, triton.next_power_of_2(num_rows))
+    least = max(16, next_power_of_2(num_rows))
     return tuple(
         {
             "BLOCK_M": rows,
@@ -279,10 +280,9 @@ def triton_column_scores(
     if num_rows == 0 or out.numel() == 0:
         return out.zero_()
     row_config, column_config = launch_config(query.dtype, dim, num_rows)
-    row_blocks = triton.cdiv(num_rows, row_config["BLOCK_M"])
+    row_blocks = cdiv(num_rows, row_config["BLOCK_M"])
     walked, column_tiles = (
-        triton.cdiv(longest, config["BLOCK_N"]) + triton.cdiv(m, config["BLOCK_N"])
-        for config in (row_config, column_config)
+        cdiv(longest, config["BLOCK_N"]) + cdiv(m, config["BLOCK_N"]) for config in (row_config, column_config)
     )
     num_parts = max(1, min(PROGRAMS // (num_segments * row_blocks), walked))
     parts = out.new_empty(num_segments, num_parts, num_rows)
@@ -302,7 +302,7 @@ def triton_column_scores(
     constants = heads | {
         "D": dim,
         "K_ROW": keys.stride(0),
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_D": max(16, next_power_of_2(dim)),
         "HAS_SOFTCAP": softcap is not None,
         "HAS_MASK": mask is not None,
         # plain tf32 would lose three digits of an fp32 model
@@ -311,9 +311,9 @@ def triton_column_scores(
     _row_lse_kernel[(row_blocks, num_segments, num_parts)](
         *inputs, parts, *numbers, **constants, **row_config, **LAUNCH
     )
-    block_p = triton.next_power_of_2(num_parts)
+    block_p = next_power_of_2(num_parts)
     block_m = min(64, 4096 // block_p)
-    _merge_kernel[(triton.cdiv(num_rows, block_m), num_segments)](
+    _merge_kernel[(cdiv(num_rows, block_m), num_segments)](
         parts, sink_logits, query_mask, lse, *((0, 0) if query_mask is None else query_mask.stride()),
         num_rows, num_parts, **heads, BLOCK_P=block_p, BLOCK_M=block_m,
         HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None, **LAUNCH,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_rows", "length"])
@@ -98,7 +99,7 @@ def _compact_in_place_kernel(
 
 def launch_config(dim: int, itemsize: int) -> dict[str, int]:
     """Tile sizes and launch options of `compact`: 16 kB a program, which are eight loads of 16 bytes a thread."""
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     return {"BLOCK_N": min(512, max(1, 16384 // (block * itemsize))), "BLOCK_D": block, "num_warps": 4}
 
 
@@ -108,8 +109,8 @@ def in_place_config(dims: Sequence[int], itemsizes: Sequence[int]) -> dict[str, 
     A slice is 32 bytes, the least that memory is read by: a layer of few heads then still has a program an SM. One
     stage: the loop loads ahead itself, as far as the order of loads and stores allows.
     """
-    blocks = tuple(min(triton.next_power_of_2(d), max(1, 32 // size)) for d, size in zip(dims, itemsizes, strict=True))
-    slices = sum(triton.cdiv(dim, block) for dim, block in zip(dims, blocks, strict=True))
+    blocks = tuple(min(next_power_of_2(d), max(1, 32 // size)) for d, size in zip(dims, itemsizes, strict=True))
+    slices = sum(cdiv(dim, block) for dim, block in zip(dims, blocks, strict=True))
     return {"BLOCKS_D": blocks, "BLOCK_N": 1024, "NUM_SLICES": slices, "num_warps": 8, "num_stages": 1}
 
 
@@ -122,7 +123,7 @@ def triton_compact(out: Tensor, out_rows: Tensor, source: Tensor, source_rows: T
     num_heads, length = source.shape[1:3] if is_chunk else (1, 1)
     strides = source.stride() if is_chunk else (0, 0, *source.stride())
     config = launch_config(out.shape[1], max(out.itemsize, source.itemsize))
-    _compact_kernel[(triton.cdiv(len(out_rows), config["BLOCK_N"]),)](
+    _compact_kernel[(cdiv(len(out_rows), config["BLOCK_N"]),)](
         out, out_rows.contiguous(), source, source_rows.contiguous(), *out.stride(), *strides, len(out_rows), length,
         NUM_HEADS=num_heads, D=out.shape[1], IS_CHUNK=is_chunk,
         # a division of 64 bits takes several times as long

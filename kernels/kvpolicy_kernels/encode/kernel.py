@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
 from kvpolicy_kernels.formats import Encoded, EntryFormat, block_of, signed_hadamard
 from kvpolicy_kernels.key_centre.kernel import wave
+from kvpolicy_kernels.tiles import cdiv
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
 TO_NEAREST = tl.constexpr(1.5 * 2.0**23)  # what is added to it loses its fraction, as torch rounds
@@ -171,7 +172,7 @@ def triton_encode(rows: Sequence[Tensor], entry_format: EntryFormat) -> list[Enc
     most = max(len(x) for x in flat)
     config = launch_config()
     if most:
-        _encode_kernel[(triton.cdiv(most, config["BLOCK_R"]), len(flat))](
+        _encode_kernel[(cdiv(most, config["BLOCK_R"]), len(flat))](
             tuple(flat), tuple(signed_hadamard(dim, x.device) for x, dim in zip(flat, dims, strict=True)),
             tuple(words), tuple(scales), tuple(len(x) for x in flat),
             DIMS=dims, TURN_SCALES=tuple(block_of(dim) ** -0.5 for dim in dims), PLANES=planes,

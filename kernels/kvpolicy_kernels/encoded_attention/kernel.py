@@ -38,6 +38,7 @@ from kvpolicy_kernels.encoded_attention.turn.kernel import CENTRE_SCALE, NEVER, 
 from kvpolicy_kernels.key_centre.kernel import wave
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 RANGE = tl.constexpr(14.0)  # the largest weight is 2**14, so that fp16 reaches down to 2**-38 of it
@@ -323,7 +324,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred:
     are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
     by side, which find the entries in the L2 cache.
     """
-    words = triton.next_power_of_2(dim // planes)
+    words = next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
     halved += (block_m > 8) + centred * ((block_m > 8) + (dim > 128))
@@ -376,7 +377,7 @@ def triton_encoded_attention(
         centre=centre, copies=copies, early=early,
     )  # fmt: skip
     num_sinks = 0 if copies is None else copies.num_sinks
-    _attend_kernel[(triton.cdiv(rows, config["BLOCK_M"]), num_programs)](
+    _attend_kernel[(cdiv(rows, config["BLOCK_M"]), num_programs)](
         turned_query, sums, of_centre, None if centre is None else centre.frequencies, key_words, halves(key_scales),
         value_words, halves(value_scales), positions, since, mid, lse, parts, part_lse, logits, sink_logits,
         segments.starts, lengths, plan.units, plan.quantum, plan.programs,
@@ -386,7 +387,7 @@ def triton_encoded_attention(
         VW_ROW=value_words.stride(0), VS_ROW=value_scales.stride(0) // 2,
         UNIT=plan.unit, PLANES=planes, PACKED=packed,
         BLOCK_W=plane_block(dim, planes), BLOCK_WV=plane_block(value_dim, planes),
-        COEFFICIENTS=coefficients, BLOCK_C=max(16, triton.next_power_of_2(coefficients - 1)),
+        COEFFICIENTS=coefficients, BLOCK_C=max(16, next_power_of_2(coefficients - 1)),
         HAS_SOFTCAP=softcap is not None,
         HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
         ROOMY=len(key_words) >= config["BLOCK_N"], HIDES=copies is not None, EARLY=early,
@@ -406,10 +407,10 @@ def triton_encoded_attention(
     assert lse is not None  # as mass is asked for
     of_copies = None if copies is None else _mass_of_copies(query, copies, lse, scale, softcap, mass_power)
     mass = query.new_zeros(len(key_words), dtype=single)
-    _mass_kernel[(num_segments, triton.cdiv(4 * num_programs, num_segments))](
+    _mass_kernel[(num_segments, cdiv(4 * num_programs, num_segments))](
         mass, logits, lse, positions, since, of_copies, segments.starts, lengths, rows,
         0 if copies is None else copies.positions.shape[1], num_sinks, mass_power,
-        BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=64, HIDES=copies is not None, **LAUNCH,
+        BLOCK_M=next_power_of_2(rows), BLOCK_N=64, HIDES=copies is not None, **LAUNCH,
     )  # fmt: skip
     return out, lse if with_lse else None, mass
 
@@ -428,7 +429,7 @@ def _mass_of_copies(
 
 def plane_block(dim: int, planes: int) -> int:
     """Channels of a plane's tile."""
-    return max(16, triton.next_power_of_2(dim // planes))
+    return max(16, next_power_of_2(dim // planes))
 
 
 def halves(scales: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kvpolicy_kernels.evict.reference import PLAIN as _PLAIN
 from kvpolicy_kernels.evict.reference import POSITION_BITS as _POSITION_BITS
 from kvpolicy_kernels.evict.reference import RECENT as _RECENT
 from kvpolicy_kernels.evict.reference import Spans
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 PROGRAMS = 528  # four for each multiprocessor of an H200
 SHORT = 512  # entries that one program looks through without help
@@ -143,12 +144,12 @@ def _rank_kernel(
 
 def parts_of(num_segments: int, num_rows: int) -> int:
     """Programs that share a segment, as the arena is large: the lengths are the device's."""
-    return max(1, min(PROGRAMS // num_segments, triton.cdiv(num_rows, num_segments * SHORT)))
+    return max(1, min(PROGRAMS // num_segments, cdiv(num_rows, num_segments * SHORT)))
 
 
 def merge_config(num_parts: int) -> dict[str, int]:
     """Launch options of the second launch."""
-    block_p = triton.next_power_of_2(num_parts)
+    block_p = next_power_of_2(num_parts)
     return {"BLOCK_P": block_p, "num_warps": max(1, min(4, block_p // 128))}
 
 
@@ -199,14 +200,15 @@ def triton_rank(
     spans: Spans,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `rank`."""
-    count, num_columns = len(starts), width + (0 if fresh is None else fresh.shape[1])
+    count, num_columns = starts.shape[0], width + (0 if fresh is None else fresh.shape[1])
     places, keys = starts.new_empty(2, count, num_columns).unbind()
     if places.numel():
         pinned = ((0, num_sink_tokens), *spans)
-        _rank_kernel[(triton.cdiv(num_columns, CONFIG["BLOCK"]), count)](
+        _rank_kernel[(cdiv(num_columns, CONFIG["BLOCK"]), count)](
             scores, positions, starts, lengths, seen, fresh, places, keys,
             0 if scores is None else scores.stride(0), 0 if fresh is None else fresh.stride(0),
-            1 if fresh is None else count // len(fresh), count // len(seen), width, num_columns, recent_window, pinned,
-            NUM_SPANS=len(pinned), HAS_SCORES=scores is not None, HAS_FRESH=fresh is not None, **CONFIG, **LAUNCH,
+            1 if fresh is None else count // fresh.shape[0], count // seen.shape[0], width, num_columns, recent_window,
+            pinned, NUM_SPANS=len(pinned), HAS_SCORES=scores is not None, HAS_FRESH=fresh is not None,
+            **CONFIG, **LAUNCH,
         )  # fmt: skip
     return places, keys

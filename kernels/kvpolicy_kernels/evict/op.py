@@ -114,15 +114,16 @@ def rank(
     Raises `ValueError` for shapes and dtypes that do not fit, and for a backend that cannot run here.
     """
     _check(None, positions, starts, lengths, seen)
-    count, sequences = (0, 1) if fresh is None else (fresh.shape[1], len(fresh))
-    if fresh is not None and (fresh.dtype != torch.int64 or not sequences or len(starts) % sequences):
+    segments = starts.shape[0]  # sooner there than its len()
+    sequences, count = (1, 0) if fresh is None else fresh.shape
+    if fresh is not None and (fresh.dtype != torch.int64 or not sequences or segments % sequences):
         raise ValueError(
-            f"rank: expected fresh int64 [B, n] with a B that divides {len(starts)} segments, got {fresh.dtype} "
+            f"rank: expected fresh int64 [B, n] with a B that divides {segments} segments, got {fresh.dtype} "
             f"{list(fresh.shape)}"
         )
-    if scores is not None and (scores.shape != (len(starts), width + count) or scores.dtype != torch.float32):
+    if scores is not None and (scores.shape != (segments, width + count) or scores.dtype != torch.float32):
         raise ValueError(
-            f"rank: expected scores float32 {[len(starts), width + count]}, got {scores.dtype} {list(scores.shape)}"
+            f"rank: expected scores float32 {[segments, width + count]}, got {scores.dtype} {list(scores.shape)}"
         )
     if any(table is not None and table.shape[1] > 1 and table.stride(1) != 1 for table in (scores, fresh)):
         raise ValueError("rank: expected scores and fresh with contiguous rows")
@@ -155,5 +156,6 @@ def _check(scores: Tensor | None, positions: Tensor, starts: Tensor, lengths: Te
                 f"evict: expected {name} contiguous int64 {list(shape)}, got {table.dtype} {list(table.shape)} with "
                 f"strides {list(table.stride())}"
             )
-    if len(starts) and (not len(seen) or len(starts) % len(seen)):
-        raise ValueError(f"evict: expected seen [B] with a B that divides {len(starts)} segments, got {len(seen)}")
+    count, sequences = starts.shape[0], seen.shape[0]
+    if count and (not sequences or count % sequences):
+        raise ValueError(f"evict: expected seen [B] with a B that divides {count} segments, got {sequences}")

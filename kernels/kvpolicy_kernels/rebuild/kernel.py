@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from kvpolicy_kernels.rebuild.op import Chosen
@@ -63,7 +64,7 @@ def _rebuild_kernel(
 
 def launch_config(dims: Sequence[int], itemsize: int) -> dict[str, object]:
     """Tile sizes and launch options: about 8 kB of the widest out a program, so that a small layer has many."""
-    blocks = tuple(triton.next_power_of_2(dim) for dim in dims)
+    blocks = tuple(next_power_of_2(dim) for dim in dims)
     return {"BLOCKS_D": blocks, "BLOCK_N": min(128, max(1, 8192 // (max((1, *blocks)) * itemsize))), "num_warps": 4}
 
 
@@ -82,8 +83,8 @@ def triton_rebuild(
         return
     config = launch_config([out.shape[1] for out in outs], max((out.itemsize for out in outs), default=1))
     own, tables = tuple(out for out, _ in numbers), tuple(table for _, table in numbers)
-    _rebuild_kernel[(triton.cdiv(most, config["BLOCK_N"]), count)](
-        columns, starts, counts, former, columns.stride(0), width, count // len(fresh[0]) if fresh else 1,
+    _rebuild_kernel[(cdiv(most, config["BLOCK_N"]), count)](
+        columns, starts, counts, former, columns.stride(0), width, count // fresh[0].shape[0] if fresh else 1,
         tuple(outs), tuple(out.stride(0) for out in outs), *_all(held, lambda entries: entries.stride(0)),
         *_all(fresh, lambda tokens: tokens.stride()), own or None, *_all(tables, lambda table: table.stride(0)),
         DIMS=tuple(out.shape[1] for out in outs), NUMBERS=len(own), HAS_HELD=bool(held), HAS_FRESH=bool(fresh),

@@ -48,9 +48,9 @@ def rebuild(
     The bits are exact where dtypes agree. Tables lie on the device, and Triton reads nothing back.
     Raises `ValueError` for shapes that do not fit, and for a backend that cannot run here.
     """
-    count = len(chosen.starts)
+    count = chosen.starts.shape[0]  # sooner there than its len()
     if chosen.columns.dim() != 2 or any(
-        table.dtype != torch.int64 or len(table) != count for table in (chosen.columns, *chosen[1:4])
+        table.dtype != torch.int64 or table.shape[0] != count for table in (chosen.columns, *chosen[1:4])
     ):
         raise ValueError(f"rebuild: expected columns int64 [{count}, most], and int64 [{count}] of each table")
     if chosen.columns.shape[1] > 1 and chosen.columns.stride(1) != 1:
@@ -68,7 +68,12 @@ def rebuild(
                 f"rebuild: expected [R, D] with contiguous rows, got {list(out.shape)}, strides {list(out.stride())}"
             )
     for out, table in numbers:
-        if out.dim() != 1 or table.dim() != 2 or len(table) != count or (table.shape[1] > 1 and table.stride(1) != 1):
+        if (
+            out.dim() != 1
+            or table.dim() != 2
+            or table.shape[0] != count
+            or (table.shape[1] > 1 and table.stride(1) != 1)
+        ):
             raise ValueError(
                 f"rebuild: expected numbers [R] and [{count}, N] with contiguous rows, got {list(out.shape)} and "
                 f"{list(table.shape)}"

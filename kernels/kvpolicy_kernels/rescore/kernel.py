@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor, uint8
 
 from kvpolicy_kernels.backend import LAUNCH, on_its_device
+from kvpolicy_kernels.tiles import cdiv
 
 BLOCK = 1024
 
@@ -28,6 +29,6 @@ def _rescore_kernel(scores_ptr, new_ptr, positions_ptr, fault_ptr, num_rows, BLO
 def triton_rescore(scores: Tensor, new: Tensor, positions: Tensor, fault: Tensor) -> None:
     """Shapes as in `rescore`."""
     if num_rows := len(scores):
-        _rescore_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        _rescore_kernel[(cdiv(num_rows, BLOCK),)](
             scores, new, positions, fault.view(uint8), num_rows, BLOCK=BLOCK, num_warps=4, **LAUNCH
         )

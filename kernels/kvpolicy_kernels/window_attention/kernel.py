@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 
@@ -173,14 +174,14 @@ def triton_window_attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(batch, num_q_heads, count, value.shape[-1])
     config = launch_config(query.dtype, max(dim, value.shape[-1]), at_least_hopper(query.device))
-    grid = (triton.cdiv(count, config["BLOCK_M"]), batch * num_q_heads)
+    grid = (cdiv(count, config["BLOCK_M"]), batch * num_q_heads)
     _window_attention_kernel[grid](
         query, key, value, out, window, sink_logits,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         length - count, length, num_sink_tokens, prefill_length, tokens_per_block or 0, skipped,
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         NUM_Q_HEADS=num_q_heads, GROUP=num_q_heads // key.shape[1], D=dim, DV=value.shape[-1],
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
+        BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_DV=max(16, next_power_of_2(value.shape[-1])),
         HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_BEFORE=count < length,
         GROWS=tokens_per_block is not None,
         # plain tf32 would lose three digits of an fp32 model

@@ -24,6 +24,7 @@ from kvpolicy_kernels.backend import LAUNCH, multiplies_from_shared_memory, on_i
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.segments import Chunk, Segments
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2 = tl.constexpr(LOG2E)
 NO_BOUND = tl.constexpr(2**30)  # more than there are tokens
@@ -268,7 +269,7 @@ def triton_chunk_attention(
     masked = mask is not None or entry_mask is not None
     hopper = multiplies_from_shared_memory(query.device)
     config = launch_config(query.dtype, max(dim, value_dim), rows, masked, hopper)
-    num_tiles = triton.cdiv(rows, config["BLOCK_M"])
+    num_tiles = cdiv(rows, config["BLOCK_M"])
     programs = num_tiles * num_segments
     num_parts = parts_of(programs, len(keys) // num_segments, 2 * default_programs(query.device))
     part, part_lse = None, None
@@ -283,7 +284,7 @@ def triton_chunk_attention(
         num_kv_heads, n, 0 if chunk is None else len(chunk), num_tiles, num_parts,
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         GROUP=num_q_heads // num_kv_heads, D=dim, DV=value_dim, K_ROW=keys.stride(0), V_ROW=values.stride(0),
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_DV=max(16, next_power_of_2(value_dim)),
         HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_CHUNK=chunk is not None,
         HAS_MASK=mask is not None, HAS_ENTRY_MASK=entry_mask is not None, SPLIT=num_parts > 1,
         # plain tf32 would lose three digits of an fp32 model

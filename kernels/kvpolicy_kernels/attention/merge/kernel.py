@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpolicy_kernels.backend import LAUNCH
 from kvpolicy_kernels.base2 import LN2, LOG2E
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 
@@ -66,8 +67,8 @@ def merge_config(num_segments: int, num_programs: int, rows: int, value_dim: int
     Few segments have many pieces each, and are cut small to use the whole device. Many have few, and then it counts
     how soon all programs have been launched: one warp each, two for head dims above 128.
     """
-    block_dv = 32 if num_segments * rows * value_dim < 2**17 else triton.next_power_of_2(value_dim)
-    pieces = triton.next_power_of_2(4 * num_programs // num_segments + 1)
+    block_dv = 32 if num_segments * rows * value_dim < 2**17 else next_power_of_2(value_dim)
+    pieces = next_power_of_2(4 * num_programs // num_segments + 1)
     block_p = max(16, min(pieces, 4096 // block_dv))
     return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p // 32, block_dv // 128)}
 
@@ -84,7 +85,7 @@ def merge_pieces(
     """
     num_segments, rows, value_dim = len(pieces), part.shape[1], part.shape[2]
     config = merge_config(num_segments, num_programs, rows, value_dim)
-    _merge_kernel[(num_segments, rows, triton.cdiv(value_dim, config["BLOCK_DV"]))](
+    _merge_kernel[(num_segments, rows, cdiv(value_dim, config["BLOCK_DV"]))](
         out, lse, part, part_lse, pieces, rows,
         DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),

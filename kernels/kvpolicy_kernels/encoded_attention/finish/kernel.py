@@ -12,6 +12,7 @@ from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.formats import block_of, signed_hadamard
 from kvpolicy_kernels.segments import Chunk
 from kvpolicy_kernels.softcap.kernel import capped
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
 FEW = 1024  # rows, up to which each has a program of its own
@@ -218,13 +219,13 @@ def finish(
         mask = chunk.mask.contiguous().view(torch.uint8)
         strides = (0 if mask.shape[0] == 1 else mask.stride(0)), mask.stride(2)
     rows_each = 1 if num_segments * rows <= FEW else rows  # then the chunk is read once for all of them
-    _finish_kernel[(num_segments, triton.cdiv(rows, rows_each))](
+    _finish_kernel[(num_segments, cdiv(rows, rows_each))](
         mid, part, part_lse, pieces, signed_hadamard(value_dim, query.device) if rotated else None, query, out, lse,
         key, value, mask, *query.stride()[:3], *_strides(key), *_strides(value), *strides,
         num_kv_heads, rows // n, n, 0 if chunk is None else len(chunk), rows_each,
         scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
         D=dim, DV=value_dim, TURN_BLOCK=block_of(value_dim), TURN_SCALE=block_of(value_dim) ** -0.5,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_DV=max(16, next_power_of_2(value_dim)),
         ROTATED=rotated, HAS_CHUNK=chunk is not None, HAS_MASK=mask is not None, HAS_SOFTCAP=softcap is not None,
         EARLY=early, **finish_config(max(dim, value_dim)), **LAUNCH, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from kvpolicy_kernels.encoded_attention.numbers.kernel import key_offset
 from kvpolicy_kernels.formats import block_of, signed_hadamard
 from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.segments import ExactCopies
+from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 NEVER = tl.constexpr(2**31 - 1)  # a position behind all others
 CENTRE_SCALE = tl.constexpr(16.0)  # of biases below 30000, what is divided by it lies in the range of fp16
@@ -105,7 +106,7 @@ class Turned(NamedTuple):
 
 def turn_config(dtype: torch.dtype, dim: int) -> dict[str, int]:
     """Tile sizes and launch options."""
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     most = 32 if dtype == torch.float32 else 128 if dim <= 128 else 64
     return {"BLOCK_M": 16, "BLOCK_D": block_d, "STEP": min(block_d, most), "num_warps": 4 if dim <= 128 else 8}
 
@@ -133,12 +134,12 @@ def turned(
     since = None if copies is None else query.new_empty(count, dtype=torch.int32)
     slots = 0 if copies is None else copies.positions.shape[1]
     config = turn_config(query.dtype, dim)
-    _turn_kernel[(count, triton.cdiv(rows, config["BLOCK_M"]))](
+    _turn_kernel[(count, cdiv(rows, config["BLOCK_M"]))](
         query, signed_hadamard(dim, query.device) if rotated else None,
         None if centre is None else centre.coefficients, out, sums, of_centre,
         None if copies is None else copies.positions, since, *query.stride()[:3], num_kv_heads, group, n, slots,
         0 if copies is None else copies.num_sinks, scale_log2, D=dim, PLANES=planes,
-        TURN_SCALE=block_of(dim) ** -0.5, BLOCK_C=triton.next_power_of_2(max(slots, 1)), ROTATED=rotated,
+        TURN_SCALE=block_of(dim) ** -0.5, BLOCK_C=next_power_of_2(max(slots, 1)), ROTATED=rotated,
         COEFFICIENTS=coefficients, PACKED=packed, HIDES=copies is not None, EARLY=early,
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
     )  # fmt: skip
