@@ -8,7 +8,7 @@ alone, so keeping them needs no word from the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.copies import copy_with
-from kvpolicy.cache.device_tables import each_entry, on_device, owners_of
+from kvpolicy.cache.device_tables import Brought, Placed, each_entry, on_device, owners_of
 
 LEAST_GROWTH = 64  # rows; and a 32nd of the length, so that growing costs a 32nd of an append's reads
 _TABLES = ("start", "length", "allocated", "cursor")
@@ -32,20 +32,6 @@ _FREE = {"positions": -1, "scores": -torch.inf}
 
 if TYPE_CHECKING:
     from kvpolicy.cache.step import LayerStep, Placement
-
-
-class Placed(NamedTuple):
-    """Tables of an arena that are on its device, and the attention over them as its programs share it.
-
-    length: the lengths on the host that these are a copy of
-    seen:   int64 [S], tokens of each segment's sequence
-    """
-
-    length: Tensor
-    starts: Tensor
-    lengths: Tensor
-    seen: Tensor
-    work: WorkPlan | None
 
 
 class LayerArena:
@@ -88,7 +74,7 @@ class LayerArena:
         self.scores = torch.empty(0, dtype=torch.float32, device=device) if scored else None
         self.num_pinned, self.layout, self.moves, self.is_shuffled = num_pinned, object(), 0, False
         self._placed: Placed | None = None
-        self._brought: tuple[Tensor, Tensor, Tensor] | None = None
+        self._brought: Brought | None = None
         self._new_scores: Tensor | None = None  # float32 [S], of decoded tokens: always the same
         for name in _TABLES:
             setattr(self, name, torch.zeros(num_segments, dtype=torch.int64))
@@ -98,7 +84,9 @@ class LayerArena:
         """Every tensor held, by name."""
         tensors = self.entries | {name: getattr(self, name) for name in _TABLES}
         tensors |= {} if self._new_scores is None else {"new_scores": self._new_scores}
-        tensors |= {} if self._brought is None else {"brought": self._brought[2]}
+        if (brought := self._brought) is not None:
+            tensors |= {"brought": brought.tables}
+            tensors |= {} if brought.work is None else {"brought.work": brought.work.units}
         if (placed := self._placed) is not None:
             tensors |= {f"placed.{name}": getattr(placed, name) for name in ("starts", "lengths", "seen")}
             tensors |= {} if placed.work is None else {"placed.work": placed.work.units}  # all of it is one tensor
@@ -151,13 +139,26 @@ class LayerArena:
     @property
     def brought(self) -> tuple[Tensor, Tensor]:
         """Starts and lengths on the device, int64 [S] each, which go there once until the entries change."""
-        if (placed := self.placed) is not None:
-            return placed.starts, placed.lengths
-        if (brought := self._brought) is None or brought[0] is not self.start or brought[1] is not self.length:
-            tables = on_device(torch.stack([self.start, self.length]), self.device)
-            brought = self._brought = self.start, self.length, tables
-        starts, lengths = brought[2]
+        if self._still_brought is None:  # what is placed may be of the next token already
+            self.bring(on_device(torch.stack([self.start, self.length]), self.device), None)
+        assert self._brought is not None  # since the line above
+        starts, lengths = self._brought.tables
         return starts, lengths
+
+    @property
+    def _still_brought(self) -> Brought | None:
+        """Unless something has changed since."""
+        own = self._brought
+        return own if own is not None and own.start is self.start and own.length is self.length else None
+
+    def bring(self, tables: Tensor, work: WorkPlan | None) -> None:
+        """Notes starts and lengths that are on the device, int64 [2, S], and a plan of the attention over them."""
+        self._brought = Brought(self.start, self.length, tables, work)
+
+    def attend_among(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
+        """Attention over all entries and over a chunk, of any number of queries. options: as in `attend`"""
+        work = None if self._still_brought is None else self._still_brought.work
+        return ragged_attention(query, self.brought_segments, chunk, plan=work, **options)
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from kvpolicy_kernels.attention import WorkPlan
 from torch import Tensor
 
 AT_ONCE = 32 << 10
 """Bytes that a driver takes along with the command to copy them. Of more it waits for its turn, unless they are pinned,
 which takes as long as three such copies."""
+
+
+class Placed(NamedTuple):
+    """Tables of an arena that are on its device, and the attention over them as its programs share it.
+
+    length: the lengths on the host that these are a copy of
+    seen:   int64 [S], tokens of each segment's sequence
+    """
+
+    length: Tensor
+    starts: Tensor
+    lengths: Tensor
+    seen: Tensor
+    work: WorkPlan | None
+
+
+class Brought(NamedTuple):
+    """Tables of an arena that have been brought to its device, and the attention over them as its programs share it.
+
+    start, length: those on the host that `tables`, int64 [2, S], is a copy of
+    """
+
+    start: Tensor
+    length: Tensor
+    tables: Tensor
+    work: WorkPlan | None
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:

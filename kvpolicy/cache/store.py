@@ -237,6 +237,8 @@ class RaggedStore(Decoding):
         self._check_turn(layer, self._arrival.after)
         self._finite.add(layer, keys=key, values=value)
         self.first_token.begin(key.device)
+        if not layer:
+            self._bring_tables()
         return entries.arrive(key, value, self._arrival)
 
     def attend_chunk(
@@ -254,12 +256,14 @@ class RaggedStore(Decoding):
         entry_mask: bool [n, length] for each segment; None means that every entry is visible
         """
         arena = self._layer(layer).arena
-        # of a whole prompt, and under masks of entries, an op looks at the lengths
-        segments = arena.brought_segments if arena.width and entry_mask is None else arena.counted_segments
         inputs.check_query(query, chunk.key, self.batch_size, self._num_q_heads)
         if mask is None and chunk.places.has_padding:
             mask = chunk_mask(chunk, query.shape[2])
-        return ragged_attention(query, segments, chunk.masked(mask), entry_mask=entry_mask, **scoring.options())
+        tokens, options = chunk.masked(mask), scoring.options()
+        if arena.width and entry_mask is None:
+            return arena.attend_among(query, tokens, options)
+        # of a whole prompt, and under masks of entries, an op looks at the lengths
+        return ragged_attention(query, arena.counted_segments, tokens, entry_mask=entry_mask, **options)
 
     def keep(
         self,

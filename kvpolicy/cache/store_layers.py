@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from kvpolicy_kernels.attention import plan_work
 from kvpolicy_kernels.key_centre import KeyCentre
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from kvpolicy.budget.entry_format import Format, least_entries, of_layer
 from kvpolicy.cache import inputs
 from kvpolicy.cache.accounts import Accounts
 from kvpolicy.cache.arena import LayerArena
+from kvpolicy.cache.device_tables import on_device
 from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.cache.inputs import Finiteness
 from kvpolicy.cache.layer import StoreLayer
@@ -84,6 +86,17 @@ class Layers(Accounts):
         centre = self.key_centres[layer]
         centre = None if centre is None else centre.to(device)
         return EncodedArena(segments, shape, dtype, device, **kept, key_centre=centre)
+
+    def _bring_tables(self) -> None:
+        """Has what ops look up of entries on the device for all layers at once, where a chunk comes behind some."""
+        arenas = [layer.arena for layer in self._opened()]
+        device = arenas[0].device
+        if len(arenas) < len(self.layers) or not arenas[0].width or {arena.device for arena in arenas} != {device}:
+            return  # each by itself
+        tables = on_device(torch.stack([torch.stack([x.start, x.length]) for x in arenas], 1), device)
+        work = plan_work(tables[1], head_dim=arenas[0].head_dim) if device.type == "cuda" else None
+        for index, arena in enumerate(arenas):
+            arena.bring(tables[:, index], None if work is None else work.layer(index))
 
     def _open(self, layer: int, key: Tensor, value: Tensor) -> StoreLayer:
         """The layer that these new tokens belong to, made if they are the first."""

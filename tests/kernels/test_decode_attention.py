@@ -269,6 +269,9 @@ def test_triton_from_ragged_attention(poisoned):
     given = chunked(2, 4, [200, 3, 0, 6], 2, 3, 8)
     out = ragged_attention(*given, backend="triton")
     torch.testing.assert_close(out.double(), oracle(*given)[0], atol=1e-5, rtol=0)
+    lengths = given[1].lengths.to(DEVICE)
+    work = plan_work(torch.stack([lengths + 3, lengths]), head_dim=8, backend="triton").layer(1)
+    assert torch.equal(ragged_attention(*given, plan=work, backend="triton"), out)
 
 
 @needs_triton
@@ -313,6 +316,8 @@ def test_a_plan_of_other_segments_is_refused():
         decode_attention(*given, plan=plan_work(torch.tensor([1, 2, 3])))
     with pytest.raises(ValueError, match=r"got \[2, 2, 2\]; a plan of several layers"):
         decode_attention(*given, plan=plan_work(torch.tensor([[1, 2], [3, 4]])))
+    with pytest.raises(ValueError, match="ragged_attention: 2 segments need a plan"):
+        ragged_attention(*given, plan=plan_work(torch.tensor([1, 2, 3])))
 
 
 def test_what_does_not_fit_is_refused():

@@ -48,6 +48,7 @@ def ragged_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     entry_mask: Sequence[Tensor] | None = None,
+    plan: WorkPlan | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attention of each sequence's queries over the cache entries of its KV heads, and over a chunk of new tokens.
@@ -59,6 +60,7 @@ def ragged_attention(
     scale: of the scores, default D ** -0.5;  softcap: scores become `softcap * tanh(score / softcap)`
     sink_logits: [num_q_heads], a learned logit that takes part in the softmax with a zero value (gpt-oss)
     entry_mask: one bool [n, lengths[i]] per segment, True is visible; default: all are
+    plan: of `plan_work` for these segments, which queries as few as `decode_attention` takes go by; None makes one
     backend: "auto" is Triton on CUDA and torch elsewhere. Triton takes any number of queries, head dims up to 256, and
         tensors of one dtype: float32, bfloat16 or float16. A whole prompt, causal and without entries, goes to torch's
         flash attention, if the tables lie on the CPU
@@ -71,6 +73,7 @@ def ragged_attention(
     do this.
     """
     num_kv_heads = check_segments("ragged_attention", query, segments, chunk, sink_logits)
+    _check_plan("ragged_attention", plan, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     plain = chunk is None and entry_mask is None and softcap is None
     same_dims = segments.values.shape[1] == segments.keys.shape[1]
@@ -91,7 +94,7 @@ def ragged_attention(
         if few:
             from kvpolicy_kernels.attention.kernel import triton_attention
 
-            out = triton_attention(query, segments, chunk, scale, softcap, sink_logits)[0]
+            out = triton_attention(query, segments, chunk, scale, softcap, sink_logits, plan)[0]
         else:
             from kvpolicy_kernels.attention.chunk.kernel import triton_chunk_attention
 
@@ -134,11 +137,7 @@ def decode_attention(
     num_kv_heads = check_segments("decode_attention", query, segments, chunk, sink_logits)
     if with_mass and isinstance(segments, BlockSegments):
         raise ValueError("decode_attention: with_mass needs Segments, got BlockSegments, whose entries have no mass")
-    if plan is not None and plan.pieces.shape != (len(segments), 2):
-        raise ValueError(
-            f"decode_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
-            f"{list(plan.pieces.shape)}; a plan of several layers is taken layer by layer: plan.layer(i)"
-        )
+    _check_plan("decode_attention", plan, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     beyond = _beyond_decoding(query, num_kv_heads) or _beyond_kernels(query, segments, chunk)
     if uses_triton("decode_attention", backend, query, beyond):
@@ -153,6 +152,14 @@ def decode_attention(
         segments = segments.gathered()
     out, lse, mass = reference_decode_attention(query, segments, chunk, scale, softcap, sink_logits, mass_power)
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
+
+
+def _check_plan(op: str, plan: WorkPlan | None, segments: Segments | BlockSegments) -> None:
+    if plan is not None and plan.pieces.shape != (len(segments), 2):
+        raise ValueError(
+            f"{op}: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
+            f"{list(plan.pieces.shape)}; a plan of several layers is taken layer by layer: plan.layer(i)"
+        )
 
 
 def _check_entry_mask(entry_mask: Sequence[Tensor], n: int, segments: Segments, reads_lengths: bool) -> None:
