@@ -304,7 +304,7 @@ class RaggedStore(Decoding):
         if not settling:
             return
         if self.split is not None and scores is not None:
-            split_layers(self.rows, [self._layer(index) for index in range(layer + 1)], scores, settled, statistics)
+            split_layers(self.rows, self._opened()[: layer + 1], scores, settled, statistics)
         entries.fold(settled, scores)
 
     # --- what becomes of a batch
