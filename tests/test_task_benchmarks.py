@@ -107,6 +107,19 @@ def test_what_a_recipe_measures_is_the_policy_with_and_without_plan_and_format(b
     assert recipe.methods("snapkv", "int8") == ["snapkv/uniform@int8", "plan.json@int8"]
 
 
+def test_a_recipe_draws_the_prompts_of_each_seed(benchmark, tmp_path, monkeypatch):
+    recipe, asked = benchmark("recipe"), []
+    monkeypatch.setattr(recipe, "tables_of_tasks", lambda options, parts, processes: asked.append(parts))
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--out", str(tmp_path)])
+    recipe.measure(recipe.parsed())
+    names = ["agnostic_int8", "agnostic_model", "aware_int8", "aware_model"]
+    assert [sorted(parts) for parts in asked] == [names, names]
+    seeds = [command[command.index("--seed") + 1] for parts in asked for command, _ in parts.values()]
+    assert seeds == [7] * 4 + [8] * 4
+    full = {name: "--without-full" not in command for name, (command, _) in asked[0].items()}
+    assert full == dict(zip(names, [False, True] * 2, strict=True))
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_other_budgets_come_behind_all_uniform_ones_or_together_with_them(benchmark, together):
     options = {"methods": ["snapkv/uniform", "snapkv/adakv"], "others": None, "full": False, "together": together}
