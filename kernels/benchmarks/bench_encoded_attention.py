@@ -10,7 +10,7 @@ besides, whose codes are hidden. "encode" rows are one token of a layer, keys an
 
 `--launches` times tile sizes and numbers of programs instead, fastest first at the end, in about a minute and a half:
 what `launch_config` and `encoded_programs` say is decided by its "entries and block" rows. "no entries" is what a call
-takes whatever the size. `--centres` times what a centre of the keys adds to int4, by the pairs that turn.
+takes whatever the size. `--centres` times what a centre of the keys adds to int4, by its waves.
 """
 
 from __future__ import annotations
