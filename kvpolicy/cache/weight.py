@@ -20,6 +20,7 @@ from kvpolicy.model.spec import Budget, ModelSpec
 from kvpolicy.plugins.roles import EvictionPolicy
 
 _STEP_NBYTES = 7 * torch.int64.itemsize + torch.float32.itemsize  # of a KV head, while a token is decoded: `LayerStep`
+_EVICTED_NBYTES = torch.int64.itemsize  # of a layer, likewise: `LayerStep.evicted_at`
 
 
 def table_nbytes(spec: ModelSpec, capacities: Tensor, batch_size: int = 1) -> int:
@@ -59,7 +60,7 @@ def byte_budget(
     beside = table_nbytes(spec, torch.empty(spec.table_shape, dtype=torch.int64))
     flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
     beside += block_nbytes(spec, dtype.itemsize, policy, entry_format) + flags
-    beside += spec.total_entries(1.0, 1) * _STEP_NBYTES
+    beside += spec.total_entries(1.0, 1) * _STEP_NBYTES + spec.num_budgeted_layers * _EVICTED_NBYTES
     cost = entry_costs(spec, dtype, scored=scored, entry_format=entry_format)
     least = min(least_entries(policy, entry_format), context)
     if allowed - beside < least * int(cost.sum()):
