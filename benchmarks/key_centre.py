@@ -5,15 +5,17 @@ r"""What codes of 8 and 4 bits lose where keys have a bias, encoded whole and le
 
 Nothing is evicted of a prompt, and the tokens behind it are scored in one forward over what the cache gives back:
 perplexity, and the divergence from the full cache, KL(full || row). With `--protocol window` every token is decoded
-under the format, and the last three quarters are scored. Of a text that is too short for as many sequences
+under the format, and the last three quarters are scored. With `--left` nothing is run: what a centre leaves of the
+turned bias, from the weights. Of a text that is too short for as many sequences
 there are as many as it holds, and of a length that none holds there are no rows. Rows are written as they come, and
-those that are there are not measured again. Rows whose keys are "less their mean over N positions" are of former
-centres.
+those that are there are not measured again. Rows whose keys are "less eight pairs and a mean" or "less their mean over
+N positions" are of former centres, "whole" and "less their centre" of what the library has.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,11 @@ from shared import command_line, machine, read_csv, write_csv
 from torch import Tensor
 
 import kvpolicy
+from kvpolicy import ModelSpec
 from kvpolicy.comparison.methods import read_asked
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
+from kvpolicy.integrations.transformers.attention.key_centre import WAVES, key_centres
+from kvpolicy.integrations.transformers.attention.rotary import rotary_of
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
 
@@ -35,6 +41,10 @@ ROWS: dict[tuple[str, str], EntryFormat | None] = {
     ("int4", "less their centre"): INT4,
     ("int4", "whole"): replace(INT4, centred=False),
 }
+
+
+RANGES = (0, 1024, 4096, 8192, 16384, 32768, 65536, 131072)
+SAMPLES = 400  # positions of a range, evenly
 
 
 class Prompts:
@@ -74,6 +84,33 @@ class Decoded:
         return [torch.tensor(each, dtype=torch.float64) for each in self.study.measured(method, whole, {})[:2]]
 
 
+@torch.no_grad()
+def left_over(model: Any) -> list[dict[str, Any]]:
+    """The root of the mean square of turned bias less centre in a head, and the largest of a head, in each range."""
+    spec = ModelSpec.from_config(model.config)
+    of_layers = []
+    for centre, (attention, _) in zip(
+        key_centres(model, spec), attention_modules(model, spec.budgeted_layers), strict=True
+    ):
+        if centre is None:
+            raise SystemExit("a layer has no bias that is known")
+        rotary, bias = rotary_of(attention), attention.k_proj.bias.float().view(-1, 1, spec.attention.key_dim)
+        of_ranges = []
+        for first, last in pairwise(RANGES):
+            positions = torch.linspace(first, last - 1, SAMPLES).round().to(bias.device)
+            angles = positions.double()[:, None] * rotary.frequencies
+            turned = rotary.turned(bias.expand(-1, SAMPLES, -1), angles.cos().float(), angles.sin().float())
+            rest = turned - centre.of(torch.arange(len(bias), device=bias.device)[:, None], positions.long())
+            of_ranges.append(rest.square().sum(-1).mean(-1))
+        of_layers.append(torch.stack(of_ranges, 1))
+    heads = torch.cat(of_layers)  # [heads of all layers, ranges]
+    return [
+        {"waves": WAVES, "first": first, "last": last - 1, "left": round(float(own.mean().sqrt()), 3),
+         "worst_head": round(float(own.max().sqrt()), 3), "heads": len(own)}
+        for (first, last), own in zip(pairwise(RANGES), heads.T, strict=True)
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -84,9 +121,13 @@ def main() -> None:
     parser.add_argument("--protocol", choices=["prompt", "window"], default="prompt")
     parser.add_argument("--behind", type=int, default=512, help="tokens behind a prompt")
     parser.add_argument("--sequences", type=int, default=2, help="of each text")
+    parser.add_argument("--left", action="store_true", help="what a centre leaves of the turned bias, from the weights")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model, tokenizer = kvpolicy.load_model(options.model, dtype=options.dtype, device=options.device)
+    if options.left:
+        write_csv(options.out, [row | {"model": Path(options.model).name} for row in left_over(model)])
+        return
     texts = [kvpolicy.read_corpus(tokenizer, None if name == "python" else name) for name in options.text]
     lines: list[dict[str, Any]] = [*read_csv(options.out)] if options.out.exists() else []
     for prompt in options.prompt:
