@@ -58,7 +58,7 @@ def byte_budget(
     full = spec.total_entries(1.0, context) * spec.entry_bytes(dtype.itemsize)
     allowed = round(memory * full) if isinstance(memory, float) else memory
     beside = table_nbytes(spec, torch.empty(spec.table_shape, dtype=torch.int64))
-    flags = scored * spec.num_budgeted_layers * torch.bool.itemsize  # whether a score was NaN
+    flags = policy.rescores * spec.num_budgeted_layers * torch.bool.itemsize  # whether a decoded token's score was NaN
     beside += block_nbytes(spec, dtype.itemsize, policy, entry_format) + flags
     beside += spec.total_entries(1.0, 1) * _STEP_NBYTES + spec.num_budgeted_layers * _EVICTED_NBYTES
     cost = entry_costs(spec, dtype, scored=scored, entry_format=entry_format)

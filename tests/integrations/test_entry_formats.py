@@ -175,7 +175,7 @@ def test_bytes_that_were_asked_for_are_kept(model, name, policy):
         cache = kvpolicy.new_cache(model, policy=policy, memory=memory, context_length=400, format=name)
         with torch.no_grad():
             model(tiny_ids(400), **over(cache))
-        assert most - 500 <= cache.nbytes <= most
+        assert most - 530 <= cache.nbytes <= most  # some 430 of these are for the tables of a decoded token
 
 
 def test_bytes_that_cannot_be_are_refused(model):
