@@ -94,7 +94,8 @@ def left_over(model: Any) -> list[dict[str, Any]]:
     ):
         if centre is None:
             raise SystemExit("a layer has no bias that is known")
-        rotary, bias = rotary_of(attention), attention.k_proj.bias.float().view(-1, 1, spec.attention.key_dim)
+        projection: Any = attention.k_proj
+        rotary, bias = rotary_of(attention), projection.bias.float().view(-1, 1, spec.attention.key_dim)
         of_ranges = []
         for first, last in pairwise(RANGES):
             positions = torch.linspace(first, last - 1, SAMPLES).round().to(bias.device)
