@@ -47,6 +47,21 @@ def poison(store):
         held.arena.positions[unused] = -99
 
 
+class History:
+    """The capacities of a row, which go on from those before; of a row that is taken twice, each has its own."""
+
+    def __init__(self, schedule, held=()):
+        self.schedule, self.held = schedule, [*held]
+
+    def __call__(self, seen):
+        if not self.held or seen > self.held[-1][0]:
+            self.held.append((seen, self.schedule.at(seen, self.held[-1][1] if self.held else None)))
+        return self.held[-1][1][0].tolist()
+
+    def __deepcopy__(self, memo):
+        return History(self.schedule, self.held)
+
+
 class Play:
     """table: entries of each head, or a schedule of one layer; lengths: tokens of each row's own data."""
 
@@ -61,16 +76,9 @@ class Play:
         self.rows = [self._row(self.store.schedule, row, decode) for row in range(batch)]
 
     def _row(self, schedule, index, decode):
-        held = []
-
-        def capacities(seen):
-            if not held or seen > held[-1][0]:
-                held.append((seen, schedule.at(seen, held[-1][1] if held else None)))
-            return held[-1][1][0].tolist()
-
         data = (x[index] for x in self.data)
         spans = self.store.protection.spans
-        return Row(self.store.policy, *data, capacities, spans, decode == "append", self.scoring.options())
+        return Row(self.store.policy, *data, History(schedule), spans, decode == "append", self.scoring.options())
 
     def prompt(self, *counts, hold=0, valid=None):
         """One forward of `counts[b]` tokens for each row, padded on the left, or where `valid` [B, n] is False."""
