@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
+KINDS_OF_KEYS = ("model", ""), ("int8", "less their centre")
 
 
 @pytest.fixture
@@ -48,8 +49,9 @@ def shares(formats, file, policy, own, compared=("int4",)):
         ("PROMPT", "snapkv", "int4", [0.36, 0.31, 0.35]),
         ("PROMPT", "expected_attention", "int4", [0.36, 0.28, 0.3]),
         ("WINDOW", "streaming", "int4", [0.32, 0.28, 0.29]),
-        ("SECOND_PROMPT", "snapkv", "int4", [0.24, 0.25, 0.29]),
+        ("SECOND_PROMPT", "snapkv", "int4", [0.23, 0.24, 0.29]),
         ("SECOND_PROMPT", "snapkv", "int8", [0.33, 0.39, 0.48]),
+        ("SECOND_WINDOW", "streaming", "int4", [0.24, 0.23, 0.27]),
         ("SECOND_WINDOW", "streaming", "int8", [0.28, 0.41, 0.49]),
     ],
 )
@@ -65,7 +67,7 @@ def test_what_the_text_says_of_divergences_at_25_percent_is_in_the_tables(format
     assert "| `snapkv` | `int4` | learned | .0057 (19.37) |" in first
     assert "| `expected_attention` | `int4` | learned | .0059 (19.35) |" in first
     assert "| `snapkv` | `int8` | learned | .0069 (23.07) |" in second
-    assert "| `snapkv` | `int4` | learned | .017 (23.20) |" in second
+    assert "| `snapkv` | `int4` | learned | .016 (23.16) |" in second
 
 
 def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
@@ -92,7 +94,7 @@ def test_what_is_said_of_the_centre_of_keys_was_measured(formats):
     least = min((row for row in rows if row["format"] == "int4"), key=lambda row: float(row["kl"]))
     assert least["keys"] == "less their centre"
     text = " ".join((DOCS / "how-to" / "choose-a-format.md").read_text(encoding="utf-8").split())
-    full, _, int8 = (float(row["perplexity"]) for row in rows if row["format"] != "int4")
+    full, int8 = (float(row["perplexity"]) for row in rows if (row["format"], row["keys"]) in KINDS_OF_KEYS)
     assert f"{float(least['perplexity']):.2f} and {int8:.2f}, where the full cache has {full:.2f}" in text
 
 
