@@ -160,6 +160,13 @@ class Chunk:
     def __len__(self) -> int:
         return self.key.shape[2]
 
+    def seen_by(self, count: int) -> Tensor:
+        """The mask, also where it is the causal one. Returns bool [B or 1, 1, count, m]"""
+        if self.mask is not None:
+            return self.mask
+        whole = torch.ones(count, len(self), dtype=torch.bool, device=self.key.device)
+        return whole.tril(len(self) - count)[None, None]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactCopies:
@@ -186,6 +193,13 @@ class ExactCopies:
         """Of each position, its slot."""
         recent = self.positions.shape[1] - self.num_sinks
         return torch.where(positions < self.num_sinks, positions, self.num_sinks + positions % recent)
+
+    def before(self, chunk: Chunk, count: int) -> Chunk:
+        """One chunk of both, for `count` queries: they see every copy, and of the chunk what they saw."""
+        key, value = (torch.cat(pair, 2) for pair in ((self.key, chunk.key), (self.value, chunk.value)))
+        masks = (self.positions >= 0)[:, None, None], chunk.seen_by(count)
+        shape = len(key), 1, count
+        return Chunk(key, value, torch.cat([mask.expand(*shape, mask.shape[3]) for mask in masks], 3))
 
 
 def check_segments(

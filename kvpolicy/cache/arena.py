@@ -45,11 +45,9 @@ class LayerArena:
     moves:      how often that was so
     is_shuffled: whether segments lie in another order than that of their numbers, as those of slots do
     columns:    names of the tensors that hold keys and values; `EncodedArena` has others
-    attends_beside: whether `attend_beside` needs no word from the device
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "values")
-    attends_beside: ClassVar[bool] = True
     num_programs: int | None = None  # that share the attention of a token on a GPU; None for as many as usual
     key_centre: KeyCentre | None = None  # what codes of keys are less of
     start: Tensor

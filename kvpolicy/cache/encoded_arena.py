@@ -18,6 +18,7 @@ from kvpolicy_kernels.formats import Encoded, EntryFormat
 from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.rebuild import rebuild
 from kvpolicy_kernels.rebuild.op import Chosen
+from kvpolicy_kernels.segments import Chunk as MaskedChunk
 from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
 from torch import Tensor
 
@@ -37,7 +38,6 @@ class EncodedArena(LayerArena):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("keys", "key_scales", "values", "value_scales")
-    attends_beside: ClassVar[bool] = False
     key_scales: Tensor
     value_scales: Tensor
 
@@ -102,6 +102,11 @@ class EncodedArena(LayerArena):
         if not self.reads_codes or query.shape[2] > 1:
             return super().attend(query, options)
         return encoded_attention(query, self._coded, plan=self._work, copies=self._copies, **options).out
+
+    def attend_beside(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
+        if not self.reads_codes or query.shape[2] > 1:
+            return super().attend_beside(query, chunk, options)
+        return encoded_attention(query, self._coded, chunk, plan=self._work, copies=self._copies, **options).out
 
     def attend_with_mass(self, query: Tensor, options: Mapping[str, Any], power: float) -> tuple[Tensor, Tensor]:
         if not self.reads_codes:

@@ -23,7 +23,7 @@ def plan_on_top(layers: Sequence[StoreLayer | None], room: int) -> PlannedStep:
     room: most tokens on top
     """
     opened = [layer for layer in layers if layer is not None and not layer.is_unwritten]
-    if len(opened) < len(layers) or not all(layer.arena.attends_beside for layer in opened):
+    if len(opened) < len(layers):
         return PlannedStep()
     first = opened[0]
     seen, count = first.seen, _count(first)
@@ -57,7 +57,9 @@ def _open(layers: Sequence[StoreLayer], room: int) -> None:
     tables = torch.stack([torch.stack([layer.arena.start, layer.arena.length, seen]) for layer in layers], 1)
     for device in devices:
         placed = on_device(tables, device)
-        work = plan_work(placed[1], head_dim=first.arena.head_dim) if device.type == "cuda" else None
+        work = None
+        if device.type == "cuda":
+            work = plan_work(placed[1], head_dim=first.arena.head_dim, num_programs=first.arena.num_programs)
         for index, layer in enumerate(layers):
             if layer.arena.device == device:
                 start, length, seen = placed[:, index]

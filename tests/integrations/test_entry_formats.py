@@ -243,6 +243,26 @@ def test_a_token_may_attend_to_the_codes(any_model, policy, monkeypatch):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_tokens_on_top_are_replayed(model, name, policy, monkeypatch):
+    """Two turns that are held attend to the codes, as on a GPU, and to the exact block; the same over decoded ones."""
+    record_on_cpu(monkeypatch)
+    ids, logits, caches = tiny_ids(110), [], []
+    for reads in (True, False):
+        monkeypatch.setattr(EncodedArena, "reads_codes", reads)
+        forward = model if reads else model.forward.own
+        caches.append(cache_over(model, policy, format=name, decode="append"))
+        with torch.no_grad():
+            forward(ids[:, :70], **over(caches[-1]))
+            caches[-1].hold(40)
+            parts = ids[:, 70:].split([6, *[1] * 14, 5, *[1] * 15], 1)
+            logits.append(torch.cat([forward(part, **over(caches[-1])).logits for part in parts], 1))
+    assert [cache.replays.mode for cache in caches] == ["graph", None]
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
 def test_beams_and_drafts(model):
     """Rows change places, and tokens are taken back."""
     ids, greedy = tiny_ids(60), {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}

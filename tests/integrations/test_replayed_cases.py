@@ -202,13 +202,12 @@ REASONS = {
     "four dimensions": "not one of columns",
     "other tensors": "the model is given pixel_values",
     "own positions": "works out positions of its own",
-    "codes": "on top of entries that are codes",
 }
 
 
 @pytest.mark.parametrize("case", REASONS)
 def test_what_runs_without_a_graph_says_why(case, model, monkeypatch):
-    cache = kvpolicy.new_cache(model, retention=0.4, format="int8" if case == "codes" else None)
+    cache = kvpolicy.new_cache(model, retention=0.4)
     call = {"input_ids": tiny_ids(1).to(DEVICE)}
     with torch.no_grad():
         model(tiny_ids(20).to(DEVICE), **over(cache))
@@ -217,8 +216,6 @@ def test_what_runs_without_a_graph_says_why(case, model, monkeypatch):
             cache.opened().layers[1].arena.__class__ = Elsewhere
         elif case == "processes":
             monkeypatch.setattr(cache.opened(), "num_heads", 1)
-        elif case == "codes":
-            cache.hold(9)
         elif case == "training":
             monkeypatch.setattr(model, "training", True)
         elif case == "four dimensions":

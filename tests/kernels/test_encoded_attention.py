@@ -157,6 +157,27 @@ def test_exact_copies(backend, lengths, seen, num_sinks, n, dims, entry_format, 
 
 
 @pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
+@pytest.mark.parametrize(("n", "masked"), [(1, True), (3, True), (3, False)])
+@backends
+def test_copies_and_a_chunk(backend, n, masked, entry_format, poisoned):
+    """A ring that is not full, and a block of which some columns are free, which count for nothing."""
+    segments = encoded([150, 13, 9, 9], 32, 16, entry_format)
+    segments, copies, counted = copies_of(segments, 2, 4, 9, [300, 9], (32, 16))
+    query = torch.randn(2, 6, n, 32, device=DEVICE)
+    key, value = (torch.randn(2, 2, 8, dim, device=DEVICE) for dim in (32, 16))
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, n, 8, device=DEVICE) < 0.5
+        mask[..., 5:] = False
+        key[:, :, 5:], value[:, :, 5:] = 10.0, 10.0
+    free = (copies.positions < 0)[:, None, :, None]
+    copies = replace(copies, key=copies.key.masked_fill(free, 10.0))
+    check(backend, query, segments, Chunk(key, value, mask), copies=copies, counted=counted)
+    check(backend, query, segments, Chunk(key, value, mask), copies=copies, counted=counted, softcap=5.0,
+          sink_logits=torch.ones(6, device=DEVICE))  # fmt: skip
+
+
+@pytest.mark.parametrize("entry_format", CODED[:2], ids=str)
 @pytest.mark.parametrize(("beside", "pairs"), [("nothing", 3), ("copies", 4), ("chunk", 1), ("nothing", 0)])
 @backends
 def test_key_centre(backend, beside, entry_format, pairs, poisoned):
@@ -284,8 +305,6 @@ def test_what_does_not_fit_is_refused():
     segments, copies, _ = copies_of(segments, 1, 1, 2, [9], (32, 16))
     with pytest.raises(ValueError, match=r"expected copies .* with less than 3 sinks, got .* with 3"):
         encoded_attention(query, segments, copies=replace(copies, num_sinks=3))
-    with pytest.raises(ValueError, match="copies and a chunk exclude each other"):
-        encoded_attention(query, segments, Chunk(copies.key, copies.value), copies=copies)
     with pytest.raises(ValueError, match=r"starts and lengths must be \[1 \* num_kv_heads\]"):
         encoded_attention(torch.randn(1, 3, 1, 32, device=DEVICE), segments)
 

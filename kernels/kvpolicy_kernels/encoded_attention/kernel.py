@@ -360,7 +360,11 @@ def triton_encoded_attention(
         plan = triton_plan(lengths, encoded_programs(lengths.device), unit_of(widest))
     num_programs, rotated = plan.programs.shape[0], entry_format.rotated
     query = query if query.stride(-1) == 1 else query.contiguous()
-    arriving = chunk if copies is None else Chunk(copies.key, copies.value)
+    arriving, slots = chunk, None
+    if copies is not None and chunk is not None:
+        arriving = copies.before(chunk, n)
+    elif copies is not None:
+        arriving, slots = Chunk(copies.key, copies.value), copies.positions
     single, finishes = torch.float32, rotated or arriving is not None
     out = query.new_empty(batch, num_q_heads, n, value_dim)
     mid = query.new_empty(out.shape, dtype=single) if finishes else out
@@ -396,7 +400,6 @@ def triton_encoded_attention(
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if lse is not None and finishes:
-        slots = None if copies is None else copies.positions
         finish(
             mid, lse, (parts, part_lse, plan.pieces), out, query, arriving, slots, scale, softcap, rotated, early
         )  # fmt: skip

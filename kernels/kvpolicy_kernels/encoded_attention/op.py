@@ -30,7 +30,7 @@ def encoded_attention(
     """`decode_attention` over entries of 8 or 4 bits: what it gives for the decoded ones.
 
     The arguments are those of `decode_attention`, but for the segments.
-    copies: count in the places of some entries, mass included; every query sees them. Not beside a chunk
+    copies: count in the places of some entries, mass included; every query sees them
     backend: "auto" is Triton on CUDA and torch elsewhere and for what the kernels cannot do; they take what those of
         `decode_attention` take, and rows of any format of 8 or 4 bits
 
@@ -52,10 +52,8 @@ def encoded_attention(
         )
     if copies is not None:
         _check_copies(copies, query, num_kv_heads, value_dim)
-        if chunk is not None:
-            raise ValueError("encoded_attention: copies and a chunk exclude each other: give the copies alone")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    beyond = _beyond_kernel(query, num_kv_heads, chunk if copies is None else copies)
+    beyond = _beyond_kernel(query, num_kv_heads, chunk, copies)
     if uses_triton("encoded_attention", backend, query, beyond):
         from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
 
@@ -96,12 +94,13 @@ def _check_copies(copies: ExactCopies, query: Tensor, num_kv_heads: int, value_d
         )
 
 
-def _beyond_kernel(query: Tensor, num_kv_heads: int, chunk: Chunk | ExactCopies | None) -> str | None:
+def _beyond_kernel(query: Tensor, num_kv_heads: int, *exact: Chunk | ExactCopies | None) -> str | None:
     """What of these arguments is beyond the Triton kernels, None if nothing is."""
     n, group = query.shape[2], query.shape[1] // num_kv_heads
     if n > MAX_QUERIES or n * group > MAX_ROWS:
         return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
-    dtypes = {x.dtype for x in (query, *(() if chunk is None else (chunk.key, chunk.value)))}
+    rows = (x for tokens in exact if tokens is not None for x in (tokens.key, tokens.value))
+    dtypes = {x.dtype for x in (query, *rows)}
     if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"queries and a chunk of {', '.join(sorted(map(str, dtypes)))}, not of one of float32 and 16 bits"
     return None

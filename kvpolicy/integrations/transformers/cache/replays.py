@@ -271,8 +271,6 @@ def obstacle(cache: RaggedCache, model: PreTrainedModel, call: dict[str, Any]) -
         return "processes share the model, and what they exchange is not recorded"
     if cache.recording and not cache.is_holding:
         return "the last tokens may be taken back (assisted generation), and drafts come several at a time"
-    if cache.is_holding and not all(layer.arena.attends_beside for layer in cache.opened().layers if layer is not None):
-        return "tokens are kept on top of entries that are codes, and no kernel reads both"
     if cache.other_kinds:
         kinds = ", ".join(cache.other_kinds)
         return f"layers of other kinds ({kinds}) count their tokens in Python, which a graph would not do"
