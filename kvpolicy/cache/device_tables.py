@@ -14,7 +14,9 @@ which takes as long as three such copies."""
 
 
 class Placed(NamedTuple):
-    """Tables of an arena that are on its device, and the attention over them as its programs share it.
+    """Tables of an arena that a token's step has on the device, and the attention over them as its programs share it.
+
+    They may be of the next token already.
 
     length: the lengths on the host that these are a copy of
     seen:   int64 [S], tokens of each segment's sequence
@@ -28,7 +30,7 @@ class Placed(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """Tables of an arena that have been brought to its device, and the attention over them as its programs share it.
+    """Tables of an arena on its device as its entries lie now, for a chunk that comes and for what is kept of it.
 
     start, length: those on the host that `tables`, int64 [2, S], is a copy of
     """
