@@ -111,8 +111,8 @@ class EncodedSegments:
     def __len__(self) -> int:
         return self.starts.shape[0]
 
-    def decoded(self, dtype: torch.dtype) -> Segments:
-        """The same entries as rows. Decodes the whole arena."""
+    def decoded(self, dtype: torch.dtype, copies: ExactCopies | None = None) -> Segments:
+        """The same entries as rows, with the copies in their places. Decodes the whole arena."""
         keys = self.entry_format.decode(self.keys, torch.float32)
         if (centre := self.key_centre) is not None:
             assert self.positions is not None  # has been checked
@@ -121,7 +121,11 @@ class EncodedSegments:
                 own = self.positions[start : start + length]
                 keys[start : start + length] += centre.of(torch.full_like(own, i % centre.shape[0]), own)
         values = self.entry_format.decode(self.values, dtype)
-        return Segments(keys.to(dtype), values, self.starts, self.lengths)
+        decoded = Segments(keys.to(dtype), values, self.starts, self.lengths)
+        if copies is not None:
+            assert self.positions is not None  # has been checked
+            copies.write_into(decoded, self.positions)
+        return decoded
 
     def on(self, device: torch.device) -> EncodedSegments:
         """The same with its tables there. Those of the CPU are checked."""
@@ -194,6 +198,16 @@ class ExactCopies:
         recent = self.positions.shape[1] - self.num_sinks
         return torch.where(positions < self.num_sinks, positions, self.num_sinks + positions % recent)
 
+    def write_into(self, decoded: Segments, positions: Tensor) -> None:
+        """Puts the copies in the places of the entries they belong to. positions: as in `EncodedSegments`"""
+        for i, (start, length) in enumerate(decoded.bounds()):
+            b, h = divmod(i, self.key.shape[1])
+            rows = torch.arange(start, start + length, device=decoded.keys.device)
+            rows = rows[self.hidden(positions[rows], b)]
+            slots = self.slots(positions[rows])
+            for own, copied in ((decoded.keys, self.key), (decoded.values, self.value)):
+                own[rows] = copied[b, h, slots].to(own.dtype)
+
     def before(self, chunk: Chunk, count: int) -> Chunk:
         """One chunk of both, for `count` queries: they see every copy, and of the chunk what they saw."""
         key, value = (torch.cat(pair, 2) for pair in ((self.key, chunk.key), (self.value, chunk.value)))
@@ -229,6 +243,43 @@ def check_segments(
             f"{list(offsets.shape)} and {list(sizes.shape)}"
         )
     return heads
+
+
+def check_encoded(
+    op: str,
+    query: Tensor,
+    segments: EncodedSegments,
+    chunk: Chunk | None,
+    sink_logits: Tensor | None,
+    copies: ExactCopies | None,
+) -> int:
+    """`check_segments` of entries that are encoded."""
+    dim = query.shape[3]
+    value_dim = segments.check(op, dim)
+    heads = check_tables(op, query, value_dim, segments.starts, segments.lengths, chunk, sink_logits)
+    centre, positions, rows = segments.key_centre, segments.positions, len(segments.keys.codes)
+    if centre is not None and centre.shape != (heads, dim):
+        raise ValueError(f"{op}: expected a key_centre of shape {(heads, dim)}, got {centre.shape}")
+    needs = centre is not None or copies is not None
+    if needs and (positions is None or positions.shape != (rows,) or positions.dtype != torch.int32):
+        raise ValueError(
+            f"{op}: copies and a key_centre need the positions of the entries, int32 [{rows}], got "
+            + ("none" if positions is None else f"{list(positions.shape)} of {positions.dtype}")
+        )
+    if copies is not None:
+        _check_copies(op, query, copies, heads, value_dim)
+    return heads
+
+
+def _check_copies(op: str, query: Tensor, copies: ExactCopies, num_kv_heads: int, value_dim: int) -> None:
+    (batch, _, _, dim), slots = query.shape, copies.positions.shape[-1]
+    shapes = ((batch, num_kv_heads, slots, dim), (batch, num_kv_heads, slots, value_dim), (batch, slots))
+    parts = (copies.key, copies.value, copies.positions)
+    if tuple(x.shape for x in parts) != shapes or not 0 <= copies.num_sinks < slots:
+        raise ValueError(
+            f"{op}: expected copies {[list(x) for x in shapes]} with less than {slots} sinks, "
+            f"got {[list(x.shape) for x in parts]} with {copies.num_sinks}"
+        )
 
 
 def check_tables(

@@ -29,15 +29,13 @@ from kvpolicy_kernels.encoded_attention.finish.kernel import finish
 from kvpolicy_kernels.encoded_attention.numbers.kernel import (
     fast_exp2,
     fast_log2,
-    key_numbers,
     step_and_zero,
     value_numbers,
 )
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
-from kvpolicy_kernels.encoded_attention.turn.kernel import CENTRE_SCALE, NEVER, turned
-from kvpolicy_kernels.key_centre.kernel import wave
+from kvpolicy_kernels.encoded_attention.scores.kernel import code_scores, turned_tile
+from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
-from kvpolicy_kernels.softcap.kernel import capped
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
@@ -48,15 +46,11 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 @triton.jit
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-    q_centre, b_high, b_low, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+    q_centre, b_high, b_low, b_frequency, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
     logits_ptrs, m_logits, CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q_offset, q_sum, row_scale, and q_centre of what does not turn: [BLOCK_M], see `turn`
-
-    high, low: [BLOCK_C, BLOCK_M], that add up to what turns;  frequency: int32 [BLOCK_C], of each coefficient
-    seen: bool [BLOCK_N]; scales of what is not may be NaN;  position: int32 [BLOCK_N]
-    """
+    """seen: bool [BLOCK_N]; scales of what is not may be NaN;  the rest: see `code_scores`"""
     MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
     dtype: tl.constexpr = q0.dtype
     k_step, k_zero = step_and_zero(tl.where(seen, b_ks, 0))
@@ -64,23 +58,10 @@ def _attend_codes(
     bias = tl.where(seen, 0.0, float("-inf"))[:, None]
     v_zero += MIDDLE * v_step
     # [BLOCK_N, BLOCK_M]
-    scores = tl.broadcast_to(-q_offset[None, :], [b_ks.shape[0], q_offset.shape[0]])
-    scores = tl.dot(key_numbers(b_kw, 0, PLANES, PACKED, dtype), q0, scores, input_precision=PRECISION)
-    scores = tl.dot(key_numbers(b_kw, 1, PLANES, PACKED, dtype), q1, scores, input_precision=PRECISION)
-    if PLANES == 4:
-        scores = tl.dot(key_numbers(b_kw, 2, PLANES, PACKED, dtype), q2, scores, input_precision=PRECISION)
-        scores = tl.dot(key_numbers(b_kw, 3, PLANES, PACKED, dtype), q3, scores, input_precision=PRECISION)
-    scores = scores * k_step[:, None] + q_sum[None, :] * k_zero[:, None]
-    if CENTRED:
-        # [BLOCK_N, BLOCK_C], for a product, so that no wave is worked out in two threads
-        b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED).to(dtype)
-        scores = tl.dot(b_wave, b_low, scores * (1.0 / CENTRE_SCALE), input_precision=PRECISION)
-        scores = tl.dot(b_wave, b_high, scores, input_precision=PRECISION) * CENTRE_SCALE
-    scores *= row_scale[None, :]
-    if CENTRED:
-        scores += q_centre[None, :]
-    if HAS_SOFTCAP:
-        scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32)
+    scores = code_scores(
+        b_kw, k_step, k_zero, b_position, q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low,
+        b_frequency, softcap_log2, tanh_scale, CENTRED, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
+    )  # fmt: skip
     scores += bias
     if HAS_LOGITS:
         tl.store(logits_ptrs, scores, mask=m_logits)
@@ -166,7 +147,6 @@ def _attend_kernel(
     o_w = tl.arange(0, BLOCK_W)
     o_wv = tl.arange(0, BLOCK_WV)
     m_m = o_m < num_rows
-    m_q = (o_w < W)[:, None] & m_m[None, :]
     units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
     if EARLY:  # while `turn` runs, which is waited for
         ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
@@ -175,29 +155,11 @@ def _attend_kernel(
         tl.extra.cuda.gdc_wait()
     while (left > 0) & (i_s < num_segments):
         i_h = (i_s % num_kv_heads).to(tl.int64)
-        # [BLOCK_W, BLOCK_M] and [BLOCK_M]; row r is query r % n of the group's head r // n
+        # row r is query r % n of the group's head r // n
         q_rows = i_s.to(tl.int64) * num_rows + o_m
-        q_ptrs = q_ptr + q_rows[None, :] * D + o_w[:, None]
-        q0 = tl.load(q_ptrs, mask=m_q, other=0.0)
-        q1 = tl.load(q_ptrs + W, mask=m_q, other=0.0)
-        q2, q3 = q0, q1
-        if PLANES == 4:
-            q2 = tl.load(q_ptrs + 2 * W, mask=m_q, other=0.0)
-            q3 = tl.load(q_ptrs + 3 * W, mask=m_q, other=0.0)
-        q_offset = tl.load(sums_ptr + q_rows * 3, mask=m_m, other=0.0)
-        q_sum = tl.load(sums_ptr + q_rows * 3 + 1, mask=m_m, other=0.0)
-        row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
-        o_c = tl.arange(0, BLOCK_C)
-        q_centre, b_high, b_low, b_frequency = q_sum, o_c, o_c, o_c  # not used
-        if COEFFICIENTS:
-            centre_ptrs, m_c = of_centre_ptr + q_rows * COEFFICIENTS, o_c < COEFFICIENTS - 1
-            q_centre = tl.load(centre_ptrs, mask=m_m, other=0.0)
-            # [BLOCK_C, BLOCK_M] and [BLOCK_C]
-            b_turning = tl.load(centre_ptrs[None, :] + 1 + o_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
-            b_high = b_turning.to(q0.dtype)
-            b_low = (b_turning - b_high.to(tl.float32)).to(q0.dtype)
-            frequency_ptrs = frequency_ptr + i_s % num_kv_heads * (COEFFICIENTS // 2)
-            b_frequency = tl.load(frequency_ptrs + o_c // 2, mask=m_c, other=0)
+        q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
+            q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_h, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+        )
         span = 0
         if HIDES:  # positions between the sinks and the last ones
             span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)
@@ -243,7 +205,7 @@ def _attend_kernel(
                 logits_ptrs = logits_ptr + row * num_rows + o_n[:, None] * num_rows + o_m[None, :]
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
-                q_centre, b_high, b_low, b_frequency, o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
+                q_centre, b_high, b_low, b_frequency, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
                 tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS > 0, HAS_SOFTCAP, HAS_LOGITS,
                 PLANES, PACKED, PRECISION,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from kvpolicy_kernels.attention.op import MAX_QUERIES, MAX_ROWS, Attended
 from kvpolicy_kernels.attention.plan import WorkPlan
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.encoded_attention.reference import reference_encoded_attention
-from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, check_tables
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, check_encoded
 
 
 def encoded_attention(
@@ -40,18 +40,12 @@ def encoded_attention(
     """
     if segments.entry_format.bits == 16:
         raise ValueError("encoded_attention: entries of 16 bits are not encoded: give decode_attention their segments")
-    value_dim = segments.check("encoded_attention", query.shape[-1])
-    num_kv_heads = check_tables(
-        "encoded_attention", query, value_dim, segments.starts, segments.lengths, chunk, sink_logits
-    )
-    _check_positions(segments, copies, (num_kv_heads, query.shape[-1]))
+    num_kv_heads = check_encoded("encoded_attention", query, segments, chunk, sink_logits, copies)
     if plan is not None and plan.pieces.shape != (len(segments), 2):
         raise ValueError(
             f"encoded_attention: {len(segments)} segments need a plan whose pieces are [{len(segments)}, 2], got "
             f"{list(plan.pieces.shape)}"
         )
-    if copies is not None:
-        _check_copies(copies, query, num_kv_heads, value_dim)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     beyond = _beyond_kernel(query, num_kv_heads, chunk, copies)
     if uses_triton("encoded_attention", backend, query, beyond):
@@ -66,32 +60,6 @@ def encoded_attention(
         query, segments, chunk, scale, softcap, sink_logits, mass_power, copies
     )
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
-
-
-def _check_positions(segments: EncodedSegments, copies: ExactCopies | None, shape: tuple[int, int]) -> None:
-    """And the key centre, of this shape."""
-    centre, positions, rows = segments.key_centre, segments.positions, len(segments.keys.codes)
-    if centre is not None and centre.shape != shape:
-        raise ValueError(f"encoded_attention: expected a key_centre of shape {shape}, got {centre.shape}")
-    if centre is None and copies is None:
-        return
-    if positions is None or positions.shape != (rows,) or positions.dtype != torch.int32:
-        raise ValueError(
-            f"encoded_attention: copies and a key_centre need the positions of the entries, int32 [{rows}], got "
-            + ("none" if positions is None else f"{list(positions.shape)} of {positions.dtype}")
-        )
-
-
-def _check_copies(copies: ExactCopies, query: Tensor, num_kv_heads: int, value_dim: int) -> None:
-    batch, key, value = query.shape[0], copies.key, copies.value
-    slots = copies.positions.shape[-1]
-    shapes = ((batch, num_kv_heads, slots, query.shape[3]), (batch, num_kv_heads, slots, value_dim), (batch, slots))
-    parts = (key, value, copies.positions)
-    if tuple(x.shape for x in parts) != shapes or not 0 <= copies.num_sinks < slots:
-        raise ValueError(
-            f"encoded_attention: expected copies {[list(x) for x in shapes]} with less than {slots} sinks, "
-            f"got {[list(x.shape) for x in parts]} with {copies.num_sinks}"
-        )
 
 
 def _beyond_kernel(query: Tensor, num_kv_heads: int, *exact: Chunk | ExactCopies | None) -> str | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvpolicy_kernels.attention.reference import reference_decode_attention
-from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, Segments
+from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 
 
 def reference_encoded_attention(
@@ -20,20 +19,5 @@ def reference_encoded_attention(
     copies: ExactCopies | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `encoded_attention`. Returns (out, lse, mass)."""
-    decoded = segments.decoded(query.dtype)
-    if copies is not None:
-        assert segments.positions is not None  # has been checked
-        decoded = _with_copies(decoded, segments.positions, copies, len(segments) // len(query))
+    decoded = segments.decoded(query.dtype, copies)
     return reference_decode_attention(query, decoded, chunk, scale, softcap, sink_logits, mass_power)
-
-
-def _with_copies(decoded: Segments, positions: Tensor, copies: ExactCopies, num_kv_heads: int) -> Segments:
-    """The entries with the copies in their places."""
-    keys, values = decoded.keys.clone(), decoded.values.clone()
-    for i, (start, length) in enumerate(decoded.bounds()):
-        b, h = divmod(i, num_kv_heads)
-        rows = torch.arange(start, start + length, device=keys.device)
-        rows = rows[copies.hidden(positions[rows], b)]
-        slots = copies.slots(positions[rows])
-        keys[rows], values[rows] = copies.key[b, h, slots], copies.value[b, h, slots]
-    return Segments(keys, values, decoded.starts, decoded.lengths)

@@ -1,0 +1,1 @@
+"""Scores of entries that are codes."""
