@@ -109,7 +109,7 @@ class LayerArena:
     def no_tokens(self, batch_size: int) -> Chunk:
         """An empty chunk of what comes here."""
         shape = batch_size, len(self.start) // batch_size, 0
-        key, value = (vectors.new_empty(*shape, vectors.shape[1]) for vectors in (self.like, self.values))
+        key, value = (self.like.new_empty(*shape, dim) for dim in (self.like.shape[1], self.value_dim))
         return Chunk(key, value, torch.zeros(batch_size, 0, dtype=torch.int64))
 
     @property
@@ -177,9 +177,14 @@ class LayerArena:
         return attended.out, attended.mass
 
     @property
+    def value_dim(self) -> int:
+        """Of values as they come."""
+        return self.values.shape[1]
+
+    @property
     def head_dim(self) -> int:
-        """The larger of the key's and the value's."""
-        return max(self.keys.shape[1], self.values.shape[1])
+        """The larger of the key's and the value's, as they come."""
+        return max(self.like.shape[1], self.value_dim)
 
     @property
     def width(self) -> int:

@@ -79,8 +79,8 @@ class EncodedArena(LayerArena):
         return self._like
 
     @property
-    def head_dim(self) -> int:
-        return max(self._like.shape[1], self._value_dim)
+    def value_dim(self) -> int:
+        return self._value_dim
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:

@@ -72,10 +72,6 @@ class ThinArena(LayerArena):
         return self._like
 
     @property
-    def head_dim(self) -> int:
-        return max(self._like.shape[1], self.values.shape[1])
-
-    @property
     def vectors(self) -> tuple[Tensor, Tensor]:
         owners = self.owners()
         keys = self.keys.new_zeros(len(self.keys), self._like.shape[1])

@@ -245,7 +245,8 @@ def test_a_token_may_attend_to_the_codes(any_model, policy, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_tokens_on_top_are_replayed(model, name, policy, monkeypatch):
+@pytest.mark.parametrize("first", [6, 1])
+def test_tokens_on_top_are_replayed(model, first, name, policy, monkeypatch):
     """Two turns that are held attend to the codes, as on a GPU, and to the exact block; the same over decoded ones."""
     record_on_cpu(monkeypatch)
     ids, logits, caches = tiny_ids(110), [], []
@@ -256,7 +257,7 @@ def test_tokens_on_top_are_replayed(model, name, policy, monkeypatch):
         with torch.no_grad():
             forward(ids[:, :70], **over(caches[-1]))
             caches[-1].hold(40)
-            parts = ids[:, 70:].split([6, *[1] * 14, 5, *[1] * 15], 1)
+            parts = ids[:, 70:].split([first, *[1] * (20 - first), 5, *[1] * 15], 1)
             logits.append(torch.cat([forward(part, **over(caches[-1])).logits for part in parts], 1))
     assert [cache.replays.mode for cache in caches] == ["graph", None]
     assert torch.equal(caches[0].lengths, caches[1].lengths)

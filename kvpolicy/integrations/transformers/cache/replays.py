@@ -154,7 +154,9 @@ class Replays:
             return None, no_graph or why
         layer = cache.budgeted[0]
         reading = read_mask(call.get("attention_mask"), 1, layer.columns, cache.opened().seen, layer.filled)
-        if reading.valid is not None or reading.visible is not None:
+        if reading.valid is not None:
+            return None, "attention_mask calls the token padding in some rows, and those go on without one"
+        if reading.visible is not None:
             return None, "attention_mask hides tokens that the cache holds"
         return reading, no_graph or why
 
