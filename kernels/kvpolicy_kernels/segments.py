@@ -208,6 +208,14 @@ class ExactCopies:
             for own, copied in ((decoded.keys, self.key), (decoded.values, self.value)):
                 own[rows] = copied[b, h, slots].to(own.dtype)
 
+    def held(self) -> Segments:
+        """The copies as entries of each segment, behind one another."""
+        (batch, heads, slots), is_held = self.key.shape[:3], self.positions >= 0
+        order = is_held.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, None, :, None]
+        keys, values = (torch.take_along_dim(x, order, 2).flatten(0, 2) for x in (self.key, self.value))
+        starts = torch.arange(0, batch * heads * slots, slots, device=keys.device)
+        return Segments(keys, values, starts, is_held.sum(1).repeat_interleave(heads))
+
     def before(self, chunk: Chunk, count: int) -> Chunk:
         """One chunk of both, for `count` queries: they see every copy, and of the chunk what they saw."""
         key, value = (torch.cat(pair, 2) for pair in ((self.key, chunk.key), (self.value, chunk.value)))

@@ -1,7 +1,7 @@
 """An arena whose keys and values are codes of 8 or 4 bits.
 
 A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
-reads them is given decoded ones; on a GPU a decoded token attends to the codes, and to the exact copies beside them.
+reads them is given decoded ones; on a GPU tokens attend to the codes, and to the exact copies beside them.
 """
 
 from __future__ import annotations
@@ -95,16 +95,22 @@ class EncodedArena(LayerArena):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether a token attends to the codes themselves; a longer chunk attends to decoded entries."""
+        """Whether tokens attend to the codes themselves, where no mask hides entries from them."""
         return self.device.type == "cuda"
 
+    def attend_among(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
+        if not self.reads_codes:
+            return super().attend_among(query, chunk, options)
+        coded, work = self._coded_by(self.brought), None if self._still_brought is None else self._still_brought.work
+        return encoded_attention(query, coded, chunk, plan=work, copies=self._copies, **options).out
+
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
-        if not self.reads_codes or query.shape[2] > 1:
+        if not self.reads_codes:
             return super().attend(query, options)
         return encoded_attention(query, self._coded, plan=self._work, copies=self._copies, **options).out
 
     def attend_beside(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
-        if not self.reads_codes or query.shape[2] > 1:
+        if not self.reads_codes:
             return super().attend_beside(query, chunk, options)
         return encoded_attention(query, self._coded, chunk, plan=self._work, copies=self._copies, **options).out
 
@@ -123,7 +129,11 @@ class EncodedArena(LayerArena):
 
     @property
     def _coded(self) -> EncodedSegments:
-        tables = (self.start, self.length) if self.placed is None else (self.placed.starts, self.placed.lengths)
+        placed = self.placed
+        return self._coded_by((self.start, self.length) if placed is None else (placed.starts, placed.lengths))
+
+    def _coded_by(self, tables: tuple[Tensor, Tensor]) -> EncodedSegments:
+        """tables: starts and lengths, on any device"""
         return EncodedSegments(*self._pairs(), *tables, self.entry_format, self.positions, self.key_centre)
 
     @property

@@ -94,7 +94,9 @@ class Layers(Accounts):
         if len(arenas) < len(self.layers) or not arenas[0].width or {arena.device for arena in arenas} != {device}:
             return  # each by itself
         tables = on_device(torch.stack([torch.stack([x.start, x.length]) for x in arenas], 1), device)
-        work = plan_work(tables[1], head_dim=arenas[0].head_dim) if device.type == "cuda" else None
+        work, first = None, arenas[0]
+        if device.type == "cuda":
+            work = plan_work(tables[1], head_dim=first.head_dim, num_programs=first.num_programs)
         for index, arena in enumerate(arenas):
             arena.bring(tables[:, index], None if work is None else work.layer(index))
 

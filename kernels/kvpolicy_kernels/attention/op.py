@@ -79,7 +79,7 @@ def ragged_attention(
     same_dims = segments.values.shape[1] == segments.keys.shape[1]
     if plain and same_dims and query.device.type == "cpu" and backend in ("auto", "torch"):
         return cpu_attention(query, segments, scale, sink_logits)
-    few = entry_mask is None and _beyond_decoding(query, num_kv_heads) is None
+    few = entry_mask is None and beyond_decoding(query, num_kv_heads) is None
     triton = uses_triton("ragged_attention", backend, query, _beyond_kernels(query, segments, chunk))
     on_cpu = segments.lengths.device.type == "cpu"  # else only what waits for the device anyway looks at the lengths
     if entry_mask is not None:
@@ -139,7 +139,7 @@ def decode_attention(
         raise ValueError("decode_attention: with_mass needs Segments, got BlockSegments, whose entries have no mass")
     _check_plan("decode_attention", plan, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    beyond = _beyond_decoding(query, num_kv_heads) or _beyond_kernels(query, segments, chunk)
+    beyond = beyond_decoding(query, num_kv_heads) or _beyond_kernels(query, segments, chunk)
     if uses_triton("decode_attention", backend, query, beyond):
         from kvpolicy_kernels.attention.kernel import triton_attention
 
@@ -171,7 +171,7 @@ def _check_entry_mask(entry_mask: Sequence[Tensor], n: int, segments: Segments, 
             raise ValueError(f"ragged_attention: expected entry_mask[{i}] {[n, length]}, got {list(mask.shape)}")
 
 
-def _beyond_decoding(query: Tensor, num_kv_heads: int) -> str | None:
+def beyond_decoding(query: Tensor, num_kv_heads: int) -> str | None:
     """What of these queries is beyond the Triton kernel of a decoding step, None if nothing is."""
     n, group = query.shape[2], query.shape[1] // num_kv_heads
     if n > MAX_QUERIES or n * group > MAX_ROWS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy_kernels.attention.op import MAX_QUERIES, MAX_ROWS, Attended
+from kvpolicy_kernels.attention.op import Attended, beyond_decoding
 from kvpolicy_kernels.attention.plan import WorkPlan
 from kvpolicy_kernels.backend import Backend, uses_triton
 from kvpolicy_kernels.encoded_attention.reference import reference_encoded_attention
@@ -47,8 +47,14 @@ def encoded_attention(
             f"{list(plan.pieces.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    beyond = _beyond_kernel(query, num_kv_heads, chunk, copies)
+    many = beyond_decoding(query, num_kv_heads)
+    beyond = _beyond_kernels(query, chunk, copies) or (many if with_lse or with_mass else None)
     if uses_triton("encoded_attention", backend, query, beyond):
+        if many is not None:
+            from kvpolicy_kernels.encoded_attention.chunk.kernel import triton_encoded_chunk_attention
+
+            out = triton_encoded_chunk_attention(query, segments, chunk, scale, softcap, sink_logits, copies)
+            return Attended(out, None, None)
         from kvpolicy_kernels.encoded_attention.kernel import triton_encoded_attention
 
         return Attended(
@@ -62,11 +68,8 @@ def encoded_attention(
     return Attended(out, lse if with_lse else None, mass if with_mass else None)
 
 
-def _beyond_kernel(query: Tensor, num_kv_heads: int, *exact: Chunk | ExactCopies | None) -> str | None:
-    """What of these arguments is beyond the Triton kernels, None if nothing is."""
-    n, group = query.shape[2], query.shape[1] // num_kv_heads
-    if n > MAX_QUERIES or n * group > MAX_ROWS:
-        return f"{n} queries of {group} heads a group, where {MAX_QUERIES} queries and {MAX_ROWS} rows are the most"
+def _beyond_kernels(query: Tensor, *exact: Chunk | ExactCopies | None) -> str | None:
+    """What of these arguments is beyond all Triton kernels, None if nothing is."""
     rows = (x for tokens in exact if tokens is not None for x in (tokens.key, tokens.value))
     dtypes = {x.dtype for x in (query, *rows)}
     if len(dtypes) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):

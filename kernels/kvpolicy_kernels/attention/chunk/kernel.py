@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.attention.merge.kernel import merge_pieces
+from kvpolicy_kernels.attention.merge.kernel import merge_parts
 from kvpolicy_kernels.attention.plan import default_programs
 from kvpolicy_kernels.backend import LAUNCH, multiplies_from_shared_memory, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
@@ -110,13 +110,14 @@ def _attend_rows(
 @triton.jit(do_not_specialize=COUNTS)
 def _attend_chunk_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_lse_ptr, sink_ptr, chunk_k_ptr, chunk_v_ptr, chunk_mask_ptr,
-    entry_mask_ptr, mask_starts_ptr, starts_ptr, lengths_ptr, order_ptr,
+    entry_mask_ptr, mask_starts_ptr, found_ptr, found_lse_ptr, starts_ptr, lengths_ptr, order_ptr,
     stride_qb, stride_qh, stride_qn, stride_ckb, stride_ckh, stride_ckm, stride_cvb, stride_cvh, stride_cvm,
     stride_mb, stride_mn, num_kv_heads, n, m, num_tiles, num_parts, scale_log2, softcap_log2, tanh_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CHUNK: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_ENTRY_MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_ENTRY_MASK: tl.constexpr, HAS_FOUND: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of rows, a part of the entries and a segment, in this order. The chunk is the last part's.
 
@@ -128,6 +129,7 @@ def _attend_chunk_kernel(
     part:   float32 [num_segments, num_parts, group * n, DV];  part_lse: the same without DV; in the order of `out`
     chunk_k: [B, num_kv_heads, m, D];  chunk_v: [B, num_kv_heads, m, DV];  chunk_mask: uint8 [B or 1, 1, n, m]
     entry_mask: uint8, [n, length] of each segment from mask_starts on;  mask_starts: int64 [num_segments]
+    found:  float32, as `out`, what rows begin with;  found_lse: float32 [B, num_q_heads, n], its log-sum-exps
     scale_log2, softcap_log2: times log2(e), and the scale not negative;  tanh_scale: 2 / softcap
     """
     i_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
@@ -159,6 +161,15 @@ def _attend_chunk_kernel(
         sink = tl.load(sink_ptr + i_h * GROUP + o_g, mask=m_m, other=0.0).to(tl.float32)
         row_max = tl.where(i_p == 0, sink * TO_BASE_2, float("-inf"))
         row_sum += tl.where(i_p == 0, 1.0, 0.0)
+    if HAS_FOUND:  # likewise
+        # [BLOCK_M] and [BLOCK_M, BLOCK_DV]
+        found_rows = i_s * num_rows + o_g * n + o_q
+        m_found = m_m & (i_p == 0)
+        row_max = tl.load(found_lse_ptr + found_rows, mask=m_found, other=float("-inf")) * TO_BASE_2
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        acc = tl.load(
+            found_ptr + found_rows[:, None] * DV + o_dv[None, :], mask=m_found[:, None] & (o_dv < DV)[None, :], other=0.0
+        )  # fmt: skip
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), num_parts) * BLOCK_N
     begin = tl.minimum(i_p * share, length)
     end = tl.minimum(begin + share, length)
@@ -244,8 +255,13 @@ def triton_chunk_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     entry_mask: Sequence[Tensor] | None = None,
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Shapes as in `ragged_attention`."""
+    """Shapes as in `ragged_attention`.
+
+    found: attention over other entries, float32 [B, num_q_heads, n, Dv], contiguous, and float32 [B, num_q_heads, n],
+        its log-sum-exps; the sinks are in it
+    """
     segments = segments.on(query.device)
     keys, values, lengths = segments.keys, segments.values, segments.lengths
     batch, num_q_heads, n, dim = query.shape
@@ -278,7 +294,7 @@ def triton_chunk_attention(
         part_lse = query.new_empty(num_segments * num_parts, rows, dtype=torch.float32)
     _attend_chunk_kernel[(programs * num_parts,)](
         query, keys, values, out, part, part_lse, sink_logits, chunk_key, chunk_value, mask, seen, seen_starts,
-        segments.starts, lengths, lengths.argsort(descending=True),
+        *(found or (None, None)), segments.starts, lengths, lengths.argsort(descending=True),
         *query.stride()[:3], *_strides(chunk_key), *_strides(chunk_value),
         0 if mask is None or len(mask) == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
         num_kv_heads, n, 0 if chunk is None else len(chunk), num_tiles, num_parts,
@@ -286,14 +302,13 @@ def triton_chunk_attention(
         GROUP=num_q_heads // num_kv_heads, D=dim, DV=value_dim, K_ROW=keys.stride(0), V_ROW=values.stride(0),
         BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_DV=max(16, next_power_of_2(value_dim)),
         HAS_SOFTCAP=softcap is not None, HAS_SINK=sink_logits is not None, HAS_CHUNK=chunk is not None,
-        HAS_MASK=mask is not None, HAS_ENTRY_MASK=entry_mask is not None, SPLIT=num_parts > 1,
+        HAS_MASK=mask is not None, HAS_ENTRY_MASK=entry_mask is not None, HAS_FOUND=found is not None,
+        SPLIT=num_parts > 1,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32", **config, **LAUNCH,
     )  # fmt: skip
     if part is not None and part_lse is not None:
-        first = torch.arange(0, num_segments * num_parts, num_parts, dtype=torch.int32, device=query.device)
-        pieces = torch.stack([first, torch.full_like(first, num_parts)], 1)
-        merge_pieces(out, None, part, part_lse, pieces, num_segments * num_parts, early=False)
+        merge_parts(out, None, part, part_lse, num_segments)
     return out
 
 

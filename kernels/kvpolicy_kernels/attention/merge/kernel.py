@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -90,3 +91,10 @@ def merge_pieces(
         DV=value_dim, HAS_LSE=lse is not None, EARLY=early, **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+
+
+def merge_parts(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor, num_segments: int) -> None:
+    """`merge_pieces`, of as many pieces for every segment."""
+    first = torch.arange(0, len(part), len(part) // num_segments, dtype=torch.int32, device=part.device)
+    pieces = torch.stack([first, torch.full_like(first, len(part) // num_segments)], 1)
+    merge_pieces(out, lse, part, part_lse, pieces, len(part), early=False)

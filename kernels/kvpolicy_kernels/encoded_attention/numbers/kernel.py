@@ -57,6 +57,27 @@ def value_numbers(b_word, PLANE: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.
 
 
 @triton.jit
+def decoded(b_word, b_scales, PLANE: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """Of a plane, what the codes stand for, as one rounding leaves it.
+
+    word: int16 [BLOCK_N, BLOCK_W];  scales: as `step_and_zero` takes them
+    """
+    numbers = key_numbers(b_word, PLANE, PLANES, PACKED, dtype)
+    if PACKED:
+        ABOVE: tl.constexpr = 0x64006400 if PLANES == 2 or PLANE % 2 == 0 else 0x54005400
+        step = (b_scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        zero = (b_scales >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        numbers = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; mov.b32 t, {ABOVE}; sub.f16x2 t, $1, t; fma.rn.f16x2 $0, t, $2, $3; }}",
+            "=r,r,r,r", [numbers, step[:, None], zero[:, None]], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        step, zero = step_and_zero(b_scales)
+        numbers = (numbers.to(tl.float32) * step[:, None] + zero[:, None]).to(dtype)
+    return numbers
+
+
+@triton.jit
 def fast_exp2(x, PACKED: tl.constexpr):
     """Without the steps that results below 2**-126 would take."""
     if PACKED:
