@@ -164,6 +164,13 @@ class Chunk:
     def __len__(self) -> int:
         return self.key.shape[2]
 
+    def of_queries(self, part: slice, count: int) -> Chunk:
+        """What a part of `count` queries sees. part: with a start and a stop"""
+        if self.mask is not None:
+            return Chunk(self.key, self.value, self.mask[:, :, part])
+        seen = max(0, len(self) - count + part.stop)
+        return Chunk(self.key[:, :, :seen], self.value[:, :, :seen])
+
     def seen_by(self, count: int) -> Tensor:
         """The mask, also where it is the causal one. Returns bool [B or 1, 1, count, m]"""
         if self.mask is not None:
@@ -214,7 +221,8 @@ class ExactCopies:
         order = is_held.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, None, :, None]
         keys, values = (torch.take_along_dim(x, order, 2).flatten(0, 2) for x in (self.key, self.value))
         starts = torch.arange(0, batch * heads * slots, slots, device=keys.device)
-        return Segments(keys, values, starts, is_held.sum(1).repeat_interleave(heads))
+        lengths = is_held.sum(1, keepdim=True).repeat(1, heads).flatten()
+        return Segments(keys, values, starts, lengths)
 
     def before(self, chunk: Chunk, count: int) -> Chunk:
         """One chunk of both, for `count` queries: they see every copy, and of the chunk what they saw."""

@@ -1,7 +1,8 @@
 """An arena whose keys and values are codes of 8 or 4 bits.
 
 A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
-reads them is given decoded ones; on a GPU tokens attend to the codes, and to the exact copies beside them.
+reads them is given decoded ones. On a GPU attention reads the codes, and the exact copies beside them, unless a mask
+hides entries.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class EncodedArena(LayerArena):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether tokens attend to the codes themselves, where no mask hides entries from them."""
+        """Whether tokens, one or many, attend to the codes themselves."""
         return self.device.type == "cuda"
 
     def attend_among(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:

@@ -26,18 +26,19 @@ def compile_attend(dtype, dim, group, rows, arch, *variants, value_dim=None):
         "K_ROW": dim + value_dim if interleaved else dim, "V_ROW": dim + value_dim if interleaved else value_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config,
-        **{f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "ENTRY_MASK")},
+        **{f"HAS_{name}": name in variants for name in ("SOFTCAP", "SINK", "CHUNK", "MASK", "ENTRY_MASK", "FOUND")},
     }  # fmt: skip
     belongs = {
         "sink_ptr": "SINK", "chunk_k_ptr": "CHUNK", "chunk_v_ptr": "CHUNK", "chunk_mask_ptr": "MASK",
         "entry_mask_ptr": "ENTRY_MASK", "mask_starts_ptr": "ENTRY_MASK", "part_ptr": "SPLIT", "part_lse_ptr": "SPLIT",
+        "found_ptr": "FOUND", "found_lse_ptr": "FOUND",
     }  # fmt: skip
     constants |= {name: None for name, variant in belongs.items() if variant not in variants}
     types = {}
     for name in _attend_chunk_kernel.arg_names:
         if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "chunk_k_ptr", "chunk_v_ptr"):
             types[name] = f"*{NAMES[dtype]}"
-        elif name in ("sink_ptr", "part_ptr", "part_lse_ptr"):
+        elif name in ("sink_ptr", "part_ptr", "part_lse_ptr", "found_ptr", "found_lse_ptr"):
             types[name] = "*fp32"
         elif name in ("chunk_mask_ptr", "entry_mask_ptr"):
             types[name] = "*u8"
@@ -83,7 +84,15 @@ def test_chunk_attention_compiles(dtype, dim, group, rows, arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("variants", [("CHUNK", "MASK", "ENTRY_MASK", "SINK"), ("CHUNK", "SOFTCAP", "SINK", "SPLIT")])
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("CHUNK", "MASK", "ENTRY_MASK", "SINK"),
+        ("CHUNK", "SOFTCAP", "SINK", "SPLIT"),
+        ("CHUNK", "FOUND"),
+        ("CHUNK", "MASK", "SOFTCAP", "FOUND"),
+    ],
+)
 def test_variants_compile(variants, dim, arch):
     check(compile_attend(torch.bfloat16, dim, 4, 4096, arch, *variants), arch, torch.bfloat16)
 

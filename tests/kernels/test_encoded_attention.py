@@ -310,9 +310,16 @@ def test_what_does_not_fit_is_refused():
 
 
 @needs_triton
-def test_triton_refuses_many_queries():
+@pytest.mark.parametrize("wanted", ["with_lse", "with_mass"])
+def test_triton_refuses_the_mass_of_many_queries(wanted):
     segments = encoded([4, 5], 16, 16, INT4)
     with pytest.raises(ValueError, match="cannot do this: 17 queries of 1 heads a group, where 16 queries"):
-        encoded_attention(torch.zeros(1, 2, 17, 16, device=DEVICE), segments, backend="triton")
+        query = torch.zeros(1, 2, 17, 16, device=DEVICE)
+        encoded_attention(query, segments, backend="triton", **{wanted: True})
+
+
+@needs_triton
+def test_triton_refuses_other_dtypes():
+    segments = encoded([4, 5], 16, 16, INT4)
     with pytest.raises(ValueError, match=r"cannot do this: queries and a chunk of torch.float64"):
         encoded_attention(torch.zeros(1, 2, 1, 16, device=DEVICE).double(), segments, backend="triton")

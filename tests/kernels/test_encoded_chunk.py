@@ -67,21 +67,21 @@ def inputs(case, entry_format):
 
 @pytest.mark.parametrize(("case", "variant"), list(zip(CASES, [*VARIANTS, *VARIANTS[:3]], strict=True)), ids=str)
 @formats
-def test_entries_and_a_causal_chunk(entry_format, case, variant, poisoned):
+def test_triton_entries_and_a_causal_chunk(entry_format, case, variant, poisoned):
     query, segments, chunk = inputs(case, entry_format)
     check(query, segments, chunk, **options(variant, case[1]))
 
 
 @pytest.mark.parametrize("entry_format", [EntryFormat(4), EntryFormat(8, rotated=True)], ids=str)
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4]], ids=str)
-def test_entries_alone(variant, entry_format, poisoned):
+def test_triton_entries_alone(variant, entry_format, poisoned):
     query, segments, _ = inputs(CASES[0], entry_format)
     check(query, segments, **options(variant, CASES[0][1]))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @formats
-def test_masks_of_the_chunk(entry_format, shared, poisoned):
+def test_triton_masks_of_the_chunk(entry_format, shared, poisoned):
     """The first query sees none of it."""
     query, segments, chunk = inputs(CASES[2], entry_format)
     mask = torch.rand(1 if shared else 2, 1, 17, 24, device=DEVICE) < 0.5
@@ -95,7 +95,7 @@ def test_masks_of_the_chunk(entry_format, shared, poisoned):
     ids=str,
 )
 @formats
-def test_exact_copies(entry_format, seen, num_sinks, recent, variant, poisoned):
+def test_triton_exact_copies(entry_format, seen, num_sinks, recent, variant, poisoned):
     """Hidden codes, in every tile or in all of one, a ring that is not full, and sinks that have not all come."""
     lengths = [min(seen[i // 2], num_sinks + recent + extra) for i, extra in enumerate((40, 0, 3, 20))]
     segments, copies, counted = copies_of(encoded(lengths, 32, 16, entry_format), 2, num_sinks, recent, seen, (32, 16))
@@ -111,7 +111,7 @@ def test_exact_copies(entry_format, seen, num_sinks, recent, variant, poisoned):
 
 @pytest.mark.parametrize(("beside", "pairs"), [("nothing", 3), ("copies", 4), ("chunk", 1), ("nothing", 0)])
 @formats
-def test_key_centre(entry_format, beside, pairs, poisoned):
+def test_triton_key_centre(entry_format, beside, pairs, poisoned):
     segments = encoded([150, 13, 40, 90], 32, 16, entry_format)
     positions = torch.randint(2**20, (len(segments.keys.codes),), dtype=torch.int32, device=DEVICE)
     segments = replace(segments, positions=positions, key_centre=key_centre(2, 32, pairs=pairs))
@@ -126,7 +126,7 @@ def test_key_centre(entry_format, beside, pairs, poisoned):
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4]], ids=str)
 @pytest.mark.parametrize("parts", [2, 5])
-def test_split(parts, variant, poisoned, monkeypatch):
+def test_triton_split(parts, variant, poisoned, monkeypatch):
     """Entries in several parts, some of them empty or hidden, and then what is exact in several, too."""
     for module in (kernel, plain_kernel):
         monkeypatch.setattr(module, "parts_of", lambda *_: parts)
@@ -136,12 +136,26 @@ def test_split(parts, variant, poisoned, monkeypatch):
     check(query, encoded([150, 0], 16, 32, INT4), **options(variant, 4))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_queries_in_several_passes(masked, poisoned, monkeypatch):
+    """The first of which see nothing of the chunk, unless a mask says what."""
+    monkeypatch.setattr(kernel, "queries_at_once", lambda _: 20)
+    query, segments, chunk = inputs(CASES[5], INT4)
+    mask = torch.rand(1, 1, 64, 30, device=DEVICE) < 0.5 if masked else None
+    check(query, segments, replace(chunk, mask=mask))
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(1, 32768), (32, 1024), (2048, 128)])
+def test_triton_passes_fill_tiles(heads, queries):
+    assert kernel.queries_at_once(heads) == queries
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_any_scale(scale, poisoned):
+def test_triton_any_scale(scale, poisoned):
     check(*inputs(CASES[0], INT4), scale=scale)
 
 
-def test_strides(poisoned):
+def test_triton_strides(poisoned):
     """Rows of codes and scales that are further apart, queries and a chunk that are not contiguous."""
     segments = encoded([80, 5], 16, 16, INT4)
 
@@ -157,7 +171,7 @@ def test_strides(poisoned):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("centred", [False, True])
 @formats
-def test_16_bit(entry_format, centred, dtype, poisoned):
+def test_triton_16_bit(entry_format, centred, dtype, poisoned):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 as integers")
     for dim, group, n in ((64, 7, 17),) if INTERPRET else ((64, 7, 17), (80, 3, 100), (128, 4, 300), (256, 8, 40)):
@@ -176,7 +190,7 @@ def test_16_bit(entry_format, centred, dtype, poisoned):
         check(query, segments, chunk, copies=copies, counted=counted, slack=0.0)
 
 
-def test_weights_of_every_size():
+def test_triton_weights_of_every_size():
     """Values that are tiny, and weights that differ by many orders: fp16 alone would lose them."""
     segments = encoded([150, 70], 64, 64, INT4)
     segments = replace(segments, values=replace_scales(segments.values, 2.0**-9))
@@ -188,7 +202,7 @@ def replace_scales(column, factor):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-def test_tables_on_the_device(monkeypatch):
+def test_triton_tables_on_the_device(monkeypatch):
     """Nothing is read back."""
     segments, copies, counted = copies_of(encoded([70, 33], 16, 16, INT4), 1, 4, 9, [150], (16, 16))
     query, chunk = torch.randn(1, 4, 20, 16, device=DEVICE), chunk_of(1, 2, 20, (16, 16))

@@ -30,12 +30,16 @@ def encoded_attention(
     """`decode_attention` over entries of 8 or 4 bits: what it gives for the decoded ones.
 
     The arguments are those of `decode_attention`, but for the segments.
+    plan: which queries as few as `decode_attention` takes go by
     copies: count in the places of some entries, mass included; every query sees them
-    backend: "auto" is Triton on CUDA and torch elsewhere and for what the kernels cannot do; they take what those of
-        `decode_attention` take, and rows of any format of 8 or 4 bits
+    backend: "auto" is Triton on CUDA and torch elsewhere and for what the kernels cannot do; they take rows of any
+        format of 8 or 4 bits and tensors of one dtype, as those of `decode_attention` do, and any number of queries;
+        with_lse and with_mass are for as few as there
 
-    On CUDA codes are read and never written back as numbers: the query is rotated first, products of codes are scaled
-    afterwards, and the result is rotated back once, before it meets the chunk or the copies.
+    On CUDA codes are read and never written back as numbers: the query is rotated first, and the result is rotated back
+    once, before it meets the chunk or the copies. Few queries have products of codes scaled afterwards; a tile of many
+    makes fp16 numbers of the codes that it holds, in passes of so many queries that they take 42 MB at head dim 128,
+    or of 128 queries where that is more, and parts of the result where they are too few for the device.
     Raises `ValueError` for shapes that do not fit and for a backend that cannot do this.
     """
     if segments.entry_format.bits == 16:

@@ -167,9 +167,8 @@ def _attend_chunk_kernel(
         m_found = m_m & (i_p == 0)
         row_max = tl.load(found_lse_ptr + found_rows, mask=m_found, other=float("-inf")) * TO_BASE_2
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-        acc = tl.load(
-            found_ptr + found_rows[:, None] * DV + o_dv[None, :], mask=m_found[:, None] & (o_dv < DV)[None, :], other=0.0
-        )  # fmt: skip
+        m_found = m_found[:, None] & (o_dv < DV)[None, :]
+        acc = tl.load(found_ptr + found_rows[:, None] * DV + o_dv[None, :], mask=m_found, other=0.0)
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), num_parts) * BLOCK_N
     begin = tl.minimum(i_p * share, length)
     end = tl.minimum(begin + share, length)

@@ -24,6 +24,7 @@ from kvpolicy_kernels.backend import LAUNCH, interpreted, multiplies_from_shared
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.encoded_attention.kernel import RANGE, halves, plane_block
 from kvpolicy_kernels.encoded_attention.numbers.kernel import decoded, fast_exp2
+from kvpolicy_kernels.encoded_attention.scores.kernel import turned_tile
 from kvpolicy_kernels.encoded_attention.turn.kernel import CENTRE_SCALE, turned
 from kvpolicy_kernels.formats import rotation
 from kvpolicy_kernels.key_centre.kernel import wave
@@ -32,19 +33,23 @@ from kvpolicy_kernels.softcap.kernel import capped
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
+ROWS_AT_ONCE, LEAST_AT_ONCE = 2**15, 128  # queries of all heads, and fewest of each: enough to fill a device, and tiles
 COUNTS = ("n", "num_kv_heads", "num_tiles", "num_parts")  # change from call to call and must not compile again
 
 
 @triton.jit
 def _attend_tile(
-    acc0, acc1, acc2, acc3, row_max, row_sum, q0, q1, q2, q3, row_scale, q_centre, b_high, b_low, b_frequency, o_c,
+    acc0, acc1, acc2, acc3, row_max, row_sum, q0, q1, q2, q3, row_scale, q_centre, b_high, b_low, b_frequency,
     b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
     CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_scale, and q_centre of what does not turn: [BLOCK_M];  high, low: [BLOCK_M, BLOCK_C], see `turn`
+    """Planes of queries [BLOCK_M, BLOCK_W], high and low [BLOCK_M, BLOCK_C], and the rest of a row's: see `turned_tile`
 
-    seen: bool [BLOCK_N];  position: int32 [BLOCK_N]
+    kw, vw: int16 [BLOCK_N, BLOCK_W];  ks, vs: int32 [BLOCK_N], the scales;  position: int32 [BLOCK_N]
+    seen: bool [BLOCK_N]
+
+    Without a softcap `q_centre` is left out of the scores: it is the same for all of a row.
     """
     dtype: tl.constexpr = q0.dtype
     # [BLOCK_M, BLOCK_N]
@@ -55,13 +60,16 @@ def _attend_tile(
         scores = tl.dot(q3, tl.trans(decoded(b_kw, b_ks, 3, PLANES, PACKED, dtype)), scores, input_precision=PRECISION)
     if CENTRED:
         # [BLOCK_C, BLOCK_N]
+        o_c = tl.arange(0, b_frequency.shape[0])
         b_wave = wave(b_position[None, :], b_frequency[:, None], o_c[:, None], PACKED)
         b_wave = (b_wave * CENTRE_SCALE).to(dtype)
         scores = tl.dot(b_low, b_wave, scores, input_precision=PRECISION)
         scores = tl.dot(b_high, b_wave, scores, input_precision=PRECISION)
     bias = tl.where(seen, 0.0, float("-inf"))[None, :]
     if HAS_SOFTCAP:
-        scores = scores * row_scale[:, None] + q_centre[:, None]
+        scores *= row_scale[:, None]
+        if CENTRED:
+            scores += q_centre[:, None]
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32) + bias
     else:
         scores = scores * row_scale[:, None] + bias
@@ -95,7 +103,7 @@ def _attend_codes_kernel(
 ):  # fmt: skip
     """One program a tile of rows, a part of the entries and a segment, as in `_attend_chunk_kernel`.
 
-    q, sums, of_centre, since: see `turn`, whose rows these are;  entries and positions: see a decoding step's kernel
+    q, sums, of_centre, since: see `turn`, whose rows these are;  entries and positions: see `_attend_kernel`
     out: float32 [num_segments, rows, DV];  lse: float32 [num_segments, rows]
     order, part, part_lse: see `_attend_chunk_kernel`;  sink: [num_q_heads]
     HIDES: entries before position `num_sinks` and from `since` on do not count
@@ -113,28 +121,15 @@ def _attend_codes_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_w = tl.arange(0, BLOCK_W)
     o_wv = tl.arange(0, BLOCK_WV)
-    o_c = tl.arange(0, BLOCK_C)
     m_m = o_m < num_rows
-    m_q = m_m[:, None] & (o_w < W)[None, :]
-    # [BLOCK_M, BLOCK_W] and [BLOCK_M]; row r is query r % n of the group's head r // n
+    # row r is query r % n of the group's head r // n
     q_rows = i_s * num_rows + o_m
-    q_ptrs = q_ptr + q_rows[:, None] * D + o_w[None, :]
-    q0 = tl.load(q_ptrs, mask=m_q, other=0.0)
-    q1 = tl.load(q_ptrs + W, mask=m_q, other=0.0)
-    q2, q3 = q0, q1  # not used
-    if PLANES == 4:
-        q2 = tl.load(q_ptrs + 2 * W, mask=m_q, other=0.0)
-        q3 = tl.load(q_ptrs + 3 * W, mask=m_q, other=0.0)
-    row_scale = tl.load(sums_ptr + q_rows * 3 + 2, mask=m_m, other=1.0)
-    q_centre, b_high, b_low, b_frequency = tl.zeros_like(row_scale), o_c, o_c, o_c  # of no centre
+    q0, q1, q2, q3, _, _, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
+        q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_h, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+    )
+    q0, q1, q2, q3 = tl.trans(q0), tl.trans(q1), tl.trans(q2), tl.trans(q3)
     if COEFFICIENTS:
-        centre_ptrs, m_c = of_centre_ptr + q_rows * COEFFICIENTS, o_c < COEFFICIENTS - 1
-        q_centre = tl.load(centre_ptrs, mask=m_m, other=0.0)
-        # [BLOCK_M, BLOCK_C] and [BLOCK_C]
-        b_turning = tl.load(centre_ptrs[:, None] + 1 + o_c[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0)
-        b_high = b_turning.to(q0.dtype)
-        b_low = (b_turning - b_high.to(tl.float32)).to(q0.dtype)
-        b_frequency = tl.load(frequency_ptr + i_h * (COEFFICIENTS // 2) + o_c // 2, mask=m_c, other=0)
+        b_high, b_low = tl.trans(b_high), tl.trans(b_low)
     span = 0
     if HIDES:  # positions between the sinks and the last ones
         span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)
@@ -145,7 +140,7 @@ def _attend_codes_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     beside = tl.zeros([BLOCK_M], dtype=tl.float32)  # what all scores of a row get besides
-    if not HAS_SOFTCAP:
+    if COEFFICIENTS and not HAS_SOFTCAP:
         beside = q_centre
     if HAS_SINK:  # it takes part once, in the first part
         # [BLOCK_M]
@@ -172,7 +167,7 @@ def _attend_codes_kernel(
                 seen &= (b_position - num_sinks).to(tl.uint32) < span
         acc0, acc1, acc2, acc3, row_max, row_sum = _attend_tile(
             acc0, acc1, acc2, acc3, row_max, row_sum, q0, q1, q2, q3, row_scale, q_centre, b_high, b_low, b_frequency,
-            o_c, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
+            b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
             COEFFICIENTS > 0, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
         )  # fmt: skip
     # a query that has seen nothing gets zeros, and -inf
@@ -218,18 +213,34 @@ def triton_encoded_chunk_attention(
 ) -> Tensor:
     """Shapes as in `encoded_attention`."""
     segments = segments.on(query.device)
-    mid, lse = _over_codes(query, segments, scale, softcap, sink_logits, copies)
-    if segments.entry_format.rotated:
-        mid = mid @ rotation(mid.shape[3], mid.device).T
-    if chunk is None and copies is None:
-        return mid.to(query.dtype)
-    exact = _no_entries(query, len(segments), mid.shape[3]) if copies is None else copies.held()
-    return triton_chunk_attention(query, exact, chunk, scale, softcap, found=(mid, lse))
+    (batch, num_q_heads, n), entry_format = query.shape[:3], segments.entry_format
+    value_dim = segments.values.codes.shape[1] * entry_format.codes_in_word
+    exact = _no_entries(query, len(segments), value_dim) if copies is None else copies.held()
+    back = rotation(value_dim, query.device).T if entry_format.rotated else None
+    out, at_once = query.new_empty(batch, num_q_heads, n, value_dim), queries_at_once(batch * num_q_heads)
+    for first in range(0, n, at_once):
+        part = slice(first, min(first + at_once, n))
+        own, arriving = query[:, :, part], None if chunk is None else chunk.of_queries(part, n)
+        mid, lse = _over_codes(own, segments, value_dim, scale, softcap, sink_logits, copies)
+        mid = mid if back is None else mid @ back
+        if arriving is not None or copies is not None:
+            mid = triton_chunk_attention(own, exact, arriving, scale, softcap, found=(mid, lse))
+        out[:, :, part] = mid
+    return out
+
+
+def queries_at_once(heads: int) -> int:
+    """Queries of a pass over the entries: what they take beside the result is 42 MB at head dim 128.
+
+    heads: query heads of all sequences
+    """
+    return max(LEAST_AT_ONCE, ROWS_AT_ONCE // heads)
 
 
 def _over_codes(
     query: Tensor,
     segments: EncodedSegments,
+    value_dim: int,
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
@@ -240,7 +251,7 @@ def _over_codes(
     entry_format, lengths, centre = segments.entry_format, segments.lengths, segments.key_centre
     batch, num_q_heads, n, dim = query.shape
     num_segments, planes, single = len(segments), entry_format.codes_in_word, torch.float32
-    value_dim, num_kv_heads = value_words.shape[1] * planes, num_segments // batch
+    num_kv_heads = num_segments // batch
     group, coefficients = num_q_heads // num_kv_heads, 0 if centre is None else len(centre.coefficients)
     rows = group * n
     out = query.new_empty(batch, num_q_heads, n, value_dim, dtype=single)
