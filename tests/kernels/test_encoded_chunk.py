@@ -26,7 +26,7 @@ def whole(monkeypatch):
     monkeypatch.setattr(plain_kernel, "MOST_PARTS", 1)
 
 
-def check(query, segments, chunk=None, *, counted=None, copies=None, slack=1e-6, **kwargs):
+def check(query, segments, chunk=None, *, counted=None, copies=None, slack=1e-5, **kwargs):
     """At most twice the error of the torch path, against fp64 over the decoded entries.
 
     counted: the entries as they count, where that is not as they are decoded
@@ -174,7 +174,10 @@ def test_triton_strides(poisoned):
 def test_triton_16_bit(entry_format, centred, dtype, poisoned):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 as integers")
-    for dim, group, n in ((64, 7, 17),) if INTERPRET else ((64, 7, 17), (80, 3, 100), (128, 4, 300), (256, 8, 40)):
+    sizes = [(64, 7, 17)]
+    if not INTERPRET:
+        sizes = [(64, 7, 17), (128, 4, 300)] if centred else [(80, 3, 100), (128, 8, 40), (256, 4, 100)]
+    for dim, group, n in sizes:
         lengths = [150 if INTERPRET else 3000, 130, 50, 128]
         segments = encoded(lengths, dim, dim, entry_format)
         positions = torch.randint(2**17, (len(segments.keys.codes),), dtype=torch.int32, device=DEVICE)
