@@ -116,8 +116,7 @@ class EncodedSegments:
         keys = self.entry_format.decode(self.keys, torch.float32)
         if (centre := self.key_centre) is not None:
             assert self.positions is not None  # has been checked
-            bounds = Segments(self.keys.codes, self.values.codes, self.starts, self.lengths).bounds()
-            for i, (start, length) in enumerate(bounds):
+            for i, (start, length) in enumerate(self.bounds()):
                 own = self.positions[start : start + length]
                 keys[start : start + length] += centre.of(torch.full_like(own, i % centre.shape[0]), own)
         values = self.entry_format.decode(self.values, dtype)
@@ -127,10 +126,18 @@ class EncodedSegments:
             copies.write_into(decoded, self.positions)
         return decoded
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """As those of `Segments`."""
+        return self._words.bounds()
+
     def on(self, device: torch.device) -> EncodedSegments:
         """The same with its tables there. Those of the CPU are checked."""
-        tables = Segments(self.keys.codes, self.values.codes, self.starts, self.lengths).on(device)
+        tables = self._words.on(device)
         return replace(self, starts=tables.starts, lengths=tables.lengths)
+
+    @property
+    def _words(self) -> Segments:
+        return Segments(self.keys.codes, self.values.codes, self.starts, self.lengths)
 
     def check(self, op: str, dim: int) -> int:
         """The value dim. Raises `ValueError` for columns that are no rows of this format, with keys of `dim`."""

@@ -13,6 +13,9 @@ Scores are in base 2; the host folds the factor into the scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
@@ -145,7 +148,7 @@ def _row_lse_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # [BLOCK_M], -inf for a row that has seen nothing
     tl.store(
-        part_ptr + (i_s * tl.num_programs(2) + i_part) * num_rows + o_m,
+        part_ptr + (i_part * tl.num_programs(1) + i_s) * num_rows + o_m,
         row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)),
         mask=o_m < num_rows,
     )
@@ -157,14 +160,17 @@ def _merge_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_SINK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp of a row's parts; +inf, which turns every weight into 0, for a row that does not count."""
+    """The log-sum-exp of a row's parts; +inf, which turns every weight into 0, for a row that does not count.
+
+    part: float32 [num_parts, S, num_rows], -inf where nothing was seen
+    """
     i_s = tl.program_id(1).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_p = tl.arange(0, BLOCK_P)
     m_m = o_m < num_rows
     # [BLOCK_P, BLOCK_M]
     b_part = tl.load(
-        part_ptr + (i_s * num_parts + o_p)[:, None] * num_rows + o_m[None, :],
+        part_ptr + (o_p * tl.num_programs(1) + i_s)[:, None] * num_rows + o_m[None, :],
         mask=(o_p < num_parts)[:, None] & m_m[None, :],
         other=float("-inf"),
     )
@@ -189,9 +195,9 @@ def _merge_kernel(
     tl.store(lse_ptr + i_s * num_rows + o_m, lse, mask=m_m)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "longest"])
+@triton.jit(do_not_specialize=[*COUNTS, "longest", "stride_out"])
 def _column_mass_kernel(
-    q_ptr, k_ptr, c_ptr, mask_ptr, start_ptr, length_ptr, lse_ptr, out_ptr, longest,
+    q_ptr, k_ptr, c_ptr, mask_ptr, start_ptr, length_ptr, lse_ptr, out_ptr, longest, stride_out,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_cb, stride_ch, stride_cn, stride_cd,
     stride_mb, stride_mi, stride_mn,
     num_rows, num_tokens, token_shift, scale_log2, softcap_log2, tanh_scale, power,
@@ -226,7 +232,7 @@ def _column_mass_kernel(
         mass += tl.sum(tl.exp2((scores - b_lse[None, :]) * power), 1)
     # [BLOCK_N], columns between the segment's length and `longest` among them: these get 0
     tl.store(
-        out_ptr + i_s * (longest + num_tokens) + tl.where(in_chunk, longest, 0) + o_n,
+        out_ptr + i_s * stride_out + tl.where(in_chunk, longest, 0) + o_n,
         mass,
         mask=o_n < tl.where(in_chunk, num_tokens, longest),
     )
@@ -257,6 +263,111 @@ def launch_config(dtype: torch.dtype, dim: int, num_rows: int) -> tuple[dict[str
     )
 
 
+class Columns(Protocol):
+    """What queries attend to, or a part of it."""
+
+    num_parts: int
+    """In which the columns of a row are walked."""
+
+    def write_lse(self, parts: Tensor) -> None:
+        """Of every row, in every part: float32 [num_parts, S, num_rows]."""
+
+    def write_mass(self, lse: Tensor, out: Tensor, power: float) -> None:
+        """Of every column. lse: float32 [S, num_rows], over all columns;  out: float32 [S, columns], rows contiguous"""
+
+
+class PlainColumns:
+    """Entries that are rows of numbers, and behind the longest segment of them the tokens of a chunk."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        segments: Segments,
+        longest: int,
+        chunk: Chunk | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        (batch, num_q_heads, n, dim), keys, self.longest = query.shape, segments.keys, longest
+        self.num_segments = len(segments)
+        num_kv_heads = self.num_segments // batch
+        group = num_q_heads // num_kv_heads
+        m, mask = (0, None) if chunk is None else (len(chunk), chunk.mask)
+        num_rows = n * group
+        self.row_config, self.column_config = launch_config(query.dtype, dim, num_rows)
+        self.row_blocks = cdiv(num_rows, self.row_config["BLOCK_M"])
+        walked, self.column_tiles = (
+            cdiv(longest, config["BLOCK_N"]) + cdiv(m, config["BLOCK_N"])
+            for config in (self.row_config, self.column_config)
+        )
+        self.num_parts = parts_of(walked, self.num_segments * self.row_blocks)
+        # without a chunk no tile lies in one, and any pointer will do
+        chunk_key, chunk_strides = (keys, (0, 0, 0, 1)) if chunk is None else (chunk.key, chunk.key.stride())
+        mask_strides, token_shift = (0, 0, 0), m - n
+        if mask is not None:
+            mask_strides = (mask.stride(0) if len(mask) > 1 else 0, *mask.stride()[2:])
+            token_shift = NO_BOUND.value
+        self.inputs = (query, keys, chunk_key, mask, segments.starts, segments.lengths)
+        self.numbers = (
+            *query.stride(), *chunk_strides, *mask_strides, num_rows, m, token_shift,
+            scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
+        )  # fmt: skip
+        self.constants = {
+            "NUM_KV_HEADS": num_kv_heads,
+            "GROUP": group,
+            "D": dim,
+            "K_ROW": keys.stride(0),
+            "BLOCK_D": max(16, next_power_of_2(dim)),
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_MASK": mask is not None,
+            # plain tf32 would lose three digits of an fp32 model
+            "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        }
+
+    def write_lse(self, parts: Tensor) -> None:
+        _row_lse_kernel[(self.row_blocks, self.num_segments, self.num_parts)](
+            *self.inputs, parts, *self.numbers, **self.constants, **self.row_config, **LAUNCH
+        )
+
+    def write_mass(self, lse: Tensor, out: Tensor, power: float) -> None:
+        _column_mass_kernel[(self.column_tiles, self.num_segments)](
+            *self.inputs, lse, out, self.longest, out.stride(0), *self.numbers, float(power),
+            **self.constants, **self.column_config, **LAUNCH,
+        )  # fmt: skip
+
+
+def parts_of(walked: int, blocks: int) -> int:
+    """Programs that share the walk of each of so many blocks of rows over `walked` tiles of columns."""
+    return max(1, min(PROGRAMS // blocks, walked))
+
+
+def write_scores(
+    columns: Sequence[tuple[Columns, Tensor]],
+    query: Tensor,
+    num_kv_heads: int,
+    sink_logits: Tensor | None,
+    query_mask: Tensor | None,
+    power: float,
+) -> None:
+    """Columns that share the mass of the queries, each with where its own is written, in this order."""
+    batch, num_q_heads, n, _ = query.shape
+    num_segments, group = batch * num_kv_heads, num_q_heads // num_kv_heads
+    num_rows = n * group
+    parts = query.new_empty(sum(x.num_parts for x, _ in columns), num_segments, num_rows, dtype=torch.float32)
+    lse = parts.new_empty(num_segments, num_rows)
+    for (own, _), part in zip(columns, parts.split([x.num_parts for x, _ in columns]), strict=True):
+        own.write_lse(part)
+    block_p = next_power_of_2(len(parts))
+    block_m = max(1, min(64, 4096 // block_p))
+    _merge_kernel[(cdiv(num_rows, block_m), num_segments)](
+        parts, sink_logits, query_mask, lse, *((0, 0) if query_mask is None else query_mask.stride()),
+        num_rows, len(parts), NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_P=block_p, BLOCK_M=block_m,
+        HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None, **LAUNCH,
+    )  # fmt: skip
+    for own, out in columns:
+        own.write_mass(lse, out, power)
+
+
 @on_its_device
 def triton_column_scores(
     query: Tensor,
@@ -270,55 +381,10 @@ def triton_column_scores(
     power: float = 1.0,
 ) -> Tensor:
     """Shapes as in `column_scores`; the tables of the segments on the device, longest: lengths.max()."""
-    batch, num_q_heads, n, dim = query.shape
-    keys, num_segments = segments.keys, len(segments)
-    num_kv_heads = num_segments // batch
-    group = num_q_heads // num_kv_heads
-    m, mask = (0, None) if chunk is None else (len(chunk), chunk.mask)
-    num_rows = n * group
-    out = query.new_empty((batch, num_kv_heads, longest + m), dtype=torch.float32)
-    if num_rows == 0 or out.numel() == 0:
+    num_kv_heads, m = len(segments) // len(query), 0 if chunk is None else len(chunk)
+    out = query.new_empty((len(query), num_kv_heads, longest + m), dtype=torch.float32)
+    if query.shape[2] == 0 or out.numel() == 0:
         return out.zero_()
-    row_config, column_config = launch_config(query.dtype, dim, num_rows)
-    row_blocks = cdiv(num_rows, row_config["BLOCK_M"])
-    walked, column_tiles = (
-        cdiv(longest, config["BLOCK_N"]) + cdiv(m, config["BLOCK_N"]) for config in (row_config, column_config)
-    )
-    num_parts = max(1, min(PROGRAMS // (num_segments * row_blocks), walked))
-    parts = out.new_empty(num_segments, num_parts, num_rows)
-    lse = out.new_empty(num_segments, num_rows)
-    # without a chunk no tile lies in one, and any pointer will do
-    chunk_key, chunk_strides = (keys, (0, 0, 0, 1)) if chunk is None else (chunk.key, chunk.key.stride())
-    mask_strides, token_shift = (0, 0, 0), m - n
-    if mask is not None:
-        mask_strides = (mask.stride(0) if len(mask) > 1 else 0, *mask.stride()[2:])
-        token_shift = NO_BOUND.value
-    inputs = (query, keys, chunk_key, mask, segments.starts, segments.lengths)
-    numbers = (
-        *query.stride(), *chunk_strides, *mask_strides, num_rows, m, token_shift,
-        scale * LOG2E, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
-    )  # fmt: skip
-    heads = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group}
-    constants = heads | {
-        "D": dim,
-        "K_ROW": keys.stride(0),
-        "BLOCK_D": max(16, next_power_of_2(dim)),
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_MASK": mask is not None,
-        # plain tf32 would lose three digits of an fp32 model
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-    }
-    _row_lse_kernel[(row_blocks, num_segments, num_parts)](
-        *inputs, parts, *numbers, **constants, **row_config, **LAUNCH
-    )
-    block_p = next_power_of_2(num_parts)
-    block_m = min(64, 4096 // block_p)
-    _merge_kernel[(cdiv(num_rows, block_m), num_segments)](
-        parts, sink_logits, query_mask, lse, *((0, 0) if query_mask is None else query_mask.stride()),
-        num_rows, num_parts, **heads, BLOCK_P=block_p, BLOCK_M=block_m,
-        HAS_SINK=sink_logits is not None, HAS_QUERY_MASK=query_mask is not None, **LAUNCH,
-    )  # fmt: skip
-    _column_mass_kernel[(column_tiles, num_segments)](
-        *inputs, lse, out, longest, *numbers, float(power), **constants, **column_config, **LAUNCH
-    )
+    columns = PlainColumns(query, segments, longest, chunk, scale, softcap)
+    write_scores([(columns, out.flatten(0, 1))], query, num_kv_heads, sink_logits, query_mask, power)
     return out

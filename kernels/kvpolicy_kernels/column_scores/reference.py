@@ -17,8 +17,8 @@ def reference_column_scores(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     query_mask: Tensor | None = None,
-    *,
     power: float = 1.0,
+    *,
     largest: bool = False,
 ) -> Tensor:
     """Shapes as in `column_scores`; largest: of the weights instead of their sum."""

@@ -1,0 +1,1 @@
+"""The attention mass of entries that are codes."""
