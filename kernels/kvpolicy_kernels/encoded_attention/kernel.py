@@ -33,7 +33,13 @@ from kvpolicy_kernels.encoded_attention.numbers.kernel import (
     value_numbers,
 )
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
-from kvpolicy_kernels.encoded_attention.scores.kernel import code_scores, turned_tile
+from kvpolicy_kernels.encoded_attention.scores.kernel import (
+    centre_frequency,
+    centre_wave,
+    code_products,
+    code_scores,
+    turned_tile,
+)
 from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
@@ -50,7 +56,7 @@ def _attend_codes(
     logits_ptrs, m_logits, CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """seen: bool [BLOCK_N]; scales of what is not may be NaN;  the rest: see `code_scores`"""
+    """seen: bool [BLOCK_N]; scales of what is not may be NaN;  rest: see `code_products` and what is behind it"""
     MIDDLE: tl.constexpr = 2 ** (16 // PLANES - 1)
     dtype: tl.constexpr = q0.dtype
     k_step, k_zero = step_and_zero(tl.where(seen, b_ks, 0))
@@ -58,9 +64,11 @@ def _attend_codes(
     bias = tl.where(seen, 0.0, float("-inf"))[:, None]
     v_zero += MIDDLE * v_step
     # [BLOCK_N, BLOCK_M]
+    scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
+    b_wave = centre_wave(b_position, b_frequency, CENTRED, PACKED, dtype)
     scores = code_scores(
-        b_kw, k_step, k_zero, b_position, q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low,
-        b_frequency, softcap_log2, tanh_scale, CENTRED, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
+        scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, CENTRED, HAS_SOFTCAP,
+        dtype == tl.float32, PRECISION,
     )  # fmt: skip
     scores += bias
     if HAS_LOGITS:
@@ -157,9 +165,10 @@ def _attend_kernel(
         i_h = (i_s % num_kv_heads).to(tl.int64)
         # row r is query r % n of the group's head r // n
         q_rows = i_s.to(tl.int64) * num_rows + o_m
-        q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
-            q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_h, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+        q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low = turned_tile(
+            q_ptr, sums_ptr, of_centre_ptr, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
         )
+        b_frequency = centre_frequency(frequency_ptr, i_h, COEFFICIENTS, BLOCK_C)
         span = 0
         if HIDES:  # positions between the sinks and the last ones
             span = tl.maximum(tl.load(since_ptr + i_s) - num_sinks, 0).to(tl.uint32)

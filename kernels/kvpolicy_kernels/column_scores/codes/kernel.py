@@ -4,8 +4,8 @@ Queries are turned once, as for a decoding step, and a score is what it is there
 copies of entries, are columns of their own: they take part in the log-sum-exp of a row beside the entries, those that
 have a copy left out, and an entry that has a copy gets the copy's mass.
 
-Tiles are entries times rows, so that the numbers of the codes go from registers into the products. A row of `turn`'s is
-query r % n of head r // n, and it has the place of `row_place` in log-sum-exps.
+Tiles are entries times rows, so that the numbers of codes go from registers into products. Rows are those of `turn`;
+log-sum-exps have the order that they have over numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpolicy_kernels.backend import LAUNCH, interpreted, on_its_device
+from kvpolicy_kernels.backend import LAUNCH, interpreted, multiplies_from_shared_memory, on_its_device
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.column_scores.kernel import Columns, PlainColumns, parts_of, write_scores
 from kvpolicy_kernels.encoded_attention.kernel import halves, plane_block
-from kvpolicy_kernels.encoded_attention.numbers.kernel import step_and_zero
-from kvpolicy_kernels.encoded_attention.scores.kernel import code_scores, turned_tile
+from kvpolicy_kernels.encoded_attention.numbers.kernel import fast_exp2, step_and_zero
+from kvpolicy_kernels.encoded_attention.scores.kernel import (
+    centre_frequency,
+    centre_wave,
+    code_products,
+    code_scores,
+    turned_tile,
+)
 from kvpolicy_kernels.encoded_attention.turn.kernel import turned
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies, Segments
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
@@ -28,7 +34,7 @@ from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 @triton.jit
 def _row_place(o_m, n, GROUP: tl.constexpr):
-    """Of rows of `turn`'s, where they are among rows whose neighbours are heads of one query."""
+    """Of rows that are query r % n of the group's head r // n, where they are among rows `i * GROUP + g`."""
     return o_m % n * GROUP + o_m // n
 
 
@@ -72,10 +78,10 @@ def _code_lse_kernel(
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < num_rows
     start, length = tl.load(start_ptr + i_s), tl.load(length_ptr + i_s).to(tl.int32)
-    q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
-        q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_s % NUM_KV_HEADS, i_s * num_rows + o_m, m_m,
-        D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C,
-    )  # fmt: skip
+    q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low = turned_tile(
+        q_ptr, sums_ptr, of_centre_ptr, i_s * num_rows + o_m, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+    )
+    b_frequency = centre_frequency(frequency_ptr, i_s % NUM_KV_HEADS, COEFFICIENTS, BLOCK_C)
     tiles = tl.cdiv(length, BLOCK_N)
     part = tl.cdiv(tiles, tl.num_programs(2))
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -86,15 +92,18 @@ def _code_lse_kernel(
             D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 0, HIDES,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_M]
+        scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
+        b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS > 0, PACKED, q0.dtype)
         scores = code_scores(
-            b_kw, k_step, k_zero, b_position, q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low,
-            b_frequency, softcap_log2, tanh_scale, COEFFICIENTS > 0, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
+            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS > 0,
+            HAS_SOFTCAP, q0.dtype == tl.float32, PRECISION,
         )  # fmt: skip
         scores = tl.where(seen[:, None], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0))
         # a row that has seen nothing yet keeps -inf; subtracting it would give NaN
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        row_sum = row_sum * tl.exp2(row_max - safe_max) + tl.sum(tl.exp2(scores - safe_max[None, :]), 0)
+        row_sum = row_sum * fast_exp2(row_max - safe_max, PACKED)
+        row_sum += tl.sum(fast_exp2(scores - safe_max[None, :], PACKED), 0)
         row_max = new_max
     # [BLOCK_M], -inf for a row that has seen nothing
     tl.store(
@@ -123,25 +132,28 @@ def _code_mass_kernel(
         first_column, kw_ptr, ks_ptr, positions_ptr, since_ptr, i_s, start, length, num_sinks,
         D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 0, HIDES,
     )  # fmt: skip
+    b_frequency = centre_frequency(frequency_ptr, i_s % NUM_KV_HEADS, COEFFICIENTS, BLOCK_C)
+    b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS > 0, PACKED, q_ptr.dtype.element_ty)
     mass = tl.zeros([BLOCK_N], dtype=tl.float32)
     # no row sees a tile behind its segment
     for first in range(tl.where(first_column < length, 0, num_rows), num_rows, BLOCK_M):
         o_m = first + tl.arange(0, BLOCK_M)
         m_m = o_m < num_rows
-        q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
-            q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_s % NUM_KV_HEADS, i_s * num_rows + o_m, m_m,
-            D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C,
-        )  # fmt: skip
+        q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low = turned_tile(
+            q_ptr, sums_ptr, of_centre_ptr, i_s * num_rows + o_m, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+        )
         # [BLOCK_M]
         b_lse = tl.load(lse_ptr + i_s * num_rows + _row_place(o_m, n, GROUP), mask=m_m, other=float("inf"))
         # [BLOCK_N, BLOCK_M]
+        scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
         scores = code_scores(
-            b_kw, k_step, k_zero, b_position, q0, q1, q2, q3, q_offset, q_sum, row_scale, q_centre, b_high, b_low,
-            b_frequency, softcap_log2, tanh_scale, COEFFICIENTS > 0, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
+            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS > 0,
+            HAS_SOFTCAP, q0.dtype == tl.float32, PRECISION,
         )  # fmt: skip
         # a row that does not count sees nothing: its scores may be NaN
         visible = seen[:, None] & (b_lse < float("inf"))[None, :]
-        mass += tl.sum(tl.exp2(tl.where(visible, scores - b_lse[None, :], float("-inf")) * power), 1)
+        exponents = tl.where(visible, scores - b_lse[None, :], float("-inf")) * power
+        mass += tl.sum(fast_exp2(exponents, PACKED), 1)
     if HIDES:
         is_sink = b_position < num_sinks
         slot = tl.where(is_sink, b_position, num_sinks + b_position % (slots - num_sinks))
@@ -151,22 +163,28 @@ def _code_mass_kernel(
     tl.store(out_ptr + i_s * stride_out + o_n, mass, mask=o_n < longest)
 
 
-def launch_config(dtype: torch.dtype, dim: int, planes: int, num_rows: int) -> tuple[dict[str, int], dict[str, int]]:
+def launch_config(
+    dtype: torch.dtype, dim: int, num_rows: int, centred: bool, from_shared: bool
+) -> tuple[dict[str, int], dict[str, int]]:
     """Tile sizes and launch options of `_code_lse_kernel` and `_code_mass_kernel`.
 
-    num_rows: queries times the query group
+    num_rows: queries times the query group;  centred: whether keys have a centre
+    from_shared: tensor cores take the queries from shared memory, so that no registers hold them
+
+    In 16 bits nothing spills on sm_80 and sm_90, and several programs fit on an SM.
     """
-    least = max(16, next_power_of_2(num_rows))
-    stages = 3 if dim <= 128 else 2
     if dtype == torch.float32:
         side = 32 if dim <= 64 else 16
-        config = {"BLOCK_M": min(side, least), "BLOCK_N": side, "num_warps": 4, "num_stages": 2}
-        return config, config
-    rows = min(64, least)
-    return (
-        {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": stages},
-        {"BLOCK_M": rows, "BLOCK_N": 128, "num_warps": 8, "num_stages": stages},
+        tiles = [(side, side, 4), (side, side, 4)]
+    else:
+        owned = 64 if dim <= 128 and (from_shared or not centred) else 32
+        tiles = [(owned, 64, 4), (32 if centred else 64, 128, 8)]
+    least = max(16, next_power_of_2(num_rows))
+    row, column = (
+        {"BLOCK_M": min(rows, least), "BLOCK_N": entries, "num_warps": warps, "num_stages": 3 if dim <= 128 else 2}
+        for rows, entries, warps in tiles
     )
+    return row, column
 
 
 class CodedColumns:
@@ -189,7 +207,10 @@ class CodedColumns:
         num_kv_heads, single = self.num_segments // batch, torch.float32
         group = num_q_heads // num_kv_heads
         num_rows, packed = n * group, query.dtype != single and not interpreted()
-        self.row_config, self.column_config = launch_config(query.dtype, dim, planes, num_rows)
+        from_shared = multiplies_from_shared_memory(query.device)
+        self.row_config, self.column_config = launch_config(
+            query.dtype, dim, num_rows, centre is not None, from_shared
+        )  # fmt: skip
         self.row_blocks = cdiv(num_rows, self.row_config["BLOCK_M"])
         walked = cdiv(longest, self.row_config["BLOCK_N"])
         self.num_parts = parts_of(walked, self.num_segments * self.row_blocks)
@@ -260,7 +281,7 @@ def triton_coded_scores(
     none = segments.lengths.new_zeros(num_segments)
     rows = query.new_empty(0, dim)
     no_entries = Segments(rows, rows, none, none)
-    if copies is not None:
+    if copies is not None and longest:
         seen = (copies.positions >= 0)[:, None, None].expand(-1, -1, n, -1)
         of_copies = flat.new_empty(num_segments, copies.positions.shape[1])
         beside = Chunk(copies.key, copies.value, seen)
