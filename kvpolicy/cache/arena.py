@@ -19,7 +19,7 @@ from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.rebuild import rebuild
 from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
-from kvpolicy_kernels.segments import Segments
+from kvpolicy_kernels.segments import EncodedSegments, ExactCopies, Segments
 from torch import Tensor
 
 from kvpolicy.cache.chunk import Chunk
@@ -133,6 +133,11 @@ class LayerArena:
     def brought_segments(self) -> Segments:
         """With tables on the device, for several ops before the entries change."""
         return Segments(*self.vectors, *self.brought)
+
+    @property
+    def read_segments(self) -> tuple[Segments | EncodedSegments, ExactCopies | None]:
+        """As `brought_segments`, for an op that reads codes where there are any, with exact copies beside them."""
+        return self.brought_segments, None
 
     @property
     def brought(self) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ hides entries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from kvpolicy_kernels.key_centre import KeyCentre
 from kvpolicy_kernels.rebuild import rebuild
 from kvpolicy_kernels.rebuild.op import Chosen
 from kvpolicy_kernels.segments import Chunk as MaskedChunk
-from kvpolicy_kernels.segments import EncodedSegments, ExactCopies
+from kvpolicy_kernels.segments import EncodedSegments, ExactCopies, Segments
 from torch import Tensor
 
 from kvpolicy.cache.arena import LayerArena
@@ -136,6 +137,13 @@ class EncodedArena(LayerArena):
     def _coded_by(self, tables: tuple[Tensor, Tensor]) -> EncodedSegments:
         """tables: starts and lengths, on any device"""
         return EncodedSegments(*self._pairs(), *tables, self.entry_format, self.positions, self.key_centre)
+
+    @property
+    def read_segments(self) -> tuple[Segments | EncodedSegments, ExactCopies | None]:
+        if not self.reads_codes:
+            return super().read_segments
+        starts, lengths = self.brought
+        return replace(self._coded, starts=starts, lengths=lengths), self._copies
 
     @property
     def _copies(self) -> ExactCopies | None:

@@ -13,6 +13,8 @@ from kvpolicy_kernels.formats import INT4, INT8, EntryFormat, rounded
 import kvpolicy
 from kvpolicy import BudgetError, BudgetPlan, ModelSpec, PluginError
 from kvpolicy.cache import encoded_arena
+from kvpolicy.cache.attention_mass import attention_mass, attention_of_each
+from kvpolicy.cache.chunk import Chunk
 from kvpolicy.cache.encoded_arena import EncodedArena
 from kvpolicy.cache.state import pack
 from kvpolicy.comparison.methods import read_asked, read_methods
@@ -269,6 +271,43 @@ def test_triton_reads_codes_for_chunks_of_any_length(model, entry_format, monkey
             found += [model(part, **over(cache)).logits for part in ids[:, 105:].split([8, 20, 1, 1], 1)]
         logits.append(torch.cat(found, 1))
     torch.testing.assert_close(*logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "corm"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@torch.no_grad()
+def test_a_later_chunk_may_be_scored_by_the_codes(any_model, name, policy, monkeypatch):
+    """As on a GPU."""
+    arenas = []
+    for reads in (False, True):
+        monkeypatch.setattr(EncodedArena, "reads_codes", reads)
+        cache = cache_over(any_model, policy, format=name)
+        for part in tiny_ids(125).split([70, 30, 25], 1):
+            any_model(part, **over(cache))
+        arenas.append([layer.arena for layer in cache.store.layers])
+    for left, right in zip(*arenas, strict=True):
+        assert torch.equal(left.positions, right.positions)
+        torch.testing.assert_close(right.scores, left.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@torch.no_grad()
+def test_nothing_is_decoded_for_scores(any_model, name, monkeypatch):
+    """Of a chunk, and of each of its queries: as over decoded entries. On a GPU, where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, found = copy.deepcopy(any_model).to(device), []
+    cache = cache_over(model, "snapkv", format=name)
+    for part in tiny_ids(125).to(device).split([70, 30, 25], 1):
+        model(part, **over(cache))
+    arena = cache.store.layers[1].arena
+    query, key = (torch.randn(1, heads, 12, arena.like.shape[1], device=device) for heads in (4, 2))
+    chunk, options = Chunk(key, key, torch.arange(125, 137)[None]), {"scale": 0.3, "power": 2.0}
+    for reads in (False, True):
+        monkeypatch.setattr(EncodedArena, "reads_codes", reads)
+        found.append([score(arena, query, chunk, options) for score in (attention_mass, attention_of_each)])
+        monkeypatch.setattr(EncodedArena, "vectors", property(lambda _: pytest.fail("entries were decoded")))
+    for decoded, coded in zip(*found, strict=True):
+        torch.testing.assert_close(coded, decoded, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
