@@ -2,13 +2,12 @@
 
 A token is encoded once, when it is written. From then on its codes move bit by bit, whatever entries are kept, and who
 reads them is given decoded ones. On a GPU attention reads the codes, and the exact copies beside them, unless a mask
-hides entries.
+hides entries; so do the scores of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -97,7 +96,7 @@ class EncodedArena(LayerArena):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether tokens, one or many, attend to the codes themselves."""
+        """Whether attention, and scores of it, read the codes themselves."""
         return self.device.type == "cuda"
 
     def attend_among(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
@@ -142,8 +141,7 @@ class EncodedArena(LayerArena):
     def read_segments(self) -> tuple[Segments | EncodedSegments, ExactCopies | None]:
         if not self.reads_codes:
             return super().read_segments
-        starts, lengths = self.brought
-        return replace(self._coded, starts=starts, lengths=lengths), self._copies
+        return self._coded_by(self.brought), self._copies
 
     @property
     def _copies(self) -> ExactCopies | None:
