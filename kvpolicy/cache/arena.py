@@ -130,14 +130,9 @@ class LayerArena:
         return Segments(*self.vectors, self.start, self.length)
 
     @property
-    def brought_segments(self) -> Segments:
-        """With tables on the device, for several ops before the entries change."""
-        return Segments(*self.vectors, *self.brought)
-
-    @property
     def read_segments(self) -> tuple[Segments | EncodedSegments, ExactCopies | None]:
-        """As `brought_segments`, for an op that reads codes where there are any, with exact copies beside them."""
-        return self.brought_segments, None
+        """With tables on the device, for ops that read codes where there are any, with exact copies beside them."""
+        return Segments(*self.vectors, *self.brought), None
 
     @property
     def brought(self) -> tuple[Tensor, Tensor]:
@@ -161,7 +156,7 @@ class LayerArena:
     def attend_among(self, query: Tensor, chunk: MaskedChunk, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries and over a chunk, of any number of queries. options: as in `attend`"""
         work = None if self._still_brought is None else self._still_brought.work
-        return ragged_attention(query, self.brought_segments, chunk, plan=work, **options)
+        return ragged_attention(query, Segments(*self.vectors, *self.brought), chunk, plan=work, **options)
 
     def attend(self, query: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Attention over all entries, under the plan of the step where there is one. options: scale and so on."""
