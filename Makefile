@@ -78,6 +78,7 @@ docs: $(VENV)/.tools
 	$(BIN)/python docs/make_methods.py --check
 	$(BIN)/python docs/make_leaderboard.py --check
 	$(BIN)/python docs/make_formats.py --check
+	$(BIN)/python docs/make_tasks.py --check
 	$(BIN)/mkdocs build --strict
 
 # what would be published, built and tried in fresh environments: make release-check PYTHONS="python3.11 python3.13"
