@@ -45,13 +45,12 @@ def column_scores(
     (arXiv:2306.14048), and the query of a decoding step what H2O adds to them. The largest weight instead of the sum
     is what KVzip (arXiv:2505.23416) asks for, and KV-Compress (arXiv:2410.00161) sums squares.
 
+    segments: entries, or their codes of 8 or 4 bits, which count as what they decode to; Triton reads the codes
     query_mask: bool [B, n], True counts; queries of padding contribute nothing, whatever they hold
     reduction: "sum", or "max" for the largest weight that any query of the group gives
     power: > 0; each weight is raised to it first
-    segments: entries as numbers, or as codes of 8 or 4 bits, which count as what they decode to; on CUDA the codes are
-        read, and no numbers are written
     longest: `lengths.max()`, from a caller who knows it; Triton does not read it from the device then
-    copies: beside codes, what counts in the places of some entries; every query sees them
+    copies: of entries that are codes, in whose places they count; every query sees them
     backend: "auto" is Triton on CUDA, where the tensors have one dtype and D <= 256, and torch elsewhere; "max" is
         torch everywhere
     The other arguments are those of `ragged_attention`; values are not read.
