@@ -55,3 +55,21 @@ def test_one_command_writes_every_peer_into_one_file(head_to_head, tiny_checkpoi
     assert rows["transformers", "DynamicCache, offloaded"]["error"], "offloading needs a GPU"
     assert "nothing" in rows["kvpolicy", "nothing"]["error"]
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_what_the_docs_say_of_peers_on_a_gpu_is_what_was_measured():
+    root = FOLDER.parents[1]
+    with (root / "benchmarks" / "results" / "peers_h200.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["error"]]
+    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    lines = page.split("\n### On an H200\n")[2].split("\n## ")[0].splitlines()
+    dense = float(rows[0]["bytes"])
+    for row in rows:
+        said = [
+            f"| {row['tool'].replace(' 0.5.5', '')}, ",
+            f"| {float(row['score']) * int(row['n']):.0f} of {row['n']} |",
+        ]
+        said += [f"| {int(float(row['bytes'])):,}".replace(",", " "), f"| {100 * float(row['bytes']) / dense:.1f} % |"]
+        said += [f"| {float(row['first_token_seconds']):.2f} s | {float(row['ms_a_token']):.1f} ms |"]
+        assert any(all(part in line for part in said) for line in lines), said
+    assert len(rows) == 15

@@ -58,6 +58,16 @@ def test_the_recommended_recipe_is_never_worse_than_uniform(tasks):
     assert least[1] == ("aware", "plan.json@int8", 0.125, "ruler/vt")
 
 
+def test_the_task_that_was_left_out_is_told(tasks):
+    name = "snapkv/plans/qwen2.5-coder-0.5b-answers/plan.json"
+    rows = {key[0]: row for key, row in tasks.ruler().items() if key[1:] == (name, 0.25, "ruler/cwe")}
+    mean, low, high = (-tasks.points(rows["aware"][f"minus_{part}"]) for part in ("uniform", "high", "low"))
+    assert f"{mean} points worse ({low} to {high}), 3 % where" in said("benchmarks.md")
+    assert f"{mean} points worse" in said("how-to/choose-a-method.md")
+    others = [row for key, row in tasks.ruler().items() if key[1] == name and key[3] == "ruler/cwe" and key[2] < 0.5]
+    assert sorted(tasks.points(row["minus_low"]) for row in others)[:2] == [-4.2, -2.9]
+
+
 def test_what_is_said_of_tasks_without_needles(tasks):
     rows = tasks.recipe_scores(*tasks.NO_NEEDLES)
     each = {kept: rows["agnostic", "plan.json@int8", kept, "all"] for kept in (0.25, 0.125)}
