@@ -1,10 +1,9 @@
-"""What the keys of a head have in common: their bias, turned by position.
+"""What the keys of a head have in common: their mean, turned by position.
 
-Keys are `RoPE(W x + b)`. Some models' biases are many times as large as what tells keys apart (Qwen2.5's are), and
-codes of few bits would be spent on them. At a position p the turned bias is a sum of one wave for each pair of
-channels. Few waves are enough for all of them: pairs that turn fast have little, and those that turn slowly look alike
-over the positions there are. So each head has the few frequencies, of its own, whose waves and a constant come nearest
-to its turned bias, by least squares.
+Codes of few bits would be spent on it. At a position p the turned mean is a sum of one wave for each pair of channels.
+Pairs that turn slowly are nearly constant over the positions there are, and a constant costs attention nothing. Where
+it leaves too much, each head has a few frequencies of its own besides, whose waves and a constant come nearest to its
+turned mean, by least squares: pairs that turn fast have little, and those that turn slowly look alike.
 """
 
 from __future__ import annotations
@@ -20,46 +19,53 @@ from transformers import PreTrainedModel
 from kvpolicy.errors import FormatWarning, ModelError
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.exchange import text_config
+from kvpolicy.integrations.transformers.attention.mean_key import MeanKey, mean_keys
 from kvpolicy.integrations.transformers.attention.rotary import find_rotary, rotary_of
 from kvpolicy.model.spec import ModelSpec
+from kvpolicy.plugins.activations import Rotary
 
 WAVES = 8
-"""Frequencies of each head."""
+"""Frequencies of each head of a layer that has any."""
+WORTH = 4.0
+"""A layer has them where without them so many times as much is left of its keys. They cost attention a third more."""
 NEAR, REACH = 4096, 32768
 """Positions that count: each doubling from `NEAR` on to what the model was made for, or to `REACH`, as much."""
 _RIDGE = 1e-6  # so that waves which are all but the same do not take each other off
-_FUSED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn")
 _TOLD: WeakSet[nn.Module] = WeakSet()
 _CENTRES: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], KeyCentre]] = WeakKeyDictionary()
 
 
 def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | None]:
-    """Of each budgeted layer, for the KV heads held here; None where keys have no bias, or one that is not known.
+    """Of each budgeted layer, for the KV heads held here; all caches of a model share them.
 
-    It is known of a projection `k_proj` with nothing behind it but a rotation that `find_rotary` knows. Warns, with
-    `FormatWarning` and once for a model, of a bias that is not known.
+    Runs the model on a few tokens, once until its weights are others. None where a rotation is not known to
+    `find_rotary`; warns then, with `FormatWarning` and once for a model, if keys have a bias.
     """
     attentions = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
-    biases: list[Tensor | None] = []
-    unknown = None
-    for attention in attentions:
-        try:
-            biases.append(_bias(attention, spec.attention.key_dim))
-        except ModelError as error:
-            biases.append(None)
-            unknown = error
     try:
-        find_rotary(model, [attention for attention, bias in zip(attentions, biases, strict=True) if bias is not None])
+        find_rotary(model, attentions)
     except ModelError as error:
-        biases, unknown = [None] * len(attentions), error
-    if unknown is not None and model not in _TOLD:
-        _TOLD.add(model)
-        warnings.warn(_encoded_whole(model, unknown), FormatWarning, stacklevel=2)
-    reach = getattr(text_config(model), "max_position_embeddings", None) or REACH
-    return [
-        None if bias is None else _kept(bias, attention, reach)
-        for attention, bias in zip(attentions, biases, strict=True)
-    ]
+        if model not in _TOLD and any(map(_has_bias, attentions)):
+            _TOLD.add(model)
+            warnings.warn(_encoded_whole(model, error), FormatWarning, stacklevel=2)
+        return [None] * len(attentions)
+    if any(attention not in _CENTRES or _CENTRES[attention][0] != _weights(attention) for attention in attentions):
+        reach = getattr(text_config(model), "max_position_embeddings", None) or REACH
+        with torch.inference_mode(False):  # what is made here outlives that mode
+            for attention, keys in zip(attentions, mean_keys(model, attentions), strict=True):
+                _CENTRES[attention] = _weights(attention), _centre(keys, rotary_of(attention), reach)
+    return [_CENTRES[attention][1] for attention in attentions]
+
+
+def _weights(attention: nn.Module) -> tuple[int, int]:
+    """What is another where they are."""
+    own = next(attention.parameters())
+    return own.data_ptr(), own._version
+
+
+def _has_bias(attention: nn.Module) -> bool:
+    names = ("k_proj", "qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn")
+    return any(isinstance(getattr(getattr(attention, name, None), "bias", None), Tensor) for name in names)
 
 
 def _encoded_whole(model: PreTrainedModel, why: ModelError) -> str:
@@ -70,59 +76,36 @@ def _encoded_whole(model: PreTrainedModel, why: ModelError) -> str:
     )
 
 
-def _bias(attention: nn.Module, key_dim: int) -> Tensor | None:
-    """[H, D], of the KV heads held here; None without a bias. Raises `ModelError` for one that cannot be read."""
-    if getattr(attention, "k_norm", None) is not None:
-        return None
-    for name in _FUSED:
-        if isinstance(getattr(getattr(attention, name, None), "bias", None), Tensor):
-            raise ModelError(f"it is a part of {type(attention).__name__}.{name}'s")
-    projection = getattr(attention, "k_proj", None)
-    bias = getattr(projection, "bias", None)
-    if not isinstance(bias, Tensor):
-        return None
-    if bias.is_meta:  # offloaded: accelerate brings it for the forward, from where it is
-        weights = getattr(getattr(projection, "_hf_hook", None), "weights_map", None)
-        if weights is None:
-            raise ModelError("it is on the meta device, and accelerate does not know where else")
-        bias = weights["bias"]
-    if hasattr(bias, "to_local"):  # under tensor parallelism
-        bias = bias.to_local()
-    if not bias.numel() or bias.numel() % key_dim:
-        raise ModelError(f"it has {bias.numel()} numbers, no multiple of the head dim {key_dim}")
-    return bias.detach().view(-1, key_dim)
-
-
-def _kept(bias: Tensor, attention: nn.Module, reach: int) -> KeyCentre:
-    """The centre, which all caches of a model share, as they do its weights."""
-    weights = bias.data_ptr(), bias._version
-    if attention not in _CENTRES or _CENTRES[attention][0] != weights:
-        _CENTRES[attention] = weights, _centre(bias, attention, reach)
-    return _CENTRES[attention][1]
-
-
-def _centre(bias: Tensor, attention: nn.Module, reach: int) -> KeyCentre:
-    """bias: [H, D]. Worked out on the CPU, where the same model gives the same everywhere."""
-    rotary = rotary_of(attention)
-    own, frequencies = bias.double().cpu(), rotary.frequencies.double().cpu()
+def _centre(keys: MeanKey, rotary: Rotary, reach: int) -> KeyCentre:
+    """Worked out on the CPU."""
+    own, frequencies = keys.mean.double().cpu(), rotary.frequencies.double().cpu()
     first, second = rotary.first.cpu(), rotary.second.cpu()
     count = len(frequencies)
     # functions of the position, M of them: 1, the cosines, the sines
     cosines, sines = torch.arange(1, count + 1), torch.arange(count + 1, 2 * count + 1)
-    turned = own.new_zeros(*own.shape, 1 + 2 * count)  # [H, D, M], the turned bias as a sum of them
+    turned = own.new_zeros(*own.shape, 1 + 2 * count)  # [H, D, M], the turned mean as a sum of them
     turned[..., 0] = own
     turned[:, torch.cat([first, second]), 0] = 0
     turned[:, first, cosines], turned[:, first, sines] = own[:, first], -own[:, second]
     turned[:, second, cosines], turned[:, second, sines] = own[:, second], own[:, first]
     products = _products(frequencies, reach)
+
+    def fitted(waves: Tensor) -> tuple[Tensor, float]:
+        """Coefficients [H, 1 + 2 J, D], and what they leave of keys. waves: int64 [H, J]"""
+        used = torch.stack([cosines[waves], sines[waves]], -1).flatten(1)
+        used = torch.cat([used.new_zeros(len(used), 1), used], 1)
+        with_all = products[used] @ turned.mT
+        coefficients = torch.linalg.solve(_columns(products[used], used), with_all)
+        whole = ((turned @ products) * turned).sum()
+        return coefficients, keys.spread + float(whole - (coefficients * with_all).sum())
+
     waves = _nearest(turned, products)
-    used = torch.stack([cosines[waves], sines[waves]], -1).flatten(1)
-    used = torch.cat([used.new_zeros(len(used), 1), used], 1)  # [H, 1 + 2 J]
-    among = products[used]
-    coefficients = torch.linalg.solve(_columns(among, used), among @ turned.mT)
+    (constant, left), (moving, least) = fitted(waves[:, :0]), fitted(waves)
+    coefficients, waves = (constant, waves[:, :0]) if left <= WORTH * least else (moving, waves)
+    device = keys.mean.device
     return KeyCentre(
-        coefficients.transpose(0, 1).float().contiguous().to(bias.device),
-        (frequencies * (CIRCLE / (2 * torch.pi))).round().to(torch.int32)[waves].to(bias.device),
+        coefficients.transpose(0, 1).float().contiguous().to(device),
+        (frequencies * (CIRCLE / (2 * torch.pi))).round().to(torch.int32)[waves].contiguous().to(device),
     )
 
 
