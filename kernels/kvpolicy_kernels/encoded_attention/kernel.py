@@ -53,7 +53,7 @@ LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 def _attend_codes(
     acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
     q_centre, b_high, b_low, b_frequency, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
-    logits_ptrs, m_logits, CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    logits_ptrs, m_logits, COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """seen: bool [BLOCK_N]; scales of what is not may be NaN;  rest: see `code_products` and what is behind it"""
@@ -65,9 +65,9 @@ def _attend_codes(
     v_zero += MIDDLE * v_step
     # [BLOCK_N, BLOCK_M]
     scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
-    b_wave = centre_wave(b_position, b_frequency, CENTRED, PACKED, dtype)
+    b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS, PACKED, dtype)
     scores = code_scores(
-        scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, CENTRED, HAS_SOFTCAP,
+        scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS, HAS_SOFTCAP,
         dtype == tl.float32, PRECISION,
     )  # fmt: skip
     scores += bias
@@ -205,7 +205,7 @@ def _attend_kernel(
             m_own = (o_n - others).to(tl.uint32) < (end - place).to(tl.uint32)
             seen = m_own
             b_position = o_n  # not used
-            if HIDES or COEFFICIENTS:
+            if HIDES or COEFFICIENTS > 1:
                 b_position = _loaded(positions_ptr + row + o_n, m_n, ROOMY)  # [BLOCK_N]
                 if HIDES:
                     seen = (tl.where(m_own, b_position, NEVER) - num_sinks).to(tl.uint32) < span
@@ -215,7 +215,7 @@ def _attend_kernel(
             acc0, acc1, acc2, acc3, row_max, row_sum, shift = _attend_codes(
                 acc0, acc1, acc2, acc3, row_max, row_sum, shift, q0, q1, q2, q3, q_offset, q_sum, row_scale,
                 q_centre, b_high, b_low, b_frequency, b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2,
-                tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS > 0, HAS_SOFTCAP, HAS_LOGITS,
+                tanh_scale, logits_ptrs, m_own[:, None] & m_m[None, :], COEFFICIENTS, HAS_SOFTCAP, HAS_LOGITS,
                 PLANES, PACKED, PRECISION,
             )  # fmt: skip
         # a query that has seen nothing gets zeros, and -inf
@@ -286,10 +286,10 @@ def _mass_kernel(
         tl.store(mass_ptr + start + o_n, b_mass, mask=m_n)
 
 
-def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred: bool = False) -> dict[str, int]:
+def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: bool = False) -> dict[str, int]:
     """Tile sizes and launch options of the kernel over codes.
 
-    dim: the larger of D and Dv;  rows: queries times query heads of a group;  centred: whether keys have a centre
+    dim: the larger of D and Dv;  rows: queries times query heads of a group;  turns: whether keys have a centre that does
 
     Measured on an H200 at head dim 128 among tiles of 32 and 64 entries, 2 to 4 stages, and fewer registers; the others
     are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
@@ -298,7 +298,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, centred:
     words = next_power_of_2(dim // planes)
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
-    halved += (block_m > 8) + centred * ((block_m > 8) + (dim > 128))
+    halved += (block_m > 8) + turns * ((block_m > 8) + (dim > 128))
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
@@ -343,10 +343,10 @@ def triton_encoded_attention(
     logits = query.new_empty(len(key_words), rows, dtype=single) if with_mass else None
     parts = query.new_empty(num_programs + num_segments, rows, value_dim, dtype=single)
     part_lse = query.new_empty(num_programs + num_segments, rows, dtype=single)
-    config = launch_config(query.dtype, widest, planes, rows, segments.key_centre is not None)
     early, packed = at_least_hopper(query.device), query.dtype != single and not interpreted()
     centre, positions = segments.key_centre, segments.positions
     coefficients = 0 if centre is None else len(centre.coefficients)
+    config = launch_config(query.dtype, widest, planes, rows, coefficients > 1)
     turned_query, sums, of_centre, since = turned(
         query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed,
         centre=centre, copies=copies, early=early,

@@ -42,7 +42,7 @@ def _row_place(o_m, n, GROUP: tl.constexpr):
 def _code_tile(
     first, kw_ptr, ks_ptr, positions_ptr, since_ptr, i_s, start, length, num_sinks, D: tl.constexpr,
     KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, PLANES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-    CENTRED: tl.constexpr, HIDES: tl.constexpr,
+    TURNS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Words [BLOCK_N, BLOCK_W], steps, zeros and positions [BLOCK_N], and which entries are there, and not hidden."""
     o_n = first + tl.arange(0, BLOCK_N)
@@ -55,7 +55,7 @@ def _code_tile(
     )
     k_step, k_zero = step_and_zero(tl.load(ks_ptr + rows * KS_ROW, mask=m_n, other=0))
     b_position, seen = o_n, m_n
-    if CENTRED or HIDES:
+    if TURNS or HIDES:
         b_position = tl.load(positions_ptr + rows, mask=m_n, other=0)
     if HIDES:
         seen = m_n & (b_position >= num_sinks) & (b_position < tl.load(since_ptr + i_s))
@@ -89,13 +89,13 @@ def _code_lse_kernel(
     for tile in range(i_part * part, tl.minimum((i_part + 1) * part, tiles)):
         b_kw, k_step, k_zero, b_position, seen = _code_tile(
             tile * BLOCK_N, kw_ptr, ks_ptr, positions_ptr, since_ptr, i_s, start, length, num_sinks,
-            D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 0, HIDES,
+            D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 1, HIDES,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_M]
         scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
-        b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS > 0, PACKED, q0.dtype)
+        b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS, PACKED, q0.dtype)
         scores = code_scores(
-            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS > 0,
+            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS,
             HAS_SOFTCAP, q0.dtype == tl.float32, PRECISION,
         )  # fmt: skip
         scores = tl.where(seen[:, None], scores, float("-inf"))
@@ -130,10 +130,10 @@ def _code_mass_kernel(
     o_n = first_column + tl.arange(0, BLOCK_N)
     b_kw, k_step, k_zero, b_position, seen = _code_tile(
         first_column, kw_ptr, ks_ptr, positions_ptr, since_ptr, i_s, start, length, num_sinks,
-        D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 0, HIDES,
+        D, KW_ROW, KS_ROW, PLANES, BLOCK_N, BLOCK_W, COEFFICIENTS > 1, HIDES,
     )  # fmt: skip
     b_frequency = centre_frequency(frequency_ptr, i_s % NUM_KV_HEADS, COEFFICIENTS, BLOCK_C)
-    b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS > 0, PACKED, q_ptr.dtype.element_ty)
+    b_wave = centre_wave(b_position, b_frequency, COEFFICIENTS, PACKED, q_ptr.dtype.element_ty)
     mass = tl.zeros([BLOCK_N], dtype=tl.float32)
     # no row sees a tile behind its segment
     for first in range(tl.where(first_column < length, 0, num_rows), num_rows, BLOCK_M):
@@ -147,7 +147,7 @@ def _code_mass_kernel(
         # [BLOCK_N, BLOCK_M]
         scores = code_products(b_kw, k_step, k_zero, q0, q1, q2, q3, q_offset, q_sum, PLANES, PACKED, PRECISION)
         scores = code_scores(
-            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS > 0,
+            scores, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS,
             HAS_SOFTCAP, q0.dtype == tl.float32, PRECISION,
         )  # fmt: skip
         # a row that does not count sees nothing: its scores may be NaN
@@ -164,11 +164,11 @@ def _code_mass_kernel(
 
 
 def launch_config(
-    dtype: torch.dtype, dim: int, num_rows: int, centred: bool, from_shared: bool
+    dtype: torch.dtype, dim: int, num_rows: int, turns: bool, from_shared: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile sizes and launch options of `_code_lse_kernel` and `_code_mass_kernel`.
 
-    num_rows: queries times the query group;  centred: whether keys have a centre
+    num_rows: queries times the query group;  turns: whether keys have a centre that does
     from_shared: tensor cores take the queries from shared memory, so that no registers hold them
 
     In 16 bits nothing spills on sm_80 and sm_90, and several programs fit on an SM.
@@ -177,8 +177,8 @@ def launch_config(
         side = 32 if dim <= 64 else 16
         tiles = [(side, side, 4), (side, side, 4)]
     else:
-        owned = 64 if dim <= 128 and (from_shared or not centred) else 32
-        tiles = [(owned, 64, 4), (32 if centred else 64, 128, 8)]
+        owned = 64 if dim <= 128 and (from_shared or not turns) else 32
+        tiles = [(owned, 64, 4), (32 if turns else 64, 128, 8)]
     least = max(16, next_power_of_2(num_rows))
     row, column = (
         {"BLOCK_M": min(rows, least), "BLOCK_N": entries, "num_warps": warps, "num_stages": 3 if dim <= 128 else 2}
@@ -208,8 +208,9 @@ class CodedColumns:
         group = num_q_heads // num_kv_heads
         num_rows, packed = n * group, query.dtype != single and not interpreted()
         from_shared = multiplies_from_shared_memory(query.device)
+        coefficients = 0 if centre is None else len(centre.coefficients)
         self.row_config, self.column_config = launch_config(
-            query.dtype, dim, num_rows, centre is not None, from_shared
+            query.dtype, dim, num_rows, coefficients > 1, from_shared
         )  # fmt: skip
         self.row_blocks = cdiv(num_rows, self.row_config["BLOCK_M"])
         walked = cdiv(longest, self.row_config["BLOCK_N"])
@@ -225,7 +226,6 @@ class CodedColumns:
         self.numbers = (
             n, 0 if copies is None else copies.num_sinks, (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0)
         )  # fmt: skip
-        coefficients = 0 if centre is None else len(centre.coefficients)
         self.constants = {
             "NUM_KV_HEADS": num_kv_heads,
             "GROUP": group,

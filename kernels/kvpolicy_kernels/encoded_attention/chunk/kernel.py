@@ -24,7 +24,7 @@ from kvpolicy_kernels.backend import LAUNCH, interpreted, multiplies_from_shared
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.encoded_attention.kernel import RANGE, halves, plane_block
 from kvpolicy_kernels.encoded_attention.numbers.kernel import decoded, fast_exp2
-from kvpolicy_kernels.encoded_attention.scores.kernel import turned_tile
+from kvpolicy_kernels.encoded_attention.scores.kernel import centre_frequency, turned_tile
 from kvpolicy_kernels.encoded_attention.turn.kernel import CENTRE_SCALE, turned
 from kvpolicy_kernels.formats import rotation
 from kvpolicy_kernels.key_centre.kernel import wave
@@ -41,7 +41,7 @@ COUNTS = ("n", "num_kv_heads", "num_tiles", "num_parts")  # change from call to 
 def _attend_tile(
     acc0, acc1, acc2, acc3, row_max, row_sum, q0, q1, q2, q3, row_scale, q_centre, b_high, b_low, b_frequency,
     b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
-    CENTRED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Planes of queries [BLOCK_M, BLOCK_W], high and low [BLOCK_M, BLOCK_C], and the rest of a row's: see `turned_tile`
@@ -58,7 +58,7 @@ def _attend_tile(
     if PLANES == 4:
         scores = tl.dot(q2, tl.trans(decoded(b_kw, b_ks, 2, PLANES, PACKED, dtype)), scores, input_precision=PRECISION)
         scores = tl.dot(q3, tl.trans(decoded(b_kw, b_ks, 3, PLANES, PACKED, dtype)), scores, input_precision=PRECISION)
-    if CENTRED:
+    if COEFFICIENTS > 1:
         # [BLOCK_C, BLOCK_N]
         o_c = tl.arange(0, b_frequency.shape[0])
         b_wave = wave(b_position[None, :], b_frequency[:, None], o_c[:, None], PACKED)
@@ -68,7 +68,7 @@ def _attend_tile(
     bias = tl.where(seen, 0.0, float("-inf"))[None, :]
     if HAS_SOFTCAP:
         scores *= row_scale[:, None]
-        if CENTRED:
+        if COEFFICIENTS:
             scores += q_centre[:, None]
         scores = capped(scores, softcap_log2, tanh_scale, dtype == tl.float32) + bias
     else:
@@ -124,11 +124,12 @@ def _attend_codes_kernel(
     m_m = o_m < num_rows
     # row r is query r % n of the group's head r // n
     q_rows = i_s * num_rows + o_m
-    q0, q1, q2, q3, _, _, row_scale, q_centre, b_high, b_low, b_frequency = turned_tile(
-        q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, i_h, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
+    q0, q1, q2, q3, _, _, row_scale, q_centre, b_high, b_low = turned_tile(
+        q_ptr, sums_ptr, of_centre_ptr, q_rows, m_m, D, PLANES, BLOCK_W, COEFFICIENTS, BLOCK_C
     )
+    b_frequency = centre_frequency(frequency_ptr, i_h, COEFFICIENTS, BLOCK_C)
     q0, q1, q2, q3 = tl.trans(q0), tl.trans(q1), tl.trans(q2), tl.trans(q3)
-    if COEFFICIENTS:
+    if COEFFICIENTS > 1:
         b_high, b_low = tl.trans(b_high), tl.trans(b_low)
     span = 0
     if HIDES:  # positions between the sinks and the last ones
@@ -161,14 +162,14 @@ def _attend_codes_kernel(
         b_ks = tl.load(ks_ptr + rows * KS_ROW)
         b_vs = tl.load(vs_ptr + rows * VS_ROW)
         b_position = o_n  # not used
-        if HIDES or COEFFICIENTS:
+        if HIDES or COEFFICIENTS > 1:
             b_position = tl.load(positions_ptr + rows)  # [BLOCK_N]
             if HIDES:
                 seen &= (b_position - num_sinks).to(tl.uint32) < span
         acc0, acc1, acc2, acc3, row_max, row_sum = _attend_tile(
             acc0, acc1, acc2, acc3, row_max, row_sum, q0, q1, q2, q3, row_scale, q_centre, b_high, b_low, b_frequency,
             b_position, b_kw, b_ks, b_vw, b_vs, seen, softcap_log2, tanh_scale,
-            COEFFICIENTS > 0, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
+            COEFFICIENTS, HAS_SOFTCAP, PLANES, PACKED, PRECISION,
         )  # fmt: skip
     # a query that has seen nothing gets zeros, and -inf
     safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)

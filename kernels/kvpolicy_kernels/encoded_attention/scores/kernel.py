@@ -39,6 +39,7 @@ def turned_tile(
     if COEFFICIENTS:
         centre_ptrs, m_c = of_centre_ptr + q_rows * COEFFICIENTS, o_c < COEFFICIENTS - 1
         q_centre = tl.load(centre_ptrs, mask=m_m, other=0.0)
+    if COEFFICIENTS > 1:
         b_turning = tl.load(centre_ptrs[None, :] + 1 + o_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
         b_high = b_turning.to(q0.dtype)
         b_low = (b_turning - b_high.to(tl.float32)).to(q0.dtype)
@@ -47,20 +48,20 @@ def turned_tile(
 
 @triton.jit
 def centre_frequency(frequency_ptr, i_h, COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of each coefficient that turns, int32 [BLOCK_C]; anything without a centre."""
+    """Of each coefficient that turns, int32 [BLOCK_C]; anything where none does."""
     o_c = tl.arange(0, BLOCK_C)
     b_frequency = o_c
-    if COEFFICIENTS:
+    if COEFFICIENTS > 1:
         ptrs = frequency_ptr + i_h * (COEFFICIENTS // 2) + o_c // 2
         b_frequency = tl.load(ptrs, mask=o_c < COEFFICIENTS - 1, other=0)
     return b_frequency
 
 
 @triton.jit
-def centre_wave(b_position, b_frequency, CENTRED: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr):
-    """[BLOCK_N, BLOCK_C], for a product, so that no wave is worked out in two threads; anything without a centre."""
+def centre_wave(b_position, b_frequency, COEFFICIENTS: tl.constexpr, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """[BLOCK_N, BLOCK_C], for a product, so that no wave is worked out in two threads; anything where nothing turns."""
     b_wave = b_position
-    if CENTRED:
+    if COEFFICIENTS > 1:
         o_c = tl.arange(0, b_frequency.shape[0])
         b_wave = wave(b_position[:, None], b_frequency[None, :], o_c[None, :], PACKED).to(dtype)
     return b_wave
@@ -87,7 +88,7 @@ def code_products(
 
 @triton.jit
 def code_scores(
-    products, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, CENTRED: tl.constexpr,
+    products, b_wave, row_scale, q_centre, b_high, b_low, softcap_log2, tanh_scale, COEFFICIENTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_M], in base 2. products: see `code_products`;  wave: see `centre_wave`;  rest: see `turned_tile`
@@ -95,11 +96,11 @@ def code_scores(
     SINGLE: see `capped`
     """
     scores = products
-    if CENTRED:
+    if COEFFICIENTS > 1:
         scores = tl.dot(b_wave, b_low, scores * (1.0 / CENTRE_SCALE), input_precision=PRECISION)
         scores = tl.dot(b_wave, b_high, scores, input_precision=PRECISION) * CENTRE_SCALE
     scores *= row_scale[None, :]
-    if CENTRED:
+    if COEFFICIENTS:
         scores += q_centre[None, :]
     if HAS_SOFTCAP:
         scores = capped(scores, softcap_log2, tanh_scale, SINGLE)
