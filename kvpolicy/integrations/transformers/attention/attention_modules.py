@@ -1,9 +1,10 @@
-"""Where in a model its attention is."""
+"""Where in a model its attention is, and where that computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,3 +43,14 @@ def decoder_layers(model: nn.Module, block: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and any(child is block for child in module):
             return list(module)
     return [block]
+
+
+def device_of(part: nn.Module) -> torch.device:
+    """Where a part of a model computes, also where accelerate moves its weights."""
+    device = next(part.parameters()).device
+    if device.type == "meta":  # offloaded: accelerate brings the weights to where they are used
+        for module in part.modules():
+            execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if execution is not None:
+                return torch.device(execution)
+    return device

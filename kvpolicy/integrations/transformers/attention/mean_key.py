@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.integrations.transformers.attention.attention_call import Answer, AttentionCall
+from kvpolicy.integrations.transformers.attention.attention_modules import device_of
 from kvpolicy.integrations.transformers.attention.exchange import text_config
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
 from kvpolicy.integrations.transformers.attention.rotary import rotary_of
@@ -60,4 +61,4 @@ def sample_ids(model: PreTrainedModel) -> Tensor:
     vocabulary: int = text_config(model).vocab_size
     first = min(_BYTES, vocabulary // 2)
     drawn = torch.rand(1, TOKENS, generator=torch.Generator().manual_seed(_SEED))
-    return (first * torch.exp(drawn * math.log(vocabulary / first))).long().to(model.device)
+    return (first * torch.exp(drawn * math.log(vocabulary / first))).long().to(device_of(model))

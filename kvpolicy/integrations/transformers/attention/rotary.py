@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
+from kvpolicy.integrations.transformers.attention.attention_modules import device_of
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.plugins.activations import Rotary
 
@@ -34,7 +35,7 @@ def find_rotary(model: PreTrainedModel, attentions: Sequence[nn.Module]) -> None
     for attention in attentions:
         if attention not in _ROTATIONS:
             embedding, buffer = _embedding(modules, names[attention])
-            first, second = _pairs(attention, model.device, getattr(embedding, buffer).numel())
+            first, second = _pairs(attention, getattr(embedding, buffer).numel())
             _ROTATIONS[attention] = first, second, embedding, buffer
 
 
@@ -59,9 +60,9 @@ def _embedding(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, str
     _refuse(modules[name], "has no rotary embedding that kvpolicy recognises")
 
 
-def _pairs(attention: nn.Module, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+def _pairs(attention: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """The dimensions that turn together, int64 [count] each, or [0] where none does."""
-    still, turned = (_keys(attention, device, count, angle) for angle in (0.0, torch.pi / 2))
+    still, turned = (_keys(attention, count, angle) for angle in (0.0, torch.pi / 2))
     if torch.allclose(still, turned):
         return (torch.empty(0, dtype=torch.int64, device=still.device),) * 2
     order = torch.arange(count, device=still.device)
@@ -73,10 +74,9 @@ def _pairs(attention: nn.Module, device: torch.device, count: int) -> tuple[Tens
     _refuse(attention, "pairs dimensions in an order that kvpolicy does not know")
 
 
-def _keys(attention: nn.Module, device: torch.device, count: int, angle: float) -> Tensor:
+def _keys(attention: nn.Module, count: int, angle: float) -> Tensor:
     """Keys of one token, every pair turned by the same angle, [1, H, 1, D]."""
-    like = next(attention.parameters())
-    device = device if like.device.type == "meta" else like.device
+    like, device = next(attention.parameters()), device_of(attention)
     width = getattr(attention.config, "hidden_size", 0)
     hidden = torch.arange(1, width + 1, device=device).sin().to(like.dtype)[None, None]
     for columns in (2 * count, count):  # architectures differ in how many they expect

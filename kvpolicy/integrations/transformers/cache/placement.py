@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from kvpolicy.errors import ModelError
-from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules, decoder_layers
+from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules, decoder_layers, device_of
 from kvpolicy.model.spec import ModelSpec
 
 
@@ -16,7 +15,7 @@ def layer_devices(model: PreTrainedModel, spec: ModelSpec) -> list[torch.device]
     layers = decoder_layers(model, attention_modules(model, spec.budgeted_layers[:1])[0][1])
     if len(layers) != len(spec.layers):
         raise ModelError(f"{type(model).__name__}: kvpolicy does not recognise its list of decoder layers")
-    return [_device_of(layer) for layer in layers]
+    return [device_of(layer) for layer in layers]
 
 
 def check_devices(model: PreTrainedModel, spec: ModelSpec) -> None:
@@ -33,13 +32,3 @@ def check_devices(model: PreTrainedModel, spec: ModelSpec) -> None:
                 f"layer {index} is on {devices[index]} and reuses the keys and values of layer {owner} on "
                 f"{devices[owner]}: give a device_map that puts both on one device"
             )
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    device = next(layer.parameters()).device
-    if device.type == "meta":  # offloaded: accelerate brings the weights to where they are used
-        for part in layer.modules():
-            execution = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-            if execution is not None:
-                return torch.device(execution)
-    return device
