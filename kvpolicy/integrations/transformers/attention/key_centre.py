@@ -9,6 +9,7 @@ turned mean, by least squares: pairs that turn fast have little, and those that 
 from __future__ import annotations
 
 import warnings
+from typing import TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -31,15 +32,16 @@ WORTH = 4.0
 NEAR, REACH = 4096, 32768
 """Positions that count: each doubling from `NEAR` on to what the model was made for, or to `REACH`, as much."""
 _RIDGE = 1e-6  # so that waves which are all but the same do not take each other off
+_Weights: TypeAlias = tuple[tuple[int, int], ...]
 _TOLD: WeakSet[nn.Module] = WeakSet()
-_CENTRES: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], KeyCentre]] = WeakKeyDictionary()
+_CENTRES: WeakKeyDictionary[nn.Module, tuple[_Weights, KeyCentre]] = WeakKeyDictionary()
 
 
 def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | None]:
     """Of each budgeted layer, for the KV heads held here; all caches of a model share them.
 
-    Runs the model on a few tokens, once until its weights are others. None where a rotation is not known to
-    `find_rotary`; warns then, with `FormatWarning` and once for a model, if keys have a bias.
+    Runs the model on a few tokens, once until weights of its attention are others. None where `find_rotary` does not
+    know a rotation; warns then, with `FormatWarning` and once for a model, if keys have a bias.
     """
     attentions = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
     try:
@@ -57,10 +59,9 @@ def key_centres(model: PreTrainedModel, spec: ModelSpec) -> list[KeyCentre | Non
     return [_CENTRES[attention][1] for attention in attentions]
 
 
-def _weights(attention: nn.Module) -> tuple[int, int]:
+def _weights(attention: nn.Module) -> _Weights:
     """What is another where they are."""
-    own = next(attention.parameters())
-    return own.data_ptr(), own._version
+    return tuple((own.data_ptr(), 0 if own.is_inference() else own._version) for own in attention.parameters())
 
 
 def _has_bias(attention: nn.Module) -> bool:
