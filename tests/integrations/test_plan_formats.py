@@ -26,6 +26,7 @@ from kvpolicy.comparison.methods import read_asked, read_methods
 from kvpolicy.integrations.transformers import TransformersProbe, attached, prompt_cache
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.intercept import intercepted
+from kvpolicy.integrations.transformers.attention.key_centre import key_centres
 from kvpolicy.measure.evaluation import measured_bytes
 from kvpolicy.report.numbers import level_bytes
 from kvpolicy.report.tables import level_rows
@@ -143,10 +144,10 @@ def test_a_cache_equals_a_dense_forward_over_what_each_layer_keeps(model):
     plan = plan_of(spec, (table, MIXED), context=total)
     cache = package.new_cache(model, plan, context_length=total)
     found = stepped_logits(model, ids, cache, list(STEPS))
-    visible, handlers = visible_tokens(table, SINKS, STEPS), {}
+    visible, handlers, centres = visible_tokens(table, SINKS, STEPS), {}, key_centres(model, spec)
     for row, (module, _) in enumerate(attention_modules(model, list(spec.budgeted_layers))):
         own = FORMATS.layers[row]
-        coded = own and CodedAttention(visible[row], exact_tokens(own, STEPS), own)
+        coded = own and CodedAttention(visible[row], exact_tokens(own, STEPS), own, centres[row])
         handlers[module] = coded or MaskedAttention(visible[row])
     with intercepted(model, handlers):
         expected = model(ids, use_cache=False).logits
