@@ -38,13 +38,16 @@ def made(entry_format, dims, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("with_copies", [True, False])
-@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("pairs", [3, 0, None])
 @pytest.mark.parametrize("entry_format", [INT4, INT8, EntryFormat(4)], ids=str)
 @pytest.mark.parametrize("dims", [(32, 16), (80, 64)], ids=str)
 @backends
-def test_a_token(backend, dims, entry_format, centred, with_copies):
-    """Of a sink, of a token in the ring, and of one behind its end; entries that are not contiguous."""
-    centre = key_centre(HEADS, dims[0]) if centred else None
+def test_a_token(backend, dims, entry_format, pairs, with_copies):
+    """Of a sink, of a token in the ring, and of one behind its end; entries that are not contiguous.
+
+    pairs: of the keys' centre, None for none
+    """
+    centre = None if pairs is None else key_centre(HEADS, dims[0], pairs=pairs)
     key, value = (torch.randn(BATCH, 1, HEADS, 2 * dim, device=DEVICE)[..., :dim].transpose(1, 2) for dim in dims)
     columns, arenas, copies = made(entry_format, dims)
     rows = torch.tensor([3, 30, 9, 0, 17, 39], device=DEVICE)

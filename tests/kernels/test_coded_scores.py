@@ -121,18 +121,21 @@ def copied(entry_format, lengths, seen, num_sinks=4, dims=(32, 16), dtype=torch.
 
 
 @formats
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("pairs", [None, 0, 3])
 @pytest.mark.parametrize(
     ("lengths", "seen", "num_sinks"),
     [([150, 13, 70, 13], [300, 200], 4), ([9, 9, 100, 200], [90, 400], 0), ([3, 3, 7, 7], [3, 7], 4)],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_copies(backend, lengths, seen, num_sinks, centred, entry_format, poisoned):
-    """Copies of nonsense codes: a ring that is not full, and sinks that have not all come; a chunk, and none."""
+def test_copies(backend, lengths, seen, num_sinks, pairs, entry_format, poisoned):
+    """Copies of nonsense codes: a ring that is not full, and sinks that have not all come; a chunk, and none.
+
+    pairs: of the keys' centre, None for none
+    """
     segments, copies = copied(entry_format, lengths, seen, num_sinks)
-    if centred:
-        segments = replace(segments, key_centre=key_centre(2, 32, size=2.0))
+    if pairs is not None:
+        segments = replace(segments, key_centre=key_centre(2, 32, pairs=pairs, size=2.0))
     free = (copies.positions < 0)[:, None, :, None]
     copies = replace(copies, key=copies.key.masked_fill(free, 10.0))
     query, key = torch.randn(2, 6, 5, 32, device=DEVICE), torch.randn(2, 2, 8, 32, device=DEVICE)
