@@ -1,19 +1,20 @@
-r"""What codes of 8 and 4 bits lose where keys have a bias, encoded whole and less their centre.
+r"""What codes of 8 and 4 bits lose with everything kept, of keys encoded whole and less their centre.
 
     python benchmarks/key_centre.py --model qwen05.gguf --text pg19.txt wiki.txt python --device cuda \
         --prompt 4096 8192 16384 32256 --out benchmarks/results/key_centre_h200.csv
 
 Nothing is evicted of a prompt, and the tokens behind it are scored in one forward over what the cache gives back:
 perplexity, and the divergence from the full cache, KL(full || row). With `--protocol window` every token is decoded
-under the format, and the last three quarters are scored. With `--left` nothing is run: what a centre leaves of the
-turned bias, from the weights. Of a text that is too short for as many sequences
-there are as many as it holds, and of a length that none holds there are no rows. Rows are written as they come, and
-those that are there are not measured again. Rows whose keys are "less eight pairs and a mean" or "less their mean over
-N positions" are of former centres, "whole" and "less their centre" of what the library has.
+under the format, and the last three quarters are scored. With `--left` no text is run: what a centre leaves of the
+turned mean of keys (`mean_keys`). Of a text that is too short for as many sequences there are as many as it holds, and
+of a length that none holds there are no rows. Rows are written as they come, and those that are there are not measured
+again. Rows whose keys are "less their bias", "less eight pairs and a mean" or "less their bias's mean over N positions"
+are of former centres, all of the bias of `k_proj` alone, "whole" and "less their centre" of what the library has.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from kvpolicy import ModelSpec
 from kvpolicy.comparison.methods import read_asked
 from kvpolicy.integrations.transformers.attention.attention_modules import attention_modules
 from kvpolicy.integrations.transformers.attention.key_centre import WAVES, key_centres
+from kvpolicy.integrations.transformers.attention.mean_key import mean_keys
 from kvpolicy.integrations.transformers.attention.rotary import rotary_of
 from kvpolicy.integrations.transformers.model.versions import with_cache
 from kvpolicy.measure.stats import mean_interval
@@ -86,28 +88,33 @@ class Decoded:
 
 @torch.no_grad()
 def left_over(model: Any) -> list[dict[str, Any]]:
-    """The root of the mean square of turned bias less centre in a head, and the largest of a head, in each range."""
+    """The root of the mean square of turned mean less centre in a head, and the largest of a head, in each range.
+
+    size, spread: the same of the mean itself, and of keys less their mean
+    """
     spec = ModelSpec.from_config(model.config)
-    of_layers = []
-    for centre, (attention, _) in zip(
-        key_centres(model, spec), attention_modules(model, spec.budgeted_layers), strict=True
-    ):
-        if centre is None:
-            raise SystemExit("a layer has no bias that is known")
-        projection: Any = attention.k_proj
-        rotary, bias = rotary_of(attention), projection.bias.float().view(-1, 1, spec.attention.key_dim)
-        of_ranges = []
+    attentions = [attention for attention, _ in attention_modules(model, spec.budgeted_layers)]
+    centres = [centre for centre in key_centres(model, spec) if centre is not None]
+    if not centres:
+        raise SystemExit("how this model turns its keys is not known")
+    of_layers, keys = [], mean_keys(model, attentions)
+    for centre, attention, (mean, _) in zip(centres, attentions, keys, strict=True):
+        rotary, of_ranges = rotary_of(attention), []
         for first, last in pairwise(RANGES):
-            positions = torch.linspace(first, last - 1, SAMPLES).round().to(bias.device)
+            positions = torch.linspace(first, last - 1, SAMPLES).round().to(mean.device)
             angles = positions.double()[:, None] * rotary.frequencies
-            turned = rotary.turned(bias.expand(-1, SAMPLES, -1), angles.cos().float(), angles.sin().float())
-            rest = turned - centre.of(torch.arange(len(bias), device=bias.device)[:, None], positions.long())
+            turned = rotary.turned(mean[:, None].expand(-1, SAMPLES, -1), angles.cos().float(), angles.sin().float())
+            rest = turned - centre.of(torch.arange(len(mean), device=mean.device)[:, None], positions.long())
             of_ranges.append(rest.square().sum(-1).mean(-1))
         of_layers.append(torch.stack(of_ranges, 1))
     heads = torch.cat(of_layers)  # [heads of all layers, ranges]
+    moving = sum(centre.frequencies.shape[1] > 0 for centre in centres)
+    sizes = (float(own.mean.square().sum()) for own in keys)
+    size, spread = (round(math.sqrt(sum(x) / len(heads)), 3) for x in (sizes, (own.spread for own in keys)))
     return [
-        {"waves": WAVES, "first": first, "last": last - 1, "left": round(float(own.mean().sqrt()), 3),
-         "worst_head": round(float(own.max().sqrt()), 3), "heads": len(own)}
+        {"of": "mean", "waves": f"{WAVES} in {moving} of {len(centres)} layers", "first": first, "last": last - 1,
+         "left": round(float(own.mean().sqrt()), 3), "worst_head": round(float(own.max().sqrt()), 3),
+         "heads": len(own), "size": size, "spread": spread}
         for (first, last), own in zip(pairwise(RANGES), heads.T, strict=True)
     ]  # fmt: skip
 
@@ -122,7 +129,7 @@ def main() -> None:
     parser.add_argument("--protocol", choices=["prompt", "window"], default="prompt")
     parser.add_argument("--behind", type=int, default=512, help="tokens behind a prompt")
     parser.add_argument("--sequences", type=int, default=2, help="of each text")
-    parser.add_argument("--left", action="store_true", help="what a centre leaves of the turned bias, from the weights")
+    parser.add_argument("--left", action="store_true", help="what a centre leaves of the turned mean of keys")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model, tokenizer = kvpolicy.load_model(options.model, dtype=options.dtype, device=options.device)

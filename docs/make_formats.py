@@ -30,6 +30,7 @@ PAGES = [DOCS / "methods" / "formats.md", DOCS / "methods" / "fisher.md"]
 PLACE = re.compile(r"(<!-- formats: ([a-z, ]+\w) -->\n).*?(<!-- formats: end -->)", re.DOTALL)
 FULL_PRECISION = "16 bits"
 NAMES = {"int4": "`int4`", "int8": "`int8`", "model": FULL_PRECISION}
+LATEST = "less their bias", "less their centre"
 KINDS = {"everything": "everything kept", "equal": "equal", "learned": "learned"}
 
 TASKS = {"passkey": "pass key", "key-value": "key-value"}
@@ -106,10 +107,14 @@ def shown(row: Row) -> str:
 
 
 def centres(file: str) -> str:
-    """With everything kept, what codes lose where keys have a bias: interval of the divergence, and perplexity."""
+    """With everything kept, what codes lose of keys whole and less a centre: the divergence's interval, and perplexity.
+
+    Later centres come behind former ones, whenever they were measured.
+    """
     rows = read_csv(RESULTS / file)
     lines: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
+    names, later = [*dict.fromkeys(row["format"] for row in rows)], dict(zip(LATEST, (1, 2), strict=True))
+    for row in sorted(rows, key=lambda row: (names.index(row["format"]), later.get(row["keys"], 0))):
         lines.setdefault((NAMES[row["format"]], row["keys"]), {})[tokens(row)] = row
     columns = dict.fromkeys(map(tokens, rows))
     body = [[*key, *(spread(found[x]) if x in found else "" for x in columns)] for key, found in lines.items()]

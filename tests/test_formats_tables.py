@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-KINDS_OF_KEYS = ("model", ""), ("int8", "less their centre")
+MEASURED = "less their bias"  # the centre that the text tells of
+KINDS_OF_KEYS = ("model", ""), ("int8", MEASURED)
 
 
 @pytest.fixture
@@ -93,10 +94,25 @@ def test_what_is_said_of_the_centre_of_keys_was_measured(formats):
         row for row in formats.read_csv(formats.RESULTS / formats.CENTRE) if formats.tokens(row) == "a prompt of 4096"
     ]
     least = min((row for row in rows if row["format"] == "int4"), key=lambda row: float(row["kl"]))
-    assert least["keys"] == "less their centre"
+    assert least["keys"] == MEASURED
     text = " ".join((DOCS / "how-to" / "choose-a-format.md").read_text(encoding="utf-8").split())
     full, int8 = (float(row["perplexity"]) for row in rows if (row["format"], row["keys"]) in KINDS_OF_KEYS)
     assert f"{float(least['perplexity']):.2f} and {int8:.2f}, where the full cache has {full:.2f}" in text
+
+
+def test_a_later_centre_comes_behind_former_ones_whenever_it_was_measured(formats, monkeypatch, tmp_path):
+    """Of each format, where its rows are added behind those of all others."""
+    rows = formats.read_csv(formats.RESULTS / formats.CENTRE)
+    added = [row | {"keys": "less their centre"} for row in rows if row["keys"] == "less their bias"]
+    sys.modules["shared"].write_csv(tmp_path / formats.CENTRE, rows + added)
+    monkeypatch.setattr(formats, "RESULTS", tmp_path)
+    said = [[cell.strip() for cell in line.split("|")[1:3]] for line in formats.centres(formats.CENTRE).splitlines()]
+    for name in ("`int8`", "`int4`"):
+        kinds = [keys for own, keys in said if own == name]
+        assert kinds[0] == "whole" and kinds[-2:] == ["less their bias", "less their centre"]
+    assert [own for own, _ in said[2:]] == sorted(
+        (own for own, _ in said[2:]), key=["16 bits", "`int8`", "`int4`"].index
+    )
 
 
 def test_a_second_model_has_tables_once_it_has_results(formats, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """The keys of a head before they are turned by position: their mean, and how far they lie from it.
 
-Three quarters of the energy of keys may lie in their mean (in SmolLM2), and where keys have a large bias, as Qwen2.5's,
+Most of the energy of keys may lie in their mean (86 % in SmolLM2), and where keys have a large bias, as Qwen2.5's,
 nearly all. It is taken over one forward of a few tokens, drawn as often as words are in a language: what it is used for
 does not have to be exact.
 """
