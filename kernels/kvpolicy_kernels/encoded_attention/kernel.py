@@ -289,7 +289,7 @@ def _mass_kernel(
 def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: bool = False) -> dict[str, int]:
     """Tile sizes and launch options of the kernel over codes.
 
-    dim: the larger of D and Dv;  rows: queries times query heads of a group;  turns: whether keys have a centre that does
+    dim: the larger of D and Dv;  rows: queries times query heads of a group;  turns: whether the centre of keys does
 
     Measured on an H200 at head dim 128 among tiles of 32 and 64 entries, 2 to 4 stages, and fewer registers; the others
     are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
