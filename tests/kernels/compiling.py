@@ -26,6 +26,11 @@ class MachineCode(NamedTuple):
     spilled: int
 
 
+def coefficients(variants):
+    """Of the keys' centre: of waves ("CENTRED"), of a constant, or none."""
+    return 17 if "CENTRED" in variants else int("CONSTANT" in variants)
+
+
 def compiled(kernel, arch, constants, types, aligned, num_warps, num_stages):
     """Compiles for sm_80 or sm_90.
 

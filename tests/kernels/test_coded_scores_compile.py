@@ -9,7 +9,7 @@ from kvpolicy_kernels.column_scores.codes import kernel  # noqa: E402
 from kvpolicy_kernels.encoded_attention.kernel import plane_block  # noqa: E402
 from kvpolicy_kernels.formats import FORMATS  # noqa: E402
 
-from tests.kernels.compiling import SHARED_MEMORY, compiled  # noqa: E402
+from tests.kernels.compiling import SHARED_MEMORY, coefficients, compiled  # noqa: E402
 
 KERNELS = (kernel._code_lse_kernel, kernel._code_mass_kernel)
 PROMPT = 2**13  # rows
@@ -19,17 +19,17 @@ NUMBERS = ("softcap_log2", "tanh_scale", "power")
 def compile_codes(which, name, dtype, dim, arch, *variants, num_rows=PROMPT, ones=()):
     """variants: names of what the launch has besides, such as "SOFTCAP";  ones: arguments that are 1, a constant."""
     function, planes = KERNELS[which], FORMATS[name].codes_in_word
-    config = kernel.launch_config(dtype, dim, num_rows, "CENTRED" in variants, arch >= 90)[which]
+    config = kernel.launch_config(dtype, dim, num_rows, coefficients(variants), arch >= 90)[which]
     constants = {
         "NUM_KV_HEADS": 2, "GROUP": 4, "D": dim, "KW_ROW": dim // planes, "KS_ROW": 1, "PLANES": planes,
         "PACKED": dtype != torch.float32, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"],
-        "BLOCK_W": plane_block(dim, planes), "COEFFICIENTS": 17 * ("CENTRED" in variants), "BLOCK_C": 16,
+        "BLOCK_W": plane_block(dim, planes), "COEFFICIENTS": coefficients(variants), "BLOCK_C": 16,
         "HAS_SOFTCAP": "SOFTCAP" in variants, "HIDES": "HIDES" in variants,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }  # fmt: skip
     if "HIDES" not in variants:
         constants |= dict.fromkeys(("since_ptr", "copies_ptr"))
-    if "CENTRED" not in variants:
+    if not coefficients(variants):
         constants |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"))
     if not {"HIDES", "CENTRED"} & {*variants}:
         constants["positions_ptr"] = None
@@ -77,7 +77,11 @@ def test_coded_scores_compile(which, name, dtype, dim, arch):
 @pytest.mark.parametrize("which", [0, 1], ids=lambda i: KERNELS[i].__name__)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", list(FORMATS))
-@pytest.mark.parametrize("variants", [(), ("SOFTCAP",), ("HIDES",), ("SOFTCAP", "HIDES", "CENTRED")], ids=str)
+@pytest.mark.parametrize(
+    "variants",
+    [(), ("SOFTCAP",), ("HIDES",), ("HIDES", "CONSTANT"), ("SOFTCAP", "CONSTANT"), ("SOFTCAP", "HIDES", "CENTRED")],
+    ids=str,
+)
 @pytest.mark.parametrize("num_rows", [7, PROMPT])
 def test_variants_compile(which, arch, name, variants, num_rows):
     assert compile_codes(which, name, torch.bfloat16, 128, arch, *variants, num_rows=num_rows).spilled == 0

@@ -14,7 +14,7 @@ from kvpolicy_kernels.encoded_attention.programs import PROGRAMS_PER_SM  # noqa:
 from kvpolicy_kernels.encoded_attention.turn.kernel import _turn_kernel, turn_config  # noqa: E402
 from kvpolicy_kernels.formats import FORMATS  # noqa: E402
 
-from tests.kernels.compiling import SHARED_MEMORY, compiled  # noqa: E402
+from tests.kernels.compiling import SHARED_MEMORY, coefficients, compiled  # noqa: E402
 
 WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"  # of 16 bytes
 FLOATS = ("scale_log2", "softcap_log2", "tanh_scale")
@@ -30,13 +30,14 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4, ones=()):
         "UNIT": unit_of(dim), "PLANES": planes, "PACKED": dtype != torch.float32,
         "BLOCK_W": kernels.plane_block(dim, planes), "BLOCK_WV": kernels.plane_block(dim, planes), "EARLY": arch >= 90,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "ROOMY": True,
-        "HIDES": "HIDES" in variants, "COEFFICIENTS": 17 * ("CENTRED" in variants), "BLOCK_C": 16, **config,
+        "HIDES": "HIDES" in variants, "COEFFICIENTS": coefficients(variants), "BLOCK_C": 16, **config,
         **{f"HAS_{x}": x in variants for x in ("SOFTCAP", "SINK", "LOGITS", "LSE")},
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "lse_ptr": "LSE", "logits_ptr": "LOGITS"}
     belongs |= dict.fromkeys(("positions_ptr", "since_ptr"), "HIDES")
-    belongs |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"), "CENTRED")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    if not coefficients(variants):
+        constants |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"))
     if "CENTRED" in variants:
         constants.pop("positions_ptr", None)
     constants |= dict.fromkeys(ones, 1)
@@ -81,7 +82,9 @@ def test_attention_compiles(name, dtype, dim, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variants", [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE", "HIDES", "CENTRED"), ("LSE",)], ids=str
+    "variants",
+    [("SOFTCAP", "SINK", "LSE"), ("LOGITS", "LSE", "HIDES", "CENTRED"), ("LSE", "HIDES", "CONSTANT"), ("LSE",)],
+    ids=str,
 )
 @pytest.mark.parametrize("rows", [4, 32])
 @pytest.mark.parametrize("name", list(FORMATS))

@@ -11,7 +11,7 @@ from kvpolicy_kernels.encoded_attention.chunk.kernel import _attend_codes_kernel
 from kvpolicy_kernels.encoded_attention.kernel import plane_block  # noqa: E402
 from kvpolicy_kernels.formats import FORMATS  # noqa: E402
 
-from tests.kernels.compiling import SHARED_MEMORY, compiled  # noqa: E402
+from tests.kernels.compiling import SHARED_MEMORY, coefficients, compiled  # noqa: E402
 
 WIDE_LOAD = r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x(10|8)"  # of 16 or 8 bytes
 CONSUMER = 99 * 1024  # bytes of shared memory that a program may have on sm_86 and sm_89, whose code is that of sm_80
@@ -25,13 +25,14 @@ def compile_attend(name, dtype, dim, arch, *variants, rows=4096):
     constants = {
         "GROUP": 4, "D": dim, "DV": dim, "KW_ROW": dim // planes, "VW_ROW": dim // planes, "KS_ROW": 1, "VS_ROW": 1,
         "PLANES": planes, "PACKED": dtype != torch.float32, "BLOCK_W": plane_block(dim, planes),
-        "BLOCK_WV": plane_block(dim, planes), "COEFFICIENTS": 17 * ("CENTRED" in variants), "BLOCK_C": 16,
+        "BLOCK_WV": plane_block(dim, planes), "COEFFICIENTS": coefficients(variants), "BLOCK_C": 16,
         "HAS_SOFTCAP": "SOFTCAP" in variants, "HAS_SINK": "SINK" in variants, "HIDES": "HIDES" in variants,
         "SPLIT": "SPLIT" in variants, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", **config,
     }  # fmt: skip
     belongs = {"sink_ptr": "SINK", "part_ptr": "SPLIT", "part_lse_ptr": "SPLIT", "since_ptr": "HIDES"}
-    belongs |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"), "CENTRED")
     constants |= {pointer: None for pointer, variant in belongs.items() if variant not in variants}
+    if not coefficients(variants):
+        constants |= dict.fromkeys(("of_centre_ptr", "frequency_ptr"))
     if not {"HIDES", "CENTRED"} & set(variants):
         constants["positions_ptr"] = None
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in _attend_codes_kernel.arg_names}
@@ -80,7 +81,9 @@ def test_attention_compiles(name, dtype, dim, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variants", [("SOFTCAP", "SINK", "SPLIT"), ("SOFTCAP", "HIDES", "CENTRED", "SINK"), ()], ids=str
+    "variants",
+    [("SOFTCAP", "SINK", "SPLIT"), ("SOFTCAP", "HIDES", "CENTRED", "SINK"), ("SOFTCAP", "HIDES", "CONSTANT"), ()],
+    ids=str,
 )
 @pytest.mark.parametrize("rows", [64, 4096])
 @pytest.mark.parametrize("dim", [128, 256])

@@ -164,11 +164,11 @@ def _code_mass_kernel(
 
 
 def launch_config(
-    dtype: torch.dtype, dim: int, num_rows: int, turns: bool, from_shared: bool
+    dtype: torch.dtype, dim: int, num_rows: int, coefficients: int, from_shared: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile sizes and launch options of `_code_lse_kernel` and `_code_mass_kernel`.
 
-    num_rows: queries times the query group;  turns: whether keys have a centre that does
+    num_rows: queries times the query group;  coefficients: of the keys' centre for a channel, those of waves but one
     from_shared: tensor cores take the queries from shared memory, so that no registers hold them
 
     In 16 bits nothing spills on sm_80 and sm_90, and several programs fit on an SM.
@@ -177,8 +177,8 @@ def launch_config(
         side = 32 if dim <= 64 else 16
         tiles = [(side, side, 4), (side, side, 4)]
     else:
-        owned = 64 if dim <= 128 and (from_shared or not turns) else 32
-        tiles = [(owned, 64, 4), (32 if turns else 64, 128, 8)]
+        owned = 64 if dim <= 128 and (from_shared or not coefficients) else 32
+        tiles = [(owned, 64, 4), (32 if coefficients > 1 else 64, 128, 8)]
     least = max(16, next_power_of_2(num_rows))
     row, column = (
         {"BLOCK_M": min(rows, least), "BLOCK_N": entries, "num_warps": warps, "num_stages": 3 if dim <= 128 else 2}
@@ -210,7 +210,7 @@ class CodedColumns:
         from_shared = multiplies_from_shared_memory(query.device)
         coefficients = 0 if centre is None else len(centre.coefficients)
         self.row_config, self.column_config = launch_config(
-            query.dtype, dim, num_rows, coefficients > 1, from_shared
+            query.dtype, dim, num_rows, coefficients, from_shared
         )  # fmt: skip
         self.row_blocks = cdiv(num_rows, self.row_config["BLOCK_M"])
         walked = cdiv(longest, self.row_config["BLOCK_N"])
