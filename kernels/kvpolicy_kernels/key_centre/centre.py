@@ -45,7 +45,7 @@ class KeyCentre:
 
     def of(self, heads: Tensor, positions: Tensor) -> Tensor:
         """float32 [..., D]. heads, positions: whole numbers of shapes that fit each other, on its device"""
-        heads, positions = torch.broadcast_tensors(heads, positions)
+        heads, positions = torch.broadcast_tensors(heads, positions)  # type: ignore[no-untyped-call]
         turned = positions.long()[..., None] * self.frequencies[heads]
         angles = ((turned + CIRCLE // 2) % CIRCLE - CIRCLE // 2).float() * (2 * math.pi / CIRCLE)
         waves = torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)
