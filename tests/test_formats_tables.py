@@ -47,12 +47,12 @@ def shares(formats, file, policy, own, compared=("int4",)):
 @pytest.mark.parametrize(
     ("file", "policy", "own", "expected"),
     [
-        ("PROMPT", "snapkv", "int4", [0.36, 0.31, 0.35]),
-        ("PROMPT", "expected_attention", "int4", [0.36, 0.28, 0.3]),
+        ("PROMPT", "snapkv", "int4", [0.3, 0.28, 0.34]),
+        ("PROMPT", "expected_attention", "int4", [0.29, 0.25, 0.28]),
         ("WINDOW", "streaming", "int4", [0.32, 0.28, 0.29]),
-        ("SECOND_PROMPT", "snapkv", "int4", [0.23, 0.24, 0.29]),
+        ("SECOND_PROMPT", "snapkv", "int4", [0.22, 0.23, 0.28]),
         ("SECOND_PROMPT", "snapkv", "int8", [0.33, 0.39, 0.48]),
-        ("SECOND_WINDOW", "streaming", "int4", [0.24, 0.23, 0.27]),
+        ("SECOND_WINDOW", "streaming", "int4", [0.23, 0.23, 0.26]),
         ("SECOND_WINDOW", "streaming", "int8", [0.28, 0.41, 0.49]),
     ],
 )
@@ -65,10 +65,10 @@ def test_what_the_text_says_of_the_goals_is_in_the_tables(formats, file, policy,
 
 def test_what_the_text_says_of_divergences_at_25_percent_is_in_the_tables(formats):
     first, second = formats.frontier(formats.PROMPT), formats.frontier(formats.SECOND_PROMPT)
-    assert "| `snapkv` | `int4` | learned | .0057 (19.37) |" in first
-    assert "| `expected_attention` | `int4` | learned | .0059 (19.35) |" in first
-    assert "| `snapkv` | `int8` | learned | .0069 (23.07) |" in second
-    assert "| `snapkv` | `int4` | learned | .016 (23.16) |" in second
+    assert "| `snapkv` | `int4` | learned | .0045 (19.36) |" in first
+    assert "| `expected_attention` | `int4` | learned | .0046 (19.38) |" in first
+    assert "| `snapkv` | `int8` | learned | .0070 (23.06) |" in second
+    assert "| `snapkv` | `int4` | learned | .015 (23.13) |" in second
 
 
 def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
@@ -78,12 +78,13 @@ def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
     goals = {"passkey": 5, "key-value": 10}
     met = {key: points for key, points in lost.items() if points <= goals[key[1]]}
     assert {key: points for key, points in met.items() if key[:2] != ("aware", "passkey")} == {
-        ("agnostic", "passkey", "snapkv/novels.json@int4"): 4.2,
-        ("agnostic", "key-value", "snapkv/novels.json@int4"): 9.0,
+        ("agnostic", "passkey", "snapkv/novels.json@int4"): 3.2,
+        ("agnostic", "key-value", "snapkv/novels.json@int4"): 7.2,
         ("agnostic", "key-value", "snapkv/novels.json@int8"): 8.8,
         ("aware", "key-value", "snapkv/novels.json@int8"): 2.0,
-        ("aware", "key-value", "snapkv/novels.json@int4"): 6.8,
+        ("aware", "key-value", "snapkv/novels.json@int4"): 5.5,
         ("aware", "key-value", "snapkv/answers.json@int8"): 8.8,
+        ("aware", "key-value", "snapkv/answers.json@int4"): 9.8,
     }
     aware = [key for key in lost if key[:2] == ("aware", "passkey")]
     assert len(aware) == 9 and all(key in met for key in aware)
@@ -128,7 +129,7 @@ def test_a_second_model_has_tables_once_it_has_results(formats, monkeypatch, tmp
     lines = formats.page(text).splitlines()
     compared = [line for line in lines if "of the best in 16 bits" in line]
     assert [line.split("|")[2].strip() for line in compared] == ["`int8`", "`int4`"]
-    assert "| `snapkv` | `int4` | learned | .0057 (19.37) | .0072 (19.39) | .011 (19.47) | .017 (19.59) |" in lines
+    assert "| `snapkv` | `int4` | learned | .0045 (19.36) | .0059 (19.37) | .0096 (19.50) | .016 (19.58) |" in lines
 
 
 def test_facts_say_what_is_found_and_what_the_full_cache_finds_more(formats, monkeypatch, tmp_path):
