@@ -125,7 +125,7 @@ def test_triton_key_centre(entry_format, beside, pairs, poisoned):
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4]], ids=str)
-@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_triton_split(parts, variant, poisoned, monkeypatch):
     """Entries in several parts, some of them empty or hidden, and then what is exact in several, too."""
     for module in (kernel, plain_kernel):
