@@ -155,21 +155,27 @@ def block_of(dim: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def signed_hadamard(dim: int, device: torch.device) -> Tensor:
-    """int8 [dim, dim] of 1 and -1 in blocks along the diagonal, 0 elsewhere: `rotation` before it is scaled.
-
-    The signs are part of the format, since rows outlive a process: their generator is written down here.
-    """
+    """int8 [dim, dim] of 1 and -1 in blocks along the diagonal, 0 elsewhere: `rotation` before it is scaled."""
     block = block_of(dim)
     hadamard = torch.ones(1, 1, dtype=torch.int8)
     while len(hadamard) < block:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    blocks = torch.eye(dim // block, dtype=torch.int8).kron(hadamard)
+    signed: Tensor = hadamard_signs(dim, torch.device("cpu"))[:, None] * blocks
+    return signed.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def hadamard_signs(dim: int, device: torch.device) -> Tensor:
+    """int8 [dim] of 1 and -1, by which a row is multiplied before its blocks meet Hadamard's matrix.
+
+    They are part of the format, since rows outlive a process: their generator is written down here.
+    """
     state, signs = _SIGN_SEED, []
     for _ in range(dim):
         state = (state * _SIGN_FACTOR + _SIGN_STEP) % 2**64
         signs.append(1 - 2 * (state >> 63))
-    blocks = torch.eye(dim // block, dtype=torch.int8).kron(hadamard)
-    signed: Tensor = torch.tensor(signs, dtype=torch.int8)[:, None] * blocks
-    return signed.to(device)
+    return torch.tensor(signs, dtype=torch.int8).to(device)
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:

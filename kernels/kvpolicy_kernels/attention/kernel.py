@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import WorkPlan, default_programs, unit_of
+from kvpolicy_kernels.attention.tile.kernel import attend_chunk, attend_tile
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, on_its_device
 from kvpolicy_kernels.base2 import LN2, LOG2E
 from kvpolicy_kernels.segments import BlockSegments, Chunk, Segments
-from kvpolicy_kernels.softcap.kernel import capped
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
@@ -85,28 +85,6 @@ def triton_plan(lengths: Tensor, num_programs: int, unit: int) -> WorkPlan:
         UNIT=unit, BLOCK_S=max(16, min(1024, next_power_of_2(num_segments))), BLOCK_C=block, **LAUNCH,
     )  # fmt: skip
     return plan
-
-
-@triton.jit
-def _attend_tile(
-    acc, row_max, row_sum, b_q, b_k, b_v, visible, scale_log2, softcap_log2, tanh_scale, logits_ptrs, m_logits,
-    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # [BLOCK_M, BLOCK_N]
-    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-    if HAS_SOFTCAP:
-        scores = capped(scores, softcap_log2, tanh_scale, b_q.dtype == tl.float32)
-    if HAS_LOGITS:
-        tl.store(logits_ptrs, scores, mask=m_logits)
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # a row that has seen nothing yet keeps -inf; subtracting it would give NaN
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    shrink = tl.exp2(row_max - safe_max)
-    p = tl.exp2(scores - safe_max[:, None])
-    acc = acc * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-    return acc, new_max, row_sum * shrink + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=("stride_blocks", "rows_per_block"))
@@ -207,7 +185,7 @@ def _attend_kernel(
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; all rows of a full tile are entries
             b_k = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, mask=(o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs) if DV == BLOCK_DV else tl.load(v_ptrs, mask=(o_dv < DV)[None, :], other=0.0)
-            acc, row_max, row_sum = _attend_tile(
+            acc, row_max, row_sum = attend_tile(
                 acc, row_max, row_sum, b_q, b_k, b_v, m_m[:, None], scale_log2, softcap_log2, tanh_scale,
                 logits_ptrs, m_m[:, None], False, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
             )  # fmt: skip
@@ -224,43 +202,17 @@ def _attend_kernel(
             # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]; what lies behind the segment may be NaN
             b_k = tl.load(k_ptrs, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
             b_v = tl.load(v_ptrs, mask=m_n[:, None] & (o_dv < DV)[None, :], other=0.0)
-            acc, row_max, row_sum = _attend_tile(
+            acc, row_max, row_sum = attend_tile(
                 acc, row_max, row_sum, b_q, b_k, b_v, m_n[None, :], scale_log2, softcap_log2, tanh_scale,
                 logits_ptrs, m_m[:, None] & m_n[None, :], True, HAS_SOFTCAP, HAS_LOGITS, PRECISION,
             )  # fmt: skip
         if HAS_CHUNK:
-            for first in tl.range(0, tl.where(is_last, m, 0), BLOCK_N, num_stages=1):
-                o_j = first + o_n
-                m_n = o_j < m
-                # [BLOCK_N, BLOCK_D]
-                b_k = tl.load(
-                    chunk_k_ptr + i_b * stride_ckb + i_h * stride_ckh + o_j[:, None].to(tl.int64) * stride_ckm
-                    + o_d[None, :],
-                    mask=m_n[:, None] & (o_d < D)[None, :],
-                    other=0.0,
-                )  # fmt: skip
-                # [BLOCK_N, BLOCK_DV]
-                b_v = tl.load(
-                    chunk_v_ptr + i_b * stride_cvb + i_h * stride_cvh + o_j[:, None].to(tl.int64) * stride_cvm
-                    + o_dv[None, :],
-                    mask=m_n[:, None] & (o_dv < DV)[None, :],
-                    other=0.0,
-                )  # fmt: skip
-                visible = m_m[:, None] & m_n[None, :]
-                if HAS_MASK:
-                    # [BLOCK_M, BLOCK_N]
-                    b_seen = tl.load(
-                        chunk_mask_ptr + i_b * stride_mb + (o_m % n)[:, None] * stride_mn + o_j[None, :],
-                        mask=visible,
-                        other=0,
-                    )
-                    visible = visible & (b_seen != 0)
-                else:
-                    visible = visible & (o_j[None, :] <= (o_m % n)[:, None] + m - n)
-                acc, row_max, row_sum = _attend_tile(
-                    acc, row_max, row_sum, b_q, b_k, b_v, visible, scale_log2, softcap_log2, tanh_scale,
-                    logits_ptrs, m_n[None, :], True, HAS_SOFTCAP, False, PRECISION,
-                )  # fmt: skip
+            acc, row_max, row_sum = attend_chunk(
+                acc, row_max, row_sum, b_q, chunk_k_ptr + i_b * stride_ckb + i_h * stride_ckh,
+                chunk_v_ptr + i_b * stride_cvb + i_h * stride_cvh, chunk_mask_ptr, i_b, o_m, m_m, n,
+                tl.where(is_last, m, 0), m, stride_ckm, stride_cvm, stride_mb, stride_mn, scale_log2, softcap_log2,
+                tanh_scale, D, DV, BLOCK_N, BLOCK_DV, HAS_MASK, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
         # a query that has seen nothing gets zeros, and -inf
         safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         b_out = acc / safe_sum[:, None]

@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpolicy_kernels.attention.kernel import triton_plan
-from kvpolicy_kernels.attention.merge.kernel import merge_pieces
 from kvpolicy_kernels.attention.plan import WorkPlan, unit_of
 from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, interpreted, on_its_device
-from kvpolicy_kernels.base2 import LN2, LOG2E
+from kvpolicy_kernels.base2 import LOG2E
+from kvpolicy_kernels.encoded_attention.exact.kernel import attend_exact
 from kvpolicy_kernels.encoded_attention.finish.kernel import finish
 from kvpolicy_kernels.encoded_attention.numbers.kernel import (
     fast_exp2,
@@ -44,7 +44,7 @@ from kvpolicy_kernels.encoded_attention.turn.kernel import NEVER, turned
 from kvpolicy_kernels.segments import Chunk, EncodedSegments, ExactCopies
 from kvpolicy_kernels.tiles import cdiv, next_power_of_2
 
-TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2E), tl.constexpr(LN2)
+TO_BASE_2 = tl.constexpr(LOG2E)
 RANGE = tl.constexpr(14.0)  # the largest weight is 2**14, so that fp16 reaches down to 2**-38 of it
 LEAST_STEP = tl.constexpr(2.0**-24)  # of those above 0
 
@@ -123,22 +123,25 @@ def _loaded(ptrs, mask, WHOLE: tl.constexpr):
 @triton.jit
 def _attend_kernel(
     q_ptr, sums_ptr, of_centre_ptr, frequency_ptr, kw_ptr, ks_ptr, vw_ptr, vs_ptr, positions_ptr, since_ptr,
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, logits_ptr, sink_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr,
+    part_ptr, part_lse_ptr, logits_ptr, sink_ptr, starts_ptr, lengths_ptr, units_ptr, quantum_ptr,
     programs_ptr, num_segments, num_kv_heads, group, n, num_entries, num_sinks, softcap_log2, tanh_scale,
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    HAS_LOGITS: tl.constexpr, HAS_LSE: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_kernel` of `attention`, without a chunk; what it finds is in the basis in which values are encoded.
+
+    All of it is a piece, of a whole segment, too: `finish` makes the result of them.
 
     q, sums, since: see `turn`;  positions: int32 [R], of the entries
     kw:   int16 [R, D / PLANES], rows KW_ROW words apart;  vw: likewise of DV
     ks:   int32 [R], the step and the zero of each row in its halves, KS_ROW apart;  vs: likewise
     ROOMY: the arena has at least BLOCK_N of `num_entries`
     HIDES: entries before position `num_sinks` and from `since` on do not count
+    AHEAD: entries whose codes are fetched while `turn` runs
     PACKED: by instructions that the interpreter does not know, two codes at a time, for 16-bit models
     """
     if EARLY:
@@ -158,8 +161,8 @@ def _attend_kernel(
     units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
     if EARLY:  # while `turn` runs, which is waited for
         ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
-        _fetch(kw_ptr, ahead, num_entries, KW_ROW, BLOCK_N * (STAGES - 1))
-        _fetch(vw_ptr, ahead, num_entries, VW_ROW, BLOCK_N * (STAGES - 1))
+        _fetch(kw_ptr, ahead, num_entries, KW_ROW, AHEAD)
+        _fetch(vw_ptr, ahead, num_entries, VW_ROW, AHEAD)
         tl.extra.cuda.gdc_wait()
     while (left > 0) & (i_s < num_segments):
         i_h = (i_s % num_kv_heads).to(tl.int64)
@@ -221,15 +224,9 @@ def _attend_kernel(
         # a query that has seen nothing gets zeros, and -inf
         safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         b_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(safe_sum))
-        whole = (unit == 0) & is_last  # nothing to merge
-        rows = tl.where(whole, i_s, i_c + i_s).to(tl.int64) * num_rows + o_m
-        if whole:
-            _store_planes(out_ptr, acc0, acc1, acc2, acc3, shift, safe_sum, rows, m_m, DV, WV, BLOCK_WV, PLANES)
-            if HAS_LSE:
-                tl.store(lse_ptr + rows, b_lse * TO_BASE_E, mask=m_m)
-        else:
-            _store_planes(part_ptr, acc0, acc1, acc2, acc3, shift, safe_sum, rows, m_m, DV, WV, BLOCK_WV, PLANES)
-            tl.store(part_lse_ptr + rows, b_lse, mask=m_m)
+        rows = (i_c + i_s).to(tl.int64) * num_rows + o_m
+        _store_planes(part_ptr, acc0, acc1, acc2, acc3, shift, safe_sum, rows, m_m, DV, WV, BLOCK_WV, PLANES)
+        tl.store(part_lse_ptr + rows, b_lse, mask=m_m)
         left -= take
         i_s += 1
         unit = 0
@@ -245,11 +242,11 @@ def _store_planes(
     m_out = (o_wv < WV)[:, None] & m_m[None, :]
     ptrs = ptr + rows[None, :] * DV + o_wv[:, None]
     shift, scale = shift[None, :], (1.0 / row_sum)[None, :]
-    tl.store(ptrs, ((acc0 + shift) * scale).to(ptr.dtype.element_ty), mask=m_out)
-    tl.store(ptrs + WV, ((acc1 + shift) * scale).to(ptr.dtype.element_ty), mask=m_out)
+    tl.store(ptrs, (acc0 + shift) * scale, mask=m_out)
+    tl.store(ptrs + WV, (acc1 + shift) * scale, mask=m_out)
     if PLANES == 4:
-        tl.store(ptrs + 2 * WV, ((acc2 + shift) * scale).to(ptr.dtype.element_ty), mask=m_out)
-        tl.store(ptrs + 3 * WV, ((acc3 + shift) * scale).to(ptr.dtype.element_ty), mask=m_out)
+        tl.store(ptrs + 2 * WV, (acc2 + shift) * scale, mask=m_out)
+        tl.store(ptrs + 3 * WV, (acc3 + shift) * scale, mask=m_out)
 
 
 @triton.jit
@@ -301,7 +298,8 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: b
     halved += (block_m > 8) + turns * ((block_m > 8) + (dim > 128))
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
-    return {"BLOCK_M": block_m, "BLOCK_N": max(16, block_n), "STAGES": stages, "num_warps": 1}
+    block_n = max(16, block_n)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "AHEAD": 8 * block_n, "num_warps": 1}
 
 
 @on_its_device
@@ -336,10 +334,9 @@ def triton_encoded_attention(
         arriving = copies.before(chunk, n)
     elif copies is not None:
         arriving, slots = Chunk(copies.key, copies.value), copies.positions
-    single, finishes = torch.float32, rotated or arriving is not None
+    single = torch.float32
     out = query.new_empty(batch, num_q_heads, n, value_dim)
-    mid = query.new_empty(out.shape, dtype=single) if finishes else out
-    lse = query.new_empty(out.shape[:3], dtype=single) if with_lse or with_mass or finishes else None
+    lse = query.new_empty(out.shape[:3], dtype=single) if with_lse or with_mass else None
     logits = query.new_empty(len(key_words), rows, dtype=single) if with_mass else None
     parts = query.new_empty(num_programs + num_segments, rows, value_dim, dtype=single)
     part_lse = query.new_empty(num_programs + num_segments, rows, dtype=single)
@@ -347,14 +344,15 @@ def triton_encoded_attention(
     centre, positions = segments.key_centre, segments.positions
     coefficients = 0 if centre is None else len(centre.coefficients)
     config = launch_config(query.dtype, widest, planes, rows, coefficients > 1)
+    exact = None if arriving is None else attend_exact(query, arriving, slots, scale, softcap, early)
     turned_query, sums, of_centre, since = turned(
         query, num_kv_heads, planes, scale * LOG2E, rotated=rotated, packed=packed,
-        centre=centre, copies=copies, early=early,
+        centre=centre, copies=copies, early=early, behind=early and exact is not None,
     )  # fmt: skip
     num_sinks = 0 if copies is None else copies.num_sinks
     _attend_kernel[(cdiv(rows, config["BLOCK_M"]), num_programs)](
         turned_query, sums, of_centre, None if centre is None else centre.frequencies, key_words, halves(key_scales),
-        value_words, halves(value_scales), positions, since, mid, lse, parts, part_lse, logits, sink_logits,
+        value_words, halves(value_scales), positions, since, parts, part_lse, logits, sink_logits,
         segments.starts, lengths, plan.units, plan.quantum, plan.programs,
         num_segments, num_kv_heads, group, n, len(key_words), num_sinks,
         (softcap or 0.0) * LOG2E, 2.0 / (softcap or 1.0),
@@ -364,20 +362,15 @@ def triton_encoded_attention(
         BLOCK_W=plane_block(dim, planes), BLOCK_WV=plane_block(value_dim, planes),
         COEFFICIENTS=coefficients, BLOCK_C=max(16, next_power_of_2(coefficients - 1)),
         HAS_SOFTCAP=softcap is not None,
-        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass, HAS_LSE=lse is not None,
+        HAS_SINK=sink_logits is not None, HAS_LOGITS=with_mass,
         ROOMY=len(key_words) >= config["BLOCK_N"], HIDES=copies is not None, EARLY=early,
         # plain tf32 would lose three digits of an fp32 model
         PRECISION="tf32x3" if query.dtype == single else "tf32", **config, **LAUNCH,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    if lse is not None and finishes:
-        finish(
-            mid, lse, (parts, part_lse, plan.pieces), out, query, arriving, slots, scale, softcap, rotated, early
-        )  # fmt: skip
-    else:
-        merge_pieces(mid, lse, parts, part_lse, plan.pieces, num_programs, early)
+    finish((parts, part_lse, plan.pieces), out, lse, exact, rotated, early)
     if logits is None:
-        return out, lse if with_lse else None, None
+        return out, lse, None
     assert lse is not None  # as mass is asked for
     of_copies = None if copies is None else _mass_of_copies(query, copies, lse, scale, softcap, mass_power)
     mass = query.new_zeros(len(key_words), dtype=single)

@@ -217,7 +217,7 @@ class CodedColumns:
         self.num_parts = parts_of(walked, self.num_segments * self.row_blocks)
         turned_query, sums, of_centre, since = turned(
             query, num_kv_heads, planes, scale * LOG2E, rotated=segments.entry_format.rotated, packed=packed,
-            centre=centre, copies=copies, early=False,
+            centre=centre, copies=copies,
         )  # fmt: skip
         self.inputs = (
             turned_query, sums, of_centre, None if centre is None else centre.frequencies, words, halves(scales),

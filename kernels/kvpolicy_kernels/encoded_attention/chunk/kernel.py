@@ -260,7 +260,7 @@ def _over_codes(
     query, packed = query if query.stride(-1) == 1 else query.contiguous(), query.dtype != single and not interpreted()
     turned_query, sums, of_centre, since = turned(
         query, num_kv_heads, planes, scale * LOG2E, rotated=entry_format.rotated, packed=packed,
-        centre=centre, copies=copies, early=False,
+        centre=centre, copies=copies,
     )  # fmt: skip
     hopper = multiplies_from_shared_memory(query.device)
     config = launch_config(query.dtype, max(dim, value_dim), rows, hopper)

@@ -1,0 +1,1 @@
+"""What attention does with a tile of entries that are not encoded."""

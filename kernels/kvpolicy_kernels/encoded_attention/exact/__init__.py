@@ -1,0 +1,1 @@
+"""Attention to what is not encoded, beside codes."""
