@@ -26,12 +26,7 @@ from kvpolicy_kernels.backend import LAUNCH, at_least_hopper, interpreted, on_it
 from kvpolicy_kernels.base2 import LOG2E
 from kvpolicy_kernels.encoded_attention.exact.kernel import attend_exact
 from kvpolicy_kernels.encoded_attention.finish.kernel import finish
-from kvpolicy_kernels.encoded_attention.numbers.kernel import (
-    fast_exp2,
-    fast_log2,
-    step_and_zero,
-    value_numbers,
-)
+from kvpolicy_kernels.encoded_attention.numbers.kernel import fast_exp2, fast_log2, step_and_zero, value_numbers
 from kvpolicy_kernels.encoded_attention.programs import encoded_programs
 from kvpolicy_kernels.encoded_attention.scores.kernel import (
     centre_frequency,
@@ -128,7 +123,7 @@ def _attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +136,6 @@ def _attend_kernel(
     ks:   int32 [R], the step and the zero of each row in its halves, KS_ROW apart;  vs: likewise
     ROOMY: the arena has at least BLOCK_N of `num_entries`
     HIDES: entries before position `num_sinks` and from `since` on do not count
-    AHEAD: entries whose codes are fetched while `turn` runs
     PACKED: by instructions that the interpreter does not know, two codes at a time, for 16-bit models
     """
     if EARLY:
@@ -161,8 +155,8 @@ def _attend_kernel(
     units, length, start = _table(i_s, num_segments, units_ptr, lengths_ptr, starts_ptr)
     if EARLY:  # while `turn` runs, which is waited for
         ahead = start + tl.minimum(tl.maximum(unit - 1, 0) * UNIT, length)
-        _fetch(kw_ptr, ahead, num_entries, KW_ROW, AHEAD)
-        _fetch(vw_ptr, ahead, num_entries, VW_ROW, AHEAD)
+        _fetch(kw_ptr, ahead, num_entries, KW_ROW, BLOCK_N * (STAGES - 1))
+        _fetch(vw_ptr, ahead, num_entries, VW_ROW, BLOCK_N * (STAGES - 1))
         tl.extra.cuda.gdc_wait()
     while (left > 0) & (i_s < num_segments):
         i_h = (i_s % num_kv_heads).to(tl.int64)
@@ -299,7 +293,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: b
     block_n = min(32 if words > 16 else 64, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     block_n = max(16, block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "AHEAD": 8 * block_n, "num_warps": 1}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": 1}
 
 
 @on_its_device

@@ -71,10 +71,13 @@ def _finish_kernel(
 
 
 def finish_config(pieces: int, dim: int) -> dict[str, int]:
-    """Tile sizes and launch options. pieces: of a segment, as a rule;  dim: of values"""
+    """Tile sizes and launch options. pieces: of a segment, as a rule;  dim: of values
+
+    Measured on an H200 at head dim 128 among 4 to 64 pieces at a time and 1 to 8 warps, which would have to meet.
+    """
     block_dv = max(16, next_power_of_2(dim))
-    block_p = max(4, min(next_power_of_2(pieces), 8192 // block_dv))
-    return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": max(1, block_p * block_dv // 2048)}
+    block_p = max(4, min(next_power_of_2(pieces), 4096 // block_dv))
+    return {"BLOCK_P": block_p, "BLOCK_DV": block_dv, "num_warps": 1}
 
 
 def finish(
