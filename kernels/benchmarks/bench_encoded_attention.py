@@ -6,11 +6,12 @@
 
 Checked first, against fp32 over the decoded entries: at most twice the torch path's error. Megabytes are those of bf16;
 the goals are 0.65 (int8) and 0.5 (int4) of its time from 268 MB on. "block" rows attend to an exact block of 36 tokens
-besides, whose codes are hidden. "encode" rows are one token of a layer, keys and values, beside `append` alone.
+besides, whose codes are hidden. "no entries" is what a call takes whatever the size. "encode" rows are one token of a
+layer, keys and values, beside `append` alone.
 
 `--launches` times tile sizes and numbers of programs instead, fastest first at the end, in about a minute and a half:
-what `launch_config` and `encoded_programs` say is decided by its "entries and block" rows. "no entries" is what a call
-takes whatever the size. `--centres` times what a centre of the keys adds to int4, by its waves.
+what `launch_config` and `encoded_programs` say is decided by its "entries and block" rows. `--centres` times what a
+centre of the keys adds to int4, by its waves.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Case:
         self.block = Chunk(*block, torch.ones(batch, 1, 1, BLOCK, dtype=torch.bool, device="cuda"))
         self.plan = plan_work(self.lengths, head_dim=dim)
         self.encoded_plan = plan_work(self.lengths, head_dim=dim, num_programs=encoded_programs(self.lengths.device))
+        empty = torch.zeros_like(self.lengths)
+        self.empty_plan = plan_work(empty, head_dim=dim, num_programs=encoded_programs(empty.device))
         first = self.lengths.cumsum(0) - self.lengths
         self.starts = [first + i * self.total for i in range(self.rows // self.total)]
 
@@ -92,6 +95,9 @@ class Case:
             parts = [encode([part], entry_format, backend="triton")[0] for part in column.split(PART)]
             columns.append(type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
         return [EncodedSegments(*columns, starts, self.lengths, entry_format) for starts in self.starts]
+
+    def emptied(self, segments: list[EncodedSegments]) -> list[EncodedSegments]:
+        return [replace(x, lengths=torch.zeros_like(self.lengths)) for x in segments]
 
     def plain(self, chunk: Chunk | None) -> Calls:
         segments = [Segments(self.keys, self.values, starts, self.lengths) for starts in self.starts]
@@ -151,12 +157,16 @@ def attention_lines(limit: float) -> list[dict[str, object]]:
             for name, entry_format in FORMATS.items():
                 segments = case.encoded(entry_format)
                 error = case.check(segments[0], chunk)
-                nbytes = 2 * case.total * entry_format.row_bytes(dim)
-                timed[name] = *cold_time(case.ours(segments, with_block=chunk is not None)), nbytes, error
+                nbytes, with_block = 2 * case.total * entry_format.row_bytes(dim), chunk is not None
+                timed[name] = *cold_time(case.ours(segments, with_block=with_block)), nbytes, error
+                none = case.ours(case.emptied(segments), with_block=with_block, plan=case.empty_plan)
+                timed[f"{name}, no entries"] = *cold_time(none), 0, 0.0
             for name, (seconds, noise, nbytes, error) in timed.items():
+                name, _, without = name.partition(", ")
                 lines.append(
                     {"batch": batch, "mean_length": mean, "kv_heads": heads, "group": group, "dim": dim,
-                     "distribution": kind, "megabytes": round(case.nbytes / 1e6), "what": what, "format": name,
+                     "distribution": kind, "megabytes": round(case.nbytes / 1e6),
+                     "what": what.replace("entries", without or "entries"), "format": name,
                      "microseconds": round(seconds * 1e6, 2), "spread": round(noise, 3),
                      "of_bf16": round(seconds / base, 3), "goal": GOALS.get(name, ""),
                      "share_of_read_limit": round(nbytes / seconds / limit, 3),
@@ -175,12 +185,11 @@ def launch_lines() -> list[dict[str, object]]:
     for cell in LAUNCH_CELLS:
         case, per_sm = Case(*cell), encoded_programs(device) // multiprocessors()
         base, _ = cold_time(case.plain(None))
-        empty = torch.zeros_like(case.lengths)
         for name, entry_format in FORMATS.items():
             segments = case.encoded(entry_format)
             default = encoded_kernel.launch_config(torch.bfloat16, cell[4], entry_format.codes_in_word, cell[3])
             own = default["BLOCK_N"], default["STAGES"], default.get("maxnreg")
-            none = [EncodedSegments(x.keys, x.values, x.starts, empty, entry_format) for x in segments]
+            none = case.emptied(segments)
             tiles = [(x, per_sm, 128) for x in LAUNCHES if x == own or name == "int4" or x[0] < 64]
             programs = [(own, count, unit) for count in PER_SM for unit in UNITS]
             most = [(LAUNCHES[1], 11, 64), (LAUNCHES[5], 12, 64)]
@@ -188,7 +197,7 @@ def launch_lines() -> list[dict[str, object]]:
                 ("no entries", own, per_sm, 128, none),
                 *(("entries and block", *x, segments) for x in dict.fromkeys([*tiles, *programs, *most])),
             ):
-                lengths = empty if these is none else case.lengths
+                lengths = these[0].lengths
                 plan = triton_plan(lengths, count * multiprocessors(), unit)
                 line = {
                     "what": what, "format": name, "megabytes": round(case.nbytes / 1e6), "block_n": tile[0],

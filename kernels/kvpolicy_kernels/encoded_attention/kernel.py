@@ -282,7 +282,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: b
 
     dim: the larger of D and Dv;  rows: queries times query heads of a group;  turns: whether the centre of keys does
 
-    Measured on an H200 at head dim 128 among tiles of 32 and 64 entries, 2 to 4 stages, and fewer registers; the others
+    Measured on an H200 at head dim 128 among tiles of 16 to 64 entries, 2 to 5 stages, and fewer registers; the others
     are the tiles that compile without a spill on sm_80 and sm_90 in 16 bits. More rows than BLOCK_M go to programs side
     by side, which find the entries in the L2 cache.
     """
@@ -290,7 +290,7 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: b
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
     halved += (block_m > 8) + turns * ((block_m > 8) + (dim > 128))
-    block_n = min(32 if words > 16 else 64, 64 >> halved)
+    block_n = min(64 if words <= 16 else 32 if planes == 4 or words <= 32 else 16, 64 >> halved)
     stages = 4 if planes == 4 and words <= 32 else 3
     block_n = max(16, block_n)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": 1}
