@@ -47,7 +47,7 @@ def shares(formats, file, policy, own, compared=("int4",)):
     [
         ("PROMPT", "snapkv", "int4", [0.3, 0.28, 0.34]),
         ("PROMPT", "expected_attention", "int4", [0.29, 0.25, 0.28]),
-        ("WINDOW", "streaming", "int4", [0.32, 0.28, 0.29]),
+        ("WINDOW", "streaming", "int4", [0.24, 0.23, 0.26]),
         ("SECOND_PROMPT", "snapkv", "int4", [0.22, 0.23, 0.28]),
         ("SECOND_PROMPT", "snapkv", "int8", [0.33, 0.39, 0.48]),
         ("SECOND_WINDOW", "streaming", "int4", [0.23, 0.23, 0.26]),
@@ -78,10 +78,10 @@ def test_what_the_text_says_of_facts_is_what_meets_the_goals(formats):
     assert {key: points for key, points in met.items() if key[:2] != ("aware", "passkey")} == {
         ("agnostic", "passkey", "snapkv/novels.json@int4"): 3.2,
         ("agnostic", "key-value", "snapkv/novels.json@int4"): 7.2,
-        ("agnostic", "key-value", "snapkv/novels.json@int8"): 8.8,
+        ("agnostic", "key-value", "snapkv/novels.json@int8"): 8.2,
         ("aware", "key-value", "snapkv/novels.json@int8"): 2.0,
         ("aware", "key-value", "snapkv/novels.json@int4"): 5.5,
-        ("aware", "key-value", "snapkv/answers.json@int8"): 8.8,
+        ("aware", "key-value", "snapkv/answers.json@int8"): 9.8,
         ("aware", "key-value", "snapkv/answers.json@int4"): 9.8,
     }
     aware = [key for key in lost if key[:2] == ("aware", "passkey")]
