@@ -1,4 +1,4 @@
-"""Triton: `attention/kernel.py` over codes, under a plan of the same kind and with the same merge.
+"""Triton: `attention/kernel.py` over codes, under a plan of the same kind.
 
 A row lies in words of several codes, which belong to as many planes: channels `j * W` to `(j + 1) * W - 1` are plane j,
 with W words in a row. So no channel changes places between words and products. A program is one warp, which takes
