@@ -177,7 +177,7 @@ def test_what_is_said_of_speed_was_measured(formats):
     found = {(row["cache"], row["format"]): row for row in rows}
     ms = {key: f"{float(row['ms_per_token']):.1f} ms" for key, row in found.items()}
     count = {name: found["kvpolicy, slots", name]["batch"] for name in ("model", "int4")}
-    text = (DOCS / "how-to" / "choose-a-format.md").read_text(encoding="utf-8")
+    text = " ".join((DOCS / "how-to" / "choose-a-format.md").read_text(encoding="utf-8").split())
     for line, cache in (
         ("a token at 131072 tokens, everything kept", "kvpolicy"),
         ("the same, compiled", "kvpolicy, compiled"),
@@ -186,5 +186,5 @@ def test_what_is_said_of_speed_was_measured(formats):
         assert f"| {line} | {ms[cache, 'model']} | {ms[cache, 'int4']} |" in text
     assert f"that fit in slots, 20 % kept | {count['model']} | {count['int4']} |" in text
     speeds = [float(found["kvpolicy, slots", name]["tokens_per_second"]) for name in ("int4", "model")]
-    assert f"{int(count['int4']) / int(count['model']):.1f} times\nthe sequences" in text
+    assert f"{int(count['int4']) / int(count['model']):.1f} times the sequences" in text
     assert f"{speeds[0] / speeds[1]:.1f} times the tokens a second" in text
