@@ -136,14 +136,8 @@ def test_exact_part_compiles(dim, masked, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("dim", "beside"), [(128, True), (256, False)])
 def test_finish_compiles(dim, beside, arch):
-    constants = {
-        "DV": dim,
-        "TURN_BLOCK": dim,
-        "TURN_SCALE": 0.125,
-        "ROTATED": True,
-        "HAS_EXACT": beside,
-        "HAS_LSE": True,
-    }
+    constants = {"DV": dim, "TURN_BLOCK": dim, "TURN_SCALE": 0.125, "ROTATED": True, "HAS_LSE": True}
+    constants |= {"HAS_EXACT": beside}
     constants |= {} if beside else {"exact_ptr": None, "exact_lse_ptr": None}
     types = {"out_ptr": "*bf16", "signs_ptr": "*i8", "pieces_ptr": "*i32"}
     assert compile_beside(_finish_kernel, finish_config(18, dim), constants, types, arch).spilled == 0

@@ -123,9 +123,8 @@ def _attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, KW_ROW: tl.constexpr, KS_ROW: tl.constexpr, VW_ROW: tl.constexpr,
     VS_ROW: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_WV: tl.constexpr, STAGES: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINK: tl.constexpr, HAS_LOGITS: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_LOGITS: tl.constexpr, ROOMY: tl.constexpr, HIDES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_kernel` of `attention`, without a chunk; what it finds is in the basis in which values are encoded.
 
@@ -290,10 +289,9 @@ def launch_config(dtype: torch.dtype, dim: int, planes: int, rows: int, turns: b
     block_m = 8 if rows <= 8 else 16
     halved = (words > 32) + (words > 64) + (words * planes > dim or dtype == torch.float32)
     halved += (block_m > 8) + turns * ((block_m > 8) + (dim > 128))
-    block_n = min(64 if words <= 16 else 32 if planes == 4 or words <= 32 else 16, 64 >> halved)
+    most = 64 if words <= 16 else 32 if planes == 4 or words <= 32 else 16
     stages = 4 if planes == 4 and words <= 32 else 3
-    block_n = max(16, block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": 1}
+    return {"BLOCK_M": block_m, "BLOCK_N": max(16, min(most, 64 >> halved)), "STAGES": stages, "num_warps": 1}
 
 
 @on_its_device

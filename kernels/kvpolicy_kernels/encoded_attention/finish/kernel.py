@@ -73,7 +73,7 @@ def _finish_kernel(
 def finish_config(pieces: int, dim: int) -> dict[str, int]:
     """Tile sizes and launch options. pieces: of a segment, as a rule;  dim: of values
 
-    Measured on an H200 at head dim 128 among 4 to 64 pieces at a time and 1 to 8 warps, which would have to meet.
+    Measured on an H200 at head dim 128 among 4 to 64 pieces at a time and 1 to 4 warps, which would have to meet.
     """
     block_dv = max(16, next_power_of_2(dim))
     block_p = max(4, min(next_power_of_2(pieces), 4096 // block_dv))
