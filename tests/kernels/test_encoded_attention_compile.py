@@ -118,7 +118,7 @@ def test_turn_compiles(dim, arch):
     }  # fmt: skip
     types = {"q_ptr": "*bf16", "signs_ptr": "*i8", "out_ptr": "*fp16", "scale_log2": "fp32"}
     types |= dict.fromkeys(("copies_ptr", "since_ptr"), "*i32")
-    assert compile_beside(_turn_kernel, turn_config(dim), constants, types, arch).spilled == 0
+    assert compile_beside(_turn_kernel, turn_config(dim, 4), constants, types, arch).spilled == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90])
